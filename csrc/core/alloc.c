@@ -1,0 +1,53 @@
+#define _POSIX_C_SOURCE 200112L
+#include "core/alloc.h"
+
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* The fault injector of the tests; the one piece of mutable state beside the dispatch table. */
+static _Atomic uint64_t allocation_count;
+static _Atomic uint64_t fail_from;
+static _Atomic int fail_persistently;
+
+static int should_fail(void)
+{
+    uint64_t at = atomic_load_explicit(&fail_from, memory_order_relaxed);
+    if (at == 0) return 0;
+    uint64_t n = atomic_fetch_add(&allocation_count, 1) + 1;
+    return atomic_load(&fail_persistently) ? n >= at : n == at;
+}
+
+void *mq_alloc(size_t nbytes)
+{
+    void *memory = NULL;
+    if (should_fail() || nbytes > SIZE_MAX - MQ_ALIGNMENT) return NULL;
+    size_t rounded = MQ_ROUND_UP(MQ_MAX(nbytes, (size_t)1), (size_t)MQ_ALIGNMENT);
+    return posix_memalign(&memory, MQ_ALIGNMENT, rounded) == 0 ? memory : NULL;
+}
+
+void *mq_alloc_zeroed(size_t nbytes)
+{
+    void *memory = mq_alloc(nbytes);
+    if (memory != NULL) memset(memory, 0, nbytes);
+    return memory;
+}
+
+void *mq_alloc_array(size_t count, size_t size)
+{
+    if (size != 0 && count > SIZE_MAX / size) return NULL;
+    return mq_alloc(count * size);
+}
+
+void mq_free(void *memory)
+{
+    free(memory);
+}
+
+uint64_t mq_alloc_fail_at(uint64_t n, int persistent)
+{
+    uint64_t seen = atomic_exchange(&allocation_count, 0);
+    atomic_store(&fail_persistently, persistent);
+    atomic_store(&fail_from, n);
+    return seen;
+}
