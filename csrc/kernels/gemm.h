@@ -1,0 +1,42 @@
+/* C[M, N] = A[M, K] * B[N, K]^T (+ bias) (+ C): the one matrix product of the runtime.
+ *
+ * B (weights, or keys and values) is packed first into the layout of the micro-kernel in use; A and C are row-major.
+ * MQ_GEMM_F32 computes in float32. MQ_GEMM_BF16 takes bfloat16 inputs (float32 ones are rounded to bfloat16) and sums
+ * in float32, by AMX, AVX512-BF16 or, where neither is there, by float32 on rounded inputs.
+ * Bits do not depend on the number of threads, nor on how M is cut; they may differ between ISAs. */
+#ifndef MQ_GEMM_H
+#define MQ_GEMM_H
+
+#include "core/tensor.h"
+
+typedef enum mq_gemm_kind { MQ_GEMM_F32, MQ_GEMM_BF16 } mq_gemm_kind;
+
+/* An operand B of N rows and K columns, packed in memory of mq_gemm_packed_size bytes (64-byte aligned). */
+typedef struct mq_packed {
+    mq_gemm_kind kind;
+    int64_t n, k;
+    void *data;
+} mq_packed;
+
+typedef struct mq_gemm_args {
+    int64_t m;
+    const void *a; mq_dtype a_dtype; int64_t lda;   /* MQ_F32 or MQ_BF16; lda in elements */
+    const mq_packed *b;
+    const float *bias;                              /* [N] or NULL */
+    void *c; mq_dtype c_dtype; int64_t ldc;         /* MQ_F32 or MQ_BF16 */
+    int accumulate;                                 /* C += instead of C = */
+    float alpha;                                    /* scales A*B^T before bias; 1 for plain products */
+} mq_gemm_args;
+
+size_t mq_gemm_packed_size(mq_gemm_kind kind, int64_t n, int64_t k);
+
+/* Packs w [N, K] (row-major, MQ_F32 or MQ_BF16, ldw elements between rows) into out->data; sets kind, n, k. */
+void mq_gemm_pack(mq_gemm_kind kind, const void *w, mq_dtype dtype, int64_t n, int64_t k, int64_t ldw, mq_packed *out);
+
+/* The same from the transpose: w is [K, N], row-major. */
+void mq_gemm_pack_transposed(mq_gemm_kind kind, const void *w, mq_dtype dtype, int64_t n, int64_t k, int64_t ldw, mq_packed *out);
+
+/* Runs on the pool (inline inside a job). No allocation: scratch for converting A lives on the stack or in fixed tiles. */
+void mq_gemm_run(const mq_gemm_args *args);
+
+#endif
