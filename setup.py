@@ -1,28 +1,33 @@
 """Build logic only: sources by folder, flags, switches. Metadata is in pyproject.toml.
 
 Environment: MODELQ_DEBUG=1 (asserts, no optimisation), MODELQ_SANITIZE=1 (ASan and UBSan), MODELQ_WERROR=1 (warnings are
-errors), MODELQ_TESTING=1 (also build modelq._testing).
+errors), MODELQ_TESTING=1 (also build modelq._testing), MODELQ_JOBS=n (files compiled at once, default the number of cores).
 """
 import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 
 import numpy
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 
 def switch(name: str) -> bool:
     return os.environ.get(name, "0") not in ("", "0")
 
 
+DEBUG, SANITIZE, TESTING = (switch(f"MODELQ_{name}") for name in ("DEBUG", "SANITIZE", "TESTING"))
+
 compile_args = ["-std=c11", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
                 "-Wall", "-Wextra", "-Wconversion"]
 link_args = ["-pthread", "-lm"]
 macros = []
-if switch("MODELQ_DEBUG") or switch("MODELQ_SANITIZE"):
+if DEBUG or SANITIZE:
     compile_args += ["-O1", "-g", "-UNDEBUG"]
 else:
     macros.append(("NDEBUG", None))
-if switch("MODELQ_SANITIZE"):
+if SANITIZE:
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
     compile_args += sanitizers
     link_args += sanitizers
@@ -31,16 +36,43 @@ if switch("MODELQ_WERROR"):
 
 FOLDERS = ["core", "format", "kernels", "quant", "calib", "model", "export", "backend"]
 core_sources = sorted(path for folder in FOLDERS for path in glob(f"csrc/{folder}/*.c"))
-headers = sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.inc", recursive=True) + glob("csrc/**/*.def", recursive=True))
+headers = sorted(path for suffix in ("h", "inc", "def") for path in glob(f"csrc/**/*.{suffix}", recursive=True))
 
 
-def extension(name: str, folder: str) -> Extension:
-    return Extension(name, core_sources + sorted(glob(f"csrc/{folder}/*.c")), include_dirs=["csrc", numpy.get_include()],
-                     define_macros=macros, extra_compile_args=compile_args, extra_link_args=link_args, depends=headers)
+def extension(name: str, sources: list[str]) -> Extension:
+    return Extension(name, core_sources + sorted(sources), include_dirs=["csrc", numpy.get_include()], define_macros=macros,
+                     extra_compile_args=compile_args, extra_link_args=link_args, depends=headers)
 
 
-extensions = [extension("modelq._core", "py")]
-if switch("MODELQ_TESTING"):
-    extensions.append(extension("modelq._testing", "testing"))
+class ParallelBuild(build_ext):
+    """Compiles several files at once, each object once for both extensions, and not again while it is newer than all it may include."""
 
-setup(ext_modules=extensions)
+    def build_extensions(self) -> None:
+        self.parallel = None
+        compile_one, stale_before = self.compiler.compile, max(map(os.path.getmtime, ["setup.py", *headers]))
+        done: set[str] = set()
+
+        def compile_many(sources, output_dir=None, **options):
+            objects = self.compiler.object_filenames(sources, output_dir=output_dir)
+            todo = [source for source, made in zip(sources, objects) if made not in done and not fresh(source, made)]
+            with ThreadPoolExecutor(int(os.environ.get("MODELQ_JOBS", 0)) or len(os.sched_getaffinity(0))) as pool:
+                list(pool.map(lambda source: compile_one([source], output_dir=output_dir, **options), todo))
+            done.update(objects)
+            return objects
+
+        def fresh(source, made):
+            return os.path.exists(made) and os.path.getmtime(made) > max(stale_before, os.path.getmtime(source))
+
+        self.compiler.compile = compile_many
+        super().build_extensions()
+
+
+extensions = [extension("modelq._core", glob("csrc/py/*.c"))]
+if TESTING:
+    shared = [path for path in glob("csrc/py/*.c") if os.path.basename(path) in ("convert.c", "dlpack.c", "faults.c", "ndarray.c")]
+    extensions.append(extension("modelq._testing", glob("csrc/testing/*.c") + shared))
+
+# One build folder per set of switches and interpreter: objects of one are of no use to another, and a plain wheel must not pick
+# up what a testing build left behind.
+flavour = "-".join(["release", "debug"][DEBUG:DEBUG + 1] + ["sanitize"] * SANITIZE + ["testing"] * TESTING + [sys.implementation.cache_tag])
+setup(ext_modules=extensions, cmdclass={"build_ext": ParallelBuild}, options={"build": {"build_base": f"build/{flavour}"}})

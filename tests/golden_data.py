@@ -1,0 +1,115 @@
+"""The golden set: what an independent implementation made of micro models. See tests/data/README.md.
+
+    from golden_data import cases
+
+    @pytest.mark.parametrize("case", cases(dtype="bfloat16", configs=["FP8_DEFAULT_CFG"], needs=["model.safetensors"]))
+    def test_export(case, tmp_path): ...
+
+cases() lists what the folder holds (MODELQ_GOLDEN, else tests/data/golden), so a fuller folder means more tests.
+"""
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(os.environ.get("MODELQ_GOLDEN") or Path(__file__).parent / "data" / "golden").resolve()
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32", "I16": "int16",
+          "I8": "int8", "U8": "uint8", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"}
+
+
+def read_safetensors(path) -> dict[str, np.ndarray]:
+    """Every tensor of a file, or of a folder's shards, as read by the safetensors library (never by modelq)."""
+    import ml_dtypes
+    import safetensors
+
+    path = Path(path)
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    tensors = {}
+    for file in files:
+        for name, entry in safetensors.deserialize(file.read_bytes()):
+            dtype = DTYPES[entry["dtype"]]
+            dtype = np.dtype(getattr(ml_dtypes, dtype, None) or dtype)
+            tensors[name] = np.frombuffer(bytes(entry["data"]), dtype=dtype).reshape(entry["shape"])
+    return tensors
+
+
+@dataclass(frozen=True)
+class Model:
+    """golden/<name>: the unquantized model, its calibration tokens and its logits."""
+    name: str
+
+    @property
+    def folder(self) -> Path:
+        return ROOT / self.name
+
+    @property
+    def source(self) -> Path:
+        return self.folder / "source"
+
+    @property
+    def calib(self) -> np.ndarray:
+        """int64 [8, 64] token ids."""
+        return np.load(self.folder / "calib.npy")
+
+    @property
+    def logits(self) -> np.ndarray:
+        """float32 [1, 64, vocab], of calib[0]."""
+        return np.load(self.folder / "logits.npy")
+
+
+@dataclass(frozen=True)
+class Case:
+    """golden/<model>/<dtype>/<config>."""
+    model: Model
+    dtype: str
+    config: str
+
+    @property
+    def folder(self) -> Path:
+        return self.model.folder / self.dtype / self.config
+
+    @property
+    def configs(self) -> list[str]:
+        """The preset names that were merged: "FP8_DEFAULT_CFG__FP8_KV_CFG" is two."""
+        return self.config.split("__")
+
+    @property
+    def amax(self) -> dict[str, np.ndarray]:
+        """Quantizer name, dot, "amax" (or "pre_quant_scale", "bias_value", "global_amax") to float32."""
+        return read_safetensors(self.folder / "amax.safetensors")
+
+    @property
+    def fake_logits(self) -> np.ndarray:
+        return np.load(self.folder / "fake_logits.npy")
+
+    @cached_property
+    def exported(self) -> dict[str, np.ndarray]:
+        """Tensors of the exported checkpoint."""
+        return read_safetensors(self.folder / "model.safetensors")
+
+    def has(self, *files: str) -> bool:
+        return all((self.folder / file).exists() for file in files)
+
+    def __str__(self) -> str:
+        return f"{self.model.name}-{self.dtype}-{self.config}"
+
+
+def models(names=None) -> list:
+    """One pytest.param per model of the folder (of names, if given)."""
+    found = sorted(path.parent.name for path in ROOT.glob("*/source"))
+    return [pytest.param(Model(name), id=name) for name in found if names is None or name in names]
+
+
+def cases(dtype=None, configs=None, names=None, needs=()) -> list:
+    """One pytest.param per <model>/<dtype>/<config> that is there, has the files in needs, and is asked for."""
+    out = []
+    for model in models(names):
+        for folder in sorted(model.values[0].folder.glob("*[0-9]/*/")):   # float32/, bfloat16/
+            case = Case(model.values[0], folder.parent.name, folder.name)
+            wanted = (dtype is None or case.dtype == dtype) and (configs is None or case.config in configs)
+            if wanted and case.has(*needs):
+                out.append(pytest.param(case, id=str(case)))
+    return out
