@@ -11,11 +11,15 @@
 
 typedef enum mq_gemm_kind { MQ_GEMM_F32, MQ_GEMM_BF16 } mq_gemm_kind;
 
-/* An operand B of N rows and K columns, packed in memory of mq_gemm_packed_size bytes (64-byte aligned). */
+struct mq_gemm_kernel;
+
+/* An operand B of N rows and K columns, packed in memory of mq_gemm_packed_size bytes (64-byte aligned). The caller sets
+ * data, packing fills in the rest. */
 typedef struct mq_packed {
     mq_gemm_kind kind;
     int64_t n, k;
     void *data;
+    const struct mq_gemm_kernel *kernel;            /* the micro-kernel whose layout data has */
 } mq_packed;
 
 typedef struct mq_gemm_args {
@@ -30,13 +34,19 @@ typedef struct mq_gemm_args {
 
 size_t mq_gemm_packed_size(mq_gemm_kind kind, int64_t n, int64_t k);
 
-/* Packs w [N, K] (row-major, MQ_F32 or MQ_BF16, ldw elements between rows) into out->data; sets kind, n, k. */
+/* Packs w [N, K] (row-major, MQ_F32 or MQ_BF16, ldw elements between rows) into out->data. Runs on the pool. */
 void mq_gemm_pack(mq_gemm_kind kind, const void *w, mq_dtype dtype, int64_t n, int64_t k, int64_t ldw, mq_packed *out);
 
 /* The same from the transpose: w is [K, N], row-major. */
-void mq_gemm_pack_transposed(mq_gemm_kind kind, const void *w, mq_dtype dtype, int64_t n, int64_t k, int64_t ldw, mq_packed *out);
+void mq_gemm_pack_transposed(mq_gemm_kind kind, const void *w, mq_dtype dtype, int64_t n, int64_t k, int64_t ldw,
+                             mq_packed *out);
 
-/* Runs on the pool (inline inside a job). No allocation: scratch for converting A lives on the stack or in fixed tiles. */
+/* Runs on the pool (inline inside a job). No allocation: scratch (about 200 KB) lives on the stack. */
 void mq_gemm_run(const mq_gemm_args *args);
+
+/* The dispatch table: "c", "avx2", "avx512", "avx512_bf16" or "amx" for a kind, the best one at first. Forcing one is for
+ * tests and benchmarks, between products: NULL goes back to the best. MQ_ERR_VALUE if it cannot run here or not serve kind. */
+const char *mq_gemm_kernel_name(mq_gemm_kind kind);
+int mq_gemm_force_kernel(mq_gemm_kind kind, const char *name);
 
 #endif

@@ -1,0 +1,150 @@
+/* The matrix product: cuts C into tasks of rows x columns, K into blocks, and runs the micro-kernel over their tiles
+ * (the order of Goto and van de Geijn 2008: a block of A in L2, a panel of B in L1).
+ *
+ * Every sum runs over K in the same order, in the same blocks, whatever the cut of rows and columns: the bits depend on
+ * the kernel and on K only. */
+#include "kernels/gemm_kernel.h"
+
+#include <string.h>
+
+#include "core/pool.h"
+
+enum { INLINE_WORK = 1 << 19 };   /* multiplications below which waking the pool costs more than it brings */
+
+typedef struct gemm_job {
+    const mq_gemm_args *args;
+    const mq_gemm_kernel *kernel;
+    mq_gemm_convert how;
+    int64_t depth, k_block, panel_size;   /* units */
+    int64_t row_tasks, column_tasks, rows, columns;
+    int staged;                           /* A must be copied: converted, or padded with zeros */
+} gemm_job;
+
+/* One task's place in C, and its scratch. */
+typedef struct task {
+    const gemm_job *job;
+    int64_t row, column;
+    int rows, padded_rows, columns;
+    float *sums;                          /* [panel][padded_rows][nr], or one panel if K is one block */
+    char *stage;
+} task;
+
+/* Block [rows, depth] of A from unit first, as units of which the kernel may read all. */
+static const char *block_of_a(const task *task, int64_t first, int64_t depth, int64_t *lda)
+{
+    const gemm_job *job = task->job;
+    const mq_gemm_args *args = job->args;
+    const int64_t element = (int64_t)mq_dtype_size(args->a_dtype), per_unit = mq_gemm_unit_elements(job->kernel);
+    const char *a = (const char *)args->a + (task->row * args->lda + first * per_unit) * element;
+    *lda = args->lda * element;
+    if (!job->staged) return a;
+    const int64_t present = MQ_MIN(depth * per_unit, args->b->k - first * per_unit);
+    for (int i = 0; i < task->rows; i++)
+        job->kernel->helpers->convert(job->how, a + i * *lda, present, task->stage + i * depth * 4, depth * per_unit);
+    memset(task->stage + task->rows * depth * 4, 0, (size_t)((task->padded_rows - task->rows) * depth * 4));
+    *lda = depth * 4;
+    return task->stage;
+}
+
+/* What the tile at (row, panel) of the task adds up to, to its place in C. */
+static void store_tile(const task *task, const float *sums, int row, int column, int rows)
+{
+    const gemm_job *job = task->job;
+    const mq_gemm_args *args = job->args;
+    const int64_t at = task->column + column;
+    char *c = (char *)args->c;
+    mq_gemm_store store = {
+        .c = sums, .nr = job->kernel->nr, .dtype = args->c_dtype, .ldo = args->ldc,
+        .out = c + ((task->row + row) * args->ldc + at) * (int64_t)mq_dtype_size(args->c_dtype),
+        .bias = args->bias ? args->bias + at : NULL, .alpha = args->alpha, .accumulate = args->accumulate,
+        .rows = MQ_MIN(rows, task->rows - row), .columns = MQ_MIN(job->kernel->nr, task->columns - column),
+    };
+    job->kernel->helpers->store(&store);
+}
+
+static void run_block(const task *task, int64_t first, int64_t depth)
+{
+    const gemm_job *job = task->job;
+    const mq_gemm_kernel *kernel = job->kernel;
+    const int last = first + depth == job->depth, nr = kernel->nr;
+    const char *packed = job->args->b->data;
+    mq_gemm_tile tile = {.depth = depth, .add = first > 0};
+    const char *a = block_of_a(task, first, depth, &tile.lda);
+    for (int column = 0; column < task->columns; column += nr) {
+        float *sums = task->sums + (depth == job->depth ? 0 : column * task->padded_rows);
+        tile.b = packed + ((task->column + column) / nr * job->panel_size + first * nr) * 4;
+        for (int row = 0; row < task->padded_rows; row += kernel->mr) {
+            tile.a = a + row * tile.lda;
+            tile.c = sums + row * nr;
+            tile.rows = MQ_MIN(kernel->mr, task->padded_rows - row);
+            kernel->tile(&tile);
+            if (last) store_tile(task, tile.c, row, column, tile.rows);
+        }
+    }
+}
+
+static void run_tasks(void *argument, int64_t begin, int64_t end, int worker)
+{
+    const gemm_job *job = argument;
+    _Alignas(64) float sums[MQ_GEMM_ROWS * MQ_GEMM_COLUMNS];
+    _Alignas(64) char stage[MQ_GEMM_STAGE_BYTES];
+    (void)worker;
+    if (job->kernel->begin) job->kernel->begin();
+    for (int64_t index = begin; index < end; index++) {
+        task task = {.job = job, .sums = sums, .stage = stage};
+        task.column = index / job->row_tasks * job->columns;
+        task.row = index % job->row_tasks * job->rows;
+        task.columns = (int)MQ_MIN(job->columns, job->args->b->n - task.column);
+        task.rows = (int)MQ_MIN(job->rows, job->args->m - task.row);
+        task.padded_rows = MQ_ROUND_UP(task.rows, job->kernel->row_multiple);
+        for (int64_t first = 0; first < job->depth; first += job->k_block)
+            run_block(&task, first, MQ_MIN(job->k_block, job->depth - first));
+    }
+    if (job->kernel->end) job->kernel->end();
+}
+
+/* K = 0: the sum is zero, what is left is bias and C. */
+static void run_empty(const gemm_job *job)
+{
+    static const float zeros[MQ_GEMM_MAX_NR];
+    for (int64_t row = 0; row < job->args->m; row++) {
+        task task = {.job = job, .row = row, .rows = 1};
+        for (int64_t column = 0; column < job->args->b->n; column += job->kernel->nr) {
+            task.column = column;
+            task.columns = (int)MQ_MIN((int64_t)job->kernel->nr, job->args->b->n - column);
+            store_tile(&task, zeros, 0, 0, 1);
+        }
+    }
+}
+
+static int must_stage(const gemm_job *job)
+{
+    const mq_gemm_args *args = job->args;
+    const int copies = job->how == MQ_COPY_F32 || job->how == MQ_COPY_BF16;
+    return !copies || args->b->k != job->depth * mq_gemm_unit_elements(job->kernel) ||
+           args->m % job->kernel->row_multiple != 0;
+}
+
+void mq_gemm_run(const mq_gemm_args *args)
+{
+    const mq_gemm_kernel *kernel = args->b->kernel;
+    gemm_job job = {.args = args, .kernel = kernel, .how = mq_gemm_conversion(kernel, args->b->kind, args->a_dtype)};
+    if (args->m <= 0 || args->b->n <= 0) return;
+    if (args->b->k <= 0) {
+        run_empty(&job);
+        return;
+    }
+    job.depth = mq_gemm_depth(kernel, args->b->k);
+    job.panel_size = mq_gemm_panel_size(kernel, args->b->k);
+    const int64_t blocks = MQ_CEIL_DIV(job.depth, (int64_t)kernel->k_block);
+    job.k_block = MQ_ROUND_UP(MQ_CEIL_DIV(job.depth, blocks), (int64_t)kernel->k_multiple);
+    job.staged = must_stage(&job);
+    job.rows = MQ_GEMM_ROWS / kernel->mr * kernel->mr;
+    if (job.staged) job.rows = MQ_MIN(job.rows, MQ_GEMM_STAGE_BYTES / (job.k_block * 4) / kernel->mr * kernel->mr);
+    job.columns = MQ_GEMM_COLUMNS;
+    job.row_tasks = MQ_CEIL_DIV(args->m, job.rows);
+    job.column_tasks = MQ_CEIL_DIV(args->b->n, job.columns);
+    const int64_t tasks = job.row_tasks * job.column_tasks;
+    const int small = args->m * args->b->n <= INLINE_WORK / MQ_MAX(args->b->k, (int64_t)1);
+    mq_parallel_for(tasks, small || mq_pool_threads() == 1 ? tasks : 1, run_tasks, &job);
+}

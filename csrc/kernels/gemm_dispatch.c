@@ -1,0 +1,49 @@
+/* Which micro-kernel serves which kind of product: the first of this table that the processor has, unless forced. */
+#include "kernels/gemm_kernel.h"
+
+#include <stdatomic.h>
+#include <string.h>
+
+#include "core/cpu.h"
+
+/* Best first. A kernel of pairs serves MQ_GEMM_BF16 only; one of float32 serves both. */
+static const mq_gemm_kernel *const kernels[] = {
+    &mq_gemm_kernel_c,
+};
+
+static _Atomic(const mq_gemm_kernel *) selected[2];
+
+static int serves(const mq_gemm_kernel *kernel, mq_gemm_kind kind)
+{
+    if (kind == MQ_GEMM_F32 && kernel->unit != MQ_UNIT_F32) return 0;
+    return (mq_cpu_features() & kernel->needs) == kernel->needs;
+}
+
+static const mq_gemm_kernel *find(mq_gemm_kind kind, const char *name)
+{
+    for (size_t i = 0; i < MQ_COUNT(kernels); i++)
+        if (serves(kernels[i], kind) && (name == NULL || strcmp(name, kernels[i]->name) == 0)) return kernels[i];
+    return NULL;
+}
+
+const mq_gemm_kernel *mq_gemm_kernel_of(mq_gemm_kind kind)
+{
+    const mq_gemm_kernel *kernel = atomic_load_explicit(&selected[kind], memory_order_relaxed);
+    if (kernel != NULL) return kernel;
+    kernel = find(kind, NULL);
+    atomic_store_explicit(&selected[kind], kernel, memory_order_relaxed);
+    return kernel;
+}
+
+const char *mq_gemm_kernel_name(mq_gemm_kind kind)
+{
+    return mq_gemm_kernel_of(kind)->name;
+}
+
+int mq_gemm_force_kernel(mq_gemm_kind kind, const char *name)
+{
+    const mq_gemm_kernel *kernel = find(kind, name);
+    if (kernel == NULL) return MQ_ERR_VALUE;
+    atomic_store_explicit(&selected[kind], kernel, memory_order_relaxed);
+    return MQ_OK;
+}
