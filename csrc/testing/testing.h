@@ -7,4 +7,6 @@
 #include "py/convert.h"
 #include "py/ndarray.h"
 
+extern const mq_py_part mq_testing_gemm;
+
 #endif
