@@ -1,0 +1,57 @@
+/* mq_quant_spec: what a quantizer does. mq_quantizer: a spec with its calibrated state, ready to simulate.
+ *
+ * mq_quantizer_apply may be called by many threads at once on one quantizer; it allocates nothing and cannot fail once
+ * mq_quantizer_ready has said MQ_OK. Setters are not for use while others apply. */
+#ifndef MQ_QUANTIZER_H
+#define MQ_QUANTIZER_H
+
+#include "core/tensor.h"
+#include "format/format.h"
+
+typedef struct mq_quant_spec {
+    mq_kind kind;             /* MQ_KIND_FLOAT or MQ_KIND_INT */
+    mq_format element;        /* of floats */
+    int bits;                 /* of integers, 2 to 8, the sign included */
+    int narrow_range;         /* integers: -max .. max instead of -max - 1 .. max */
+    int is_unsigned;          /* integers: 0 .. 2 * max + 1 */
+    int64_t block_rows, block_cols; /* 0: the whole extent. 0, 0 per tensor; 1, 0 per row; 0, 1 per column; 1, 16 blocks */
+    mq_format scale;          /* MQ_FMT_FP32, MQ_FMT_FP8_E4M3 (with a second, fp32 scale per tensor), MQ_FMT_E8M0 */
+    int dynamic;              /* (block) scales come from the data of each call */
+    int scheme;               /* the row of schemes.def that these settings are, or -1 */
+} mq_quant_spec;
+
+typedef struct mq_quantizer {
+    mq_quant_spec spec;
+    int enabled;
+    float *amax;              /* owned; [amax_count], NULL if there is none */
+    int64_t amax_count;       /* 1, rows, cols, or rows * blocks per row, as the spec's blocks say */
+    float *pre_scale;         /* owned; [pre_count] multiplies the columns first; NULL if there is none */
+    int64_t pre_count;
+} mq_quantizer;
+
+/* A disabled quantizer with no amax: what zeroed memory holds too, except for spec.scheme. */
+void mq_quantizer_init(mq_quantizer *quantizer, const mq_quant_spec *spec);
+void mq_quantizer_free(mq_quantizer *quantizer);
+
+/* Copies count values; NULL takes them away. Negative or non-finite values are an MQ_ERR_VALUE. */
+int mq_quantizer_set_amax(mq_quantizer *quantizer, const float *values, int64_t count, mq_error *err);
+int mq_quantizer_set_pre_scale(mq_quantizer *quantizer, const float *values, int64_t count, mq_error *err);
+
+/* Whether activations of cols columns can be simulated: MQ_OK, or what is missing (an amax, a wrong count). name is used
+ * in the error. Quantizers of whole matrices (a row or a block of rows has its own amax) need rows too; -1 = any. */
+int mq_quantizer_ready(const mq_quantizer *quantizer, int64_t rows, int64_t cols, const char *name, mq_error *err);
+
+/* y = fake_quantize(x): rows x cols of dtype (MQ_F32, MQ_BF16 or MQ_F16), ldx elements from row to row, y the same with ldy; y may be
+ * x. A disabled quantizer copies (and still applies pre_scale). Rows are independent unless the spec has blocks of rows:
+ * calls on slices of the rows give the same bits as one call, if amax is per tensor, per column, per token or dynamic
+ * per block. NaN in gives NaN out where the format has NaN. */
+typedef struct mq_quant_rows {
+    const void *x;
+    void *y;
+    mq_dtype dtype;
+    int64_t rows, cols, ldx, ldy;
+} mq_quant_rows;
+
+void mq_quantizer_apply(const mq_quantizer *quantizer, const mq_quant_rows *rows);
+
+#endif
