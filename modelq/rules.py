@@ -1,0 +1,99 @@
+"""Which quantizer does what: name-pattern rules applied in order to the places of a model where a quantizer may sit.
+
+A place (`Slot`) is named by the dotted path of its module and its role: `model.layers.0.self_attn.q_proj.weight_quantizer`.
+Patterns match the whole name, case matters, `*` spans dots. Later rules win. A rule with `cfg` replaces every attribute, one with
+only `enable` just switches. Before any rule, weights and inputs are 8-bit integers, switched on, and outputs are off.
+"""
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+from modelq.config import QuantizerAttributeConfig, QuantizerCfgEntry
+from modelq.presets import DEFAULT_DISABLED_CLASSES, DEFAULT_DISABLED_PATTERNS
+
+# Classes that a rule's parent_class may name. Language models of the families known here have only the first two.
+PARENT_CLASSES = ("nn.Linear", "nn.Embedding", "nn.LayerNorm", "nn.LeakyReLU", "nn.RNN", "nn.LSTM", "nn.GRU", "Conv1D") + tuple(
+    f"nn.{name}{rank}d" for name in ("Conv", "ConvTranspose", "BatchNorm", "InstanceNorm", "MaxPool", "AvgPool", "AdaptiveAvgPool")
+    for rank in (1, 2, 3))
+
+_PER_EXPERT = re.compile(r"(weight_quantizer|input_quantizer)s?\.\d+(?=$|\.)")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place for a quantizer. role: weight, input, output, q_bmm, k_bmm, v_bmm; parent: the class of its module;
+    shape: of the weight it belongs to, [out, in], None for attention."""
+
+    name: str
+    module: str
+    role: str
+    parent: str
+    shape: tuple[int, ...] | None = None
+    layer: int = -1
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the rules made of one slot. rule: the last rule that touched it, None before any did."""
+
+    slot: Slot
+    attributes: QuantizerAttributeConfig | tuple[QuantizerAttributeConfig, ...]
+    enable: bool
+    rule: QuantizerCfgEntry | None = None
+
+
+def default_setting(slot: Slot) -> Setting:
+    attributes = QuantizerAttributeConfig(num_bits=8, axis=0 if slot.role == "weight" else None)
+    return Setting(slot, attributes, enable=slot.role != "output" and not (slot.parent == "nn.Embedding" and slot.role == "input"))
+
+
+def matches(pattern: str | Callable[[str], bool], name: str) -> bool:
+    """Whether a quantizer's name fits. `..._weight_quantizers.3` of an expert list also fits as `..._weight_quantizer`."""
+    if callable(pattern):
+        return bool(pattern(name))
+    return fnmatchcase(name, pattern) or fnmatchcase(_PER_EXPERT.sub(r"\1", name), pattern)
+
+
+def apply_rules(settings: dict[str, Setting], rules: Iterable[QuantizerCfgEntry]) -> tuple[dict[str, Setting], list[QuantizerCfgEntry]]:
+    """(the new settings, the rules whose pattern fitted no name). The given settings stay as they are."""
+    result, idle = dict(settings), []
+    for rule in rules:
+        if rule.parent_class is not None and rule.parent_class not in PARENT_CLASSES:
+            raise ValueError(f"quant_cfg rule {rule.quantizer_name!r}: unknown parent_class {rule.parent_class!r}: known are "
+                             f"{', '.join(PARENT_CLASSES)}")
+        hit = [name for name in result if matches(rule.quantizer_name, name)
+               and rule.parent_class in (None, result[name].slot.parent)]
+        for name in hit:
+            result[name] = _apply(result[name], rule)
+        if not hit:
+            idle.append(rule)
+    return result, idle
+
+
+def _apply(setting: Setting, rule: QuantizerCfgEntry) -> Setting:
+    if setting.slot.parent == "nn.Embedding" and setting.slot.role == "input":
+        return setting  # token ids are integers: nothing to quantize, whatever a rule says
+    if rule.cfg is None:
+        return replace(setting, enable=rule.enable, rule=rule)
+    return replace(setting, attributes=rule.cfg, enable=rule.enable, rule=rule)
+
+
+def expected_to_be_idle(rule: QuantizerCfgEntry) -> bool:
+    """Rules that no one wrote for this model: the default disabled list, which names parts that most models lack."""
+    if rule.parent_class is not None:
+        return rule.parent_class in DEFAULT_DISABLED_CLASSES and not rule.enable
+    return not rule.enable and rule.cfg is None and (rule.quantizer_name in DEFAULT_DISABLED_PATTERNS)
+
+
+def describe_rule(rule: QuantizerCfgEntry) -> str:
+    words = repr(rule.quantizer_name)
+    return words if rule.parent_class is None else f"{words} with parent_class {rule.parent_class!r}"
+
+
+def stages(setting: Setting) -> tuple[Any, ...]:
+    """The attributes as a tuple: several where quantizers follow each other."""
+    return setting.attributes if isinstance(setting.attributes, tuple) else (setting.attributes,)
