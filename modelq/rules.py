@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from modelq.config import QuantizerAttributeConfig, QuantizerCfgEntry
-from modelq.presets import DEFAULT_DISABLED_CLASSES, DEFAULT_DISABLED_PATTERNS
+from modelq.presets import DEFAULT_DISABLED_CLASSES, FAMILY_PATTERNS
 
 # Classes that a rule's parent_class may name. Language models of the families known here have only the first two.
 PARENT_CLASSES = ("nn.Linear", "nn.Embedding", "nn.LayerNorm", "nn.LeakyReLU", "nn.RNN", "nn.LSTM", "nn.GRU", "Conv1D") + tuple(
@@ -83,10 +83,10 @@ def _apply(setting: Setting, rule: QuantizerCfgEntry) -> Setting:
 
 
 def expected_to_be_idle(rule: QuantizerCfgEntry) -> bool:
-    """Rules that no one wrote for this model: the default disabled list, which names parts that most models lack."""
+    """Rules of the presets for parts that only some families have: that they fit nothing needs no warning."""
     if rule.parent_class is not None:
         return rule.parent_class in DEFAULT_DISABLED_CLASSES and not rule.enable
-    return not rule.enable and rule.cfg is None and (rule.quantizer_name in DEFAULT_DISABLED_PATTERNS)
+    return rule.quantizer_name in FAMILY_PATTERNS
 
 
 def describe_rule(rule: QuantizerCfgEntry) -> str:
