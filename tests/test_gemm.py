@@ -73,7 +73,7 @@ def test_around_the_blocks(testing, kernel, m, n, k):
         check(testing, kernel[0], matrix(rng, m, k, dtype), matrix(rng, n, k, dtype))
 
 
-@pytest.mark.parametrize("a_dtype, w_dtype, out", itertools.product([np.float32, BF16], repeat=3))
+@pytest.mark.parametrize("a_dtype, w_dtype, out", list(itertools.product([np.float32, BF16], repeat=3)))
 def test_types_and_epilogue(testing, kernel, a_dtype, w_dtype, out):
     rng = np.random.default_rng(3)
     for m, n, k in [(5, 33, 64), (37, 47, 65), (32, 64, 576)]:
