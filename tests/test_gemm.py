@@ -143,6 +143,7 @@ def test_same_bits_for_threads_and_cuts(testing, kernel):
 def test_rounds_to_bfloat16_as_ml_dtypes(testing, kernel):
     """Identity times every bfloat16 tie and neighbour, in and out."""
     values = (np.arange(1 << 15, dtype=np.uint32) << 17 | 0x8000).view(np.float32)
+    values = values[np.isfinite(values)]
     values = np.concatenate([values, np.nextafter(values, np.float32(0)), np.nextafter(values, np.float32(np.inf))])
     values = values[np.isfinite(values) & (abs(values) > 1e-37) & (abs(values) < 3e38)]
     values = values[: len(values) // 64 * 64].reshape(-1, 64)

@@ -8,6 +8,9 @@
 
 /* Best first. A kernel of pairs serves MQ_GEMM_BF16 only; one of float32 serves both. */
 static const mq_gemm_kernel *const kernels[] = {
+#if defined(__x86_64__)
+    &mq_gemm_kernel_amx, &mq_gemm_kernel_avx512_bf16, &mq_gemm_kernel_avx512, &mq_gemm_kernel_avx2,
+#endif
     &mq_gemm_kernel_c,
 };
 

@@ -1,0 +1,71 @@
+/* The matrix product's kernels for AVX-512: 14 rows x 2 vectors of sums fill 28 of the 32 registers. */
+#if defined(__x86_64__)
+#include <immintrin.h>
+#include <string.h>
+
+#include "kernels/gemm_kernel.h"
+
+#include "core/cpu.h"
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
+
+#include "kernels/gemm_helpers.inc"
+
+#define TILE tile_avx512
+#define MR 14
+#define NV 2
+#define LANES 16
+#define VEC __m512
+#define VZERO _mm512_setzero_ps()
+#define VLOAD(p) _mm512_loadu_ps(p)
+#define VSTORE(p, v) _mm512_storeu_ps(p, v)
+#define VBROADCAST(p) _mm512_set1_ps(*(const float *)(const void *)(p))
+#define VMULADD(sum, a, b) _mm512_fmadd_ps(a, b, sum)
+#include "kernels/gemm_tile.inc"
+
+/* Afterwards lane l of row 4 g + c holds column 4 l + c of rows 4 g to 4 g + 3. */
+MQ_INLINE void transpose_in_lanes(__m512i *a)
+{
+    __m512i b[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+    }
+}
+
+static void transpose(const uint32_t *in, int64_t ldi, uint32_t *out, int64_t ldo)
+{
+    __m512i a[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(in + i * ldi);
+    transpose_in_lanes(a);
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; c++) {
+        __m512i even0 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x88), odd0 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xdd);
+        __m512i even1 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x88);
+        __m512i odd1 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xdd);
+        _mm512_storeu_si512(out + c * ldo, _mm512_shuffle_i32x4(even0, even1, 0x88));
+        _mm512_storeu_si512(out + (4 + c) * ldo, _mm512_shuffle_i32x4(odd0, odd1, 0x88));
+        _mm512_storeu_si512(out + (8 + c) * ldo, _mm512_shuffle_i32x4(even0, even1, 0xdd));
+        _mm512_storeu_si512(out + (12 + c) * ldo, _mm512_shuffle_i32x4(odd0, odd1, 0xdd));
+    }
+}
+
+#pragma GCC pop_options
+
+const mq_gemm_helpers mq_gemm_helpers_avx512 = {convert, transpose, interleave, store_tile};
+
+const mq_gemm_kernel mq_gemm_kernel_avx512 = {
+    .name = "avx512", .needs = MQ_CPU_AVX512, .unit = MQ_UNIT_F32, .mr = MR, .nr = NV * LANES,
+    .row_multiple = 1, .k_multiple = 1, .k_block = 256, .tile = tile_avx512, .helpers = &mq_gemm_helpers_avx512,
+};
+#endif

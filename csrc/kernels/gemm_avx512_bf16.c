@@ -1,0 +1,38 @@
+/* The matrix product's kernel for AVX512-BF16: vdpbf16ps takes a pair of products where AVX-512 takes one. */
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "kernels/gemm_kernel.h"
+
+#include "core/cpu.h"
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,prefer-vector-width=512")
+
+/* One pair of bfloat16 to every lane. */
+MQ_INLINE __m512bh broadcast_pair(const void *pair)
+{
+    int bits;
+    __builtin_memcpy(&bits, pair, sizeof bits);
+    return (__m512bh)_mm512_set1_epi32(bits);
+}
+
+#define TILE tile_avx512_bf16
+#define MR 14
+#define NV 2
+#define LANES 16
+#define VEC __m512
+#define VZERO _mm512_setzero_ps()
+#define VLOAD(p) _mm512_loadu_ps(p)
+#define VSTORE(p, v) _mm512_storeu_ps(p, v)
+#define VBROADCAST(p) (__m512)broadcast_pair(p)
+#define VMULADD(sum, a, b) _mm512_dpbf16_ps(sum, (__m512bh)(a), (__m512bh)(b))
+#include "kernels/gemm_tile.inc"
+
+#pragma GCC pop_options
+
+const mq_gemm_kernel mq_gemm_kernel_avx512_bf16 = {
+    .name = "avx512_bf16", .needs = MQ_CPU_AVX512 | MQ_CPU_AVX512_BF16, .unit = MQ_UNIT_PAIR, .mr = MR, .nr = NV * LANES,
+    .row_multiple = 1, .k_multiple = 1, .k_block = 256, .tile = tile_avx512_bf16, .helpers = &mq_gemm_helpers_avx512,
+};
+#endif
