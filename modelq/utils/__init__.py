@@ -1,0 +1,1 @@
+"""Utilities around quantization: calibration data."""
