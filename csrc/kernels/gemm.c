@@ -54,7 +54,7 @@ static void store_tile(const task *task, const float *sums, int row, int column,
     const int64_t at = task->column + column;
     char *c = (char *)args->c;
     mq_gemm_store store = {
-        .c = sums, .nr = job->kernel->nr, .dtype = args->c_dtype, .ldo = args->ldc,
+        .c = sums, .dtype = args->c_dtype, .ldo = args->ldc,
         .out = c + ((task->row + row) * args->ldc + at) * (int64_t)mq_dtype_size(args->c_dtype),
         .bias = args->bias ? args->bias + at : NULL, .alpha = args->alpha, .accumulate = args->accumulate,
         .rows = MQ_MIN(rows, task->rows - row), .columns = MQ_MIN(job->kernel->nr, task->columns - column),

@@ -10,6 +10,7 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 
+#define HELPERS_NR 16
 #include "kernels/gemm_helpers.inc"
 
 #define TILE tile_avx2
@@ -60,7 +61,7 @@ static const mq_gemm_helpers helpers = {convert, transpose, interleave, store_ti
 #pragma GCC pop_options
 
 const mq_gemm_kernel mq_gemm_kernel_avx2 = {
-    .name = "avx2", .needs = MQ_CPU_AVX2, .unit = MQ_UNIT_F32, .mr = MR, .nr = NV * LANES,
+    .name = "avx2", .needs = MQ_CPU_AVX2, .unit = MQ_UNIT_F32, .mr = MR, .nr = NR,
     .row_multiple = 1, .k_multiple = 1, .k_block = 256, .tile = tile_avx2, .helpers = &helpers,
 };
 #endif

@@ -10,6 +10,7 @@
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
 
+#define HELPERS_NR 32
 #include "kernels/gemm_helpers.inc"
 
 #define TILE tile_avx512
@@ -42,7 +43,7 @@ MQ_INLINE void transpose_in_lanes(__m512i *a)
     }
 }
 
-static void transpose(const uint32_t *in, int64_t ldi, uint32_t *out, int64_t ldo)
+void mq_gemm_transpose_avx512(const uint32_t *in, int64_t ldi, uint32_t *out, int64_t ldo)
 {
     __m512i a[16];
 #pragma GCC unroll 16
@@ -62,10 +63,10 @@ static void transpose(const uint32_t *in, int64_t ldi, uint32_t *out, int64_t ld
 
 #pragma GCC pop_options
 
-const mq_gemm_helpers mq_gemm_helpers_avx512 = {convert, transpose, interleave, store_tile};
+static const mq_gemm_helpers helpers = {convert, mq_gemm_transpose_avx512, interleave, store_tile};
 
 const mq_gemm_kernel mq_gemm_kernel_avx512 = {
-    .name = "avx512", .needs = MQ_CPU_AVX512, .unit = MQ_UNIT_F32, .mr = MR, .nr = NV * LANES,
-    .row_multiple = 1, .k_multiple = 1, .k_block = 256, .tile = tile_avx512, .helpers = &mq_gemm_helpers_avx512,
+    .name = "avx512", .needs = MQ_CPU_AVX512, .unit = MQ_UNIT_F32, .mr = MR, .nr = NR,
+    .row_multiple = 1, .k_multiple = 1, .k_block = 256, .tile = tile_avx512, .helpers = &helpers,
 };
 #endif

@@ -1,6 +1,7 @@
 /* The matrix product's kernel for AVX512-BF16: vdpbf16ps takes a pair of products where AVX-512 takes one. */
 #if defined(__x86_64__)
 #include <immintrin.h>
+#include <string.h>
 
 #include "kernels/gemm_kernel.h"
 
@@ -9,11 +10,21 @@
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,prefer-vector-width=512")
 
+MQ_INLINE void round_32(const float *src, uint16_t *dst)
+{
+    __m512bh rounded = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(src + 16), _mm512_loadu_ps(src));
+    _mm512_storeu_si512(dst, (__m512i)rounded);
+}
+
+#define HELPERS_NR 32
+#define ROUND_32 round_32
+#include "kernels/gemm_helpers.inc"
+
 /* One pair of bfloat16 to every lane. */
 MQ_INLINE __m512bh broadcast_pair(const void *pair)
 {
     int bits;
-    __builtin_memcpy(&bits, pair, sizeof bits);
+    memcpy(&bits, pair, sizeof bits);
     return (__m512bh)_mm512_set1_epi32(bits);
 }
 
@@ -31,8 +42,10 @@ MQ_INLINE __m512bh broadcast_pair(const void *pair)
 
 #pragma GCC pop_options
 
+const mq_gemm_helpers mq_gemm_helpers_avx512_bf16 = {convert, mq_gemm_transpose_avx512, interleave, store_tile};
+
 const mq_gemm_kernel mq_gemm_kernel_avx512_bf16 = {
-    .name = "avx512_bf16", .needs = MQ_CPU_AVX512 | MQ_CPU_AVX512_BF16, .unit = MQ_UNIT_PAIR, .mr = MR, .nr = NV * LANES,
-    .row_multiple = 1, .k_multiple = 1, .k_block = 256, .tile = tile_avx512_bf16, .helpers = &mq_gemm_helpers_avx512,
+    .name = "avx512_bf16", .needs = MQ_CPU_AVX512 | MQ_CPU_AVX512_BF16, .unit = MQ_UNIT_PAIR, .mr = MR, .nr = NR,
+    .row_multiple = 1, .k_multiple = 1, .k_block = 256, .tile = tile_avx512_bf16, .helpers = &mq_gemm_helpers_avx512_bf16,
 };
 #endif

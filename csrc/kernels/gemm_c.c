@@ -1,6 +1,7 @@
 /* The matrix product's kernels in plain C: the fallback, and what the others are compared with. */
 #include "kernels/gemm_kernel.h"
 
+#define HELPERS_NR 16
 #include "kernels/gemm_helpers.inc"
 
 typedef float vec4 __attribute__((vector_size(16), aligned(4), may_alias));
@@ -33,6 +34,6 @@ static void transpose(const uint32_t *MQ_RESTRICT in, int64_t ldi, uint32_t *MQ_
 static const mq_gemm_helpers helpers = {convert, transpose, interleave, store_tile};
 
 const mq_gemm_kernel mq_gemm_kernel_c = {
-    .name = "c", .unit = MQ_UNIT_F32, .mr = MR, .nr = NV * LANES, .row_multiple = 1, .k_multiple = 1, .k_block = 512,
+    .name = "c", .unit = MQ_UNIT_F32, .mr = MR, .nr = NR, .row_multiple = 1, .k_multiple = 1, .k_block = 512,
     .tile = tile_c, .helpers = &helpers,
 };

@@ -36,8 +36,7 @@ typedef enum mq_gemm_convert {
 
 /* out[rows, columns] = alpha * c (+ bias) (+ out). */
 typedef struct mq_gemm_store {
-    const float *c;              /* [rows, nr] */
-    int64_t nr;
+    const float *c;              /* [rows, nr of the kernel] */
     void *out; mq_dtype dtype; int64_t ldo;
     const float *bias;           /* at this tile's first column, or NULL */
     float alpha;
@@ -74,7 +73,8 @@ extern const mq_gemm_kernel mq_gemm_kernel_avx2;
 extern const mq_gemm_kernel mq_gemm_kernel_avx512;
 extern const mq_gemm_kernel mq_gemm_kernel_avx512_bf16;
 extern const mq_gemm_kernel mq_gemm_kernel_amx;
-extern const mq_gemm_helpers mq_gemm_helpers_avx512;
+extern const mq_gemm_helpers mq_gemm_helpers_avx512_bf16;
+void mq_gemm_transpose_avx512(const uint32_t *in, int64_t ldi, uint32_t *out, int64_t ldo);
 
 const mq_gemm_kernel *mq_gemm_kernel_of(mq_gemm_kind kind);
 
