@@ -1,5 +1,7 @@
 #include "py/ndarray.h"
 
+#include "py/dlpack.h"
+
 #include <string.h>
 
 #define NPY_NO_DEPRECATED_API NPY_1_22_API_VERSION
@@ -83,23 +85,57 @@ static int view_array(PyObject *array, const char *name, mq_tensor *out, PyObjec
     return 0;
 }
 
+/* An array over memory that owner keeps alive (its base). Steals owner. */
+static PyObject *array_over(mq_state *state, const mq_tensor *view, PyObject *owner)
+{
+    PyArray_Descr *descr = dtype_object(state, view->dtype);
+    npy_intp dims[MQ_MAX_NDIM], strides[MQ_MAX_NDIM];
+    npy_intp size = (npy_intp)mq_dtype_size(view->dtype);
+    for (int i = 0; i < view->ndim; i++) {
+        dims[i] = view->shape[i];
+        /* Of an axis of at most one element the stride means nothing, and producers put anything there. */
+        strides[i] = view->shape[i] > 1 ? view->stride[i] * size : size;
+    }
+    Py_XINCREF(descr);
+    PyObject *array = descr == NULL ? NULL
+                                    : PyArray_NewFromDescr(&PyArray_Type, descr, view->ndim, dims, strides, view->data,
+                                                           view->readonly ? 0 : NPY_ARRAY_WRITEABLE, NULL);
+    if (array == NULL) {
+        Py_DECREF(owner);
+        return NULL;
+    }
+    if (PyArray_SetBaseObject((PyArrayObject *)array, owner) < 0) Py_CLEAR(array);
+    return array;
+}
+
+/* obj as an array: itself, a view of a DLPack producer's memory, or what np.asarray makes of it. A new reference. */
+static PyObject *array_of(mq_state *state, PyObject *obj, const char *name)
+{
+    if (PyArray_Check(obj) || !PyObject_HasAttrString(obj, "__dlpack__")) return PyArray_FROM_O(obj);
+    mq_tensor view;
+    PyObject *owner;
+    return mq_dlpack_import(obj, name, &view, &owner) < 0 ? NULL : array_over(state, &view, owner);
+}
+
 int mq_view_object(mq_state *state, PyObject *obj, const char *name, mq_tensor *out, PyObject **keep)
 {
-    (void)state;
-    return view_array(PyArray_FROM_O(obj), name, out, keep);
+    return view_array(array_of(state, obj, name), name, out, keep);
 }
 
 int mq_view_contiguous(mq_state *state, PyObject *obj, const char *name, mq_tensor *out, PyObject **keep)
 {
-    (void)state;
-    return view_array(PyArray_FROM_OF(obj, NPY_ARRAY_C_CONTIGUOUS | NPY_ARRAY_ALIGNED), name, out, keep);
+    PyObject *given = array_of(state, obj, name);
+    if (given == NULL) return -1;
+    PyObject *array = PyArray_FROM_OF(given, NPY_ARRAY_C_CONTIGUOUS | NPY_ARRAY_ALIGNED);
+    Py_DECREF(given);
+    return view_array(array, name, out, keep);
 }
 
 int mq_view_as(mq_state *state, PyObject *obj, const char *name, mq_dtype dtype, mq_tensor *out, PyObject **keep)
 {
     PyArray_Descr *descr = dtype_object(state, dtype);
     if (descr == NULL) return -1;
-    PyObject *given = PyArray_FROM_O(obj);
+    PyObject *given = array_of(state, obj, name);
     if (given == NULL) return -1;
     if (!PyArray_CanCastArrayTo((PyArrayObject *)given, descr, NPY_SAME_KIND_CASTING)) {
         PyErr_Format(PyExc_TypeError, "%s: cannot use dtype %S as %s", name,
@@ -126,6 +162,26 @@ PyObject *mq_new_array(mq_state *state, mq_dtype dtype, int ndim, const int64_t 
     return array;
 }
 
+PyDoc_STRVAR(as_array_doc,
+"as_array(obj, name='array')\n--\n\n"
+"obj as a NumPy array over the same memory: an array as it is, a DLPack producer (a CPU torch tensor, bfloat16 and float8 too)\n"
+"without a copy, and what np.asarray takes. name is used in errors.");
+
+static PyObject *as_array(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"obj", "name", NULL};
+    PyObject *obj, *keep;
+    const char *name = "array";
+    mq_tensor view;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|s:as_array", names, &obj, &name)) return NULL;
+    return mq_view_object(mq_state_of(module), obj, name, &view, &keep) == 0 ? keep : NULL;
+}
+
+static PyMethodDef methods[] = {
+    {"as_array", (PyCFunction)(void (*)(void))as_array, METH_VARARGS | METH_KEYWORDS, as_array_doc},
+    {NULL, NULL, 0, NULL},
+};
+
 static int ndarray_init(PyObject *module, mq_state *state)
 {
     (void)module;
@@ -134,4 +190,4 @@ static int ndarray_init(PyObject *module, mq_state *state)
     return 0;
 }
 
-const mq_py_part mq_py_ndarray = {.init = ndarray_init};
+const mq_py_part mq_py_ndarray = {.methods = methods, .init = ndarray_init};

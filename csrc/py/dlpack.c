@@ -1,0 +1,184 @@
+#include "py/dlpack.h"
+
+#include <stdlib.h>
+
+#include "core/mq.h"
+
+static const char legacy_name[] = "dltensor", legacy_used[] = "used_dltensor";
+static const char versioned_name[] = "dltensor_versioned", versioned_used[] = "used_dltensor_versioned";
+static const char owner_name[] = "modelq.dlpack_owner";
+
+static const struct { uint8_t code, bits; } codes[MQ_DTYPE_COUNT] = {
+    [MQ_F32] = {MQ_DL_FLOAT, 32}, [MQ_BF16] = {MQ_DL_BFLOAT, 16}, [MQ_F16] = {MQ_DL_FLOAT, 16}, [MQ_F64] = {MQ_DL_FLOAT, 64},
+    [MQ_F8_E4M3] = {MQ_DL_F8_E4M3FN, 8}, [MQ_F8_E5M2] = {MQ_DL_F8_E5M2, 8}, [MQ_F8_E8M0] = {MQ_DL_F8_E8M0FNU, 8},
+    [MQ_I8] = {MQ_DL_INT, 8}, [MQ_U8] = {MQ_DL_UINT, 8}, [MQ_I16] = {MQ_DL_INT, 16}, [MQ_U16] = {MQ_DL_UINT, 16},
+    [MQ_I32] = {MQ_DL_INT, 32}, [MQ_U32] = {MQ_DL_UINT, 32}, [MQ_I64] = {MQ_DL_INT, 64}, [MQ_U64] = {MQ_DL_UINT, 64},
+    [MQ_BOOL] = {MQ_DL_BOOL, 8},
+};
+
+/* The memory goes back to its producer, whose deleter may run Python code: keep the exception that may be under way. */
+#define RETURN_MEMORY(struct_type)                                                      \
+    struct_type *managed = PyCapsule_GetPointer(owner, owner_name);                     \
+    PyObject *type, *value, *traceback;                                                 \
+    PyErr_Fetch(&type, &value, &traceback);                                             \
+    if (managed != NULL && managed->deleter != NULL) managed->deleter(managed);         \
+    PyErr_Restore(type, value, traceback)
+
+static void return_legacy(PyObject *owner)
+{
+    RETURN_MEMORY(mq_dl_managed);
+}
+
+static void return_versioned(PyObject *owner)
+{
+    RETURN_MEMORY(mq_dl_versioned);
+}
+
+static const char *device_name(int type)
+{
+    switch (type) {
+    case MQ_DL_CUDA: return "cuda";
+    case 8: return "metal";
+    case 10: return "rocm";
+    case 14: return "oneapi";
+    default: return "device";
+    }
+}
+
+/* Asked before __dlpack__, so that no producer is made to synchronise or copy in vain. */
+static int check_device(PyObject *obj, const char *name)
+{
+    int type, id;
+    PyObject *device = PyObject_CallMethod(obj, "__dlpack_device__", NULL);
+    if (device == NULL) return -1;
+    int ok = PyTuple_Check(device) && PyArg_ParseTuple(device, "ii", &type, &id);
+    Py_DECREF(device);
+    if (!ok) {
+        PyErr_Format(PyExc_TypeError, "%s: __dlpack_device__() must give two integers", name);
+        return -1;
+    }
+    if (type == MQ_DL_CPU || type == MQ_DL_CUDA_HOST) return 0;
+    PyErr_Format(PyExc_ValueError, "%s: is on %s:%d (DLPack device type %d), expected CPU memory: move it there first", name,
+                 device_name(type), id, type);
+    return -1;
+}
+
+/* Producers from before the array API of 2023 do not know max_version. */
+static PyObject *ask_for_capsule(PyObject *obj)
+{
+    PyObject *method = PyObject_GetAttrString(obj, "__dlpack__");
+    PyObject *options = Py_BuildValue("{s:(ii)}", "max_version", MQ_DL_MAJOR, 0);
+    PyObject *none = PyTuple_New(0);
+    PyObject *capsule = method && options && none ? PyObject_Call(method, none, options) : NULL;
+    if (capsule == NULL && method != NULL && PyErr_ExceptionMatches(PyExc_TypeError)) {
+        PyErr_Clear();
+        capsule = PyObject_CallNoArgs(method);
+    }
+    Py_XDECREF(method);
+    Py_XDECREF(options);
+    Py_XDECREF(none);
+    return capsule;
+}
+
+static int find_dtype(mq_dl_dtype given, const char *name, mq_dtype *out)
+{
+    for (int i = 0; i < MQ_DTYPE_COUNT; i++) {
+        if (codes[i].code != given.code || codes[i].bits != given.bits || given.lanes != 1) continue;
+        *out = (mq_dtype)i;
+        return 0;
+    }
+    PyErr_Format(PyExc_TypeError, "%s: DLPack dtype (code %d, %d bits, %d lanes) is not supported", name, (int)given.code,
+                 (int)given.bits, (int)given.lanes);
+    return -1;
+}
+
+static int fill_view(const mq_dl_tensor *given, const char *name, mq_tensor *out)
+{
+    mq_dtype dtype;
+    if (given->device.type != MQ_DL_CPU && given->device.type != MQ_DL_CUDA_HOST) {
+        PyErr_Format(PyExc_ValueError, "%s: its DLPack capsule is not of CPU memory (device type %d)", name, given->device.type);
+        return -1;
+    }
+    if (given->ndim < 0 || given->ndim > MQ_MAX_NDIM) {
+        PyErr_Format(PyExc_ValueError, "%s: %d dimensions, at most %d are supported", name, given->ndim, MQ_MAX_NDIM);
+        return -1;
+    }
+    if (find_dtype(given->dtype, name, &dtype) < 0) return -1;
+    int64_t room = PY_SSIZE_T_MAX / 8;
+    for (int i = 0; i < given->ndim; i++) {
+        if (given->shape[i] >= 0 && given->shape[i] <= room) {
+            room /= MQ_MAX(given->shape[i], (int64_t)1);
+            continue;
+        }
+        PyErr_Format(PyExc_ValueError, "%s: dimension %d of %lld is negative or makes the tensor too large", name, i,
+                     (long long)given->shape[i]);
+        return -1;
+    }
+    *out = mq_tensor_make(given->data, dtype, given->ndim, given->shape);
+    for (int i = 0; given->strides != NULL && i < given->ndim; i++) {
+        out->stride[i] = given->strides[i];
+        if (given->shape[i] < 2 || llabs(given->strides[i]) <= PY_SSIZE_T_MAX / 8) continue;
+        PyErr_Format(PyExc_ValueError, "%s: stride %d of %lld is too large", name, i, (long long)given->strides[i]);
+        return -1;
+    }
+    if (given->data != NULL) {
+        out->data = (char *)given->data + given->byte_offset;
+    } else if (mq_tensor_count(out) != 0) {
+        PyErr_Format(PyExc_ValueError, "%s: its DLPack capsule has elements but no memory", name);
+        return -1;
+    }
+    return 0;
+}
+
+/* From here on the memory is ours to return: the capsule is renamed, which tells its destructor to let go. */
+static PyObject *take_over(PyObject *capsule, void *managed, int versioned)
+{
+    PyObject *owner = PyCapsule_New(managed, owner_name, versioned ? return_versioned : return_legacy);
+    if (owner == NULL) return NULL;
+    if (PyCapsule_SetName(capsule, versioned ? versioned_used : legacy_used) == 0) return owner;
+    PyCapsule_SetDestructor(owner, NULL);
+    Py_DECREF(owner);
+    return NULL;
+}
+
+static int import_versioned(PyObject *capsule, const char *name, mq_tensor *out, PyObject **owner)
+{
+    mq_dl_versioned *managed = PyCapsule_GetPointer(capsule, versioned_name);
+    if (managed == NULL) return -1;
+    if (managed->version.major != MQ_DL_MAJOR) {
+        PyErr_Format(PyExc_BufferError, "%s: DLPack version %u.%u, expected %d.x", name, managed->version.major,
+                     managed->version.minor, MQ_DL_MAJOR);
+        return -1;
+    }
+    if (fill_view(&managed->tensor, name, out) < 0) return -1;
+    out->readonly = (managed->flags & MQ_DL_FLAG_READ_ONLY) != 0;
+    *owner = take_over(capsule, managed, 1);
+    return *owner != NULL ? 0 : -1;
+}
+
+static int import_legacy(PyObject *capsule, const char *name, mq_tensor *out, PyObject **owner)
+{
+    mq_dl_managed *managed = PyCapsule_GetPointer(capsule, legacy_name);
+    if (managed == NULL || fill_view(&managed->tensor, name, out) < 0) return -1;
+    out->readonly = 1;
+    *owner = take_over(capsule, managed, 0);
+    return *owner != NULL ? 0 : -1;
+}
+
+int mq_dlpack_import(PyObject *obj, const char *name, mq_tensor *out, PyObject **owner)
+{
+    if (check_device(obj, name) < 0) return -1;
+    PyObject *capsule = ask_for_capsule(obj);
+    if (capsule == NULL) return -1;
+    int rc = -1;
+    if (PyCapsule_IsValid(capsule, versioned_name))
+        rc = import_versioned(capsule, name, out, owner);
+    else if (PyCapsule_IsValid(capsule, legacy_name))
+        rc = import_legacy(capsule, name, out, owner);
+    else if (PyCapsule_IsValid(capsule, legacy_used) || PyCapsule_IsValid(capsule, versioned_used))
+        PyErr_Format(PyExc_ValueError, "%s: its DLPack capsule was consumed before", name);
+    else
+        PyErr_Format(PyExc_TypeError, "%s: __dlpack__() gave no DLPack capsule", name);
+    Py_DECREF(capsule);
+    return rc;
+}
