@@ -47,8 +47,8 @@ static int default_threads(void)
     return 1;
 }
 
-/* In the child only this thread exists: forget the workers, and take fresh locks, as the old ones may be held by threads
- * that were not copied. */
+/* In the child only this thread exists: forget the workers, and take fresh locks, as the old ones may be held by
+ * threads that were not copied. */
 static void reset_after_fork(void)
 {
     pthread_mutex_init(&pool.job_mutex, NULL);

@@ -1,4 +1,5 @@
-/* mq_tensor: a view of an n-dimensional array that somebody else owns. Strides are in elements and may be any integer. */
+/* mq_tensor: a view of an n-dimensional array that somebody else owns. Strides are in elements and may be any
+ * integer. */
 #ifndef MQ_TENSOR_H
 #define MQ_TENSOR_H
 

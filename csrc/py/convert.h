@@ -9,8 +9,8 @@
 /* Raises the exception for err->code and returns NULL. */
 PyObject *mq_raise(const mq_error *err);
 
-/* A progress and interrupt poll for long core calls, called without the GIL: takes it, runs pending signal handlers, and
- * returns MQ_ERR_INTERRUPTED with the exception set if one raised (Ctrl-C). */
+/* A progress and interrupt poll for long core calls, called without the GIL: takes it, runs pending signal handlers,
+ * and returns MQ_ERR_INTERRUPTED with the exception set if one raised (Ctrl-C). */
 int mq_poll_signals(void *unused);
 
 /* The module that a method was defined in: types are heap types that cannot be subclassed. */

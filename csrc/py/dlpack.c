@@ -9,7 +9,8 @@ static const char versioned_name[] = "dltensor_versioned", versioned_used[] = "u
 static const char owner_name[] = "modelq.dlpack_owner";
 
 static const struct { uint8_t code, bits; } codes[MQ_DTYPE_COUNT] = {
-    [MQ_F32] = {MQ_DL_FLOAT, 32}, [MQ_BF16] = {MQ_DL_BFLOAT, 16}, [MQ_F16] = {MQ_DL_FLOAT, 16}, [MQ_F64] = {MQ_DL_FLOAT, 64},
+    [MQ_F32] = {MQ_DL_FLOAT, 32}, [MQ_F16] = {MQ_DL_FLOAT, 16}, [MQ_F64] = {MQ_DL_FLOAT, 64},
+    [MQ_BF16] = {MQ_DL_BFLOAT, 16},
     [MQ_F8_E4M3] = {MQ_DL_F8_E4M3FN, 8}, [MQ_F8_E5M2] = {MQ_DL_F8_E5M2, 8}, [MQ_F8_E8M0] = {MQ_DL_F8_E8M0FNU, 8},
     [MQ_I8] = {MQ_DL_INT, 8}, [MQ_U8] = {MQ_DL_UINT, 8}, [MQ_I16] = {MQ_DL_INT, 16}, [MQ_U16] = {MQ_DL_UINT, 16},
     [MQ_I32] = {MQ_DL_INT, 32}, [MQ_U32] = {MQ_DL_UINT, 32}, [MQ_I64] = {MQ_DL_INT, 64}, [MQ_U64] = {MQ_DL_UINT, 64},
@@ -58,8 +59,8 @@ static int check_device(PyObject *obj, const char *name)
         return -1;
     }
     if (type == MQ_DL_CPU || type == MQ_DL_CUDA_HOST) return 0;
-    PyErr_Format(PyExc_ValueError, "%s: is on %s:%d (DLPack device type %d), expected CPU memory: move it there first", name,
-                 device_name(type), id, type);
+    PyErr_Format(PyExc_ValueError, "%s: is on %s:%d (DLPack device type %d), expected CPU memory: move it there first",
+                 name, device_name(type), id, type);
     return -1;
 }
 
@@ -87,8 +88,8 @@ static int find_dtype(mq_dl_dtype given, const char *name, mq_dtype *out)
         *out = (mq_dtype)i;
         return 0;
     }
-    PyErr_Format(PyExc_TypeError, "%s: DLPack dtype (code %d, %d bits, %d lanes) is not supported", name, (int)given.code,
-                 (int)given.bits, (int)given.lanes);
+    PyErr_Format(PyExc_TypeError, "%s: DLPack dtype (code %d, %d bits, %d lanes) is not supported", name,
+                 (int)given.code, (int)given.bits, (int)given.lanes);
     return -1;
 }
 
@@ -96,7 +97,8 @@ static int fill_view(const mq_dl_tensor *given, const char *name, mq_tensor *out
 {
     mq_dtype dtype;
     if (given->device.type != MQ_DL_CPU && given->device.type != MQ_DL_CUDA_HOST) {
-        PyErr_Format(PyExc_ValueError, "%s: its DLPack capsule is not of CPU memory (device type %d)", name, given->device.type);
+        PyErr_Format(PyExc_ValueError, "%s: its DLPack capsule is not of CPU memory (device type %d)", name,
+                     given->device.type);
         return -1;
     }
     if (given->ndim < 0 || given->ndim > MQ_MAX_NDIM) {

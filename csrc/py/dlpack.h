@@ -1,7 +1,8 @@
 /* DLPack: memory of other libraries' tensors, without a copy. Import of both capsule generations ("dltensor" and
  * "dltensor_versioned"), CPU memory only.
  *
- * The structs are an ABI (dmlc/dlpack, include/dlpack/dlpack.h, version 1.x); names and layout follow its documentation. */
+ * The structs are an ABI (dmlc/dlpack, include/dlpack/dlpack.h, version 1.x); names and layout follow its
+ * documentation. */
 #ifndef MQ_PY_DLPACK_H
 #define MQ_PY_DLPACK_H
 
@@ -42,9 +43,9 @@ typedef struct mq_dl_versioned { /* capsule "dltensor_versioned" */
     mq_dl_tensor tensor;
 } mq_dl_versioned;
 
-/* Takes over obj.__dlpack__(). *out views its memory; *owner receives a new reference that returns the memory to the producer
- * when it goes. A legacy capsule cannot say that it is read-only, so it is taken to be. Returns 0, or -1 with an exception set
- * and the tensor still the producer's. */
+/* Takes over obj.__dlpack__(). *out views its memory; *owner receives a new reference that returns the memory to the
+ * producer when it goes. A legacy capsule cannot say that it is read-only, so it is taken to be. Returns 0, or -1
+ * with an exception set and the tensor still the producer's. */
 int mq_dlpack_import(PyObject *obj, const char *name, mq_tensor *out, PyObject **owner);
 
 #endif

@@ -1,5 +1,5 @@
-/* _alloc_fail_at(): lets tests make the n-th allocation of this module fail. modelq._core and modelq._testing each link their
- * own copy of the core, so both have this function. */
+/* _alloc_fail_at(): lets tests make the n-th allocation of this module fail. modelq._core and modelq._testing each
+ * link their own copy of the core, so both have this function. */
 #include "py/state.h"
 
 #include "core/alloc.h"

@@ -15,7 +15,8 @@ static const int numpy_types[MQ_DTYPE_COUNT] = {
     [MQ_I32] = NPY_INT32, [MQ_U32] = NPY_UINT32, [MQ_I64] = NPY_INT64, [MQ_U64] = NPY_UINT64, [MQ_BOOL] = NPY_BOOL,
 };
 
-/* The NumPy dtype of an mq_dtype, borrowed from the state; ml_dtypes is imported when one of its types is first needed. */
+/* The NumPy dtype of an mq_dtype, borrowed from the state; ml_dtypes is imported when one of its types is first
+ * needed. */
 static PyArray_Descr *dtype_object(mq_state *state, mq_dtype dtype)
 {
     if (state->dtype_objects[dtype] != NULL) return (PyArray_Descr *)state->dtype_objects[dtype];
@@ -164,8 +165,8 @@ PyObject *mq_new_array(mq_state *state, mq_dtype dtype, int ndim, const int64_t 
 
 PyDoc_STRVAR(as_array_doc,
 "as_array(obj, name='array')\n--\n\n"
-"obj as a NumPy array over the same memory: an array as it is, a DLPack producer (a CPU torch tensor, bfloat16 and float8 too)\n"
-"without a copy, and what np.asarray takes. name is used in errors.");
+"obj as a NumPy array over the same memory: an array as it is, a DLPack producer (a CPU torch tensor, bfloat16 and\n"
+"float8 too) without a copy, and what np.asarray takes. name is used in errors.");
 
 static PyObject *as_array(PyObject *module, PyObject *args, PyObject *kwargs)
 {

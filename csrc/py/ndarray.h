@@ -4,8 +4,8 @@
 
 #include "py/state.h"
 
-/* A view of obj (NumPy array, DLPack producer, or anything that np.asarray takes) as *out. *keep receives a new reference
- * that must live as long as the view. name is used in errors. Returns 0, or -1 with an exception set. */
+/* A view of obj (NumPy array, DLPack producer, or anything that np.asarray takes) as *out. *keep receives a new
+ * reference that must live as long as the view. name is used in errors. Returns 0, or -1 with an exception set. */
 int mq_view_object(mq_state *state, PyObject *obj, const char *name, mq_tensor *out, PyObject **keep);
 
 /* The same, C-contiguous (copied if it is not). */

@@ -183,7 +183,8 @@ def _packed(tokenizer: Any, samples: list[str], length: int, rows: int) -> dict[
     stream = stream[:rows * length]
     found, last = divmod(len(stream), length)
     if found + (last > 0) < rows:
-        warnings.warn(f"pack=True made {found + (last > 0)} rows of {length} tokens, {rows} were asked for: the text is used up", stacklevel=3)
+        warnings.warn(f"pack=True made {found + (last > 0)} rows of {length} tokens, {rows} were asked for: the text is used up",
+                      stacklevel=3)
     ids = np.zeros((found + (last > 0), length), dtype=np.int64)
     if last:
         ids[:] = tokenize.padding(tokenizer)[0]

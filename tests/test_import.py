@@ -1,0 +1,45 @@
+"""`import modelq` is instant, and pulls in nothing heavy."""
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+import modelq
+
+HEAVY = ["torch", "transformers", "datasets", "matplotlib", "huggingface_hub", "pandas", "pyarrow", "gguf", "tokenizers", "tqdm", "yaml"]
+EXTENSION_LIMIT = 5 << 20   # bytes
+
+
+def test_import_is_fast(run_python):
+    if os.environ.get("MODELQ_SANITIZED"):
+        pytest.skip("a timing, and sanitizers slow everything down")
+    code = "import time; start = time.perf_counter(); import modelq; print(time.perf_counter() - start)"
+    best = min(float(run_python(code)) for _ in range(7))
+    assert best < 0.2
+
+
+def test_import_pulls_in_nothing_heavy(run_python):
+    modules = ["modelq", "modelq.quantization", "modelq.export", "modelq.utils.dataset_utils", "modelq.cli"]
+    code = f"import {', '.join(modules)}, sys; print(*sorted(set(sys.modules) & {set(HEAVY)!r}))"
+    assert run_python(code) == ""
+
+
+def test_nothing_heavy_is_needed(run_python):
+    """Not only not imported: modelq works where it cannot be."""
+    code = f"import sys; sys.modules.update(dict.fromkeys({[name for name in HEAVY if name in ('torch', 'transformers', 'datasets', 'matplotlib')]!r}))\n" \
+           "import modelq, modelq.quantization, modelq.export, modelq.utils.dataset_utils, modelq.cli\nprint('fine')"
+    assert run_python(code) == "fine"
+
+
+def test_the_extension_is_small():
+    files = list(Path(modelq.__file__).parent.glob("_core*.so"))
+    assert len(files) == 1
+    if not os.environ.get("MODELQ_SANITIZED"):
+        assert files[0].stat().st_size < EXTENSION_LIMIT
+
+
+def test_version_is_one(run_python):
+    import modelq._core as core
+    assert modelq.__version__ == core.__version__
+    assert sys.modules["modelq"].__version__
