@@ -23,8 +23,11 @@ typedef struct mq_py_part {
     int (*init)(PyObject *module, mq_state *state);  /* adds types and constants, may be NULL */
 } mq_py_part;
 
+extern const mq_py_part mq_py_blocks;
 extern const mq_py_part mq_py_faults;
+extern const mq_py_part mq_py_formats;
 extern const mq_py_part mq_py_ndarray;
+extern const mq_py_part mq_py_quantizer;
 extern const mq_py_part mq_py_system;
 
 #endif

@@ -1,0 +1,368 @@
+/* amax, quantize, dequantize and fake_quantize on arrays. */
+#include "py/convert.h"
+#include "py/ndarray.h"
+
+#include "format/pack.h"
+#include "quant/block.h"
+#include "quant/scale.h"
+
+static int parse_scheme(const char *name, mq_scheme *out)
+{
+    if (mq_scheme_find(name, out) == MQ_OK) return 0;
+    PyErr_Format(PyExc_ValueError, "unknown scheme '%s'; modelq._core.schemes() lists them", name);
+    return -1;
+}
+
+/* None or 0: the scheme's own. */
+static int parse_block_size(PyObject *object, int64_t *out)
+{
+    *out = 0;
+    if (object == NULL || object == Py_None) return 0;
+    *out = PyLong_AsLongLong(object);
+    if (*out == -1 && PyErr_Occurred()) return -1;
+    if (*out >= 0) return 0;
+    PyErr_Format(PyExc_ValueError, "block_size: expected a positive number, got %lld", (long long)*out);
+    return -1;
+}
+
+/* ---- amax ---- */
+
+/* Blocks of the matrix that x is seen as, and the shape of the result. */
+typedef struct amax_plan {
+    int64_t block_rows, block_cols;
+    int ndim;
+    int64_t shape[MQ_MAX_NDIM];
+} amax_plan;
+
+static int plan_axis(PyObject *axis, const mq_tensor *x, amax_plan *plan)
+{
+    const long at = PyLong_AsLong(axis);
+    if (at == -1 && PyErr_Occurred()) return -1;
+    const long last = x->ndim - 1;
+    if (x->ndim == 0 || (at != 0 && at != -1 && at != last)) {
+        PyErr_Format(PyExc_ValueError, "axis: expected the first or the last of %d dimensions, got %ld", x->ndim, at);
+        return -1;
+    }
+    const int first = at == 0 && x->ndim > 1;
+    plan->block_rows = first ? 1 : 0;
+    plan->block_cols = first ? 0 : 1;
+    plan->ndim = x->ndim;
+    for (int i = 0; i < x->ndim; i++) plan->shape[i] = 1;
+    plan->shape[first ? 0 : last] = x->shape[first ? 0 : last];
+    return 0;
+}
+
+static int plan_block(PyObject *block, const mq_tensor *x, amax_plan *plan)
+{
+    long long rows = 1, cols;
+    const int both = PyTuple_Check(block);
+    if (both ? !PyArg_ParseTuple(block, "LL", &rows, &cols) : (cols = PyLong_AsLongLong(block)) == -1 && PyErr_Occurred())
+        return -1;
+    if (rows < 1 || cols < 1 || x->ndim < 1 || (both && x->ndim != 2)) {
+        PyErr_SetString(PyExc_ValueError, "block: expected a positive length along the last axis, or (rows, columns) of a matrix");
+        return -1;
+    }
+    plan->block_rows = rows;
+    plan->block_cols = cols;
+    plan->ndim = x->ndim;
+    for (int i = 0; i < x->ndim; i++) plan->shape[i] = x->shape[i];
+    if (both) plan->shape[0] = MQ_CEIL_DIV(x->shape[0], (int64_t)rows);
+    plan->shape[x->ndim - 1] = MQ_CEIL_DIV(x->shape[x->ndim - 1], (int64_t)cols);
+    return 0;
+}
+
+/* x as a matrix: leading dimensions are rows (or, with rows of the first axis, the others are columns). x is contiguous, or 2-D. */
+static mq_tensor as_matrix(const mq_tensor *x, int split_first)
+{
+    if (x->ndim == 2) return *x;
+    const int64_t count = mq_tensor_count(x);
+    int64_t rows = x->ndim == 0 ? 1 : split_first ? x->shape[0] : 1;
+    for (int i = 0; !split_first && i + 1 < x->ndim; i++) rows *= x->shape[i];
+    int64_t cols = x->ndim == 0 ? 1 : rows != 0 ? count / rows : 0;
+    mq_tensor matrix = mq_tensor_make(x->data, x->dtype, 2, (int64_t[]){rows, cols});
+    return matrix;
+}
+
+static PyObject *amax_of(mq_state *state, const mq_tensor *x, const amax_plan *plan)
+{
+    mq_tensor out;
+    PyObject *result = mq_new_array(state, MQ_F32, plan->ndim, plan->shape, &out);
+    if (result == NULL || mq_tensor_count(&out) == 0) return result;
+    const mq_tensor matrix = as_matrix(x, plan->block_rows == 1 && plan->block_cols == 0);
+    const mq_grid grid = mq_grid_make(matrix.shape[0], matrix.shape[1], plan->block_rows, plan->block_cols);
+    mq_error err;
+    int rc;
+    Py_BEGIN_ALLOW_THREADS
+    rc = mq_amax(&matrix, &grid, out.data, &err);
+    Py_END_ALLOW_THREADS
+    if (rc == MQ_OK) return result;
+    Py_DECREF(result);
+    return mq_raise(&err);
+}
+
+PyDoc_STRVAR(amax_doc,
+"amax(x, axis=None, block=None)\n--\n\n"
+"Largest magnitudes of x (float32, bfloat16 or float16) as float32; NaN wins over everything.\n\n"
+"axis None: of the whole array, 0-d. axis 0 or -1: one per index of that axis, other dimensions kept as 1. block n: of every n\n"
+"elements along the last axis, shape [..., ceil(I / n)]. block (r, c): of every r x c block of a matrix. Partial blocks count\n"
+"what they have.");
+
+static PyObject *amax(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"x", "axis", "block", NULL};
+    PyObject *object, *axis = Py_None, *block = Py_None, *keep = NULL, *result = NULL;
+    mq_state *state = mq_state_of(module);
+    amax_plan plan = {0};
+    mq_tensor x;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|OO:amax", names, &object, &axis, &block)) return NULL;
+    if (mq_view_object(state, object, "x", &x, &keep) < 0) return NULL;
+    if (x.ndim != 2) {
+        Py_CLEAR(keep);
+        if (mq_view_contiguous(state, object, "x", &x, &keep) < 0) return NULL;
+    }
+    if ((int)x.dtype > MQ_F16) {
+        PyErr_Format(PyExc_TypeError, "x: expected float32, bfloat16 or float16, got %s", mq_dtype_name(x.dtype));
+        goto done;
+    }
+    if (axis != Py_None && block != Py_None) {
+        PyErr_SetString(PyExc_ValueError, "amax: give axis or block, not both");
+        goto done;
+    }
+    if (axis != Py_None && plan_axis(axis, &x, &plan) < 0) goto done;
+    if (block != Py_None && plan_block(block, &x, &plan) < 0) goto done;
+    result = amax_of(state, &x, &plan);
+done:
+    Py_DECREF(keep);
+    return result;
+}
+
+/* ---- quantize, fake_quantize ---- */
+
+typedef struct quantize_args {
+    mq_block_job job;
+    mq_tensor weight, amax;
+    PyObject *weight_keep, *amax_keep;
+} quantize_args;
+
+static void release_args(quantize_args *a)
+{
+    Py_CLEAR(a->weight_keep);
+    Py_CLEAR(a->amax_keep);
+}
+
+static int parse_quantize(mq_state *state, PyObject *args, PyObject *kwargs, quantize_args *a)
+{
+    static char *names[] = {"weight", "scheme", "amax", "block_size", "name", NULL};
+    PyObject *weight, *amax_object = Py_None, *block_size = NULL;
+    const char *scheme;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Os|OOz", names, &weight, &scheme, &amax_object, &block_size, &a->job.name))
+        return -1;
+    if (parse_scheme(scheme, &a->job.scheme) < 0 || parse_block_size(block_size, &a->job.block_cols) < 0) return -1;
+    const char *name = a->job.name != NULL ? a->job.name : "weight";
+    if (mq_view_object(state, weight, name, &a->weight, &a->weight_keep) < 0) return -1;
+    if (a->weight.ndim != 2) {
+        PyErr_Format(PyExc_ValueError, "%s: expected 2 dimensions, got %d", name, a->weight.ndim);
+        return -1;
+    }
+    if (amax_object == Py_None) return 0;
+    if (mq_view_as(state, amax_object, "amax", MQ_F32, &a->amax, &a->amax_keep) < 0) return -1;
+    a->job.amax = a->amax.data;
+    a->job.amax_count = mq_tensor_count(&a->amax);
+    return 0;
+}
+
+static PyObject *new_part(mq_state *state, PyObject *dict, const char *role, mq_tensor *part)
+{
+    const mq_tensor shape = *part;
+    PyObject *array = mq_new_array(state, shape.dtype, shape.ndim, shape.shape, part);
+    if (array == NULL) return NULL;
+    int rc = PyDict_SetItemString(dict, role, array);
+    Py_DECREF(array);
+    return rc == 0 ? array : NULL; /* borrowed from dict */
+}
+
+/* A dict of new arrays laid out as parts says; parts then views them. */
+static PyObject *new_parts(mq_state *state, mq_parts *parts)
+{
+    PyObject *dict = PyDict_New();
+    if (dict == NULL) return NULL;
+    if (new_part(state, dict, "weight", &parts->weight) == NULL ||
+        new_part(state, dict, "weight_scale", &parts->scale) == NULL ||
+        (parts->has_scale_2 && new_part(state, dict, "weight_scale_2", &parts->scale_2) == NULL))
+        Py_CLEAR(dict);
+    return dict;
+}
+
+PyDoc_STRVAR(quantize_doc,
+"quantize(weight, scheme, amax=None, block_size=None, name=None)\n--\n\n"
+"The parts of weight (float32, bfloat16 or float16 [out, in], any strides) in a scheme, as an exported checkpoint holds them:\n"
+"{'weight', 'weight_scale'} and for two-level schemes 'weight_scale_2'.\n\n"
+"amax None: computed from the weight. Otherwise one value for schemes with a second level (of the whole tensor), one per block\n"
+"for the others; schemes with e8m0 scales take none. block_size replaces the scheme's block length along rows. name stands for\n"
+"the tensor in errors. NaN, infinity, or a shape that the scheme cannot hold: ValueError.");
+
+static PyObject *quantize(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    mq_state *state = mq_state_of(module);
+    quantize_args a = {0};
+    mq_parts parts;
+    mq_error err;
+    PyObject *result = NULL;
+    if (parse_quantize(state, args, kwargs, &a) < 0) goto done;
+    if (mq_block_shapes(&a.job, a.weight.shape[0], a.weight.shape[1], &parts, &err) != MQ_OK) {
+        mq_raise(&err);
+        goto done;
+    }
+    result = new_parts(state, &parts);
+    if (result == NULL) goto done;
+    int rc;
+    Py_BEGIN_ALLOW_THREADS
+    rc = mq_block_quantize(&a.job, &a.weight, &parts, &err);
+    Py_END_ALLOW_THREADS
+    if (rc != MQ_OK) {
+        Py_CLEAR(result);
+        mq_raise(&err);
+    }
+done:
+    release_args(&a);
+    return result;
+}
+
+PyDoc_STRVAR(fake_quantize_doc,
+"fake_quantize(weight, scheme, amax=None, block_size=None, name=None)\n--\n\n"
+"What quantize() and dequantize() to weight's dtype give, in one pass: a new array like weight. Takes what quantize() takes.");
+
+static PyObject *fake_quantize(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    mq_state *state = mq_state_of(module);
+    quantize_args a = {0};
+    mq_parts parts;
+    mq_tensor out;
+    mq_error err;
+    PyObject *result = NULL;
+    if (parse_quantize(state, args, kwargs, &a) < 0) goto done;
+    if (mq_block_shapes(&a.job, a.weight.shape[0], a.weight.shape[1], &parts, &err) != MQ_OK) {
+        mq_raise(&err);
+        goto done;
+    }
+    result = mq_new_array(state, a.weight.dtype, 2, a.weight.shape, &out);
+    if (result == NULL) goto done;
+    int rc;
+    Py_BEGIN_ALLOW_THREADS
+    rc = mq_block_fake_quantize(&a.job, &a.weight, &out, &err);
+    Py_END_ALLOW_THREADS
+    if (rc != MQ_OK) {
+        Py_CLEAR(result);
+        mq_raise(&err);
+    }
+done:
+    release_args(&a);
+    return result;
+}
+
+/* ---- dequantize ---- */
+
+enum { PART_WEIGHT, PART_SCALE, PART_SCALE_2, PARTS };
+static const char *const roles[PARTS] = {"weight", "weight_scale", "weight_scale_2"};
+
+static int same_layout(mq_dtype got, mq_dtype wanted)
+{
+    return got == wanted || (mq_dtype_size(got) == 1 && (got == MQ_U8 || (wanted == MQ_U8 && got == MQ_F8_E8M0)));
+}
+
+/* Views parts[role] as what *want describes: float32 by conversion, one-byte codes as they are. */
+static int view_part(mq_state *state, PyObject *dict, int role, mq_tensor *want, PyObject **keep)
+{
+    PyObject *object = PyMapping_GetItemString(dict, roles[role]);
+    mq_tensor got;
+    if (object == NULL) {
+        PyErr_Format(PyExc_ValueError, "parts: '%s' is missing", roles[role]);
+        return -1;
+    }
+    int rc = want->dtype == MQ_F32 ? mq_view_as(state, object, roles[role], MQ_F32, &got, keep)
+                                   : mq_view_contiguous(state, object, roles[role], &got, keep);
+    Py_DECREF(object);
+    if (rc < 0) return -1;
+    char have[96], expected[96];
+    if (!same_layout(got.dtype, want->dtype) || mq_tensor_count(&got) != mq_tensor_count(want)) {
+        PyErr_Format(PyExc_ValueError, "%s: expected %s, got %s", roles[role], mq_tensor_describe(want, expected, sizeof expected),
+                     mq_tensor_describe(&got, have, sizeof have));
+        return -1;
+    }
+    want->data = got.data;
+    return 0;
+}
+
+/* [rows, cols] of the matrix whose packed weight has this shape. */
+static int unpacked_shape(mq_state *state, PyObject *dict, mq_scheme scheme, int64_t *shape)
+{
+    const mq_scheme_row *row = mq_scheme_get(scheme);
+    PyObject *object = PyMapping_GetItemString(dict, "weight"), *keep = NULL;
+    mq_tensor weight;
+    if (object == NULL) return -1;
+    int rc = mq_view_object(state, object, "weight", &weight, &keep);
+    Py_DECREF(object);
+    if (rc < 0) return -1;
+    Py_DECREF(keep);
+    if (weight.ndim != 2) {
+        PyErr_Format(PyExc_ValueError, "weight: expected 2 dimensions, got %d", weight.ndim);
+        return -1;
+    }
+    shape[0] = weight.shape[0] * (row->packing == MQ_PACK_ROW_PAIRS ? 2 : 1);
+    shape[1] = row->packing == MQ_PACK_ROW ? weight.shape[1] * 8 / mq_format_get(row->element)->codec.bits : weight.shape[1];
+    return 0;
+}
+
+PyDoc_STRVAR(dequantize_doc,
+"dequantize(parts, scheme, dtype='float32', block_size=None)\n--\n\n"
+"The matrix that parts (as quantize() makes them, or as read from a checkpoint) stand for: element * (scale * scale_2)\n"
+"computed in float32 and rounded to dtype ('float32', 'bfloat16' or 'float16').");
+
+static PyObject *dequantize(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"parts", "scheme", "dtype", "block_size", NULL};
+    mq_state *state = mq_state_of(module);
+    PyObject *dict, *block_size = NULL, *keep[PARTS] = {NULL}, *result = NULL;
+    const char *scheme, *dtype_name = "float32";
+    mq_block_job job = {0};
+    mq_parts parts;
+    mq_tensor out;
+    mq_dtype dtype;
+    mq_error err;
+    int64_t shape[2];
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Os|sO:dequantize", names, &dict, &scheme, &dtype_name, &block_size))
+        return NULL;
+    if (parse_scheme(scheme, &job.scheme) < 0 || parse_block_size(block_size, &job.block_cols) < 0) return NULL;
+    if (mq_dtype_from_name(dtype_name, &dtype) != MQ_OK || (int)dtype > MQ_F16)
+        return PyErr_Format(PyExc_ValueError, "dtype: expected float32, bfloat16 or float16, got '%s'", dtype_name);
+    if (unpacked_shape(state, dict, job.scheme, shape) < 0) return NULL;
+    if (mq_block_shapes(&job, shape[0], shape[1], &parts, &err) != MQ_OK) return mq_raise(&err);
+    if (view_part(state, dict, PART_WEIGHT, &parts.weight, &keep[PART_WEIGHT]) < 0 ||
+        view_part(state, dict, PART_SCALE, &parts.scale, &keep[PART_SCALE]) < 0 ||
+        (parts.has_scale_2 && view_part(state, dict, PART_SCALE_2, &parts.scale_2, &keep[PART_SCALE_2]) < 0))
+        goto done;
+    result = mq_new_array(state, dtype, 2, shape, &out);
+    if (result == NULL) goto done;
+    int rc;
+    Py_BEGIN_ALLOW_THREADS
+    rc = mq_block_dequantize(&job, &parts, &out, &err);
+    Py_END_ALLOW_THREADS
+    if (rc != MQ_OK) {
+        Py_CLEAR(result);
+        mq_raise(&err);
+    }
+done:
+    for (int i = 0; i < PARTS; i++) Py_XDECREF(keep[i]);
+    return result;
+}
+
+#define WITH_KEYWORDS(function) (PyCFunction)(void (*)(void))function, METH_VARARGS | METH_KEYWORDS
+static PyMethodDef methods[] = {
+    {"amax", WITH_KEYWORDS(amax), amax_doc},
+    {"quantize", WITH_KEYWORDS(quantize), quantize_doc},
+    {"dequantize", WITH_KEYWORDS(dequantize), dequantize_doc},
+    {"fake_quantize", WITH_KEYWORDS(fake_quantize), fake_quantize_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+const mq_py_part mq_py_blocks = {.methods = methods};
