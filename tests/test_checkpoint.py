@@ -31,7 +31,7 @@ def folder(tmp_path: Path) -> Path:
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "rag.jinja").write_text("{{ documents }}")
-    (folder / "hf_quant_config.json").write_text("{}")
+    (folder / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": null}}')
     (folder / "README.md").write_text("no")
     return folder
 

@@ -31,13 +31,14 @@ def open_checkpoint(path: str | Path, revision: str | None = None) -> Checkpoint
 
 def _open_folder(path: Path) -> Checkpoint:
     from modelq.checkpoint.folder import FolderCheckpoint
+    from modelq.checkpoint.quantized import open_quantized
 
     ggufs = sorted(path.glob("*.gguf"))
     if ggufs and not any(path.glob("*.safetensors")):
         if len(ggufs) > 1:
             raise ValueError(f"{path}: {len(ggufs)} .gguf files; give the path of one of them, such as {ggufs[0]}")
         return _open_file(ggufs[0])
-    return FolderCheckpoint(path)
+    return open_quantized(FolderCheckpoint(path))
 
 
 def _open_file(path: Path) -> Checkpoint:

@@ -1,0 +1,162 @@
+"""Reading quantized exports: golden folders of the reference and our own, and what is refused."""
+import json
+import shutil
+
+import ml_dtypes
+import numpy as np
+import pytest
+from golden_data import DTYPES, cases, read_safetensors
+from modelq.checkpoint import open_checkpoint
+
+CONFIGS = ["FP8_DEFAULT_CFG", "NVFP4_DEFAULT_CFG"]
+GOLDEN = cases(dtype="bfloat16", configs=CONFIGS, names=["llama", "qwen3"], needs=["model.safetensors", "config.json"])
+LINEAR = "model.layers.0.mlp.up_proj"
+TAGS = {name: tag for tag, name in DTYPES.items()}
+
+
+def dequantized(tensors, module):
+    """What the stored parts stand for, in float32, by ml_dtypes and NumPy alone."""
+    weight, scale = tensors[f"{module}.weight"], tensors[f"{module}.weight_scale"].astype(np.float32)
+    if weight.dtype != np.uint8:
+        return weight.astype(np.float32) * scale
+    codes = np.stack([weight & 15, weight >> 4], axis=-1).reshape(weight.shape[0], -1)
+    values = codes.view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+    return values * np.repeat(scale * tensors[f"{module}.weight_scale_2"], 16, axis=1)
+
+
+@pytest.mark.parametrize("case", GOLDEN)
+def test_packed_weights_read_as_what_they_stand_for(case):
+    with open_checkpoint(case.folder) as checkpoint, open_checkpoint(case.model.source) as source:
+        assert set(checkpoint.tensors) == set(source.tensors)
+        assert len(checkpoint.layers) == 14
+        for name, info in source.tensors.items():
+            ours = checkpoint.read(name)
+            assert (ours.dtype.name, ours.shape) == ("bfloat16", info.shape)
+            assert (checkpoint.tensors[name].dtype, checkpoint.tensors[name].shape) == ("bfloat16", info.shape)
+            module = name.removesuffix(".weight")
+            if module in checkpoint.layers:
+                expected = dequantized(case.exported, module).astype(ml_dtypes.bfloat16)
+            else:
+                expected = source.read(name)
+            assert ours.tobytes() == expected.tobytes(), name
+        checkpoint.release([f"{LINEAR}.weight", "model.norm.weight"])
+        checkpoint.release()
+
+
+@pytest.mark.parametrize("case", cases(dtype="bfloat16", configs=CONFIGS, names=["llama", "qwen3"], needs=["model.safetensors", "amax.safetensors"]))
+def test_input_scales_read_as_the_calibrated_maxima(case):
+    with open_checkpoint(case.folder) as checkpoint:
+        for module in checkpoint.layers:
+            assert checkpoint.input_amax(module) == pytest.approx(float(case.amax[f"{module}.input_quantizer.amax"]), rel=2e-7)
+
+
+def test_config_of_a_reopened_export_is_the_models(tmp_path):
+    case = GOLDEN[0].values[0]
+    with open_checkpoint(case.folder) as checkpoint, open_checkpoint(case.model.source) as source:
+        assert checkpoint.config == source.config
+        assert checkpoint.quantization["quant_algo"] == "FP8"
+
+
+# Damaged exports -------------------------------------------------------------------------------------------------------------
+
+def write_folder(folder, case, tensors, edit_config=None, nested=False):
+    folder.mkdir()
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        header[name] = {"dtype": TAGS[tensor.dtype.name], "shape": tensor.shape, "data_offsets": [end, end + tensor.nbytes]}
+        end += tensor.nbytes
+    text = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + b"".join(t.tobytes() for t in tensors.values()))
+    config = json.loads((case.folder / "config.json").read_text())
+    if nested:
+        del config["quantization_config"]
+        shutil.copy(case.folder / "hf_quant_config.json", folder)
+    if edit_config:
+        edit_config(config)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def of(config, model="llama"):
+    return next(param.values[0] for param in GOLDEN if param.values[0].config == config and param.values[0].model.name == model)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_the_nested_file_alone_is_enough(tmp_path, config):
+    case = of(config)
+    with open_checkpoint(write_folder(tmp_path / "m", case, case.exported, nested=True)) as checkpoint:
+        assert checkpoint.read(f"{LINEAR}.weight").tobytes() == dequantized(case.exported, LINEAR).astype(ml_dtypes.bfloat16).tobytes()
+
+
+@pytest.mark.parametrize("config, missing", [("FP8_DEFAULT_CFG", "weight_scale"), ("FP8_DEFAULT_CFG", "input_scale"),
+                                             ("NVFP4_DEFAULT_CFG", "weight_scale"), ("NVFP4_DEFAULT_CFG", "weight_scale_2"),
+                                             ("NVFP4_DEFAULT_CFG", "input_scale")])
+def test_a_missing_scale_is_named(tmp_path, config, missing):
+    case = of(config)
+    tensors = {name: tensor for name, tensor in case.exported.items() if name != f"{LINEAR}.{missing}"}
+    with pytest.raises(ValueError, match=rf"tensor '{LINEAR}.{missing}' is missing.*export the model again"):
+        open_checkpoint(write_folder(tmp_path / "m", case, tensors))
+
+
+@pytest.mark.parametrize("config, part, spoil", [
+    ("FP8_DEFAULT_CFG", "weight_scale", lambda t: np.ones(3, np.float32)),
+    ("FP8_DEFAULT_CFG", "weight_scale", lambda t: t.astype(ml_dtypes.bfloat16)),
+    ("NVFP4_DEFAULT_CFG", "weight_scale", lambda t: t[:, :-1]),
+    ("NVFP4_DEFAULT_CFG", "weight_scale", lambda t: t.view(np.uint8)),
+    ("NVFP4_DEFAULT_CFG", "weight_scale_2", lambda t: np.ones((2, 2), np.float32)),
+    ("NVFP4_DEFAULT_CFG", "weight", lambda t: t.view(ml_dtypes.float8_e4m3fn)),
+])
+def test_a_wrong_part_is_named(tmp_path, config, part, spoil):
+    case = of(config)
+    tensors = case.exported | {f"{LINEAR}.{part}": np.ascontiguousarray(spoil(case.exported[f"{LINEAR}.{part}"]))}
+    with pytest.raises(ValueError, match=rf"model.safetensors: tensor '{LINEAR}.{part}' is .*needs .*export the model again"):
+        open_checkpoint(write_folder(tmp_path / "m", case, tensors))
+
+
+def unknown_algorithm(config):
+    config["quantization_config"]["quant_algo"] = "FP3_MAGIC"
+
+
+def other_method(config):
+    config["quantization_config"]["quant_method"] = "gptq"
+
+
+def mixed_without_layers(config):
+    config["quantization_config"]["quant_algo"] = "MIXED_PRECISION"
+
+
+def no_object(config):
+    config["quantization_config"] = "fp8"
+
+
+@pytest.mark.parametrize("edit, words", [
+    (unknown_algorithm, r"'FP3_MAGIC', which modelq does not read; it reads FP8, .*NVFP4"),
+    (other_method, r"config.json: the weights are quantized by 'gptq'.*reads: modelopt"),
+    (mixed_without_layers, "MIXED_PRECISION without quantized_layers"),
+    (no_object, "config.json: the weights are quantized by 'fp8'"),
+])
+def test_configs_that_are_not_understood_are_refused(tmp_path, edit, words):
+    case = of("FP8_DEFAULT_CFG")
+    with pytest.raises(ValueError, match=words):
+        open_checkpoint(write_folder(tmp_path / "m", case, case.exported, edit))
+
+
+def test_a_config_that_promises_more_than_there_is(tmp_path):
+    case = of("FP8_DEFAULT_CFG")
+    with pytest.raises(ValueError, match="the config says FP8, but no layer is stored quantized"):
+        open_checkpoint(write_folder(tmp_path / "m", case, read_safetensors(case.model.source)))
+
+
+def test_a_scale_that_cannot_be(tmp_path):
+    case = of("FP8_DEFAULT_CFG")
+    tensors = case.exported | {f"{LINEAR}.input_scale": np.float32(np.nan).reshape(())}
+    with open_checkpoint(write_folder(tmp_path / "m", case, tensors)) as checkpoint:
+        with pytest.raises(ValueError, match=f"model.safetensors: tensor '{LINEAR}.input_scale' is nan"):
+            checkpoint.input_amax(LINEAR)
+
+
+def test_smoothing_that_is_not_read_is_refused_not_ignored(tmp_path):
+    case = of("NVFP4_DEFAULT_CFG")
+    tensors = case.exported | {f"{LINEAR}.pre_quant_scale": np.ones(128, ml_dtypes.bfloat16)}
+    with pytest.raises(ValueError, match=f"{LINEAR} is NVFP4 and has pre_quant_scale"):
+        open_checkpoint(write_folder(tmp_path / "m", case, tensors))
