@@ -1,11 +1,14 @@
 /* Products and attention as the runtime runs them, on arrays with any row stride, and the choice of the micro-kernel. */
 #include "testing/testing.h"
 
+#include <string.h>
 #include <time.h>
 
 #include "core/alloc.h"
 #include "core/pool.h"
 #include "kernels/gemm.h"
+#include "kernels/softmax.h"
+#include "model/attention.h"
 
 typedef struct product {
     mq_tensor a, w, bias, c;
@@ -130,8 +133,106 @@ static PyObject *pool_threads(PyObject *module, PyObject *argument)
     Py_RETURN_NONE;
 }
 
+typedef struct attention_call {
+    mq_tensor q, k, v, out, mask;
+    PyObject *keep[5];
+    mq_attention_args args;
+} attention_call;
+
+/* [tokens, heads, size], of which the last two are contiguous. */
+static int view_heads(mq_state *state, PyObject *object, const char *name, mq_tensor *out, PyObject **keep)
+{
+    if (mq_view_object(state, object, name, out, keep) < 0) return -1;
+    if (out->ndim == 3 && out->stride[2] == 1 && out->stride[1] == out->shape[2]) return 0;
+    PyErr_Format(PyExc_ValueError, "%s: expected [tokens, heads, size]", name);
+    return -1;
+}
+
+static int view_attention(mq_state *state, attention_call *call, PyObject *const *objects)
+{
+    mq_attention_args *args = &call->args;
+    if (view_heads(state, objects[0], "q", &call->q, &call->keep[0]) < 0) return -1;
+    if (view_heads(state, objects[1], "k", &call->k, &call->keep[1]) < 0) return -1;
+    if (view_heads(state, objects[2], "v", &call->v, &call->keep[2]) < 0) return -1;
+    if (view_heads(state, objects[3], "out", &call->out, &call->keep[3]) < 0) return -1;
+    if (objects[4] != Py_None && mq_view_as(state, objects[4], "mask", MQ_U8, &call->mask, &call->keep[4]) < 0) return -1;
+    args->T = call->q.shape[0];
+    args->T_kv = call->k.shape[0];
+    args->heads = call->q.shape[1];
+    args->kv_heads = call->k.shape[1];
+    args->head_dim = call->q.shape[2];
+    args->value_dim = call->v.shape[2];
+    args->dtype = call->q.dtype;
+    args->q = call->q.data, args->k = call->k.data, args->v = call->v.data, args->out = call->out.data;
+    args->ldq = call->q.stride[0], args->ldk = call->k.stride[0], args->ldv = call->v.stride[0];
+    args->ldo = call->out.stride[0];
+    args->key_mask = call->mask.data;
+    return 0;
+}
+
+PyDoc_STRVAR(attention_doc,
+"attention(q, k, v, out, scale, past=0, mask=None, window=0, repeat=1)\n--\n\n"
+"Causal attention of q [T, heads, size] over k, v [T_kv, kv_heads, size] into out. Returns the fastest of repeat, in seconds.");
+
+static PyObject *attention(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"q", "k", "v", "out", "scale", "past", "mask", "window", "repeat", NULL};
+    PyObject *objects[5] = {NULL, NULL, NULL, NULL, Py_None}, *result = NULL;
+    attention_call call = {.keep = {NULL}};
+    long long past = 0, window = 0;
+    int repeat = 1;
+    double best = 1e9;
+    void *scratch = NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOOf|LOLi", names, &objects[0], &objects[1], &objects[2], &objects[3],
+                                     &call.args.scale, &past, &objects[4], &window, &repeat))
+        return NULL;
+    if (view_attention(mq_state_of(module), &call, objects) < 0) goto done;
+    call.args.past = past;
+    call.args.window = window;
+    scratch = mq_alloc(mq_attention_scratch(&call.args));
+    if (scratch == NULL) {
+        PyErr_NoMemory();
+        goto done;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    for (int i = 0; i < repeat; i++) {
+        double start = now();
+        mq_attention_forward(&call.args, scratch);
+        best = MQ_MIN(best, now() - start);
+    }
+    Py_END_ALLOW_THREADS
+    result = PyFloat_FromDouble(best);
+done:
+    mq_free(scratch);
+    for (size_t i = 0; i < MQ_COUNT(call.keep); i++) Py_XDECREF(call.keep[i]);
+    return result;
+}
+
+PyDoc_STRVAR(softmax_exp_doc,
+"softmax_exp(isa, x)\n--\n\n"
+"exp of float32 as attention computes it, by the table of this ISA; ValueError if it cannot run here.");
+
+static PyObject *softmax_exp(PyObject *module, PyObject *args)
+{
+    const char *isa;
+    PyObject *object, *keep = NULL, *result;
+    mq_tensor x, y;
+    if (!PyArg_ParseTuple(args, "sO", &isa, &object)) return NULL;
+    for (int i = 0; i < MQ_ISA_COUNT; i++) {
+        if (strcmp(isa, mq_isa_name((mq_isa)i)) != 0 || !mq_isa_supported((mq_isa)i)) continue;
+        if (mq_view_as(mq_state_of(module), object, "x", MQ_F32, &x, &keep) < 0) return NULL;
+        result = mq_new_array(mq_state_of(module), MQ_F32, x.ndim, x.shape, &y);
+        if (result != NULL) mq_softmax_table_of((mq_isa)i)->exp(x.data, y.data, mq_tensor_count(&x));
+        Py_DECREF(keep);
+        return result;
+    }
+    return PyErr_Format(PyExc_ValueError, "no ISA %s here", isa);
+}
+
 static PyMethodDef methods[] = {
     {"gemm", (PyCFunction)(void (*)(void))gemm, METH_VARARGS | METH_KEYWORDS, gemm_doc},
+    {"attention", (PyCFunction)(void (*)(void))attention, METH_VARARGS | METH_KEYWORDS, attention_doc},
+    {"softmax_exp", softmax_exp, METH_VARARGS, softmax_exp_doc},
     {"force_kernel", force_kernel, METH_VARARGS, force_kernel_doc},
     {"pool_threads", pool_threads, METH_O, pool_threads_doc},
     {NULL, NULL, 0, NULL},
