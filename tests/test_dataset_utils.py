@@ -84,6 +84,18 @@ def test_padding_left_and_labels(lines, tokenizer):
     assert batch["labels"].tolist() == [[-100, 3, 4, 5, 6], [-100, -100, -100, 4, 4], [6, 6, 6, 5, 5]]
 
 
+def test_modelqs_own_tokenizer(lines):
+    from modelq.checkpoint.tokenizer import Tokenizer as Own
+
+    own = Own(word_tokenizer(), {"pad_token": "<pad>", "eos_token": "</s>"})
+    own.padding_side = "left"
+    batch, = get_dataset_dataloader(lines, own, batch_size=3, num_samples=3, max_sample_length=5, device="cpu")
+    assert batch["input_ids"].tolist() == [[1, 3, 4, 5, 6], [1, 1, 1, 4, 4], [6, 6, 6, 5, 5]]
+    assert batch["input_ids"].tolist() == own(get_dataset_samples(lines, 3), padding=True, truncation=True, max_length=5).input_ids.tolist()
+    packed = get_dataset_dataloader(lines, own, num_samples=2, max_sample_length=5, pack=True)
+    assert packed.columns["input_ids"].tolist() == [[3, 4, 5, 6, 2], [4, 4, 2, 6, 6]]
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_real_hugging_face_tokenizer(lines, side):
     transformers = pytest.importorskip("transformers")

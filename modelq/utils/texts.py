@@ -28,6 +28,19 @@ def python_docs_text(held_out: bool = False) -> str:
     return text[border:] if held_out else text[:border]
 
 
+def running_text(name: str | Path) -> str:
+    """The whole of an embedded text, or of a .txt file (UTF-8)."""
+    if name in EMBEDDED:
+        return python_docs_text(name != "python_docs")
+    path = Path(name)
+    if not path.is_file():
+        raise FileNotFoundError(f"no such text: {name} (a file, or one of {', '.join(EMBEDDED)})")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text (byte {error.start})") from None
+
+
 def split_documents(text: str, size: int) -> Iterator[str]:
     """Pieces of text of at least size characters (but for the last), cut at a paragraph's end, else a space, soon after size."""
     start = 0
@@ -55,7 +68,7 @@ def samples(name: str, count: int, document_chars: int, chat: Callable[[list, An
         raise ValueError(f"num_samples must be 0 or more, got {count}")
     path = Path(name)
     if name in EMBEDDED:
-        return list(islice(split_documents(python_docs_text(name != "python_docs"), document_chars), count))
+        return list(islice(split_documents(running_text(name), document_chars), count))
     if path.suffix in SUFFIXES and not path.is_dir():
         return _from_file(path, count, document_chars, chat, splits)
     known = HUB_DATASETS.get(path.name if path.is_dir() else name)
@@ -72,11 +85,7 @@ def _from_file(path: Path, count: int, document_chars: int, chat, splits: list[s
     if splits is not None and splits != ["train"]:
         raise ValueError(f"{path}: a file has only the split 'train', got {splits}")
     if path.suffix == ".txt":
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not UTF-8 text (byte {error.start})") from None
-        return list(islice(split_documents(text, document_chars), count))
+        return list(islice(split_documents(running_text(path), document_chars), count))
     records = _jsonl(path) if path.suffix == ".jsonl" else _parquet(path)
     return list(islice((text for where, record in records if (text := record_text(record, where, chat))), count))
 

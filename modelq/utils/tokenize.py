@@ -11,11 +11,11 @@ EOS_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<eos>")
 
 def _backend(tokenizer: Any) -> Any:
     """The tokenizers.Tokenizer that is, or is inside, a tokenizer that is not of the Hugging Face kind; None if it is of that kind."""
+    for candidate in (tokenizer, getattr(tokenizer, "backend", None)):
+        if hasattr(candidate, "encode_batch") and hasattr(candidate, "no_truncation"):
+            return candidate
     if hasattr(tokenizer, "padding_side") and callable(tokenizer):
         return None
-    for candidate in (tokenizer, getattr(tokenizer, "backend", None), getattr(tokenizer, "tokenizer", None)):
-        if hasattr(candidate, "encode_batch") and hasattr(candidate, "token_to_id"):
-            return candidate
     raise TypeError(f"tokenizer: expected a Hugging Face tokenizer, tokenizers.Tokenizer or modelq's own, got {type(tokenizer).__name__}")
 
 

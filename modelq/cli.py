@@ -1,0 +1,129 @@
+"""The command line: `modelq quantize | eval | inspect | formats`.
+
+Bad use and bad input end with exit code 2 and one line on stderr, Ctrl-C with 130, anything unforeseen with 1; MODELQ_DEBUG=1 adds the
+traceback. Reports go to stdout, --json prints them as one JSON object.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from modelq._version import __version__
+
+BAD_USE, UNFORESEEN, INTERRUPTED, CLOSED_PIPE = 2, 1, 130, 141
+EXPECTED = (ValueError, OSError, KeyError, ImportError, MemoryError)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_USE, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of 1 or more, got {text}")
+    return value
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="modelq", description="Post-training quantization of language models without PyTorch.")
+    parser.add_argument("--version", action="version", version=f"modelq {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    source = {"metavar": "SRC", "help": "a checkpoint folder, a .gguf file or a hub id"}
+
+    sub = commands.add_parser("quantize", help="calibrate, quantize and export a checkpoint")
+    sub.add_argument("source", **source)
+    sub.add_argument("--format", default=None, help="nvfp4 (default), fp8, or a preset such as NVFP4_AWQ_LITE_CFG")
+    sub.add_argument("--config", type=Path, metavar="FILE", help="a quantization config (YAML or JSON) instead of --format")
+    sub.add_argument("--calib", default="python_docs", metavar="DATA",
+                     help="calibration text: python_docs (default), a .txt, .jsonl or .parquet file, or a data set's name")
+    sub.add_argument("--samples", type=count, default=128, metavar="N", help="calibration samples (default 128)")
+    sub.add_argument("--seq-len", type=count, default=512, metavar="L", help="tokens per sample at most (default 512)")
+    sub.add_argument("--batch-size", type=count, default=8, metavar="B", help="samples per batch (default 8)")
+    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to make")
+    sub.add_argument("--overwrite", action="store_true", help="replace DIR if it is there")
+    add_compute(sub)
+
+    sub = commands.add_parser("eval", help="perplexity on a text")
+    sub.add_argument("source", **source)
+    sub.add_argument("--text", default="python_docs_heldout", metavar="FILE", help="a .txt file (default: a part of Python's own documentation)")
+    sub.add_argument("--window", type=count, default=512, metavar="L", help="tokens per window (default 512)")
+    sub.add_argument("--max-windows", type=count, metavar="N", help="stop after N windows")
+    add_compute(sub)
+
+    sub = commands.add_parser("inspect", help="the tensors of a checkpoint: formats, scales, bits per weight")
+    sub.add_argument("source", **source)
+    sub.add_argument("--json", action="store_true", help="print JSON")
+
+    sub = commands.add_parser("formats", help="the number formats and block schemes")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def add_compute(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--compute", choices=["auto", "bfloat16", "float32"], default="auto", help="what activations are stored as (default auto)")
+    parser.add_argument("--threads", type=count, metavar="N", help="default: MODELQ_NUM_THREADS, or all processor cores")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> str:
+    from modelq import commands
+    from modelq.tables import wants_color
+    if args.command == "quantize":
+        if args.format and args.config:
+            raise ValueError("give --format or --config, not both")
+        args.format = args.format or "nvfp4"
+    function = {"quantize": commands.quantize, "eval": commands.evaluate, "inspect": commands.inspect, "formats": commands.formats}
+    report = function[args.command](args)
+    return json.dumps(report.data, default=str) if args.json else report.text(wants_color())
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, on one line. A KeyError's text is its argument; str() would quote it."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    return " ".join(text.split()) or type(error).__name__
+
+
+def complain(text: str) -> None:
+    print(f"modelq: {text}", file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    debug = os.environ.get("MODELQ_DEBUG", "0") not in ("", "0")
+    try:
+        args = make_parser().parse_args(argv)
+    except SystemExit as end:
+        return int(end.code or 0)
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            print(run(args), flush=True)
+            return 0
+        except KeyboardInterrupt:
+            complain("interrupted")
+            return INTERRUPTED
+        except BrokenPipeError:   # the reader had enough, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return CLOSED_PIPE
+        except Exception as error:
+            if debug:
+                raise
+            if isinstance(error, EXPECTED):
+                complain(one_line(error))
+                return BAD_USE
+            complain(f"{type(error).__name__}: {one_line(error)} (a bug: MODELQ_DEBUG=1 shows where)")
+            return UNFORESEEN
+
+
+def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
+    complain(f"warning: {' '.join(str(message).split())}")

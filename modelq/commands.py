@@ -1,0 +1,187 @@
+"""What the command line does: each command takes the parsed arguments and returns a Report."""
+from __future__ import annotations
+
+import math
+import re
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from modelq.measure import Steps
+from modelq.tables import megabytes, table
+
+PRESETS = {"nvfp4": "NVFP4_DEFAULT_CFG", "fp8": "FP8_DEFAULT_CFG"}
+
+
+@dataclass
+class Report:
+    """data: what --json prints; lines: what a person reads, tables being (header, rows)."""
+    data: dict[str, Any]
+    lines: list[str | tuple[list[str], list[list[Any]]]] = field(default_factory=list)
+
+    def text(self, color: bool) -> str:
+        return "\n".join(line if isinstance(line, str) else table(*line, color=color) for line in self.lines)
+
+
+# modelq quantize -----------------------------------------------------------------------------------------------------------
+
+def quantize(args: Namespace) -> Report:
+    config = read_config(args.config) if args.config else preset(args.format)
+    check_output(args.out, args.overwrite)
+    import modelq
+    from modelq.export import export_hf_checkpoint
+    from modelq.quantization import quantize as quantize_model
+    from modelq.utils.dataset_utils import create_forward_loop, get_dataset_dataloader
+    steps = Steps()
+    with steps("load"):
+        model = modelq.load(args.source, compute=args.compute, num_threads=args.threads)
+        loader = get_dataset_dataloader(args.calib, model.tokenizer, args.batch_size, args.samples, args.seq_len)
+    with steps("calibrate"):
+        quantize_model(model, config, create_forward_loop(dataloader=loader))
+    with steps("export"):
+        export_hf_checkpoint(model, args.out, overwrite=args.overwrite)
+    before, after = stored_bytes(Path(model.checkpoint.path)), stored_bytes(args.out)
+    on = sum(quantizer.enabled for quantizer in model.quantizers.values())
+    data = {"source": args.source, "out": str(args.out), "format": args.config or args.format, "calibration": str(args.calib),
+            "samples": loader.num_samples, "bytes_before": before, "bytes_after": after, "quantizers": on,
+            "steps": [vars(step) for step in steps.done]}
+    rows = [[step.name, f"{step.seconds:.1f} s", megabytes(step.peak_bytes)] for step in steps.done]
+    return Report(data, [(["step", "time", "peak memory"], rows), "",
+                         f"{args.out}: {megabytes(after)} (before: {megabytes(before)}), {on} quantizers, calibrated on "
+                         f"{loader.num_samples} samples of {args.calib}"])
+
+
+def preset(name: str) -> dict[str, Any]:
+    """A preset by its short or its full name."""
+    from modelq import presets
+    full = PRESETS.get(name.lower(), name)
+    if full not in presets.choices:
+        raise ValueError(f"--format {name}: unknown; known are {', '.join(PRESETS)} and the presets {', '.join(sorted(presets.choices))}")
+    return getattr(presets, full)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A quantization config from a YAML or JSON file. JSON has only strings for keys: "-1" is meant as the axis -1."""
+    import yaml
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: neither YAML nor JSON: {' '.join(str(error).split())}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: expected a mapping with 'quant_cfg', got {type(config).__name__}")
+    return _integer_keys(config)
+
+
+def _integer_keys(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {int(key) if isinstance(key, str) and re.fullmatch(r"-?\d+", key) else key: _integer_keys(v) for key, v in value.items()}
+    return [_integer_keys(item) for item in value] if isinstance(value, list) else value
+
+
+def check_output(path: Path, overwrite: bool) -> None:
+    """Refuse at once what the export would refuse after all the work."""
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"--out {path}: is a file")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise FileExistsError(f"--out {path}: exists and is not empty; --overwrite replaces it")
+
+
+def stored_bytes(path: Path) -> int:
+    """The size of a checkpoint's weights on disk."""
+    path = Path(path)
+    files = [path] if path.is_file() else [*path.glob("*.safetensors"), *path.glob("*.gguf")]
+    return sum(file.stat().st_size for file in files)
+
+
+# modelq eval ---------------------------------------------------------------------------------------------------------------
+
+def evaluate(args: Namespace) -> Report:
+    import modelq
+    from modelq.utils.texts import running_text
+    text = running_text(args.text)
+    steps = Steps()
+    with steps("load"):
+        model = modelq.load(args.source, compute=args.compute, num_threads=args.threads)
+        ids = model.tokenizer.encode(text, add_special_tokens=False)
+    if len(ids) < 2:
+        raise ValueError(f"--text {args.text}: {len(ids)} tokens, at least 2 are needed")
+    if args.max_windows:
+        ids = ids[:args.max_windows * args.window]
+    with steps("evaluate"):
+        value = model.perplexity(ids, window=args.window)
+    window = min(args.window, len(ids))
+    count = len(ids) // window
+    if not math.isfinite(value):
+        raise ValueError(f"{args.source}: the perplexity is {value}: its weights are damaged, or not of this architecture")
+    data = {"source": args.source, "text": str(args.text), "perplexity": value, "window": window, "windows": count,
+            "predicted_tokens": count * (window - 1), "seconds": steps.seconds, "peak_bytes": max(step.peak_bytes for step in steps.done)}
+    return Report(data, [f"perplexity {value:.4f}  ({count} windows of {window} tokens, {steps.seconds:.1f} s)"])
+
+
+# modelq inspect ------------------------------------------------------------------------------------------------------------
+
+def inspect(args: Namespace) -> Report:
+    from modelq.checkpoint import open_checkpoint
+    with open_checkpoint(args.source) as checkpoint:
+        tensors = list(_describe(checkpoint))
+    elements, size = sum(row["elements"] for row in tensors), sum(row["bytes"] for row in tensors)
+    formats: dict[str, list[int]] = {}
+    for row in tensors:
+        total = formats.setdefault(row["format"], [0, 0, 0])
+        total[:] = total[0] + 1, total[1] + row["elements"], total[2] + row["bytes"]
+    bits = 8 * size / max(1, elements)
+    data = {"source": args.source, "architecture": checkpoint.config.get("model_type"), "bytes": size, "elements": elements,
+            "bits_per_weight": bits, "tensors": tensors}
+    rows = [[row["name"], "x".join(map(str, row["shape"])), row["format"], _scales(row), round(row["bits_per_weight"], 2)] for row in tensors]
+    totals = [[name, count, n, megabytes(b), round(8 * b / max(1, n), 2)] for name, (count, n, b) in formats.items()]
+    return Report(data, [(["tensor", "shape", "format", "scales", "bits"], rows), "",
+                         (["format", "tensors", "weights", "size", "bits"], totals), "",
+                         f"{args.source}: {checkpoint.config.get('model_type')}, {elements / 1e6:.1f} M weights, {megabytes(size)}, "
+                         f"{bits:.2f} bits per weight"])
+
+
+def _describe(checkpoint: Any) -> Iterator[dict[str, Any]]:
+    """One row per weight; the scales of a quantized one are counted with it, and named by their role."""
+    layers, inner = getattr(checkpoint, "layers", {}), getattr(checkpoint, "inner", checkpoint)
+    for name, info in checkpoint.tensors.items():
+        layer = layers.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        parts = {role: inner.tensors[tensor] for role, tensor in layer.tensors.items()} if layer else {"weight": info}
+        elements, size = math.prod(info.shape), sum(part.nbytes for part in parts.values())
+        yield {"name": name, "shape": list(info.shape), "format": layer.algorithm if layer else info.dtype,
+               "scheme": layer.scheme if layer else None, "elements": elements, "bytes": size, "bits_per_weight": 8 * size / max(1, elements),
+               "scales": {role: {"shape": list(part.shape), "dtype": part.dtype, "value": _value(inner, part)}
+                          for role, part in parts.items() if role != "weight"}}
+
+
+def _value(checkpoint: Any, info: Any) -> float | None:
+    """Of a scale that is one number; None of one that is an array."""
+    return float(checkpoint.read(info.name).reshape(())) if math.prod(info.shape) == 1 else None
+
+
+def _scales(row: dict[str, Any]) -> str:
+    texts = [f"{role}={scale['value']:.3g}" if scale["value"] is not None else f"{role} {scale['dtype']}{scale['shape']}"
+             for role, scale in row["scales"].items()]
+    return ", ".join(texts)
+
+
+# modelq formats ------------------------------------------------------------------------------------------------------------
+
+def formats(args: Namespace) -> Report:
+    from modelq import _core
+    elements = {name: dict(row) for name, row in _core.formats().items()}
+    schemes = {name: dict(row) for name, row in _core.schemes().items()}
+    element_rows = [[name, row["kind"], row["bits"], row["exponent_bits"], row["mantissa_bits"], row["max"], row["smallest"]]
+                    for name, row in elements.items()]
+    scheme_rows = [[name, row["element"], "x".join("all" if n == 0 else str(n) for n in row["block"]), row["scale"],
+                    round(row["bits_per_weight"], 3), _export_names(row)] for name, row in schemes.items()]
+    return Report({"formats": elements, "schemes": schemes},
+                  ["Number formats", (["name", "kind", "bits", "exponent", "mantissa", "max", "smallest"], element_rows), "",
+                   "Block schemes (block: rows x columns that share a scale)",
+                   (["name", "element", "block", "scale", "bits per weight", "exported as"], scheme_rows)])
+
+
+def _export_names(row: dict[str, Any]) -> str:
+    names = [row[key] for key in ("modelopt", "modelopt_weight_only", "modelopt_fp8_input") if row.get(key)]
+    return ", ".join(names) or "-"
