@@ -23,11 +23,15 @@ typedef struct mq_py_part {
     int (*init)(PyObject *module, mq_state *state);  /* adds types and constants, may be NULL */
 } mq_py_part;
 
+extern const mq_py_part mq_py_archs;
 extern const mq_py_part mq_py_blocks;
+extern const mq_py_part mq_py_calibrator;
 extern const mq_py_part mq_py_faults;
 extern const mq_py_part mq_py_formats;
 extern const mq_py_part mq_py_ndarray;
 extern const mq_py_part mq_py_quantizer;
+extern const mq_py_part mq_py_run;
+extern const mq_py_part mq_py_runtime;
 extern const mq_py_part mq_py_system;
 
 #endif

@@ -1,0 +1,139 @@
+#include "calib/calib.h"
+
+#include <string.h>
+
+#include "core/alloc.h"
+
+static const mq_calib_kind *const kinds[] = {&mq_calib_max};
+static const char *const kind_names[] = {"max", NULL};
+
+static const char magic[8] = "mqcalib1";
+
+/* Saved state, little-endian as every machine this runs on. */
+typedef struct saved_header {
+    char magic[8], kind[16];
+    int64_t axis, channels, count;
+} saved_header;
+
+const mq_calib_kind *mq_calib_find(const char *name)
+{
+    for (size_t i = 0; i < MQ_COUNT(kinds); i++)
+        if (strcmp(kinds[i]->name, name) == 0) return kinds[i];
+    return NULL;
+}
+
+const char *const *mq_calib_kinds(void)
+{
+    return kind_names;
+}
+
+mq_calib *mq_calib_new(const mq_calib_kind *kind, mq_calib_axis axis, mq_error *err)
+{
+    mq_calib *calib = mq_alloc_zeroed(sizeof *calib);
+    if (calib == NULL || pthread_mutex_init(&calib->mutex, NULL) != 0) {
+        mq_fail_memory(err, "a calibrator", sizeof *calib);
+        mq_free(calib);
+        return NULL;
+    }
+    calib->kind = kind;
+    calib->axis = axis;
+    return calib;
+}
+
+void mq_calib_free(mq_calib *calib)
+{
+    if (calib == NULL) return;
+    pthread_mutex_destroy(&calib->mutex);
+    mq_free(calib->state);
+    mq_free(calib);
+}
+
+int mq_calib_collect(mq_calib *calib, const mq_calib_rows *rows, mq_error *err)
+{
+    if (rows->rows <= 0 || rows->width <= 0) return MQ_OK;
+    return calib->kind->collect(calib, rows, err);
+}
+
+int mq_calib_same_kind(const mq_calib *a, const mq_calib *b)
+{
+    return a->kind == b->kind && a->axis == b->axis;
+}
+
+int mq_calib_merge(mq_calib *calib, mq_calib *other, mq_error *err)
+{
+    if (calib == other) return MQ_OK;
+    if (!mq_calib_same_kind(calib, other))
+        return mq_fail(err, MQ_ERR_VALUE, "merge: calibrators of different kind or axis (%s and %s)", calib->kind->name,
+                       other->kind->name);
+    if (other->channels == 0) return MQ_OK;
+    /* Always locked in the order of their addresses, so that two merges cannot wait for each other. */
+    mq_calib *first = (uintptr_t)calib < (uintptr_t)other ? calib : other;
+    mq_calib *second = first == calib ? other : calib;
+    pthread_mutex_lock(&first->mutex);
+    pthread_mutex_lock(&second->mutex);
+    int rc = calib->kind->merge(calib, other, err);
+    pthread_mutex_unlock(&second->mutex);
+    pthread_mutex_unlock(&first->mutex);
+    return rc;
+}
+
+int mq_calib_finish(mq_calib *calib, float *amax, mq_error *err)
+{
+    if (calib->channels == 0) return mq_fail(err, MQ_ERR_STATE, "compute_amax: the calibrator has seen no data");
+    pthread_mutex_lock(&calib->mutex);
+    int rc = calib->kind->finish(calib, amax, err);
+    pthread_mutex_unlock(&calib->mutex);
+    return rc;
+}
+
+void mq_calib_reset(mq_calib *calib)
+{
+    pthread_mutex_lock(&calib->mutex);
+    calib->kind->reset(calib);
+    pthread_mutex_unlock(&calib->mutex);
+}
+
+size_t mq_calib_save_nbytes(const mq_calib *calib)
+{
+    return sizeof(saved_header) + calib->kind->state_nbytes(calib);
+}
+
+void mq_calib_save(const mq_calib *calib, uint8_t *out)
+{
+    saved_header header = {.axis = calib->axis, .channels = calib->channels, .count = calib->count};
+    memcpy(header.magic, magic, sizeof magic);
+    memcpy(header.kind, calib->kind->name, MQ_MIN(strlen(calib->kind->name), sizeof header.kind - 1));
+    memcpy(out, &header, sizeof header);
+    calib->kind->save(calib, out + sizeof header);
+}
+
+static int check_header(const mq_calib *calib, const saved_header *header, mq_error *err)
+{
+    if (memcmp(header->magic, magic, sizeof magic) != 0)
+        return mq_fail(err, MQ_ERR_VALUE, "load: not the state of a calibrator");
+    if (strncmp(header->kind, calib->kind->name, sizeof header->kind) != 0 || header->axis != (int64_t)calib->axis)
+        return mq_fail(err, MQ_ERR_VALUE, "load: the state is of kind %.15s, axis %lld; this calibrator is %s, axis %d",
+                       header->kind, (long long)header->axis, calib->kind->name, (int)calib->axis);
+    if (header->channels < 0 || header->channels > INT32_MAX || header->count < 0 ||
+        (calib->axis == MQ_CALIB_TENSOR && header->channels > 1))
+        return mq_fail(err, MQ_ERR_VALUE, "load: the state says %lld channels and %lld rows",
+                       (long long)header->channels, (long long)header->count);
+    return MQ_OK;
+}
+
+int mq_calib_load(mq_calib *calib, const uint8_t *bytes, size_t nbytes, mq_error *err)
+{
+    saved_header header;
+    if (nbytes < sizeof header) return mq_fail(err, MQ_ERR_VALUE, "load: %zu bytes are too few for a state", nbytes);
+    memcpy(&header, bytes, sizeof header);
+    int rc = check_header(calib, &header, err);
+    if (rc != MQ_OK) return rc;
+    pthread_mutex_lock(&calib->mutex);
+    calib->kind->reset(calib);
+    calib->channels = header.channels;
+    calib->count = header.count;
+    rc = calib->kind->load(calib, bytes + sizeof header, nbytes - sizeof header, err);
+    if (rc != MQ_OK) calib->kind->reset(calib);
+    pthread_mutex_unlock(&calib->mutex);
+    return rc;
+}

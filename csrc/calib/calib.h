@@ -1,0 +1,67 @@
+/* Calibrators: statistics of the activations that reach a quantizer, with one interface for every kind.
+ *
+ * init, collect any number of times from any thread, merge (statistics of different shares of the data, or of siblings that
+ * see the same tensor), finish, reset, save and load. Adding a kind: one file with an mq_calib_kind, one line in calib.c.
+ * The result may not depend on the order of collect calls; a kind that adds floating-point numbers must fold its partial
+ * sums by mq_calib_rows.chunk. A row with mask 0 counts nowhere. */
+#ifndef MQ_CALIB_H
+#define MQ_CALIB_H
+
+#include <pthread.h>
+
+#include "core/tensor.h"
+
+typedef struct mq_calib mq_calib;
+
+/* Rows of activations: x [rows, width], MQ_F32 or MQ_BF16, ld elements between rows. */
+typedef struct mq_calib_rows {
+    const void *x;
+    mq_dtype dtype;
+    int64_t rows, width, ld;
+    const uint8_t *mask;    /* [rows], 0 = padding; NULL = every row counts */
+    int64_t chunk;          /* position of these rows in the whole data, for kinds that add */
+} mq_calib_rows;
+
+typedef struct mq_calib_kind {
+    const char *name;
+    int (*collect)(mq_calib *calib, const mq_calib_rows *rows, mq_error *err);
+    int (*merge)(mq_calib *calib, const mq_calib *other, mq_error *err);
+    int (*finish)(mq_calib *calib, float *amax, mq_error *err); /* amax has `channels` entries */
+    void (*reset)(mq_calib *calib);
+    size_t (*state_nbytes)(const mq_calib *calib);
+    void (*save)(const mq_calib *calib, void *out);
+    int (*load)(mq_calib *calib, const void *state, size_t nbytes, mq_error *err);
+} mq_calib_kind;
+
+/* axis: amax per tensor, or one per entry of the last axis (channel). */
+typedef enum mq_calib_axis { MQ_CALIB_TENSOR, MQ_CALIB_LAST } mq_calib_axis;
+
+struct mq_calib {
+    const mq_calib_kind *kind;
+    mq_calib_axis axis;
+    int64_t channels;       /* entries of amax: 1 per tensor; 0 until the first rows for MQ_CALIB_LAST */
+    int64_t count;          /* rows seen, padding left out */
+    void *state;            /* the kind's own */
+    pthread_mutex_t mutex;  /* held for the fold of a chunk's partial result, never while it is computed */
+};
+
+/* The kind of that name, or NULL; mq_calib_kinds() lists the names, ended by NULL. */
+const mq_calib_kind *mq_calib_find(const char *name);
+const char *const *mq_calib_kinds(void);
+
+mq_calib *mq_calib_new(const mq_calib_kind *kind, mq_calib_axis axis, mq_error *err);
+void mq_calib_free(mq_calib *calib);                          /* NULL is accepted */
+int mq_calib_collect(mq_calib *calib, const mq_calib_rows *rows, mq_error *err);
+int mq_calib_merge(mq_calib *calib, mq_calib *other, mq_error *err);
+int mq_calib_same_kind(const mq_calib *a, const mq_calib *b); /* would they compute the same from the same rows */
+/* amax [channels]; MQ_ERR_VALUE if a NaN or an infinity was seen; MQ_ERR_STATE if nothing was. */
+int mq_calib_finish(mq_calib *calib, float *amax, mq_error *err);
+void mq_calib_reset(mq_calib *calib);
+/* The state as bytes: a header (magic, kind, axis, channels, count) and the kind's own. */
+size_t mq_calib_save_nbytes(const mq_calib *calib);
+void mq_calib_save(const mq_calib *calib, uint8_t *out);
+int mq_calib_load(mq_calib *calib, const uint8_t *bytes, size_t nbytes, mq_error *err);
+
+extern const mq_calib_kind mq_calib_max;
+
+#endif

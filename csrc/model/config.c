@@ -1,0 +1,109 @@
+#include "model/config.h"
+
+#include <string.h>
+
+static const mq_config_key keys[] = {
+#define MQ_CONFIG_INT(name, fallback) {#name, MQ_CONFIG_IS_INT, offsetof(mq_config, name), fallback, 0.0, NULL},
+#define MQ_CONFIG_REAL(name, fallback) {#name, MQ_CONFIG_IS_REAL, offsetof(mq_config, name), 0, fallback, NULL},
+#define MQ_CONFIG_NAME(name, fallback) {#name, MQ_CONFIG_IS_NAME, offsetof(mq_config, name), 0, 0.0, fallback},
+#include "model/config.def"
+#undef MQ_CONFIG_INT
+#undef MQ_CONFIG_REAL
+#undef MQ_CONFIG_NAME
+};
+
+/* The words of each MQ_CONFIG_NAME key. */
+static const struct { const char *key, *word; int value; } words[] = {
+    {"rope_type", "default", MQ_ROPE_DEFAULT},
+    {"rope_type", "linear", MQ_ROPE_LINEAR},
+    {"rope_type", "llama3", MQ_ROPE_LLAMA3},
+    {"hidden_act", "silu", MQ_ACT_SILU},
+    {"hidden_act", "swish", MQ_ACT_SILU},
+};
+
+const mq_config_key *mq_config_keys(size_t *count)
+{
+    *count = MQ_COUNT(keys);
+    return keys;
+}
+
+void mq_config_set_int(mq_config *config, const mq_config_key *key, int64_t value)
+{
+    memcpy((char *)config + key->offset, &value, sizeof value);
+}
+
+void mq_config_set_real(mq_config *config, const mq_config_key *key, double value)
+{
+    memcpy((char *)config + key->offset, &value, sizeof value);
+}
+
+int mq_config_set_word(mq_config *config, const mq_config_key *key, const char *word, mq_error *err)
+{
+    for (size_t i = 0; i < MQ_COUNT(words); i++) {
+        if (strcmp(words[i].key, key->name) != 0 || strcmp(words[i].word, word) != 0) continue;
+        memcpy((char *)config + key->offset, &words[i].value, sizeof words[i].value);
+        return MQ_OK;
+    }
+    return mq_fail(err, MQ_ERR_VALUE, "config: %s \"%.64s\" is not supported", key->name, word);
+}
+
+/* Bounds that keep every product of sizes far from overflow. */
+static int check_range(const char *name, int64_t value, int64_t low, int64_t high, mq_error *err)
+{
+    if (value >= low && value <= high) return MQ_OK;
+    return mq_fail(err, MQ_ERR_VALUE, "config: %s is %lld, expected %lld to %lld", name, (long long)value, (long long)low,
+                   (long long)high);
+}
+
+static int check_sizes(const mq_config *config, mq_error *err)
+{
+    const int64_t width = 1 << 24, positive = 1;
+    int rc = check_range("hidden_size", config->hidden_size, positive, width, err);
+    if (rc == MQ_OK) rc = check_range("intermediate_size", config->intermediate_size, positive, width, err);
+    if (rc == MQ_OK) rc = check_range("num_hidden_layers", config->num_hidden_layers, 0, 4096, err);
+    if (rc == MQ_OK) rc = check_range("num_attention_heads", config->num_attention_heads, positive, 65536, err);
+    if (rc == MQ_OK) rc = check_range("num_key_value_heads", config->num_key_value_heads, positive, 65536, err);
+    if (rc == MQ_OK) rc = check_range("head_dim", config->head_dim, 2, 4096, err);
+    if (rc == MQ_OK) rc = check_range("vocab_size", config->vocab_size, positive, width, err);
+    if (rc == MQ_OK) rc = check_range("sliding_window", config->sliding_window, 0, INT32_MAX, err);
+    return rc;
+}
+
+static int check_rope(const mq_config *config, mq_error *err)
+{
+    if (!(config->rope_theta > 0.0) || !(config->rope_factor > 0.0))
+        return mq_fail(err, MQ_ERR_VALUE, "config: rope_theta %g and rope_factor %g must be positive", config->rope_theta,
+                       config->rope_factor);
+    if (!(config->partial_rotary_factor > 0.0) || config->partial_rotary_factor > 1.0)
+        return mq_fail(err, MQ_ERR_VALUE, "config: partial_rotary_factor %g is not in (0, 1]", config->partial_rotary_factor);
+    if (config->rope_type != MQ_ROPE_LLAMA3) return MQ_OK;
+    if (config->rope_original_max_position_embeddings <= 0 || !(config->rope_low_freq_factor > 0.0) ||
+        !(config->rope_high_freq_factor > config->rope_low_freq_factor))
+        return mq_fail(err, MQ_ERR_VALUE, "config: rope_type llama3 needs rope_original_max_position_embeddings > 0 (%lld) and "
+                       "0 < rope_low_freq_factor < rope_high_freq_factor (%g, %g)",
+                       (long long)config->rope_original_max_position_embeddings, config->rope_low_freq_factor,
+                       config->rope_high_freq_factor);
+    return MQ_OK;
+}
+
+int mq_config_finish(mq_config *config, mq_error *err)
+{
+    for (size_t i = 0; i < MQ_COUNT(keys); i++) {
+        int64_t value;
+        if (keys[i].type != MQ_CONFIG_IS_INT) continue;
+        memcpy(&value, (const char *)config + keys[i].offset, sizeof value);
+        if (value == MQ_REQUIRED) return mq_fail(err, MQ_ERR_VALUE, "config: %s is missing", keys[i].name);
+    }
+    if (config->num_key_value_heads == 0) config->num_key_value_heads = config->num_attention_heads;
+    if (config->head_dim == 0 && config->num_attention_heads > 0)
+        config->head_dim = config->hidden_size / config->num_attention_heads;
+    int rc = check_sizes(config, err);
+    if (rc == MQ_OK) rc = check_rope(config, err);
+    if (rc != MQ_OK) return rc;
+    if (config->num_attention_heads % config->num_key_value_heads != 0)
+        return mq_fail(err, MQ_ERR_VALUE, "config: num_attention_heads %lld is not a multiple of num_key_value_heads %lld",
+                       (long long)config->num_attention_heads, (long long)config->num_key_value_heads);
+    if (config->head_dim % 2 != 0)
+        return mq_fail(err, MQ_ERR_VALUE, "config: head_dim %lld is odd", (long long)config->head_dim);
+    return MQ_OK;
+}

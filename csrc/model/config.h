@@ -1,0 +1,43 @@
+/* The sizes and switches of one model: config.def as a struct. */
+#ifndef MQ_CONFIG_H
+#define MQ_CONFIG_H
+
+#include "core/error.h"
+
+typedef enum mq_rope_type { MQ_ROPE_DEFAULT, MQ_ROPE_LINEAR, MQ_ROPE_LLAMA3 } mq_rope_type;
+typedef enum mq_activation { MQ_ACT_SILU } mq_activation;
+
+typedef struct mq_config {
+#define MQ_CONFIG_INT(name, fallback) int64_t name;
+#define MQ_CONFIG_REAL(name, fallback) double name;
+#define MQ_CONFIG_NAME(name, fallback) int name;
+#include "model/config.def"
+#undef MQ_CONFIG_INT
+#undef MQ_CONFIG_REAL
+#undef MQ_CONFIG_NAME
+} mq_config;
+
+#define MQ_REQUIRED INT64_MIN
+
+typedef enum mq_config_type { MQ_CONFIG_IS_INT, MQ_CONFIG_IS_REAL, MQ_CONFIG_IS_NAME } mq_config_type;
+
+/* One key: where it is in the struct, and what it is when not given (word for MQ_CONFIG_IS_NAME). */
+typedef struct mq_config_key {
+    const char *name;
+    mq_config_type type;
+    size_t offset;
+    int64_t integer;
+    double real;
+    const char *word;
+} mq_config_key;
+
+const mq_config_key *mq_config_keys(size_t *count);
+
+void mq_config_set_int(mq_config *config, const mq_config_key *key, int64_t value);
+void mq_config_set_real(mq_config *config, const mq_config_key *key, double value);
+int mq_config_set_word(mq_config *config, const mq_config_key *key, const char *word, mq_error *err);
+
+/* Fills in what is derived (head_dim, num_key_value_heads) and refuses what cannot be computed. */
+int mq_config_finish(mq_config *config, mq_error *err);
+
+#endif

@@ -1,0 +1,295 @@
+/* x += attention(norm(x)); x += mlp(norm(x)): the pre-norm decoder layer that the families of archs.def share. Every step
+ * is an operation of ops.h; this file says in which order, and where quantizers and calibrators look on. */
+#include "model/layer.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "core/alloc.h"
+#include "core/pool.h"
+#include "model/attention.h"
+
+enum { MLP_ROWS = 512 };   /* rows of the MLP half done at a time: bounds its scratch for long sequences */
+
+/* One trip of a unit through the layer. first and rows move: the whole unit for attention, pieces of it for the MLP. */
+typedef struct pass {
+    mq_layer *layer;
+    const mq_layer_context *context;
+    mq_error *err;
+    int64_t first, rows;            /* rows of the run */
+    void *quantized, *temporary;
+    const mq_quantizer *applied;    /* whose result quantized holds, of the input now in use */
+} pass;
+
+static mq_row_sizes sizes_of(const pass *pass, int64_t width)
+{
+    return (mq_row_sizes){.rows = pass->rows, .width = width, .dtype = pass->context->dtype};
+}
+
+static int collect(pass *pass, mq_point *point, const void *x, int64_t width)
+{
+    const uint8_t *mask = pass->context->count_mask;
+    mq_calib_rows rows = {.x = x, .dtype = pass->context->dtype, .rows = pass->rows, .width = width, .ld = width,
+                          .mask = mask ? mask + pass->first : NULL, .chunk = pass->first};
+    return mq_point_collect(point, &rows, pass->err);
+}
+
+static int acts(const mq_quantizer *quantizer)
+{
+    return quantizer != NULL && (quantizer->enabled || quantizer->pre_scale != NULL);
+}
+
+/* Would both turn the same rows into the same result? */
+static int same_effect(const mq_quantizer *a, const mq_quantizer *b)
+{
+    if (a == b) return 1;
+    if (a->enabled != b->enabled || memcmp(&a->spec, &b->spec, sizeof a->spec) != 0) return 0;
+    if (a->amax_count != b->amax_count || a->pre_count != b->pre_count) return 0;
+    if ((a->amax == NULL) != (b->amax == NULL) || (a->pre_scale == NULL) != (b->pre_scale == NULL)) return 0;
+    return (a->amax == NULL || memcmp(a->amax, b->amax, (size_t)a->amax_count * sizeof(float)) == 0) &&
+           (a->pre_scale == NULL || memcmp(a->pre_scale, b->pre_scale, (size_t)a->pre_count * sizeof(float)) == 0);
+}
+
+typedef struct quantize_job {
+    const mq_quantizer *quantizer;
+    mq_quant_rows rows;
+} quantize_job;
+
+static void quantize_rows(void *argument, int64_t begin, int64_t end, int worker)
+{
+    const quantize_job *job = argument;
+    mq_quant_rows rows = job->rows;
+    size_t size = mq_dtype_size(rows.dtype);
+    (void)worker;
+    rows.x = (const char *)rows.x + (size_t)(begin * rows.ldx) * size;
+    rows.y = (char *)rows.y + (size_t)(begin * rows.ldy) * size;
+    rows.rows = end - begin;
+    mq_quantizer_apply(job->quantizer, &rows);
+}
+
+static void quantize(pass *pass, const mq_quantizer *quantizer, void *y, const void *x, int64_t width)
+{
+    quantize_job job = {.quantizer = quantizer, .rows = {.x = x, .y = y, .dtype = pass->context->dtype, .rows = pass->rows,
+                                                         .cols = width, .ldx = width, .ldy = width}};
+    mq_parallel_for(pass->rows, mq_row_grain(width), quantize_rows, &job);
+}
+
+/* What reaches x: statistics, then the quantizer, in place. */
+static int pass_point(pass *pass, mq_point *point, void *x, int64_t width)
+{
+    int rc = collect(pass, point, x, width);
+    if (rc == MQ_OK && acts(point->quantizer)) quantize(pass, point->quantizer, x, x, width);
+    return rc;
+}
+
+/* The input of a linear as its quantizer leaves it. Siblings with the same quantizer find the work done. */
+static const void *quantized_input(pass *pass, const mq_linear *linear, const void *in)
+{
+    const mq_quantizer *quantizer = linear->input.quantizer;
+    if (!acts(quantizer)) return in;
+    if (pass->applied == NULL || !same_effect(pass->applied, quantizer))
+        quantize(pass, quantizer, pass->quantized, in, linear->cols);
+    pass->applied = quantizer;
+    return pass->quantized;
+}
+
+/* out (rows, O) = linear(in (rows, I)). */
+static int run_linear(pass *pass, mq_role role, void *out, const void *in)
+{
+    mq_linear *linear = &pass->layer->linears[role];
+    mq_row_sizes sizes = sizes_of(pass, linear->cols);
+    int rc = collect(pass, &linear->input, in, linear->cols);
+    if (rc != MQ_OK) return rc;
+    mq_linear_forward(out, quantized_input(pass, linear, in), &linear->weight, 0, &sizes);
+    return pass_point(pass, &linear->output, out, linear->rows);
+}
+
+/* hidden += linear(in). The sum is part of the product unless somebody looks at the output before it. */
+static int run_residual(pass *pass, mq_role role, void *hidden, const void *in)
+{
+    mq_linear *linear = &pass->layer->linears[role];
+    mq_row_sizes sizes = sizes_of(pass, linear->cols);
+    pass->applied = NULL;
+    if (linear->output.watch != NULL || acts(linear->output.quantizer)) {
+        int rc = run_linear(pass, role, pass->temporary, in);
+        if (rc != MQ_OK) return rc;
+        sizes.width = linear->rows;
+        mq_add_forward(hidden, pass->temporary, &sizes);
+        return MQ_OK;
+    }
+    int rc = collect(pass, &linear->input, in, linear->cols);
+    if (rc != MQ_OK) return rc;
+    mq_linear_forward(hidden, quantized_input(pass, linear, in), &linear->weight, 1, &sizes);
+    return MQ_OK;
+}
+
+/* q or k: norm over each head (where the family has it), rope, then its point. */
+static int finish_heads(pass *pass, mq_role norm, mq_point *point, void *x, int64_t heads, const mq_unit *unit)
+{
+    const mq_config *config = pass->context->config;
+    const int64_t head_dim = config->head_dim;
+    const float *weight = pass->layer->norms[norm];
+    if (weight != NULL) {
+        mq_row_sizes sizes = {.rows = pass->rows * heads, .width = head_dim, .dtype = pass->context->dtype};
+        mq_rmsnorm_forward(x, x, weight, config->rms_norm_eps, &sizes);
+    }
+    for (int64_t i = 0; i < unit->sequences; i++) {
+        const mq_sequence *sequence = &pass->context->sequences[unit->first_sequence + i];
+        mq_rope_sizes sizes = {.tokens = sequence->tokens, .heads = heads, .head_dim = head_dim, .dtype = pass->context->dtype};
+        size_t at = (size_t)((sequence->first - unit->first) * heads * head_dim) * mq_dtype_size(sizes.dtype);
+        mq_rope_forward((char *)x + at, pass->context->rope, &sizes);
+    }
+    return pass_point(pass, point, x, heads * head_dim);
+}
+
+static mq_attention_args attention_args(const mq_layer_context *context, int64_t window, int64_t tokens)
+{
+    const mq_config *config = context->config;
+    int64_t width = config->num_attention_heads * config->head_dim;
+    int64_t kv_width = config->num_key_value_heads * config->head_dim;
+    return (mq_attention_args){
+        .T = tokens, .T_kv = tokens, .heads = config->num_attention_heads, .kv_heads = config->num_key_value_heads,
+        .head_dim = config->head_dim, .value_dim = config->head_dim, .dtype = context->dtype, .ldq = width, .ldk = kv_width,
+        .ldv = kv_width, .ldo = width, .scale = (float)(1.0 / sqrt((double)config->head_dim)), .window = window,
+    };
+}
+
+static void attend(const pass *pass, const mq_unit *unit, const mq_scratch *scratch)
+{
+    const mq_layer_context *context = pass->context;
+    size_t size = mq_dtype_size(context->dtype);
+    for (int64_t i = 0; i < unit->sequences; i++) {
+        const mq_sequence *sequence = &context->sequences[unit->first_sequence + i];
+        mq_attention_args args = attention_args(context, pass->layer->window, sequence->tokens);
+        size_t row = (size_t)(sequence->first - unit->first);
+        args.q = (const char *)scratch->q + row * (size_t)args.ldq * size;
+        args.k = (const char *)scratch->k + row * (size_t)args.ldk * size;
+        args.v = (const char *)scratch->v + row * (size_t)args.ldv * size;
+        args.out = (char *)scratch->mixed + row * (size_t)args.ldo * size;
+        args.key_mask = context->key_mask ? context->key_mask + sequence->first : NULL;
+        mq_attention_forward(&args, scratch->attention);
+    }
+}
+
+static int attention_half(pass *pass, const mq_unit *unit, void *hidden, const mq_scratch *scratch)
+{
+    const mq_config *config = pass->context->config;
+    mq_layer *layer = pass->layer;
+    mq_row_sizes sizes = sizes_of(pass, config->hidden_size);
+    pass->quantized = scratch->quantized;
+    pass->temporary = scratch->temporary;
+    pass->applied = NULL;
+    mq_rmsnorm_forward(scratch->normed, hidden, layer->norms[MQ_ROLE_INPUT_NORM], config->rms_norm_eps, &sizes);
+    int rc = run_linear(pass, MQ_ROLE_Q, scratch->q, scratch->normed);
+    if (rc == MQ_OK) rc = run_linear(pass, MQ_ROLE_K, scratch->k, scratch->normed);
+    if (rc == MQ_OK) rc = run_linear(pass, MQ_ROLE_V, scratch->v, scratch->normed);
+    if (rc == MQ_OK) rc = finish_heads(pass, MQ_ROLE_Q_NORM, &layer->q, scratch->q, config->num_attention_heads, unit);
+    if (rc == MQ_OK) rc = finish_heads(pass, MQ_ROLE_K_NORM, &layer->k, scratch->k, config->num_key_value_heads, unit);
+    if (rc == MQ_OK) rc = pass_point(pass, &layer->v, scratch->v, config->num_key_value_heads * config->head_dim);
+    if (rc != MQ_OK) return rc;
+    attend(pass, unit, scratch);
+    return run_residual(pass, MQ_ROLE_O, hidden, scratch->mixed);
+}
+
+static int mlp_half(pass *pass, void *hidden, const mq_scratch *scratch)
+{
+    const mq_config *config = pass->context->config;
+    mq_row_sizes sizes = sizes_of(pass, config->hidden_size), inner = sizes_of(pass, config->intermediate_size);
+    pass->quantized = scratch->mlp_quantized;
+    pass->temporary = scratch->mlp_temporary;
+    pass->applied = NULL;
+    mq_rmsnorm_forward(scratch->mlp_normed, hidden, pass->layer->norms[MQ_ROLE_POST_NORM], config->rms_norm_eps, &sizes);
+    int rc = run_linear(pass, MQ_ROLE_GATE, scratch->gate, scratch->mlp_normed);
+    if (rc == MQ_OK) rc = run_linear(pass, MQ_ROLE_UP, scratch->up, scratch->mlp_normed);
+    if (rc != MQ_OK) return rc;
+    mq_swiglu_forward(scratch->gate, scratch->up, &inner);
+    return run_residual(pass, MQ_ROLE_DOWN, hidden, scratch->gate);
+}
+
+int mq_layer_forward(mq_layer *layer, const mq_layer_context *context, const mq_unit *unit, void *hidden,
+                     const mq_scratch *scratch, mq_error *err)
+{
+    pass pass = {.layer = layer, .context = context, .err = err, .first = unit->first, .rows = unit->rows};
+    size_t stride = (size_t)context->config->hidden_size * mq_dtype_size(context->dtype);
+    int rc = attention_half(&pass, unit, hidden, scratch);
+    for (int64_t done = 0; rc == MQ_OK && done < unit->rows; done += MLP_ROWS) {
+        pass.first = unit->first + done;
+        pass.rows = MQ_MIN((int64_t)MLP_ROWS, unit->rows - done);
+        rc = mlp_half(&pass, (char *)hidden + (size_t)done * stride, scratch);
+    }
+    return rc;
+}
+
+/* Takes the next buffer of `count` elements of size bytes, at a cache line; a NULL memory only counts. */
+static void *carve(const mq_scratch *scratch, size_t *used, int64_t count, size_t size)
+{
+    void *at = scratch->memory ? scratch->memory + *used : NULL;
+    *used += MQ_ROUND_UP((size_t)count * size, (size_t)MQ_ALIGNMENT);
+    return at;
+}
+
+size_t mq_scratch_init(mq_scratch *scratch, const mq_layer_context *context, int64_t rows, int64_t tokens)
+{
+    const mq_config *config = context->config;
+    int64_t hidden = config->hidden_size, inner = config->intermediate_size, mlp_rows = MQ_MIN(rows, (int64_t)MLP_ROWS);
+    int64_t q_width = config->num_attention_heads * config->head_dim, widest = MQ_MAX(hidden, q_width);
+    int64_t kv_width = config->num_key_value_heads * config->head_dim;
+    mq_attention_args args = attention_args(context, 0, tokens);
+    size_t size = mq_dtype_size(context->dtype), attention = 0, mlp = 0;
+    /* The attention's output takes the place of the norm's, which is read for the last time before. */
+    scratch->normed = scratch->mixed = carve(scratch, &attention, rows * widest, size);
+    scratch->q = carve(scratch, &attention, rows * q_width, size);
+    scratch->k = carve(scratch, &attention, rows * kv_width, size);
+    scratch->v = carve(scratch, &attention, rows * kv_width, size);
+    scratch->attention = carve(scratch, &attention, (int64_t)mq_attention_scratch(&args), 1);
+    scratch->quantized = carve(scratch, &attention, rows * widest, size);
+    scratch->temporary = carve(scratch, &attention, rows * hidden, size);
+    scratch->mlp_normed = carve(scratch, &mlp, mlp_rows * hidden, size);
+    scratch->gate = carve(scratch, &mlp, mlp_rows * inner, size);
+    scratch->up = carve(scratch, &mlp, mlp_rows * inner, size);
+    scratch->mlp_quantized = carve(scratch, &mlp, mlp_rows * MQ_MAX(hidden, inner), size);
+    scratch->mlp_temporary = carve(scratch, &mlp, mlp_rows * hidden, size);
+    scratch->nbytes = MQ_MAX(attention, mlp);
+    return scratch->nbytes;
+}
+
+static int check_point(const mq_point *point, int64_t width, const char *module, const char *what, mq_error *err)
+{
+    char name[256];
+    if (!acts(point->quantizer)) return MQ_OK;
+    snprintf(name, sizeof name, "%s.%s", module, what);
+    return mq_quantizer_ready(point->quantizer, -1, width, name, err);
+}
+
+int mq_layer_check(const mq_layer *layer, const mq_config *config, mq_error *err)
+{
+    int64_t kv_width = config->num_key_value_heads * config->head_dim;
+    int rc = MQ_OK;
+    for (int role = 0; rc == MQ_OK && role < MQ_ROLE_COUNT; role++) {
+        const mq_linear *linear = &layer->linears[role];
+        if (linear->cols == 0) continue;
+        rc = check_point(&linear->input, linear->cols, linear->name, "input_quantizer", err);
+        if (rc == MQ_OK) rc = check_point(&linear->output, linear->rows, linear->name, "output_quantizer", err);
+    }
+    if (rc == MQ_OK)
+        rc = check_point(&layer->q, config->num_attention_heads * config->head_dim, layer->attention_name, "q_bmm_quantizer",
+                         err);
+    if (rc == MQ_OK) rc = check_point(&layer->k, kv_width, layer->attention_name, "k_bmm_quantizer", err);
+    if (rc == MQ_OK) rc = check_point(&layer->v, kv_width, layer->attention_name, "v_bmm_quantizer", err);
+    return rc;
+}
+
+size_t mq_layer_points(mq_layer *layer, mq_point **out)
+{
+    size_t count = 0;
+    for (int role = 0; role < MQ_ROLE_COUNT; role++) {
+        if (layer->linears[role].cols == 0) continue;
+        out[count++] = &layer->linears[role].input;
+        out[count++] = &layer->linears[role].output;
+    }
+    out[count++] = &layer->q;
+    out[count++] = &layer->k;
+    out[count++] = &layer->v;
+    return count;
+}

@@ -1,0 +1,91 @@
+/* One decoder layer: its weights while it is loaded, the points where quantizers and calibrators sit, and its forward.
+ *
+ * A point is a tensor on its way through the layer: the input or output of a linear, or q, k, v of attention (after rope).
+ * Points of linears that read the same tensor have the same site. */
+#ifndef MQ_LAYER_H
+#define MQ_LAYER_H
+
+#include <stdatomic.h>
+
+#include "calib/calib.h"
+#include "model/arch.h"
+#include "model/ops.h"
+#include "quant/quantizer.h"
+
+typedef struct mq_point {
+    const mq_quantizer *quantizer;  /* not owned; NULL = none */
+    mq_calib *calib;                /* not owned; NULL = none */
+    int site;                       /* number of the tensor within its layer */
+    int leader;                     /* while a run is on: the point whose statistics serve this one too, or -1 */
+    mq_calib *watch;                /* while a run is on: what this leader has seen */
+} mq_point;
+
+typedef struct mq_linear {
+    mq_linear_weight weight;
+    int64_t rows, cols;             /* (O, I) */
+    mq_point input, output;
+    const char *name;               /* of its module */
+} mq_linear;
+
+typedef struct mq_layer {
+    mq_linear linears[MQ_ROLE_COUNT];   /* by role; cols 0 = the layer has none */
+    float *norms[MQ_ROLE_COUNT];        /* by role, NULL while not loaded or not there */
+    mq_point q, k, v;                   /* attention.q_bmm_quantizer and so on */
+    const char *attention_name;
+    int64_t window;                     /* tokens a query sees, 0 = all before it */
+    int loaded;
+    _Atomic int busy;                   /* a run is inside, or weights are being exchanged */
+} mq_layer;
+
+/* Tokens that go through a layer together: whole sequences. */
+typedef struct mq_sequence {
+    int64_t first, tokens;              /* rows of the run */
+    int64_t batch, index;               /* index: row of its batch */
+} mq_sequence;
+
+typedef struct mq_unit {
+    int64_t first_sequence, sequences;
+    int64_t first, rows;
+} mq_unit;
+
+/* Memory of one worker, taken once per run; sizes in rows of the largest unit. */
+typedef struct mq_scratch {
+    char *memory;
+    size_t nbytes;
+    void *normed, *q, *k, *v, *mixed, *quantized, *temporary, *attention;   /* attention half */
+    void *mlp_normed, *gate, *up, *mlp_quantized, *mlp_temporary;           /* MLP half: the same memory */
+} mq_scratch;
+
+/* What is the same for all units of a run. */
+typedef struct mq_layer_context {
+    const mq_config *config;
+    mq_dtype dtype;
+    const mq_rope_table *rope;
+    const mq_sequence *sequences;
+    const uint8_t *key_mask;            /* by row of the run: 0 = padding, hidden from attention; NULL = none */
+    const uint8_t *count_mask;          /* by row of the run: 0 = counts in no statistic; NULL = all count */
+} mq_layer_context;
+
+/* Bytes of one worker's scratch for units of up to `rows` rows and sequences of up to `tokens`; mq_scratch_init cuts
+ * scratch->memory (of that size) into its buffers. */
+size_t mq_scratch_init(mq_scratch *scratch, const mq_layer_context *context, int64_t rows, int64_t tokens);
+
+/* hidden (rows of the unit, C), in place. */
+int mq_layer_forward(mq_layer *layer, const mq_layer_context *context, const mq_unit *unit, void *hidden,
+                     const mq_scratch *scratch, mq_error *err);
+
+/* Whether every quantizer of the layer can be applied to what it will see. */
+int mq_layer_check(const mq_layer *layer, const mq_config *config, mq_error *err);
+
+/* All points of a layer, or as many as fit; returns how many there are. */
+enum { MQ_LAYER_MAX_POINTS = 2 * MQ_ROLE_COUNT + 3 };
+size_t mq_layer_points(mq_layer *layer, mq_point **out);
+
+/* Statistics of one run over a set of points (points.c): begin makes one watching calibrator per site and kind, collect adds
+ * rows to those of one site, end merges them into the calibrators of their points (if keep) and drops them. A tensor
+ * that several siblings read is scanned once, and an interrupted run leaves the calibrators as they were. */
+int mq_points_begin(mq_point **points, size_t count, mq_error *err);
+int mq_points_end(mq_point **points, size_t count, int keep, mq_error *err);
+int mq_point_collect(mq_point *point, const mq_calib_rows *rows, mq_error *err);
+
+#endif

@@ -1,0 +1,89 @@
+/* The operations of the runtime, forward: plain functions, outputs first, then inputs, parameters, sizes. A backward will
+ * stand beside each forward in its file.
+ *
+ * Shape letters: B sequences, T tokens of one, N rows (tokens of one or several sequences), C hidden size, H heads,
+ * G key and value heads, D head size, F intermediate size, V vocabulary, O and I rows and columns of a weight.
+ * Activations are float32 or bfloat16 (`dtype`), row-major without gaps unless a stride is named; arithmetic is float32.
+ * Rows are done in parallel on the pool, or inline when the caller already is a job; the bits are the same. */
+#ifndef MQ_OPS_H
+#define MQ_OPS_H
+
+#include "core/tensor.h"
+#include "kernels/gemm.h"
+#include "model/config.h"
+
+typedef struct mq_row_sizes {
+    int64_t rows, width;
+    mq_dtype dtype;
+} mq_row_sizes;
+
+/* out (N, C) = weight (C) * in / sqrt(mean(in^2) + eps); out may be in. Zhang and Sennrich 2019. */
+void mq_rmsnorm_forward(void *out, const void *in, const float *weight, double eps, const mq_row_sizes *sizes);
+
+/* gate (N, F) = silu(gate) * up. Shazeer 2020, "GLU variants improve transformer". */
+void mq_swiglu_forward(void *gate, const void *up, const mq_row_sizes *sizes);
+
+/* x (N, C) += y. */
+void mq_add_forward(void *x, const void *y, const mq_row_sizes *sizes);
+
+/* Cosines and sines (positions, rotary / 2) of the rotary embedding; Su et al. 2021. */
+typedef struct mq_rope_table {
+    int64_t positions, rotary;
+    float *cosine, *sine;
+} mq_rope_table;
+
+int mq_rope_table_init(mq_rope_table *table, const mq_config *config, int64_t positions, mq_error *err);
+void mq_rope_table_free(mq_rope_table *table);
+size_t mq_rope_table_nbytes(const mq_rope_table *table);
+
+/* Rotates x (T, heads, D), in place; row t is at position first + t. */
+typedef struct mq_rope_sizes {
+    int64_t tokens, heads, head_dim, first;
+    mq_dtype dtype;
+} mq_rope_sizes;
+void mq_rope_forward(void *x, const mq_rope_table *table, const mq_rope_sizes *sizes);
+
+/* out (N, C) = weight (V, C)[ids (N)]. */
+void mq_embed_forward(void *out, const int32_t *ids, const mq_tensor *weight, const mq_row_sizes *sizes);
+
+/* A weight (O, I) packed for the product, and its bias (O) or NULL. */
+typedef struct mq_linear_weight {
+    mq_packed packed;
+    float *bias;
+} mq_linear_weight;
+
+/* Packs w (O, I) of any float dtype and stride for products in `kind`; name is used in errors (a NaN or an infinity in
+ * the weight is one). */
+int mq_linear_load(mq_linear_weight *weight, const mq_tensor *w, mq_gemm_kind kind, const char *name, mq_error *err);
+void mq_linear_free(mq_linear_weight *weight);
+
+/* out (N, O) = in (N, I) * weight^T + bias, or += if accumulate. dtype is of both. */
+void mq_linear_forward(void *out, const void *in, const mq_linear_weight *weight, int accumulate,
+                       const mq_row_sizes *sizes);
+
+/* Next-token loss over a vocabulary that comes in slices: the running log-sum-exp of one row (Milakov and Gimelshein 2018). */
+typedef struct mq_loss_row {
+    float max;
+    double sum;     /* of exp(logit - max) */
+    float target;   /* the label's logit */
+} mq_loss_row;
+
+/* Folds logits (N, n), columns first..first+n of the vocabulary, into rows (N). labels (N); < 0 = no label. */
+typedef struct mq_loss_slice {
+    int64_t rows, first, columns, ld;
+} mq_loss_slice;
+void mq_loss_begin(mq_loss_row *rows, int64_t count);
+void mq_loss_forward(mq_loss_row *rows, const float *logits, const int32_t *labels, const mq_loss_slice *slice);
+double mq_loss_of(const mq_loss_row *row);   /* -log softmax(logits)[label], in nats */
+
+/* Copies or converts a row or a whole tensor of any float dtype and stride; dtype is MQ_F32 or MQ_BF16. */
+int mq_tensor_is_float(const mq_tensor *tensor);
+void mq_read_row(void *out, mq_dtype dtype, const mq_tensor *tensor, int64_t row);  /* of a matrix, or of a vector as row 0 */
+
+/* Rows that one task of an elementwise operation takes. */
+MQ_INLINE int64_t mq_row_grain(int64_t width)
+{
+    return MQ_MAX((int64_t)1, 32768 / MQ_MAX(width, (int64_t)1));
+}
+
+#endif

@@ -1,0 +1,266 @@
+#include "model/run.h"
+
+#include <string.h>
+
+#include "core/alloc.h"
+#include "core/pool.h"
+
+/* Rows that a unit takes, by whole sequences: enough for the product to use each weight it loads many times. */
+enum { UNIT_ROWS = 512 };
+
+static int check_input(const mq_runtime *runtime, const mq_batch_input *input, int64_t batch, mq_error *err)
+{
+    int64_t vocabulary = runtime->config.vocab_size;
+    if (input->sequences <= 0 || input->tokens <= 0)
+        return mq_fail(err, MQ_ERR_VALUE, "batch %lld is empty: shape [%lld, %lld]", (long long)batch,
+                       (long long)input->sequences, (long long)input->tokens);
+    for (int64_t i = 0; i < input->sequences * input->tokens; i++) {
+        if (input->ids[i] >= 0 && input->ids[i] < vocabulary) continue;
+        return mq_fail(err, MQ_ERR_VALUE, "batch %lld, position [%lld, %lld]: token id %lld is outside the vocabulary of %lld",
+                       (long long)batch, (long long)(i / input->tokens), (long long)(i % input->tokens),
+                       (long long)input->ids[i], (long long)vocabulary);
+    }
+    return MQ_OK;
+}
+
+static int count_rows(mq_run *run, const mq_batch_input *batches, int64_t count, mq_error *err)
+{
+    for (int64_t i = 0; i < count; i++) {
+        int rc = check_input(run->runtime, &batches[i], i, err);
+        if (rc != MQ_OK) return rc;
+        run->rows += batches[i].sequences * batches[i].tokens;
+        run->sequence_count += batches[i].sequences;
+        run->longest = MQ_MAX(run->longest, batches[i].tokens);
+    }
+    run->batch_count = count;
+    return MQ_OK;
+}
+
+static int allocate(mq_run *run, int masked, mq_error *err)
+{
+    size_t rows = (size_t)run->rows, sequences = (size_t)run->sequence_count;
+    size_t width = (size_t)run->runtime->config.hidden_size * mq_dtype_size(run->runtime->dtype);
+    run->batches = mq_alloc_array((size_t)run->batch_count, sizeof *run->batches);
+    run->sequences = mq_alloc_array(sequences, sizeof *run->sequences);
+    run->units = mq_alloc_array(sequences, sizeof *run->units);
+    run->ids = mq_alloc_array(rows, sizeof *run->ids);
+    run->mask = masked ? mq_alloc_array(rows, 1) : NULL;
+    run->hidden = mq_alloc_array(rows, width);
+    if (run->batches == NULL || run->sequences == NULL || run->units == NULL || run->ids == NULL ||
+        (masked && run->mask == NULL) || run->hidden == NULL)
+        return mq_fail_memory(err, "the hidden states of the recorded batches", rows * width);
+    return mq_rope_table_init(&run->rope, &run->runtime->config, run->longest, err);
+}
+
+static void record(mq_run *run, const mq_batch_input *batches)
+{
+    int64_t row = 0, sequence = 0;
+    for (int64_t b = 0; b < run->batch_count; b++) {
+        const mq_batch_input *input = &batches[b];
+        int64_t rows = input->sequences * input->tokens;
+        run->batches[b] = (mq_batch){.sequences = input->sequences, .tokens = input->tokens, .first = row};
+        for (int64_t i = 0; i < input->sequences; i++)
+            run->sequences[sequence++] = (mq_sequence){.first = row + i * input->tokens, .tokens = input->tokens,
+                                                       .batch = b, .index = i};
+        for (int64_t i = 0; i < rows; i++) run->ids[row + i] = (int32_t)input->ids[i];
+        if (run->mask != NULL) {
+            if (input->mask == NULL) memset(run->mask + row, 1, (size_t)rows);
+            else memcpy(run->mask + row, input->mask, (size_t)rows);
+        }
+        row += rows;
+    }
+}
+
+/* Short sequences travel together. */
+static void make_units(mq_run *run)
+{
+    mq_unit *unit = NULL;
+    for (int64_t i = 0; i < run->sequence_count; i++) {
+        const mq_sequence *sequence = &run->sequences[i];
+        if (unit == NULL || unit->rows + sequence->tokens > UNIT_ROWS) {
+            unit = &run->units[run->unit_count++];
+            *unit = (mq_unit){.first_sequence = i, .first = sequence->first};
+        }
+        unit->sequences++;
+        unit->rows += sequence->tokens;
+        run->largest_unit = MQ_MAX(run->largest_unit, unit->rows);
+    }
+}
+
+int mq_run_init(mq_run *run, mq_runtime *runtime, const mq_batch_input *batches, int64_t count, int count_padding, mq_error *err)
+{
+    int masked = 0;
+    memset(run, 0, sizeof *run);
+    run->runtime = runtime;
+    run->count_padding = count_padding;
+    run->next_layer = -1;
+    if (count <= 0) return mq_fail(err, MQ_ERR_VALUE, "there are no batches to run");
+    int rc = count_rows(run, batches, count, err);
+    for (int64_t i = 0; i < count; i++) masked |= batches[i].mask != NULL;
+    if (rc == MQ_OK) rc = allocate(run, masked, err);
+    if (rc != MQ_OK) {
+        mq_run_free(run);
+        return rc;
+    }
+    record(run, batches);
+    make_units(run);
+    return MQ_OK;
+}
+
+static void free_scratch(mq_run *run)
+{
+    for (int i = 0; i < run->workers; i++) mq_free(run->scratch[i].memory);
+    mq_free(run->scratch);
+    run->scratch = NULL;
+    run->workers = 0;
+}
+
+void mq_run_free(mq_run *run)
+{
+    free_scratch(run);
+    mq_rope_table_free(&run->rope);
+    mq_free(run->batches);
+    mq_free(run->sequences);
+    mq_free(run->units);
+    mq_free(run->ids);
+    mq_free(run->mask);
+    mq_free(run->hidden);
+    memset(run, 0, sizeof *run);
+}
+
+size_t mq_run_nbytes(const mq_run *run)
+{
+    size_t rows = (size_t)run->rows, width = (size_t)run->runtime->config.hidden_size * mq_dtype_size(run->runtime->dtype);
+    size_t total = rows * (width + sizeof *run->ids + (run->mask ? 1 : 0)) + mq_rope_table_nbytes(&run->rope);
+    total += (size_t)run->sequence_count * (sizeof *run->sequences + sizeof *run->units);
+    for (int i = 0; i < run->workers; i++) total += run->scratch[i].nbytes;
+    return total;
+}
+
+static mq_layer_context context_of(const mq_run *run)
+{
+    return (mq_layer_context){
+        .config = &run->runtime->config, .dtype = run->runtime->dtype, .rope = &run->rope, .sequences = run->sequences,
+        .key_mask = run->mask, .count_mask = run->count_padding ? NULL : run->mask,
+    };
+}
+
+int mq_run_reserve(mq_run *run, mq_error *err)
+{
+    int wanted = mq_pool_max_threads();
+    mq_layer_context context = context_of(run);
+    mq_scratch probe = {0};
+    size_t nbytes = mq_scratch_init(&probe, &context, run->largest_unit, run->longest);
+    if (run->workers == wanted && run->scratch[0].nbytes >= nbytes) return MQ_OK;
+    free_scratch(run);
+    run->scratch = mq_alloc_zeroed((size_t)wanted * sizeof *run->scratch);
+    if (run->scratch == NULL) return mq_fail_memory(err, "scratch", (size_t)wanted * sizeof *run->scratch);
+    run->workers = wanted;
+    for (int i = 0; i < wanted; i++) {
+        run->scratch[i].memory = mq_alloc(nbytes);
+        if (run->scratch[i].memory == NULL) {
+            free_scratch(run);
+            return mq_fail_memory(err, "scratch", nbytes * (size_t)wanted);
+        }
+        mq_scratch_init(&run->scratch[i], &context, run->largest_unit, run->longest);
+    }
+    return MQ_OK;
+}
+
+int mq_run_embed(mq_run *run, const mq_named_tensor *tensors, size_t count, mq_error *err)
+{
+    const mq_module *module = mq_runtime_outer(run->runtime, MQ_ROLE_EMBED);
+    const mq_tensor *weight = mq_find_tensor(tensors, count, module->weight, module->shape, 2, err);
+    mq_row_sizes sizes = {.rows = run->rows, .width = run->runtime->config.hidden_size, .dtype = run->runtime->dtype};
+    if (weight == NULL) return err->code;
+    mq_embed_forward(run->hidden, run->ids, weight, &sizes);
+    run->next_layer = 0;
+    return MQ_OK;
+}
+
+typedef struct layer_job {
+    mq_run *run;
+    mq_layer *layer;
+    mq_layer_context context;
+    _Atomic int rc;               /* the first failure */
+    pthread_mutex_t mutex;
+    mq_error *err;
+} layer_job;
+
+static void note_failure(layer_job *job, int rc, const mq_error *err)
+{
+    int expected = MQ_OK;
+    pthread_mutex_lock(&job->mutex);
+    if (atomic_compare_exchange_strong(&job->rc, &expected, rc)) {
+        *job->err = *err;
+        job->err->code = rc;
+    }
+    pthread_mutex_unlock(&job->mutex);
+}
+
+static void run_unit(layer_job *job, const mq_unit *unit, int worker)
+{
+    mq_run *run = job->run;
+    size_t stride = (size_t)run->runtime->config.hidden_size * mq_dtype_size(run->runtime->dtype);
+    mq_error err = {.code = MQ_OK, .text = ""};
+    int rc = MQ_OK;
+    if (atomic_load_explicit(&job->rc, memory_order_relaxed) != MQ_OK) return;
+    /* Worker 0 is the thread that called: the only one that may talk to the caller. */
+    if (worker == 0 && run->poll != NULL) rc = run->poll(run->poll_context);
+    if (worker >= run->workers) rc = mq_fail(&err, MQ_ERR_STATE, "the thread pool grew during a run");
+    if (rc == MQ_OK)
+        rc = mq_layer_forward(job->layer, &job->context, unit, run->hidden + (size_t)unit->first * stride,
+                              &run->scratch[worker], &err);
+    if (rc != MQ_OK) note_failure(job, rc, &err);
+}
+
+static void run_units(void *argument, int64_t begin, int64_t end, int worker)
+{
+    layer_job *job = argument;
+    for (int64_t i = begin; i < end; i++) run_unit(job, &job->run->units[i], worker);
+}
+
+/* Every worker takes units of its own as long as there is one for each; the rest go one by one, each spread over all. */
+static int run_all_units(mq_run *run, mq_layer *layer, mq_error *err)
+{
+    layer_job job = {.run = run, .layer = layer, .context = context_of(run), .err = err};
+    int64_t threads = mq_pool_threads(), shared = run->unit_count / threads * threads;
+    if (pthread_mutex_init(&job.mutex, NULL) != 0) return mq_fail_memory(err, "a lock", sizeof job.mutex);
+    if (threads > 1) mq_parallel_for(shared, 1, run_units, &job);
+    else shared = 0;
+    for (int64_t i = shared; i < run->unit_count; i++) run_unit(&job, &run->units[i], 0);
+    pthread_mutex_destroy(&job.mutex);
+    return atomic_load(&job.rc);
+}
+
+static int check_order(const mq_run *run, int64_t layer, mq_error *err)
+{
+    if (layer < 0 || layer >= run->runtime->config.num_hidden_layers)
+        return mq_fail(err, MQ_ERR_VALUE, "layer %lld of a model of %lld layers", (long long)layer,
+                       (long long)run->runtime->config.num_hidden_layers);
+    if (run->next_layer < 0) return mq_fail(err, MQ_ERR_STATE, "layer %lld: embed comes first", (long long)layer);
+    if (run->next_layer != layer)
+        return mq_fail(err, MQ_ERR_STATE, "layer %lld: the next layer is %lld", (long long)layer, (long long)run->next_layer);
+    if (!run->runtime->layers[layer].loaded)
+        return mq_fail(err, MQ_ERR_STATE, "layer %lld is not loaded", (long long)layer);
+    return MQ_OK;
+}
+
+int mq_run_layer(mq_run *run, int64_t index, mq_error *err)
+{
+    mq_layer *layer;
+    mq_point *points[MQ_LAYER_MAX_POINTS];
+    int rc = check_order(run, index, err);
+    if (rc != MQ_OK) return rc;
+    layer = &run->runtime->layers[index];
+    size_t count = mq_layer_points(layer, points);
+    rc = mq_layer_check(layer, &run->runtime->config, err);
+    if (rc == MQ_OK) rc = mq_run_reserve(run, err);
+    if (rc == MQ_OK) rc = mq_points_begin(points, count, err);
+    if (rc != MQ_OK) return rc;
+    rc = run_all_units(run, layer, err);
+    int ended = mq_points_end(points, count, rc == MQ_OK, err);
+    if (rc == MQ_OK) rc = ended;
+    run->next_layer = rc == MQ_OK ? index + 1 : -1;
+    return rc;
+}

@@ -1,0 +1,59 @@
+/* mq_runtime: one model, without the weights: its sizes, its modules by name, what sits at its points, and the layers that
+ * are loaded at the moment. mq_run: recorded batches on their way through it, one layer at a time. */
+#ifndef MQ_RUNTIME_H
+#define MQ_RUNTIME_H
+
+#include "model/layer.h"
+
+enum { MQ_NAME_SIZE = 96 };
+
+typedef struct mq_module {
+    char name[MQ_NAME_SIZE], site[MQ_NAME_SIZE];   /* site: "" for what is not a linear */
+    char weight[MQ_NAME_SIZE], bias[MQ_NAME_SIZE]; /* names of tensors, "" for none */
+    mq_role role;
+    mq_module_kind kind;
+    int64_t layer;                                 /* -1: outside the layers */
+    int64_t shape[2];
+    int ndim;                                      /* of shape */
+} mq_module;
+
+typedef struct mq_runtime {
+    const mq_family *family;
+    mq_config config;
+    mq_dtype dtype;               /* of activations: MQ_F32 or MQ_BF16 */
+    mq_gemm_kind gemm;
+    mq_module *modules;           /* in the order of named_modules */
+    size_t module_count;
+    size_t *layer_start;          /* modules of layer i: layer_start[i] to layer_start[i + 1] */
+    const mq_module **by_name;    /* sorted */
+    mq_layer *layers;
+    mq_point head_input;          /* of lm_head */
+} mq_runtime;
+
+/* windows: attention window of each layer, or NULL for config.sliding_window everywhere. */
+int mq_runtime_init(mq_runtime *runtime, const mq_family *family, const mq_config *config, mq_dtype dtype,
+                    const int64_t *windows, mq_error *err);
+void mq_runtime_free(mq_runtime *runtime);
+
+/* NULL if there is no module, or no point, of that name. */
+const mq_module *mq_runtime_module(const mq_runtime *runtime, const char *name, size_t length);
+mq_point *mq_runtime_point(mq_runtime *runtime, const char *name, int64_t *layer);
+
+typedef struct mq_named_tensor {
+    const char *name;
+    mq_tensor tensor;
+} mq_named_tensor;
+
+/* Exactly the tensors that layer needs, by name. The old weights are dropped first. */
+int mq_runtime_load_layer(mq_runtime *runtime, int64_t layer, const mq_named_tensor *tensors, size_t count, mq_error *err);
+void mq_runtime_drop_layer(mq_runtime *runtime, int64_t layer);
+
+/* A module outside the layers, or NULL. */
+const mq_module *mq_runtime_outer(const mq_runtime *runtime, mq_role role);
+/* The tensor of that name with that shape and a float dtype, or an error that says which one is wrong. */
+const mq_tensor *mq_find_tensor(const mq_named_tensor *tensors, size_t count, const char *name, const int64_t *shape, int ndim,
+                                mq_error *err);
+/* A float32 copy of a vector, rounded through dtype; NULL with err filled on failure. */
+float *mq_read_vector(const mq_tensor *tensor, mq_dtype dtype, const char *name, mq_error *err);
+
+#endif

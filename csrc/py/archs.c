@@ -1,0 +1,108 @@
+/* archs(): the table of model families, for the Python side that reads config.json. */
+#include "py/runtime.h"
+
+#include <string.h>
+
+/* "a,b" as ["a", "b"]. */
+static PyObject *split(const char *text)
+{
+    PyObject *string = PyUnicode_FromString(text);
+    PyObject *comma = PyUnicode_FromString(",");
+    PyObject *list = string && comma ? PyUnicode_Split(string, comma, -1) : NULL;
+    Py_XDECREF(string);
+    Py_XDECREF(comma);
+    return list;
+}
+
+static int append(PyObject *list, PyObject *item)
+{
+    int rc = item ? PyList_Append(list, item) : -1;
+    Py_XDECREF(item);
+    return rc;
+}
+
+static PyObject *flag_list(unsigned flags)
+{
+    PyObject *list = PyList_New(0);
+    for (unsigned bit = 1; list != NULL && mq_family_flag_name(bit) != NULL; bit <<= 1)
+        if ((flags & bit) && append(list, PyUnicode_FromString(mq_family_flag_name(bit))) < 0) Py_CLEAR(list);
+    return list;
+}
+
+static int may_hold(const mq_family *family, mq_condition condition)
+{
+    static const mq_config all = {.attention_bias = 1, .mlp_bias = 1};
+    return mq_condition_holds(family, &all, condition);
+}
+
+static int add_template(PyObject *list, const char *name, const char *suffix)
+{
+    return append(list, PyUnicode_FromFormat("model.layers.{layer}.%s.%s", name, suffix));
+}
+
+/* Every tensor that a model of the family may have. */
+static PyObject *tensor_list(const mq_family *family)
+{
+    size_t count;
+    const mq_layer_module *table = mq_layer_modules(&count);
+    PyObject *list = Py_BuildValue("[sss]", "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight");
+    for (size_t i = 0; list != NULL && i < count; i++) {
+        if (table[i].kind == MQ_MODULE_ATTENTION || !may_hold(family, table[i].present)) continue;
+        if (add_template(list, table[i].name, "weight") < 0 ||
+            (may_hold(family, table[i].bias) && add_template(list, table[i].name, "bias") < 0))
+            Py_CLEAR(list);
+    }
+    return list;
+}
+
+static PyObject *default_of(const mq_config_key *key)
+{
+    if (key->type == MQ_CONFIG_IS_REAL) return PyFloat_FromDouble(key->real);
+    if (key->type == MQ_CONFIG_IS_NAME) return PyUnicode_FromString(key->word);
+    return key->integer == MQ_REQUIRED ? Py_NewRef(Py_None) : PyLong_FromLongLong(key->integer);
+}
+
+static PyObject *key_dict(void)
+{
+    size_t count;
+    const mq_config_key *keys = mq_config_keys(&count);
+    PyObject *dict = PyDict_New();
+    for (size_t i = 0; dict != NULL && i < count; i++) {
+        PyObject *value = default_of(&keys[i]);
+        if (value == NULL || PyDict_SetItemString(dict, keys[i].name, value) < 0) Py_CLEAR(dict);
+        Py_XDECREF(value);
+    }
+    return dict;
+}
+
+static PyObject *family_dict(const mq_family *family)
+{
+    return Py_BuildValue("{s:s,s:N,s:N,s:N,s:N,s:N}", "family", family->name, "model_types", split(family->model_types),
+                         "architectures", split(family->architectures), "flags", flag_list(family->flags), "tensors",
+                         tensor_list(family), "config_keys", key_dict());
+}
+
+PyDoc_STRVAR(archs_doc,
+"archs()\n--\n\n"
+"The model families: [{'family', 'model_types', 'architectures', 'flags', 'tensors', 'config_keys'}].\n\n"
+"tensors: names of all tensors a model may have, {layer} standing for the number. config_keys: {flat key of\n"
+"Runtime's config: its default, None where it must be given}.");
+
+static PyObject *archs(PyObject *module, PyObject *unused)
+{
+    size_t count;
+    const mq_family *families = mq_families(&count);
+    PyObject *list = PyList_New(0);
+    (void)module;
+    (void)unused;
+    for (size_t i = 0; list != NULL && i < count; i++)
+        if (append(list, family_dict(&families[i])) < 0) Py_CLEAR(list);
+    return list;
+}
+
+static PyMethodDef methods[] = {
+    {"archs", archs, METH_NOARGS, archs_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+const mq_py_part mq_py_archs = {.methods = methods};

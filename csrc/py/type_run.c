@@ -1,0 +1,437 @@
+/* Run: recorded batches on their way through a Runtime, layer by layer (csrc/model/run.h). */
+#include "py/runtime.h"
+
+#include <string.h>
+
+#include "core/alloc.h"
+
+typedef struct RunObject {
+    PyObject_HEAD
+    mq_run run;
+    RuntimeObject *runtime;
+    _Atomic int busy;
+} RunObject;
+
+PyDoc_STRVAR(run_doc,
+"Recorded batches on their way through a Runtime. Made by Runtime.start.\n\n"
+"embed, then layer(0), layer(1), ... each loaded before; then loss, logits or finish. embed starts again.");
+
+const char mq_run_start_doc[] =
+"start($self, ids, masks=None, count_padding=False)\n--\n\n"
+"A Run over batches of token ids.\n\n"
+"ids: list of integer arrays [B, T]. masks: list of arrays [B, T] or None, 0 = padding: hidden from attention, and left\n"
+"out of statistics unless count_padding. Positions are 0 to T - 1 in every row, as in a transformers model called with\n"
+"input_ids and attention_mask. ValueError names the batch, position and value of an id outside the vocabulary.";
+
+/* Views of one call's batches, owned until the run has copied them. */
+typedef struct inputs {
+    mq_batch_input *batches;
+    PyObject **keeps;           /* ids and mask of each batch */
+    Py_ssize_t count;
+} inputs;
+
+static int view_ids(mq_state *state, PyObject *object, Py_ssize_t index, mq_batch_input *out, PyObject **keep)
+{
+    char name[48];
+    mq_tensor view;
+    PyOS_snprintf(name, sizeof name, "ids[%d]", (int)index);
+    if (mq_view_as(state, object, name, MQ_I64, &view, keep) < 0) return -1;
+    if (view.ndim != 2) {
+        PyErr_Format(PyExc_ValueError, "%s: expected shape [B, T], got %d dimensions", name, view.ndim);
+        return -1;
+    }
+    *out = (mq_batch_input){.ids = view.data, .sequences = view.shape[0], .tokens = view.shape[1]};
+    return 0;
+}
+
+/* An array of 0 and 1 from whatever kind of numbers; NULL with an exception set on failure. */
+static PyObject *as_booleans(PyObject *object)
+{
+    PyObject *numpy = PyImport_ImportModule("numpy");
+    PyObject *array = numpy ? PyObject_CallMethod(numpy, "not_equal", "Oi", object, 0) : NULL;
+    Py_XDECREF(numpy);
+    return array;
+}
+
+static int view_mask(mq_state *state, PyObject *object, Py_ssize_t index, mq_batch_input *out, PyObject **keep)
+{
+    char name[48], text[96];
+    mq_tensor view;
+    PyOS_snprintf(name, sizeof name, "masks[%d]", (int)index);
+    PyObject *booleans = as_booleans(object);
+    if (booleans == NULL) return -1;
+    int rc = mq_view_contiguous(state, booleans, name, &view, keep);
+    Py_DECREF(booleans);
+    if (rc < 0) return -1;
+    if (view.dtype == MQ_BOOL && view.ndim == 2 && view.shape[0] == out->sequences && view.shape[1] == out->tokens) {
+        out->mask = view.data;
+        return 0;
+    }
+    PyErr_Format(PyExc_ValueError, "%s is %s, but ids[%zd] is [%lld, %lld]", name,
+                 mq_tensor_describe(&view, text, sizeof text), index, (long long)out->sequences, (long long)out->tokens);
+    return -1;
+}
+
+static void inputs_free(inputs *in)
+{
+    for (Py_ssize_t i = 0; in->keeps != NULL && i < 2 * in->count; i++) Py_XDECREF(in->keeps[i]);
+    mq_free(in->keeps);
+    mq_free(in->batches);
+}
+
+static int inputs_init(inputs *in, mq_state *state, PyObject *ids, PyObject *masks)
+{
+    in->count = PySequence_Fast_GET_SIZE(ids);
+    in->batches = mq_alloc_array((size_t)in->count, sizeof *in->batches);
+    in->keeps = mq_alloc_zeroed((size_t)in->count * 2 * sizeof *in->keeps);
+    if (in->batches == NULL || in->keeps == NULL) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    if (masks != NULL && PySequence_Fast_GET_SIZE(masks) != in->count) {
+        PyErr_Format(PyExc_ValueError, "masks: %zd for %zd batches", PySequence_Fast_GET_SIZE(masks), in->count);
+        return -1;
+    }
+    for (Py_ssize_t i = 0; i < in->count; i++) {
+        if (view_ids(state, PySequence_Fast_GET_ITEM(ids, i), i, &in->batches[i], &in->keeps[2 * i]) < 0) return -1;
+        PyObject *mask = masks ? PySequence_Fast_GET_ITEM(masks, i) : Py_None;
+        if (mask != Py_None && view_mask(state, mask, i, &in->batches[i], &in->keeps[2 * i + 1]) < 0) return -1;
+    }
+    return 0;
+}
+
+static PyObject *make_run(RuntimeObject *runtime, mq_state *state, const inputs *in, int count_padding)
+{
+    RunObject *self = (RunObject *)state->run_type->tp_alloc(state->run_type, 0);
+    mq_error err;
+    int rc;
+    if (self == NULL) return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    rc = mq_run_init(&self->run, &runtime->runtime, in->batches, in->count, count_padding, &err);
+    Py_END_ALLOW_THREADS
+    if (rc == MQ_OK) {
+        self->runtime = (RuntimeObject *)Py_NewRef((PyObject *)runtime);
+        self->run.poll = mq_poll_signals;
+        return (PyObject *)self;
+    }
+    Py_DECREF(self);
+    return mq_raise(&err);
+}
+
+PyObject *mq_run_start(PyObject *runtime, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"ids", "masks", "count_padding", NULL};
+    PyObject *ids_object, *masks_object = Py_None, *ids = NULL, *masks = NULL, *result = NULL;
+    int count_padding = 0;
+    inputs in = {0};
+    mq_state *state = mq_state_of_object(runtime);
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|Op:start", names, &ids_object, &masks_object, &count_padding)) return NULL;
+    ids = PySequence_Fast(ids_object, "start: ids must be a list of arrays [B, T]");
+    if (ids == NULL) return NULL;
+    if (masks_object != Py_None) {
+        masks = PySequence_Fast(masks_object, "start: masks must be a list of arrays [B, T] or None");
+        if (masks == NULL) goto done;
+    }
+    if (inputs_init(&in, state, ids, masks) == 0) result = make_run((RuntimeObject *)runtime, state, &in, count_padding);
+done:
+    inputs_free(&in);
+    Py_XDECREF(masks);
+    Py_DECREF(ids);
+    return result;
+}
+
+static int run_traverse(PyObject *self, visitproc visit, void *arg)
+{
+    Py_VISIT(Py_TYPE(self));
+    Py_VISIT((PyObject *)((RunObject *)self)->runtime);
+    return 0;
+}
+
+/* Only the reference: the run's memory may be needed until dealloc, and takes part in no cycle. */
+static int run_clear(PyObject *self)
+{
+    (void)self;
+    return 0;
+}
+
+static void run_dealloc(PyObject *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    RunObject *object = (RunObject *)self;
+    PyObject_GC_UnTrack(self);
+    mq_run_free(&object->run);
+    Py_CLEAR(object->runtime);
+    type->tp_free(self);
+    Py_DECREF(type);
+}
+
+/* The core calls that only take tensors. */
+typedef int (*tensors_fn)(mq_run *run, const mq_named_tensor *tensors, size_t count, mq_error *err);
+
+/* The run, and the points outside the layers, for one call. */
+static int enter_run(RunObject *self)
+{
+    if (mq_enter(&self->busy, "the Run") < 0) return -1;
+    if (mq_layer_enter(self->runtime, -1) == 0) return 0;
+    mq_leave(&self->busy);
+    return -1;
+}
+
+static void leave_run(RunObject *self)
+{
+    mq_layer_leave(self->runtime, -1);
+    mq_leave(&self->busy);
+}
+
+static PyObject *with_tensors(PyObject *self, PyObject *dict, tensors_fn fn)
+{
+    RunObject *object = (RunObject *)self;
+    mq_tensor_map map;
+    mq_error err;
+    int rc;
+    if (mq_tensor_map_init(&map, mq_state_of_object(self), dict) < 0) return NULL;
+    if (enter_run(object) < 0) {
+        mq_tensor_map_free(&map);
+        return NULL;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    rc = fn(&object->run, map.tensors, map.count, &err);
+    Py_END_ALLOW_THREADS
+    leave_run(object);
+    mq_tensor_map_free(&map);
+    return rc == MQ_OK ? Py_NewRef(Py_None) : mq_raise(&err);
+}
+
+PyDoc_STRVAR(embed_doc, "embed($self, tensors)\n--\n\nLooks up the embeddings. tensors: those of Runtime.embed_tensors().");
+
+static PyObject *run_embed(PyObject *self, PyObject *dict)
+{
+    return with_tensors(self, dict, mq_run_embed);
+}
+
+PyDoc_STRVAR(finish_doc,
+"finish($self, tensors)\n--\n\n"
+"Gives lm_head's input calibrator its statistics, without computing logits. tensors: at least the final norm's weight.");
+
+static PyObject *run_finish(PyObject *self, PyObject *dict)
+{
+    return with_tensors(self, dict, mq_run_finish);
+}
+
+PyDoc_STRVAR(layer_doc,
+"layer($self, layer)\n--\n\n"
+"All batches through one layer, which must be loaded and the next in order.\n\n"
+"Calibrators at its points collect once it is done. RuntimeError for a wrong order; after an error or Ctrl-C the hidden\n"
+"states are lost, and embed starts again.");
+
+static PyObject *run_layer(PyObject *self, PyObject *argument)
+{
+    RunObject *object = (RunObject *)self;
+    mq_runtime *runtime = &object->runtime->runtime;
+    long long layer = PyLong_AsLongLong(argument);
+    mq_error err;
+    int rc;
+    if (layer == -1 && PyErr_Occurred()) return NULL;
+    if (layer < 0 || layer >= runtime->config.num_hidden_layers)
+        return PyErr_Format(PyExc_IndexError, "layer %lld of a model of %lld layers", layer,
+                            (long long)runtime->config.num_hidden_layers);
+    if (mq_enter(&object->busy, "the Run") < 0) return NULL;
+    if (mq_layer_enter(object->runtime, layer) < 0) {
+        mq_leave(&object->busy);
+        return NULL;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    rc = mq_run_layer(&object->run, layer, &err);
+    Py_END_ALLOW_THREADS
+    mq_layer_leave(object->runtime, layer);
+    mq_leave(&object->busy);
+    return rc == MQ_OK ? Py_NewRef(Py_None) : mq_raise(&err);
+}
+
+static int parse_batch(const RunObject *self, PyObject *argument, int64_t *out)
+{
+    long long batch = PyLong_AsLongLong(argument);
+    if (batch == -1 && PyErr_Occurred()) return -1;
+    *out = batch;
+    if (batch >= 0 && batch < self->run.batch_count) return 0;
+    PyErr_Format(PyExc_IndexError, "batch %lld of %lld", batch, (long long)self->run.batch_count);
+    return -1;
+}
+
+static PyObject *batch_array(PyObject *self, int64_t batch, int64_t width, mq_tensor *view)
+{
+    const mq_batch *rows = &((RunObject *)self)->run.batches[batch];
+    int64_t shape[3] = {rows->sequences, rows->tokens, width};
+    return mq_new_array(mq_state_of_object(self), MQ_F32, 3, shape, view);
+}
+
+PyDoc_STRVAR(hidden_doc, "hidden($self, batch)\n--\n\nThe hidden states of a batch where the run now is: float32 [B, T, C].");
+
+static PyObject *run_hidden(PyObject *self, PyObject *argument)
+{
+    RunObject *object = (RunObject *)self;
+    mq_tensor view;
+    mq_error err;
+    int64_t batch;
+    if (parse_batch(object, argument, &batch) < 0) return NULL;
+    PyObject *array = batch_array(self, batch, object->runtime->runtime.config.hidden_size, &view);
+    if (array == NULL || mq_enter(&object->busy, "the Run") < 0) goto fail;
+    int rc = mq_run_hidden(&object->run, batch, view.data, &err);
+    mq_leave(&object->busy);
+    if (rc == MQ_OK) return array;
+    mq_raise(&err);
+fail:
+    Py_XDECREF(array);
+    return NULL;
+}
+
+PyDoc_STRVAR(logits_doc,
+"logits($self, batch, tensors)\n--\n\n"
+"The logits of a batch after all layers: float32 [B, T, V]. tensors: those of Runtime.head_tensors().");
+
+static PyObject *run_logits(PyObject *self, PyObject *args)
+{
+    RunObject *object = (RunObject *)self;
+    PyObject *index, *dict, *array;
+    mq_tensor_map map;
+    mq_tensor view;
+    mq_error err;
+    int64_t batch;
+    int rc = -1;
+    if (!PyArg_ParseTuple(args, "OO:logits", &index, &dict) || parse_batch(object, index, &batch) < 0) return NULL;
+    if (mq_tensor_map_init(&map, mq_state_of_object(self), dict) < 0) return NULL;
+    array = batch_array(self, batch, object->runtime->runtime.config.vocab_size, &view);
+    if (array == NULL || enter_run(object) < 0) goto done;
+    Py_BEGIN_ALLOW_THREADS
+    rc = mq_run_logits(&object->run, batch, map.tensors, map.count, view.data, &err);
+    Py_END_ALLOW_THREADS
+    leave_run(object);
+    if (rc != MQ_OK) mq_raise(&err);
+done:
+    mq_tensor_map_free(&map);
+    if (rc != MQ_OK) Py_CLEAR(array);
+    return array;
+}
+
+/* labels: list of arrays [B, T] as one int32 array over all rows. NULL with an exception set on failure. */
+static int32_t *read_labels(RunObject *self, PyObject *object)
+{
+    mq_state *state = mq_state_of_object((PyObject *)self);
+    int64_t vocabulary = self->runtime->runtime.config.vocab_size;
+    PyObject *list = PySequence_Fast(object, "loss: labels must be a list of arrays [B, T]"), *keep = NULL;
+    int32_t *labels = mq_alloc_array((size_t)self->run.rows, sizeof *labels);
+    if (labels == NULL) PyErr_NoMemory();
+    if (list != NULL && PySequence_Fast_GET_SIZE(list) != (Py_ssize_t)self->run.batch_count)
+        PyErr_Format(PyExc_ValueError, "labels: %zd for %lld batches", PySequence_Fast_GET_SIZE(list), (long long)self->run.batch_count);
+    for (int64_t b = 0; b < self->run.batch_count && !PyErr_Occurred(); b++) {
+        const mq_batch *batch = &self->run.batches[b];
+        mq_batch_input input;
+        if (view_ids(state, PySequence_Fast_GET_ITEM(list, b), b, &input, &keep) < 0) break;
+        if (input.sequences != batch->sequences || input.tokens != batch->tokens)
+            PyErr_Format(PyExc_ValueError, "labels[%lld]: expected shape [%lld, %lld]", (long long)b,
+                         (long long)batch->sequences, (long long)batch->tokens);
+        for (int64_t i = 0; i < batch->sequences * batch->tokens && !PyErr_Occurred(); i++) {
+            if (input.ids[i] >= vocabulary)
+                PyErr_Format(PyExc_ValueError, "labels[%lld]: %lld is outside the vocabulary of %lld", (long long)b,
+                             (long long)input.ids[i], (long long)vocabulary);
+            labels[batch->first + i] = (int32_t)MQ_MAX(input.ids[i], (int64_t)-1);
+        }
+        Py_CLEAR(keep);
+    }
+    Py_XDECREF(keep);
+    Py_XDECREF(list);
+    if (!PyErr_Occurred()) return labels;
+    mq_free(labels);
+    return NULL;
+}
+
+static int compute_loss(RunObject *object, const int32_t *labels, const mq_tensor_map *map, mq_tensor *sums, mq_tensor *counts)
+{
+    mq_error err;
+    int rc;
+    if (enter_run(object) < 0) return -1;
+    Py_BEGIN_ALLOW_THREADS
+    rc = mq_run_loss(&object->run, labels, map->tensors, map->count, sums->data, counts->data, &err);
+    Py_END_ALLOW_THREADS
+    leave_run(object);
+    if (rc != MQ_OK) mq_raise(&err);
+    return rc == MQ_OK ? 0 : -1;
+}
+
+PyDoc_STRVAR(loss_doc,
+"loss($self, tensors, labels=None)\n--\n\n"
+"Negative log likelihood of each next token, in nats, after all layers.\n\n"
+"Returns (sums, counts), float64 and int64, an entry per row of every batch in order: the sum over predicted tokens, and\n"
+"how many. labels: list of integer arrays [B, T], position t is predicted from t - 1, negative = not predicted; by\n"
+"default the ids, where neither the token nor the one before it is padding. tensors: those of Runtime.head_tensors().");
+
+static PyObject *run_loss(PyObject *self, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"tensors", "labels", NULL};
+    RunObject *object = (RunObject *)self;
+    PyObject *dict, *labels_object = Py_None, *sums = NULL, *counts = NULL, *result = NULL;
+    mq_state *state = mq_state_of_object(self);
+    mq_tensor sums_view, counts_view;
+    mq_tensor_map map;
+    int32_t *labels = NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|O:loss", names, &dict, &labels_object)) return NULL;
+    if (mq_tensor_map_init(&map, state, dict) < 0) return NULL;
+    if (labels_object != Py_None && (labels = read_labels(object, labels_object)) == NULL) goto done;
+    sums = mq_new_array(state, MQ_F64, 1, &object->run.sequence_count, &sums_view);
+    counts = mq_new_array(state, MQ_I64, 1, &object->run.sequence_count, &counts_view);
+    if (sums == NULL || counts == NULL) goto done;
+    if (compute_loss(object, labels, &map, &sums_view, &counts_view) == 0) result = PyTuple_Pack(2, sums, counts);
+done:
+    Py_XDECREF(sums);
+    Py_XDECREF(counts);
+    mq_free(labels);
+    mq_tensor_map_free(&map);
+    return result;
+}
+
+static PyObject *run_nbytes(PyObject *self, void *unused)
+{
+    (void)unused;
+    return PyLong_FromSize_t(mq_run_nbytes(&((RunObject *)self)->run));
+}
+
+static PyObject *run_next_layer(PyObject *self, void *unused)
+{
+    (void)unused;
+    return PyLong_FromLongLong(((RunObject *)self)->run.next_layer);
+}
+
+static PyMethodDef methods[] = {
+    {"embed", run_embed, METH_O, embed_doc},
+    {"layer", run_layer, METH_O, layer_doc},
+    {"finish", run_finish, METH_O, finish_doc},
+    {"hidden", run_hidden, METH_O, hidden_doc},
+    {"logits", run_logits, METH_VARARGS, logits_doc},
+    {"loss", (PyCFunction)(void (*)(void))run_loss, METH_VARARGS | METH_KEYWORDS, loss_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyGetSetDef properties[] = {
+    {"nbytes", run_nbytes, NULL, "Bytes held: hidden states, ids, masks, scratch.", NULL},
+    {"next_layer", run_next_layer, NULL, "The layer that comes next; -1 before embed and after a failure.", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyType_Slot slots[] = {
+    {Py_tp_doc, (void *)run_doc}, {Py_tp_dealloc, run_dealloc}, {Py_tp_traverse, run_traverse}, {Py_tp_clear, run_clear},
+    {Py_tp_methods, methods}, {Py_tp_getset, properties}, {0, NULL},
+};
+
+static PyType_Spec spec = {
+    .name = "modelq._core.Run", .basicsize = sizeof(RunObject),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .slots = slots,
+};
+
+static int run_init(PyObject *module, mq_state *state)
+{
+    state->run_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &spec, NULL);
+    return state->run_type ? PyModule_AddType(module, state->run_type) : -1;
+}
+
+const mq_py_part mq_py_run = {.init = run_init};

@@ -1,0 +1,481 @@
+/* Runtime: a model's sizes, modules and points, and the layers loaded at the moment (csrc/model/runtime.h). */
+#include "py/runtime.h"
+
+#include <string.h>
+
+#include "core/alloc.h"
+#include "py/type_quantizer.h"
+
+PyDoc_STRVAR(runtime_doc,
+"Runtime(family, config, compute='bfloat16')\n--\n\n"
+"A model of one of the families of archs(), without its weights.\n\n"
+"config: a dict with the flat keys that archs() lists as config_keys (others are ignored), and optionally\n"
+"layer_windows, the attention window of each layer (0 = unlimited). compute: 'bfloat16' (activations between operations\n"
+"are rounded to bfloat16, as a transformers model in bfloat16 does) or 'float32'.");
+
+static mq_runtime *runtime_of(PyObject *self)
+{
+    return &((RuntimeObject *)self)->runtime;
+}
+
+static int read_key(mq_config *config, const mq_config_key *key, PyObject *value)
+{
+    mq_error err;
+    if (key->type == MQ_CONFIG_IS_INT) {
+        long long integer = PyLong_AsLongLong(value);
+        if (integer == -1 && PyErr_Occurred()) return -1;
+        mq_config_set_int(config, key, integer);
+        return 0;
+    }
+    if (key->type == MQ_CONFIG_IS_REAL) {
+        double real = PyFloat_AsDouble(value);
+        if (real == -1.0 && PyErr_Occurred()) return -1;
+        mq_config_set_real(config, key, real);
+        return 0;
+    }
+    const char *word = PyUnicode_AsUTF8(value);
+    if (word == NULL) return -1;
+    if (mq_config_set_word(config, key, word, &err) == MQ_OK) return 0;
+    mq_raise(&err);
+    return -1;
+}
+
+static void set_default(mq_config *config, const mq_config_key *key)
+{
+    if (key->type == MQ_CONFIG_IS_INT) mq_config_set_int(config, key, key->integer);
+    else if (key->type == MQ_CONFIG_IS_REAL) mq_config_set_real(config, key, key->real);
+    else mq_config_set_word(config, key, key->word, NULL);
+}
+
+/* None counts as not given, as in config.json. */
+static int read_config(PyObject *dict, mq_config *config)
+{
+    size_t count;
+    const mq_config_key *keys = mq_config_keys(&count);
+    mq_error err;
+    memset(config, 0, sizeof *config);
+    for (size_t i = 0; i < count; i++) {
+        PyObject *value = PyDict_GetItemString(dict, keys[i].name);
+        set_default(config, &keys[i]);
+        if (value == NULL || value == Py_None) continue;
+        if (read_key(config, &keys[i], value) == 0) continue;
+        if (PyErr_ExceptionMatches(PyExc_TypeError))
+            PyErr_Format(PyExc_TypeError, "config: %s cannot be %R", keys[i].name, value);
+        return -1;
+    }
+    if (mq_config_finish(config, &err) == MQ_OK) return 0;
+    mq_raise(&err);
+    return -1;
+}
+
+/* *out: layers numbers to be freed with mq_free, or NULL if the config does not say. */
+static int read_windows(PyObject *dict, int64_t layers, int64_t **out)
+{
+    PyObject *given = PyDict_GetItemString(dict, "layer_windows");
+    *out = NULL;
+    if (given == NULL || given == Py_None) return 0;
+    PyObject *items = PySequence_Fast(given, "config: layer_windows must be a sequence");
+    if (items == NULL) return -1;
+    int64_t *windows = mq_alloc_array((size_t)layers, sizeof *windows);
+    if (windows == NULL) PyErr_NoMemory();
+    else if (PySequence_Fast_GET_SIZE(items) != (Py_ssize_t)layers)
+        PyErr_Format(PyExc_ValueError, "config: layer_windows has %zd entries for %lld layers",
+                     PySequence_Fast_GET_SIZE(items), (long long)layers);
+    for (int64_t i = 0; i < layers && !PyErr_Occurred(); i++) {
+        windows[i] = PyLong_AsLongLong(PySequence_Fast_GET_ITEM(items, i));
+        if (!PyErr_Occurred() && (windows[i] < 0 || windows[i] > INT32_MAX))
+            PyErr_Format(PyExc_ValueError, "config: layer_windows[%lld] is out of range", (long long)i);
+    }
+    Py_DECREF(items);
+    *out = windows;
+    return PyErr_Occurred() ? -1 : 0;
+}
+
+static int parse_compute(const char *name, mq_dtype *out)
+{
+    if (mq_dtype_from_name(name, out) == MQ_OK && (*out == MQ_F32 || *out == MQ_BF16)) return 0;
+    PyErr_Format(PyExc_ValueError, "Runtime: compute must be 'bfloat16' or 'float32', got '%s'", name);
+    return -1;
+}
+
+static int init_runtime(RuntimeObject *self, const mq_family *family, PyObject *dict, mq_dtype dtype)
+{
+    mq_config config;
+    mq_error err;
+    int64_t *windows = NULL;
+    if (read_config(dict, &config) < 0) return -1;
+    if (read_windows(dict, config.num_hidden_layers, &windows) == 0) {
+        self->calibrators = PyDict_New();
+        self->quantizers = PyDict_New();
+        if (self->calibrators != NULL && self->quantizers != NULL) {
+            if (mq_runtime_init(&self->runtime, family, &config, dtype, windows, &err) == MQ_OK) self->ready = 1;
+            else mq_raise(&err);
+        }
+    }
+    mq_free(windows);
+    return self->ready ? 0 : -1;
+}
+
+static PyObject *runtime_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"family", "config", "compute", NULL};
+    const char *family_name, *compute = "bfloat16";
+    PyObject *config;
+    mq_dtype dtype;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sO!|s:Runtime", names, &family_name, &PyDict_Type, &config, &compute))
+        return NULL;
+    const mq_family *family = mq_family_find(family_name);
+    if (family == NULL) return PyErr_Format(PyExc_ValueError, "Runtime: unknown family '%s'", family_name);
+    if (parse_compute(compute, &dtype) < 0) return NULL;
+    PyObject *self = type->tp_alloc(type, 0);
+    if (self == NULL || init_runtime((RuntimeObject *)self, family, config, dtype) == 0) return self;
+    Py_DECREF(self);
+    return NULL;
+}
+
+static int runtime_traverse(PyObject *self, visitproc visit, void *arg)
+{
+    Py_VISIT(Py_TYPE(self));
+    Py_VISIT(((RuntimeObject *)self)->calibrators);
+    Py_VISIT(((RuntimeObject *)self)->quantizers);
+    return 0;
+}
+
+static int runtime_clear(PyObject *self)
+{
+    RuntimeObject *object = (RuntimeObject *)self;
+    if (object->ready) mq_runtime_free(&object->runtime);
+    object->ready = 0;
+    Py_CLEAR(object->calibrators);
+    Py_CLEAR(object->quantizers);
+    return 0;
+}
+
+static void runtime_dealloc(PyObject *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    PyObject_GC_UnTrack(self);
+    runtime_clear(self);
+    type->tp_free(self);
+    Py_DECREF(type);
+}
+
+/* None for an empty string. */
+static PyObject *text_or_none(const char *text)
+{
+    return *text ? PyUnicode_FromString(text) : Py_NewRef(Py_None);
+}
+
+static PyObject *module_dict(const mq_module *module)
+{
+    PyObject *shape = module->ndim == 1 ? Py_BuildValue("(L)", (long long)module->shape[0])
+                                        : Py_BuildValue("(LL)", (long long)module->shape[0], (long long)module->shape[1]);
+    return Py_BuildValue("{s:s,s:s,s:L,s:N,s:N,s:N,s:N}", "name", module->name, "kind", mq_module_kind_name(module->kind),
+                         "layer", (long long)module->layer, "shape", shape, "weight", text_or_none(module->weight), "bias",
+                         text_or_none(module->bias), "site", text_or_none(module->site));
+}
+
+static PyObject *runtime_modules(PyObject *self, void *unused)
+{
+    const mq_runtime *runtime = runtime_of(self);
+    PyObject *list = PyList_New(0);
+    (void)unused;
+    for (size_t i = 0; list != NULL && i < runtime->module_count; i++) {
+        PyObject *dict = module_dict(&runtime->modules[i]);
+        if (dict == NULL || PyList_Append(list, dict) < 0) Py_CLEAR(list);
+        Py_XDECREF(dict);
+    }
+    return list;
+}
+
+static int append_text(PyObject *list, const char *text)
+{
+    if (*text == '\0') return 0;
+    PyObject *string = PyUnicode_FromString(text);
+    int rc = string ? PyList_Append(list, string) : -1;
+    Py_XDECREF(string);
+    return rc;
+}
+
+static PyObject *tensor_names(const mq_module *modules, size_t count)
+{
+    PyObject *list = PyList_New(0);
+    for (size_t i = 0; list != NULL && i < count; i++)
+        if (append_text(list, modules[i].weight) < 0 || append_text(list, modules[i].bias) < 0) Py_CLEAR(list);
+    return list;
+}
+
+static int parse_layer(PyObject *self, PyObject *object, int64_t *out)
+{
+    long long layer = PyLong_AsLongLong(object), layers = runtime_of(self)->config.num_hidden_layers;
+    if (layer == -1 && PyErr_Occurred()) return -1;
+    *out = layer;
+    if (layer >= 0 && layer < layers) return 0;
+    PyErr_Format(PyExc_IndexError, "layer %lld of a model of %lld layers", layer, layers);
+    return -1;
+}
+
+PyDoc_STRVAR(layer_tensors_doc, "layer_tensors($self, layer)\n--\n\nNames of the tensors that load_layer(layer, ...) needs.");
+
+static PyObject *runtime_layer_tensors(PyObject *self, PyObject *argument)
+{
+    const mq_runtime *runtime = runtime_of(self);
+    int64_t layer;
+    if (parse_layer(self, argument, &layer) < 0) return NULL;
+    return tensor_names(runtime->modules + runtime->layer_start[layer],
+                        runtime->layer_start[layer + 1] - runtime->layer_start[layer]);
+}
+
+PyDoc_STRVAR(embed_tensors_doc, "embed_tensors($self)\n--\n\nNames of the tensors that Run.embed needs.");
+
+static PyObject *runtime_embed_tensors(PyObject *self, PyObject *unused)
+{
+    (void)unused;
+    return tensor_names(mq_runtime_outer(runtime_of(self), MQ_ROLE_EMBED), 1);
+}
+
+PyDoc_STRVAR(head_tensors_doc, "head_tensors($self)\n--\n\nNames of the tensors that Run.logits and Run.loss need.");
+
+static PyObject *runtime_head_tensors(PyObject *self, PyObject *unused)
+{
+    (void)unused;
+    return tensor_names(mq_runtime_outer(runtime_of(self), MQ_ROLE_FINAL_NORM), 2);
+}
+
+PyDoc_STRVAR(load_layer_doc,
+"load_layer($self, layer, tensors)\n--\n\n"
+"Packs the weights of one layer. tensors: {name: array}, exactly those of layer_tensors(layer), float32, bfloat16 or\n"
+"float16, any strides. ValueError or TypeError names the tensor that is wrong, or that holds NaN or an infinity.");
+
+static PyObject *runtime_load_layer(PyObject *self, PyObject *args)
+{
+    PyObject *index, *dict, *result = NULL;
+    mq_tensor_map map;
+    mq_error err;
+    int64_t layer;
+    int rc;
+    if (!PyArg_ParseTuple(args, "OO:load_layer", &index, &dict) || parse_layer(self, index, &layer) < 0) return NULL;
+    if (mq_tensor_map_init(&map, mq_state_of_object(self), dict) < 0) return NULL;
+    _Atomic int *busy = &runtime_of(self)->layers[layer].busy;
+    if (mq_enter(busy, "load_layer: the layer") < 0) goto done;
+    Py_BEGIN_ALLOW_THREADS
+    rc = mq_runtime_load_layer(runtime_of(self), layer, map.tensors, map.count, &err);
+    Py_END_ALLOW_THREADS
+    mq_leave(busy);
+    result = rc == MQ_OK ? Py_NewRef(Py_None) : mq_raise(&err);
+done:
+    mq_tensor_map_free(&map);
+    return result;
+}
+
+PyDoc_STRVAR(drop_layer_doc, "drop_layer($self, layer)\n--\n\nFrees the weights of one layer.");
+
+static PyObject *runtime_drop_layer(PyObject *self, PyObject *argument)
+{
+    int64_t layer;
+    if (parse_layer(self, argument, &layer) < 0) return NULL;
+    _Atomic int *busy = &runtime_of(self)->layers[layer].busy;
+    if (mq_enter(busy, "drop_layer: the layer") < 0) return NULL;
+    mq_runtime_drop_layer(runtime_of(self), layer);
+    mq_leave(busy);
+    Py_RETURN_NONE;
+}
+
+/* dict[name] = object, or no such entry if object is None. */
+static int attach(PyObject *dict, PyObject *name, PyObject *object)
+{
+    if (object != Py_None) return PyDict_SetItem(dict, name, object);
+    int known = PyDict_Contains(dict, name);
+    return known == 1 ? PyDict_DelItem(dict, name) : known;
+}
+
+/* The dict of a layer's quantizers, borrowed; made if `make`. NULL without an exception if there is none. */
+static PyObject *quantizers_of(RuntimeObject *self, int64_t layer, int make)
+{
+    PyObject *key = PyLong_FromLongLong(layer), *dict = NULL;
+    if (key == NULL) return NULL;
+    dict = PyDict_GetItemWithError(self->quantizers, key);
+    if (dict == NULL && make && !PyErr_Occurred() && (dict = PyDict_New()) != NULL) {
+        int rc = PyDict_SetItem(self->quantizers, key, dict);
+        Py_DECREF(dict);
+        if (rc < 0) dict = NULL;
+    }
+    Py_DECREF(key);
+    return dict;
+}
+
+static _Atomic int *busy_of(RuntimeObject *self, int64_t layer)
+{
+    return layer < 0 ? &self->outer_busy : &self->runtime.layers[layer].busy;
+}
+
+int mq_layer_enter(RuntimeObject *self, int64_t layer)
+{
+    PyObject *name, *quantizer;
+    Py_ssize_t position = 0;
+    if (mq_enter(busy_of(self, layer), layer < 0 ? "the model" : "the layer") < 0) return -1;
+    PyObject *dict = quantizers_of(self, layer, 0);
+    mq_state *state = mq_state_of_object((PyObject *)self);
+    while (dict != NULL && PyDict_Next(dict, &position, &name, &quantizer)) mq_quantizer_hold(state, quantizer);
+    return 0;
+}
+
+void mq_layer_leave(RuntimeObject *self, int64_t layer)
+{
+    PyObject *name, *quantizer, *dict = quantizers_of(self, layer, 0);
+    Py_ssize_t position = 0;
+    while (dict != NULL && PyDict_Next(dict, &position, &name, &quantizer)) mq_quantizer_release(quantizer);
+    mq_leave(busy_of(self, layer));
+}
+
+static mq_point *find_point(PyObject *self, PyObject *name, int64_t *layer)
+{
+    const char *text = PyUnicode_AsUTF8(name);
+    if (text == NULL) return NULL;
+    *layer = -1;
+    mq_point *point = mq_runtime_point(runtime_of(self), text, layer);
+    if (point == NULL)
+        PyErr_Format(PyExc_KeyError, "%s: no such quantizer; expected <linear>.input_quantizer, <linear>.output_quantizer or "
+                     "<attention>.{q,k,v}_bmm_quantizer", text);
+    return point;
+}
+
+PyDoc_STRVAR(set_quantizer_doc,
+"set_quantizer($self, name, quantizer)\n--\n\n"
+"Puts a Quantizer (or None) at a point: it fake-quantizes what passes there, if it is enabled.\n\n"
+"name: of the point, such as model.layers.0.self_attn.q_proj.input_quantizer, ...output_quantizer, or\n"
+"model.layers.0.self_attn.k_bmm_quantizer. KeyError if there is no such point.");
+
+static PyObject *runtime_set_quantizer(PyObject *self, PyObject *args)
+{
+    RuntimeObject *object = (RuntimeObject *)self;
+    PyObject *name, *given, *dict, *result = NULL;
+    const mq_quantizer *quantizer = NULL;
+    int64_t layer;
+    if (!PyArg_ParseTuple(args, "UO:set_quantizer", &name, &given)) return NULL;
+    mq_point *point = find_point(self, name, &layer);
+    if (point == NULL) return NULL;
+    if (given != Py_None) {
+        quantizer = mq_quantizer_hold(mq_state_of_object(self), given);
+        if (quantizer == NULL) return NULL;
+        mq_quantizer_release(given); /* held while a layer runs; the reference keeps it at its place */
+    }
+    if (mq_enter(busy_of(object, layer), "set_quantizer: the layer") < 0) return NULL;
+    dict = quantizers_of(object, layer, 1);
+    if (dict != NULL && attach(dict, name, given) == 0) {
+        point->quantizer = quantizer;
+        result = Py_NewRef(Py_None);
+    }
+    mq_leave(busy_of(object, layer));
+    return result;
+}
+
+PyDoc_STRVAR(set_calibrator_doc,
+"set_calibrator($self, name, calibrator)\n--\n\n"
+"Puts a Calibrator (or None) at a point, named as in set_quantizer: it collects what passes there, padding left out.\n\n"
+"Linears that read the same tensor (same site) share the work. One Calibrator may sit at several points.");
+
+static PyObject *runtime_set_calibrator(PyObject *self, PyObject *args)
+{
+    RuntimeObject *object = (RuntimeObject *)self;
+    PyObject *name, *given, *result = NULL;
+    int64_t layer;
+    if (!PyArg_ParseTuple(args, "UO:set_calibrator", &name, &given)) return NULL;
+    mq_point *point = find_point(self, name, &layer);
+    if (point == NULL) return NULL;
+    if (given != Py_None && !Py_IS_TYPE(given, mq_state_of_object(self)->calibrator_type))
+        return PyErr_Format(PyExc_TypeError, "%U: expected a Calibrator or None, got %.100s", name, Py_TYPE(given)->tp_name);
+    if (mq_enter(busy_of(object, layer), "set_calibrator: the layer") < 0) return NULL;
+    if (attach(object->calibrators, name, given) == 0) {
+        point->calib = given == Py_None ? NULL : ((CalibratorObject *)given)->calib;
+        result = Py_NewRef(Py_None);
+    }
+    mq_leave(busy_of(object, layer));
+    return result;
+}
+
+static PyMethodDef methods[] = {
+    {"layer_tensors", runtime_layer_tensors, METH_O, layer_tensors_doc},
+    {"embed_tensors", runtime_embed_tensors, METH_NOARGS, embed_tensors_doc},
+    {"head_tensors", runtime_head_tensors, METH_NOARGS, head_tensors_doc},
+    {"load_layer", runtime_load_layer, METH_VARARGS, load_layer_doc},
+    {"drop_layer", runtime_drop_layer, METH_O, drop_layer_doc},
+    {"set_quantizer", runtime_set_quantizer, METH_VARARGS, set_quantizer_doc},
+    {"set_calibrator", runtime_set_calibrator, METH_VARARGS, set_calibrator_doc},
+    {"start", (PyCFunction)(void (*)(void))mq_run_start, METH_VARARGS | METH_KEYWORDS, mq_run_start_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyObject *runtime_family(PyObject *self, void *unused)
+{
+    (void)unused;
+    return PyUnicode_FromString(runtime_of(self)->family->name);
+}
+
+static PyObject *runtime_compute(PyObject *self, void *unused)
+{
+    (void)unused;
+    return PyUnicode_FromString(mq_dtype_name(runtime_of(self)->dtype));
+}
+
+static PyObject *runtime_layers(PyObject *self, void *unused)
+{
+    (void)unused;
+    return PyLong_FromLongLong(runtime_of(self)->config.num_hidden_layers);
+}
+
+static PyObject *key_value(const mq_config *config, const mq_config_key *key)
+{
+    const char *at = (const char *)config + key->offset;
+    int64_t integer;
+    double real;
+    if (key->type == MQ_CONFIG_IS_REAL) {
+        memcpy(&real, at, sizeof real);
+        return PyFloat_FromDouble(real);
+    }
+    memcpy(&integer, at, sizeof integer);
+    return PyLong_FromLongLong(integer);
+}
+
+static PyObject *runtime_config(PyObject *self, void *unused)
+{
+    size_t count;
+    const mq_config_key *keys = mq_config_keys(&count);
+    PyObject *dict = PyDict_New();
+    (void)unused;
+    for (size_t i = 0; dict != NULL && i < count; i++) {
+        if (keys[i].type == MQ_CONFIG_IS_NAME) continue;
+        PyObject *value = key_value(&runtime_of(self)->config, &keys[i]);
+        if (value == NULL || PyDict_SetItemString(dict, keys[i].name, value) < 0) Py_CLEAR(dict);
+        Py_XDECREF(value);
+    }
+    return dict;
+}
+
+static PyGetSetDef properties[] = {
+    {"modules", runtime_modules, NULL, "Modules in the order of named_modules: name, kind, layer, shape, weight, bias, site.", NULL},
+    {"family", runtime_family, NULL, "The row of archs() this model is.", NULL},
+    {"compute", runtime_compute, NULL, "'bfloat16' or 'float32'.", NULL},
+    {"layers", runtime_layers, NULL, "Number of decoder layers.", NULL},
+    {"config", runtime_config, NULL, "The numbers in use, defaults filled in.", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyType_Slot slots[] = {
+    {Py_tp_doc, (void *)runtime_doc}, {Py_tp_new, runtime_new}, {Py_tp_dealloc, runtime_dealloc},
+    {Py_tp_traverse, runtime_traverse}, {Py_tp_clear, runtime_clear}, {Py_tp_methods, methods},
+    {Py_tp_getset, properties}, {0, NULL},
+};
+
+static PyType_Spec spec = {
+    .name = "modelq._core.Runtime", .basicsize = sizeof(RuntimeObject),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE, .slots = slots,
+};
+
+static int runtime_init(PyObject *module, mq_state *state)
+{
+    state->runtime_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &spec, NULL);
+    return state->runtime_type ? PyModule_AddType(module, state->runtime_type) : -1;
+}
+
+const mq_py_part mq_py_runtime = {.init = runtime_init};
