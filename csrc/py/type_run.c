@@ -286,7 +286,7 @@ fail:
 }
 
 PyDoc_STRVAR(logits_doc,
-"logits($self, batch, tensors)\n--\n\n"
+"logits($self, batch, tensors, /)\n--\n\n"
 "The logits of a batch after all layers: float32 [B, T, V]. tensors: those of Runtime.head_tensors().");
 
 static PyObject *run_logits(PyObject *self, PyObject *args)

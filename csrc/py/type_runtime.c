@@ -243,7 +243,7 @@ static PyObject *runtime_head_tensors(PyObject *self, PyObject *unused)
 }
 
 PyDoc_STRVAR(load_layer_doc,
-"load_layer($self, layer, tensors)\n--\n\n"
+"load_layer($self, layer, tensors, /)\n--\n\n"
 "Packs the weights of one layer. tensors: {name: array}, exactly those of layer_tensors(layer), float32, bfloat16 or\n"
 "float16, any strides. ValueError or TypeError names the tensor that is wrong, or that holds NaN or an infinity.");
 
@@ -341,7 +341,7 @@ static mq_point *find_point(PyObject *self, PyObject *name, int64_t *layer)
 }
 
 PyDoc_STRVAR(set_quantizer_doc,
-"set_quantizer($self, name, quantizer)\n--\n\n"
+"set_quantizer($self, name, quantizer, /)\n--\n\n"
 "Puts a Quantizer (or None) at a point: it fake-quantizes what passes there, if it is enabled.\n\n"
 "name: of the point, such as model.layers.0.self_attn.q_proj.input_quantizer, ...output_quantizer, or\n"
 "model.layers.0.self_attn.k_bmm_quantizer. KeyError if there is no such point.");
@@ -371,7 +371,7 @@ static PyObject *runtime_set_quantizer(PyObject *self, PyObject *args)
 }
 
 PyDoc_STRVAR(set_calibrator_doc,
-"set_calibrator($self, name, calibrator)\n--\n\n"
+"set_calibrator($self, name, calibrator, /)\n--\n\n"
 "Puts a Calibrator (or None) at a point, named as in set_quantizer: it collects what passes there, padding left out.\n\n"
 "Linears that read the same tensor (same site) share the work. One Calibrator may sit at several points.");
 
