@@ -1,10 +1,18 @@
 """The export: its words against golden configs, its tensors against golden checkpoints, and what it refuses."""
+import errno
 import json
+import shutil
+import subprocess
+import sys
+import textwrap
 from fnmatch import fnmatch
 
+import numpy as np
 import pytest
+from export_stub import StubModel
 from golden_data import cases, read_safetensors
-from modelq.export import modelopt
+from modelq.checkpoint import open_checkpoint
+from modelq.export import export_hf_checkpoint, modelopt
 from modelq.export.excluded import summarize_excluded
 
 # (unquantized, quantized, expected): what modelopt 0.47's summariser answers for random names of few and short parts
@@ -53,3 +61,234 @@ def test_config_files_equal_golden_ones(case):
     assert json.dumps(ours, indent=4) == text
     inline = json.loads((case.folder / "config.json").read_text())["quantization_config"]
     assert json.dumps(modelopt.quantization_config(ours)) == json.dumps(inline)   # the same keys in the same order
+
+
+# Tensors ---------------------------------------------------------------------------------------------------------------------
+
+CONFIGS = ["FP8_DEFAULT_CFG", "NVFP4_DEFAULT_CFG"]
+GOLDEN = cases(dtype="bfloat16", configs=CONFIGS, names=["llama", "qwen3"], needs=["model.safetensors", "amax.safetensors"])
+
+
+def stub(case):
+    return StubModel(case.model.source, case.config, case.amax)
+
+
+def assert_same_tensors(ours, golden):
+    assert sorted(ours) == sorted(golden)
+    for name, tensor in golden.items():
+        assert (ours[name].dtype, ours[name].shape) == (tensor.dtype, tensor.shape), name
+        assert ours[name].tobytes() == tensor.tobytes(), name
+
+
+@pytest.mark.parametrize("case", GOLDEN)
+def test_tensors_equal_golden_ones_byte_for_byte(case, tmp_path):
+    """With golden's own calibration even the input scales must be the same bytes."""
+    export_hf_checkpoint(stub(case), tmp_path / "out")
+    assert_same_tensors(read_safetensors(tmp_path / "out"), case.exported)
+
+
+@pytest.mark.parametrize("case", GOLDEN)
+def test_files_equal_golden_ones(case, tmp_path):
+    export_hf_checkpoint(stub(case), export_dir=tmp_path / "out")
+    for name in ("hf_quant_config.json", "config.json", "generation_config.json"):
+        ours, golden = (tmp_path / "out" / name).read_text(), (case.folder / name).read_text()
+        assert ours.replace(modelopt.PRODUCER["version"], "0.47.0") == golden, name
+    extra = {path.name for path in (tmp_path / "out").iterdir()} - {path.name for path in case.folder.iterdir()}
+    assert not extra
+
+
+def test_mixed_formats_list_every_layer_and_reopen(tmp_path):
+    """Layer 0 in NVFP4, layer 1 in FP8: each layer's tensors are golden's of that format."""
+    fp8, nvfp4 = case_of("FP8_DEFAULT_CFG"), case_of("NVFP4_DEFAULT_CFG")
+    model, other = stub(nvfp4), stub(fp8)
+    model.quantizers = {name: (other if ".layers.1." in name else model).quantizers[name] for name in model.quantizers}
+    export_hf_checkpoint(model, tmp_path / "out")
+    ours = read_safetensors(tmp_path / "out")
+    golden = {name: tensor for part, case in ((".layers.0.", nvfp4), (".layers.1.", fp8)) for name, tensor in case.exported.items()
+              if part in name}
+    assert_same_tensors({name: tensor for name, tensor in ours.items() if ".layers." in name}, golden)
+    said = json.loads((tmp_path / "out" / "hf_quant_config.json").read_text())["quantization"]
+    assert said["quant_algo"] == "MIXED_PRECISION" and len(said["quantized_layers"]) == 14 and "exclude_modules" not in said
+    assert said["quantized_layers"]["model.layers.0.mlp.up_proj"] == {"quant_algo": "NVFP4", "group_size": 16}
+    assert said["quantized_layers"]["model.layers.1.mlp.up_proj"] == {"quant_algo": "FP8"}
+    with open_checkpoint(tmp_path / "out") as reopened:
+        schemes = {module: layer.scheme for module, layer in reopened.layers.items()}
+    assert schemes == {module: "nvfp4" if ".layers.0." in module else "fp8" for module in said["quantized_layers"]}
+
+
+def case_of(config, model="llama"):
+    return next(param.values[0] for param in GOLDEN if param.values[0].config == config and param.values[0].model.name == model)
+
+
+def test_shards_together_hold_what_one_file_holds(tmp_path):
+    case = case_of("NVFP4_DEFAULT_CFG")
+    export_hf_checkpoint(stub(case), tmp_path / "out", max_shard_size=100_000)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 2
+    assert_same_tensors(read_safetensors(tmp_path / "out"), case.exported)
+
+
+@pytest.mark.parametrize("dtype, name", [("float32", "float32"), (np.float16, "float16")])
+def test_export_dtype_is_that_of_unquantized_tensors_and_of_the_config(tmp_path, dtype, name):
+    case = case_of("FP8_DEFAULT_CFG")
+    export_hf_checkpoint(stub(case), tmp_path / "out", dtype=dtype)
+    ours = read_safetensors(tmp_path / "out")
+    norm = ours["model.norm.weight"]
+    assert norm.dtype == name and np.array_equal(norm, case.exported["model.norm.weight"].astype(name))
+    assert ours["model.layers.0.mlp.up_proj.weight"].tobytes() == case.exported["model.layers.0.mlp.up_proj.weight"].tobytes()
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == name
+
+
+def test_arguments_in_the_reference_order_work_too(tmp_path):
+    assert export_hf_checkpoint(stub(case_of("FP8_DEFAULT_CFG")), None, tmp_path / "out") == tmp_path / "out"
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+# Refusals: nothing may be left behind, and what was there must stay --------------------------------------------------------------
+
+def none_quantized(model):
+    model.quantizers = {}
+
+
+def input_never_calibrated(model):
+    model.quantizers["model.layers.1.mlp.down_proj.input_quantizer"].amax = None
+
+
+def no_word_for_the_scheme(model):
+    model.quantizers["model.layers.0.self_attn.o_proj.weight_quantizer"].scheme = "mxfp6"
+
+
+def no_scheme(model):
+    model.quantizers["model.layers.0.self_attn.o_proj.weight_quantizer"].scheme = None
+
+
+def weight_only(model):
+    for name, quantizer in model.quantizers.items():
+        quantizer.enabled = not name.endswith("input_quantizer")
+
+
+def not_finite(model):
+    model.quantizers["model.layers.0.mlp.up_proj.input_quantizer"].amax = np.float32(np.nan)
+
+
+def siblings_differ(model):
+    quantizer = model.quantizers["model.layers.0.mlp.up_proj.weight_quantizer"]
+    quantizer.scheme, quantizer.num_bits, quantizer.block_sizes = "nvfp4", (2, 1), {-1: 16}
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (none_quantized, "no layer of this model is quantized"),
+    (input_never_calibrated, "model.layers.1.mlp.down_proj.input_quantizer was never calibrated"),
+    (no_word_for_the_scheme, "model.layers.0.self_attn.o_proj.*cannot say mxfp6.*it can say.*nvfp4 weights with nvfp4 inputs"),
+    (no_scheme, "model.layers.0.self_attn.o_proj.weight_quantizer: num_bits"),
+    (weight_only, "cannot say fp8 weights with unquantized inputs"),
+    (not_finite, "model.layers.0.mlp.up_proj.input_quantizer: the calibrated amax is not finite"),
+    (siblings_differ, "gate_proj.weight_quantizer.*up_proj.weight_quantizer.*share one input"),
+])
+def test_what_cannot_be_exported_is_refused_before_anything_is_written(tmp_path, spoil, words):
+    model = stub(case_of("FP8_DEFAULT_CFG"))
+    spoil(model)
+    with pytest.raises(ValueError, match=words):
+        export_hf_checkpoint(model, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tied_head_cannot_be_quantized_alone(tmp_path):
+    model = stub(case_of("NVFP4_DEFAULT_CFG", "qwen3"))
+    model.quantizers["lm_head.weight_quantizer"] = model.quantizers["model.layers.0.mlp.up_proj.weight_quantizer"]
+    with pytest.raises(ValueError, match="lm_head has its weight from model.embed_tokens.weight"):
+        export_hf_checkpoint(model, tmp_path / "out")
+
+
+@pytest.mark.parametrize("arguments, error, words", [
+    ({"dialect": "ggml"}, ValueError, "unknown dialect 'ggml'; known are modelopt"),
+    ({"dtype": "int8"}, ValueError, "dtype: expected one of float32"),
+    ({"export_dir": None}, TypeError, "export_dir: expected the path"),
+])
+def test_bad_arguments(tmp_path, arguments, error, words):
+    with pytest.raises(error, match=words):
+        export_hf_checkpoint(stub(case_of("FP8_DEFAULT_CFG")), **{"export_dir": tmp_path / "out", **arguments})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_something_else_than_a_model():
+    with pytest.raises(TypeError, match="modelq.load, got dict"):
+        export_hf_checkpoint({}, "out")
+
+
+def test_existing_folder_needs_overwrite(tmp_path):
+    target, case = tmp_path / "out", case_of("FP8_DEFAULT_CFG")
+    target.mkdir()
+    (target / "mine.txt").write_text("precious")
+    (target / "config.json").write_text("{}")
+    with pytest.raises(FileExistsError, match="overwrite"):
+        export_hf_checkpoint(stub(case), target)
+    assert sorted(path.name for path in target.iterdir()) == ["config.json", "mine.txt"]
+    export_hf_checkpoint(stub(case), target, overwrite=True)
+    assert not (target / "mine.txt").exists()
+    assert_same_tensors(read_safetensors(target), case.exported)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_interrupted_export_leaves_what_was_there(tmp_path, monkeypatch, error, overwrite):
+    """Full disk or Ctrl-C in the middle of the tensors: no new file anywhere, and the old target whole."""
+    target, case = tmp_path / "out", case_of("FP8_DEFAULT_CFG")
+    if overwrite:
+        target.mkdir()
+        (target / "config.json").write_text("old")
+    model, read = stub(case), None
+    read = model.checkpoint.read
+
+    def read_until(name):
+        if name == "model.layers.1.mlp.up_proj.weight":
+            raise error
+        return read(name)
+    model.checkpoint.read = read_until
+    with pytest.raises(type(error)):
+        export_hf_checkpoint(model, target, overwrite=overwrite)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == (["config.json", "out"] if overwrite else [])
+
+
+def test_a_full_disk_is_an_os_error_and_leaves_nothing(tmp_path):
+    """A file size limit in a process of its own stands in for the full disk: write() itself fails."""
+    script = textwrap.dedent("""
+        import resource, signal, sys
+        sys.path[:0] = sys.argv[3:]
+        from golden_data import cases
+        from export_stub import StubModel
+        from modelq.export import export_hf_checkpoint
+        case = next(p.values[0] for p in cases(dtype="bfloat16", configs=["FP8_DEFAULT_CFG"], names=["llama"]))
+        model = StubModel(case.model.source, case.config, case.amax)
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        try:
+            export_hf_checkpoint(model, sys.argv[1])
+        except OSError as error:
+            print("OSError", error)
+    """)
+    command = [sys.executable, "-c", script, str(tmp_path / "out"), "-", *sys.path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.startswith("OSError"), done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sampling_settings_are_made_to_validate(tmp_path):
+    source = tmp_path / "source"
+    case = case_of("FP8_DEFAULT_CFG")
+    shutil.copytree(case.model.source, source)
+    (source / "generation_config.json").write_text(json.dumps({"top_p": 0.9, "eos_token_id": 2}))
+    (source / "tokenizer.json").write_text("{}")
+    (source / "modeling_custom.py").write_text("# custom code\n")
+    export_hf_checkpoint(StubModel(source, case.config, case.amax), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == {"top_p": 0.9, "eos_token_id": 2, "do_sample": True}
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+    assert (tmp_path / "out" / "modeling_custom.py").read_text() == "# custom code\n"
+
+
+def test_a_zero_amax_counts_as_the_largest_element(tmp_path):
+    """An input that was zero on all data must not make a scale of 0 (the reference exports maxbound / divisor)."""
+    model = stub(case_of("FP8_DEFAULT_CFG"))
+    model.quantizers["model.layers.0.self_attn.o_proj.input_quantizer"].amax = np.float32(0)
+    export_hf_checkpoint(model, tmp_path / "out")
+    assert read_safetensors(tmp_path / "out")["model.layers.0.self_attn.o_proj.input_scale"] == np.float32(1)

@@ -6,7 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 from golden_data import DTYPES, cases, read_safetensors
-from modelq.checkpoint import open_checkpoint
+from modelq import _core
+from modelq.checkpoint import dialects, open_checkpoint
 
 CONFIGS = ["FP8_DEFAULT_CFG", "NVFP4_DEFAULT_CFG"]
 GOLDEN = cases(dtype="bfloat16", configs=CONFIGS, names=["llama", "qwen3"], needs=["model.safetensors", "config.json"])
@@ -160,3 +161,30 @@ def test_smoothing_that_is_not_read_is_refused_not_ignored(tmp_path):
     tensors = case.exported | {f"{LINEAR}.pre_quant_scale": np.ones(128, ml_dtypes.bfloat16)}
     with pytest.raises(ValueError, match=f"{LINEAR} is NVFP4 and has pre_quant_scale"):
         open_checkpoint(write_folder(tmp_path / "m", case, tensors))
+
+
+def test_scales_of_a_quantized_cache_are_not_mistaken_for_weights(tmp_path):
+    case = of("FP8_DEFAULT_CFG")
+    tensors = case.exported | {"model.layers.0.self_attn.k_proj.k_scale": np.float32(0.1).reshape(())}
+    with pytest.warns(UserWarning, match="KV cache's 1 scales are not simulated"):
+        checkpoint = open_checkpoint(write_folder(tmp_path / "m", case, tensors))
+    assert "model.layers.0.self_attn.k_proj.k_scale" not in checkpoint.tensors
+
+
+@pytest.mark.parametrize("case", cases(dtype="bfloat16", names=["llama", "qwen3"], needs=["model.safetensors", "hf_quant_config.json"]))
+def test_layouts_are_those_of_golden_exports(case):
+    """What the plan of an export expects each scheme to give, and what _core.quantize gives, against every golden checkpoint."""
+    said = json.loads((case.folder / "hf_quant_config.json").read_text())["quantization"]
+    checked = 0
+    for name, weight in read_safetensors(case.model.source).items():
+        module = name.removesuffix(".weight")
+        if f"{module}.weight_scale" not in case.exported:
+            continue
+        pair = dialects.pairs("modelopt")[said.get("quantized_layers", {module: said})[module]["quant_algo"]]
+        for role, (dtype, shape) in dialects.layout(pair.weight, weight.shape).items():
+            for found in (case.exported[f"{module}.{role}"], _core.quantize(weight, pair.weight)[role]):
+                assert (found.dtype.name, found.shape) == (dtype, shape), (module, role)
+        stored = f"{module}.input_scale" in case.exported
+        assert stored == (pair.input is not None and not dialects.is_dynamic_input(pair))
+        checked += 1
+    assert checked >= 6

@@ -1,1 +1,4 @@
-"""Exports: a quantized model as a Hugging Face folder that inference engines load."""
+"""Exports: a quantized model as a Hugging Face folder that vLLM, SGLang and TensorRT-LLM load."""
+from modelq.export.hf_checkpoint import export_hf_checkpoint
+
+__all__ = ["export_hf_checkpoint"]

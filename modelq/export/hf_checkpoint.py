@@ -1,0 +1,97 @@
+"""export_hf_checkpoint: plan everything, then read, quantize and write one tensor at a time into a folder that appears whole."""
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from modelq.checkpoint import dialects
+from modelq.export import modelopt
+from modelq.export.plan import FLOATS, Linear, Plan, make_plan
+from modelq.export.side_files import copy_side_files, patched_config, write_json
+
+
+def export_hf_checkpoint(model: Any, export_dir: str | os.PathLike[str] | None = None, dtype: Any = None, *,
+                         max_shard_size: int | str = "10GB", overwrite: bool = False, dialect: str = "modelopt") -> Path:
+    """Write a quantized model as a Hugging Face checkpoint folder; returns the folder.
+
+    model: what modelq.quantization.quantize returned. export_dir: the folder to make; it must not exist, or be empty, unless
+    `overwrite`. dtype: of the tensors that stay unquantized (None: the config's). max_shard_size: bytes, or "10GB", "500MB".
+    dialect: "modelopt" (config.json and hf_quant_config.json in Model Optimizer's words).
+
+    The folder is complete or not there: it is written beside its place, synced and renamed. Memory stays at one tensor.
+    ValueError before any byte is written: nothing is quantized, a layer was never calibrated, the dialect has no word for a
+    layer's format. FileExistsError: the folder is there. OSError: the disk is full; what was there before is left as it was.
+    """
+    export_dir, dtype = _order(export_dir, dtype)
+    if not hasattr(model, "checkpoint") or not hasattr(model, "quantizers"):
+        raise TypeError(f"expected a model opened by modelq.load, got {type(model).__name__}")
+    dtype = _dtype_name(dtype, model.config)
+    if dialect not in dialects.NAMES:
+        raise ValueError(f"unknown dialect {dialect!r}; known are {', '.join(dialects.NAMES)}")
+    plan = make_plan(model, dtype, dialect)
+    nested = modelopt.hf_quant_config(_entries(plan, dialect), plan.unquantized)
+    from modelq.checkpoint.writer import ShardedWriter, atomic_directory
+
+    with atomic_directory(Path(export_dir), overwrite=overwrite) as folder:
+        with ShardedWriter(folder, plan.tensors, max_shard_size=max_shard_size) as writer:
+            _write_tensors(model, plan, writer)
+        copy_side_files(model.checkpoint, folder)
+        write_json(folder / "hf_quant_config.json", nested)
+        write_json(folder / "config.json", patched_config(model.checkpoint, dtype, modelopt.quantization_config(nested)))
+    return Path(export_dir)
+
+
+def _order(export_dir: Any, dtype: Any) -> tuple[Any, Any]:
+    """Model Optimizer takes (model, dtype, export_dir) by place, its guide shows (model, export_dir): take both."""
+    if isinstance(dtype, (str, os.PathLike)) and str(dtype) not in FLOATS:
+        export_dir, dtype = dtype, export_dir
+    if not isinstance(export_dir, (str, os.PathLike)):
+        raise TypeError(f"export_dir: expected the path of the folder to make, got {export_dir!r}")
+    return export_dir, dtype
+
+
+def _dtype_name(dtype: Any, config: dict[str, Any]) -> str:
+    given = dtype if dtype is not None else config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+    name = getattr(given, "__name__", None) or str(given).removeprefix("torch.")
+    if name not in FLOATS:
+        raise ValueError(f"dtype: expected one of {', '.join(FLOATS)}, got {given!r}")
+    return name
+
+
+def _entries(plan: Plan, dialect: str) -> dict[str, dict[str, Any]]:
+    words = dialects.algorithms(dialect)
+    return {linear.module: modelopt.layer_entry(words[linear.pair], linear.group_size) for linear in plan.linears.values()}
+
+
+def _write_tensors(model: Any, plan: Plan, writer: Any) -> None:
+    from modelq.progress import progress
+
+    checkpoint = model.checkpoint
+    for name in progress(plan.order, "export", unit="tensor"):
+        array = checkpoint.read(name)
+        if name in plan.linears:
+            _write_linear(plan.linears[name], array.astype(np.float32) if model.float32_weights else array, writer, plan.dialect)
+        else:
+            info = plan.copies[name]
+            writer.write(name, _cast(array, info.dtype))
+        del array
+        checkpoint.release([name])
+
+
+def _write_linear(linear: Linear, weight: np.ndarray, writer: Any, dialect: str) -> None:
+    from modelq import _core
+
+    parts = dict(_core.quantize(weight, linear.pair.weight, amax=linear.amax, block_size=linear.group_size, name=linear.weight))
+    if linear.input_scale is not None:
+        parts["input_scale"] = linear.input_scale
+    for role, info in linear.tensors.items():
+        writer.write(info.name, dialects.spelled(parts[role], dialects.NAMES[dialect][role]))
+
+
+def _cast(array: np.ndarray, dtype: str) -> np.ndarray:
+    from modelq.checkpoint.safetensors import numpy_dtype
+
+    return array.astype(numpy_dtype(dtype), copy=False)

@@ -1,0 +1,137 @@
+"""The plan of an export: every tensor's name, dtype and shape, and what it is made of, before any byte is computed.
+
+Everything that can be refused is refused here: layers without calibration, siblings of unlike formats, pairs
+of formats that the dialect has no word for.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from modelq.checkpoint import dialects
+from modelq.checkpoint.base import TensorInfo
+from modelq.checkpoint.dialects import Pair
+from modelq.groups import stated_amax
+
+FLOATS = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
+OWN_QUANTIZERS = ("linear", "embedding")      # kinds of modules that an export's config names when they stay unquantized
+NOT_WRITTEN = (".rotary_emb.inv_freq",)      # buffers of old checkpoints that follow from the config
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One quantized linear: what to read, how to quantize it, and the tensors it becomes, by role."""
+    module: str
+    weight: str
+    pair: Pair
+    group_size: int | None
+    amax: np.ndarray | None
+    input_scale: np.ndarray | None
+    tensors: dict[str, TensorInfo]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """linears (in the order of the model) by the name of the weight they replace; copies: source name to what is written, cast if
+    the dtype differs; order: all these source names as the checkpoint has them, which is how they are read and written."""
+    dialect: str
+    linears: dict[str, Linear] = field(default_factory=dict)
+    copies: dict[str, TensorInfo] = field(default_factory=dict)
+    order: list[str] = field(default_factory=list)
+    unquantized: list[str] = field(default_factory=list)
+
+    @property
+    def tensors(self) -> list[TensorInfo]:
+        """Everything that will be written, in the order of writing."""
+        return [info for name in self.order
+                for info in (self.linears[name].tensors.values() if name in self.linears else (self.copies[name],))]
+
+
+def make_plan(model: Any, dtype: str, dialect: str) -> Plan:
+    """ValueError names the layer and what would work; see the module."""
+    quantized = _quantized_rows(model)
+    if not quantized:
+        raise ValueError("no layer of this model is quantized: call modelq.quantization.quantize(model, config, forward_loop) first")
+    amax = stated_amax(model, [row["name"] for row in quantized])
+    plan = Plan(dialect)
+    for row in quantized:
+        plan.linears[row["weight"]] = _plan_linear(model, row, amax, dialect)
+    tied = bool(model.config.get("tie_word_embeddings"))
+    for name, info in model.checkpoint.tensors.items():
+        if name.endswith(NOT_WRITTEN) or (tied and name == "lm_head.weight"):
+            continue
+        plan.order.append(name)
+        if name not in plan.linears:
+            plan.copies[name] = _as_written(info, dtype)
+    names = {row["name"] for row in quantized}
+    plan.unquantized.extend(row["name"] for row in model.modules if row["name"] not in names and row["kind"] in OWN_QUANTIZERS)
+    return plan
+
+
+def quantizer(model: Any, module: str, side: str) -> Any:
+    """The module's "weight" or "input" quantizer, or None."""
+    return model.quantizers.get(f"{module}.{side}_quantizer")
+
+
+def _quantized_rows(model: Any) -> list[Any]:
+    def enabled(row: Any) -> bool:
+        found = quantizer(model, row["name"], "weight")
+        return found is not None and found.enabled
+    return [row for row in model.modules if enabled(row)]
+
+
+def _plan_linear(model: Any, row: Any, amax: dict[str, np.ndarray], dialect: str) -> Linear:
+    module = row["name"]
+    if row["weight"] != f"{module}.weight":
+        raise ValueError(f"{module} has its weight from {row['weight']}: a checkpoint cannot hold it both quantized and not; "
+                         f"add a rule that disables {module}'s quantizers")
+    pair = _pair(model, module)
+    if pair not in dialects.algorithms(dialect):
+        said = sorted({f"{p.weight} weights with {p.input or 'unquantized'} inputs" for p in dialects.algorithms(dialect)})
+        raise ValueError(f"{module}: the {dialect} dialect cannot say {pair.weight} weights with {pair.input or 'unquantized'} inputs; "
+                         f"it can say {'; '.join(said)}")
+    group_size = _group_size(quantizer(model, module, "weight"))
+    shape = tuple(row["shape"])
+    parts = dialects.layout(pair.weight, shape, group_size)
+    input_scale = None
+    if pair.input is not None and not dialects.is_dynamic_input(pair):
+        input_scale = _input_scale(amax.get(f"{module}.input_quantizer"), module, pair.input)
+        parts["input_scale"] = ("float32", ())
+    names = dialects.NAMES[dialect]
+    tensors = {role: _info(f"{module}.{names[role].suffix}", *part) for role, part in parts.items()}
+    return Linear(module, row["weight"], pair, group_size, amax.get(f"{module}.weight_quantizer"), input_scale, tensors)
+
+
+def _pair(model: Any, module: str) -> Pair:
+    weight, side = quantizer(model, module, "weight"), quantizer(model, module, "input")
+    if weight.scheme is None:
+        raise ValueError(f"{module}.weight_quantizer: num_bits {weight.num_bits} with block_sizes {weight.block_sizes} is no known "
+                         f"scheme, so no checkpoint can hold it; known are {', '.join(dialects.schemes())}")
+    return Pair(weight.scheme, dialects.input_kind(side) if side is not None and side.enabled else None)
+
+
+def _group_size(weight: Any) -> int | None:
+    sizes = weight.block_sizes
+    size = sizes.get(-1) if isinstance(sizes, dict) else None
+    return int(size) if size else None
+
+
+def _input_scale(amax: np.ndarray | None, module: str, scheme: str) -> np.ndarray:
+    if amax is None:
+        raise ValueError(f"{module}.input_quantizer was never calibrated: no batch of the forward loop reached it; "
+                         f"call modelq.quantization.quantize with a forward_loop that runs the model on data")
+    largest = dialects.formats()[dialects.schemes()[scheme]["element"]]["max"]
+    value = np.float32(amax.reshape(-1)[0]) or np.float32(largest)     # zero on all data: no scale may be 0
+    return np.asarray(value / np.float32(dialects.scale_divisor(scheme)), dtype=np.float32)
+
+
+def _as_written(info: TensorInfo, dtype: str) -> TensorInfo:
+    return _info(info.name, dtype if info.dtype in FLOATS else info.dtype, info.shape)
+
+
+def _info(name: str, dtype: str, shape: tuple[int, ...]) -> TensorInfo:
+    from modelq.checkpoint.safetensors import numpy_dtype
+
+    return TensorInfo(name, dtype, shape, int(np.prod(shape, dtype=np.int64)) * numpy_dtype(dtype).itemsize)
