@@ -133,25 +133,19 @@ static int spec_block_sizes(mq_quant_spec *spec, PyObject *block_sizes)
     return 0;
 }
 
-static int matches_blocks(const mq_scheme_row *row, const mq_quant_spec *spec)
-{
-    return row->block_rows == spec->block_rows && row->block_cols == spec->block_cols;
-}
-
-/* The scheme of these settings: the same element and scale, with equal blocks if there is such a row; blocks along rows may
- * have another length. -1 if there is none (per column, per token, other integers). */
+/* The first scheme with the same element, scale and blocks; blocks along rows may have another length. -1 if there is none
+ * (per column, per token, other integers). */
 static int find_scheme(const mq_quant_spec *spec)
 {
-    int found = -1;
-    const int plain_int = spec->kind != MQ_KIND_INT || ((spec->bits == 8 || spec->bits == 4) && !spec->is_unsigned && !spec->narrow_range);
-    for (int i = 0; i < MQ_SCHEME_COUNT && plain_int; i++) {
+    const int odd_int = spec->kind == MQ_KIND_INT &&
+        ((spec->bits != 8 && spec->bits != 4) || spec->is_unsigned || spec->narrow_range);
+    for (int i = 0; i < MQ_SCHEME_COUNT && !odd_int; i++) {
         const mq_scheme_row *row = mq_scheme_get((mq_scheme)i);
-        if (row->element != spec->element || row->scale != spec->scale) continue;
-        if (matches_blocks(row, spec)) return i;
-        const int along_rows = row->block_rows == 1 && row->block_cols > 0 && spec->block_rows == 1 && spec->block_cols > 1;
-        if (found < 0 && along_rows) found = i;
+        if (row->element != spec->element || row->scale != spec->scale || row->block_rows != spec->block_rows) continue;
+        const int along_rows = row->block_rows == 1 && row->block_cols > 0 && spec->block_cols > 1;
+        if (along_rows || row->block_cols == spec->block_cols) return i;
     }
-    return found;
+    return -1;
 }
 
 static int spec_check(mq_quant_spec *spec)
