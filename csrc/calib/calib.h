@@ -1,9 +1,9 @@
 /* Calibrators: statistics of the activations that reach a quantizer, with one interface for every kind.
  *
- * init, collect any number of times from any thread, merge (statistics of different shares of the data, or of siblings that
- * see the same tensor), finish, reset, save and load. Adding a kind: one file with an mq_calib_kind, one line in calib.c.
- * The result may not depend on the order of collect calls; a kind that adds floating-point numbers must fold its partial
- * sums by mq_calib_rows.chunk. A row with mask 0 counts nowhere. */
+ * init, collect any number of times from any thread, merge (statistics of different shares of the data, or of siblings
+ * that see the same tensor), finish, reset, save and load. Adding a kind: one file with an mq_calib_kind, one line in
+ * calib.c. The result may not depend on the order of collect calls; a kind that adds floating-point numbers must fold
+ * its partial sums by mq_calib_rows.chunk. A row with mask 0 counts nowhere. */
 #ifndef MQ_CALIB_H
 #define MQ_CALIB_H
 

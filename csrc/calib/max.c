@@ -1,5 +1,5 @@
-/* The largest magnitude, per tensor or per channel. Kept as the bits of a float32 without its sign, compared as integers:
- * exact, independent of order, and a NaN (larger than every number) or an infinity is remembered. */
+/* The largest magnitude, per tensor or per channel. Kept as the bits of a float32 without its sign, compared as
+ * integers: exact, independent of order, and a NaN (larger than every number) or an infinity is remembered. */
 #include "calib/calib.h"
 
 #include <string.h>

@@ -1,9 +1,9 @@
 /* Operations on one row of activations, vectorised: norms, rope, SwiGLU, sums, conversions, amax.
  *
- * One generic source (row_ops.inc) compiled per ISA; the table is picked once. Every operation has a float32 and a bfloat16
- * form (bfloat16 as its bits in uint16_t); arithmetic is float32 inside, and bfloat16 forms round to nearest even where a
- * bfloat16 model in transformers rounds. amax gives the same bits on every ISA; the others may differ in the last bit
- * (fused multiply-add where there is one). */
+ * One generic source (row_ops.inc) compiled per ISA; the table is picked once. Every operation has a float32 and a
+ * bfloat16 form (bfloat16 as its bits in uint16_t); arithmetic is float32 inside, and bfloat16 forms round to nearest
+ * even where a bfloat16 model in transformers rounds. amax gives the same bits on every ISA; the others may differ in
+ * the last bit (fused multiply-add where there is one). */
 #ifndef MQ_ROW_OPS_H
 #define MQ_ROW_OPS_H
 
@@ -18,7 +18,8 @@ typedef struct mq_typed_row_ops {
     /* amax[j] = max(amax[j], |x[j]|) over a row, on bits as above. */
     void (*amax_columns)(uint32_t *amax, const void *x, int64_t n);
     void (*rmsnorm)(void *out, const void *in, const float *weight, int64_t n, float eps);
-    /* Rotates each of `heads` heads of head_dim; cosine and sine have rotary/2 entries; the rest of a head is left alone. */
+    /* Rotates each of `heads` heads of head_dim; cosine and sine have rotary/2 entries; the rest of a head is left
+     * alone. */
     void (*rope)(void *x, const float *cosine, const float *sine, int64_t heads, int64_t head_dim, int64_t rotary);
     void (*silu_mul)(void *out, const void *gate, const void *up, int64_t n);
     void (*add)(void *x, const void *y, int64_t n);          /* x += y */

@@ -1,4 +1,5 @@
-/* The table of model families and of the modules in a decoder layer (archs.def). A family made of known operations is a row. */
+/* The table of model families and of the modules in a decoder layer (archs.def). A family made of known operations is
+ * a row. */
 #ifndef MQ_ARCH_H
 #define MQ_ARCH_H
 
@@ -15,7 +16,12 @@ typedef struct mq_family {
     unsigned flags;
 } mq_family;
 
-typedef enum mq_module_kind { MQ_MODULE_LINEAR, MQ_MODULE_EMBEDDING, MQ_MODULE_NORM, MQ_MODULE_ATTENTION } mq_module_kind;
+typedef enum mq_module_kind {
+    MQ_MODULE_LINEAR,
+    MQ_MODULE_EMBEDDING,
+    MQ_MODULE_NORM,
+    MQ_MODULE_ATTENTION
+} mq_module_kind;
 
 /* What a module does in its layer. */
 typedef enum mq_role {
@@ -24,8 +30,23 @@ typedef enum mq_role {
     MQ_ROLE_EMBED, MQ_ROLE_FINAL_NORM, MQ_ROLE_HEAD, MQ_ROLE_COUNT
 } mq_role;
 
-typedef enum mq_dim { MQ_DIM_NONE, MQ_DIM_HIDDEN, MQ_DIM_INNER, MQ_DIM_Q, MQ_DIM_KV, MQ_DIM_HEAD, MQ_DIM_KV_HEADS } mq_dim;
-typedef enum mq_condition { MQ_IF_ALWAYS, MQ_IF_NEVER, MQ_IF_QKV_BIAS, MQ_IF_O_BIAS, MQ_IF_MLP_BIAS, MQ_IF_QK_NORM } mq_condition;
+typedef enum mq_dim {
+    MQ_DIM_NONE,
+    MQ_DIM_HIDDEN,
+    MQ_DIM_INNER,
+    MQ_DIM_Q,
+    MQ_DIM_KV,
+    MQ_DIM_HEAD,
+    MQ_DIM_KV_HEADS
+} mq_dim;
+typedef enum mq_condition {
+    MQ_IF_ALWAYS,
+    MQ_IF_NEVER,
+    MQ_IF_QKV_BIAS,
+    MQ_IF_O_BIAS,
+    MQ_IF_MLP_BIAS,
+    MQ_IF_QK_NORM
+} mq_condition;
 
 typedef struct mq_layer_module {
     mq_role role;

@@ -51,8 +51,8 @@ int mq_config_set_word(mq_config *config, const mq_config_key *key, const char *
 static int check_range(const char *name, int64_t value, int64_t low, int64_t high, mq_error *err)
 {
     if (value >= low && value <= high) return MQ_OK;
-    return mq_fail(err, MQ_ERR_VALUE, "config: %s is %lld, expected %lld to %lld", name, (long long)value, (long long)low,
-                   (long long)high);
+    return mq_fail(err, MQ_ERR_VALUE, "config: %s is %lld, expected %lld to %lld", name, (long long)value,
+                   (long long)low, (long long)high);
 }
 
 static int check_sizes(const mq_config *config, mq_error *err)
@@ -72,14 +72,16 @@ static int check_sizes(const mq_config *config, mq_error *err)
 static int check_rope(const mq_config *config, mq_error *err)
 {
     if (!(config->rope_theta > 0.0) || !(config->rope_factor > 0.0))
-        return mq_fail(err, MQ_ERR_VALUE, "config: rope_theta %g and rope_factor %g must be positive", config->rope_theta,
-                       config->rope_factor);
+        return mq_fail(err, MQ_ERR_VALUE, "config: rope_theta %g and rope_factor %g must be positive",
+                       config->rope_theta, config->rope_factor);
     if (!(config->partial_rotary_factor > 0.0) || config->partial_rotary_factor > 1.0)
-        return mq_fail(err, MQ_ERR_VALUE, "config: partial_rotary_factor %g is not in (0, 1]", config->partial_rotary_factor);
+        return mq_fail(err, MQ_ERR_VALUE, "config: partial_rotary_factor %g is not in (0, 1]",
+                       config->partial_rotary_factor);
     if (config->rope_type != MQ_ROPE_LLAMA3) return MQ_OK;
     if (config->rope_original_max_position_embeddings <= 0 || !(config->rope_low_freq_factor > 0.0) ||
         !(config->rope_high_freq_factor > config->rope_low_freq_factor))
-        return mq_fail(err, MQ_ERR_VALUE, "config: rope_type llama3 needs rope_original_max_position_embeddings > 0 (%lld) and "
+        return mq_fail(err, MQ_ERR_VALUE,
+                       "config: rope_type llama3 needs rope_original_max_position_embeddings > 0 (%lld) and "
                        "0 < rope_low_freq_factor < rope_high_freq_factor (%g, %g)",
                        (long long)config->rope_original_max_position_embeddings, config->rope_low_freq_factor,
                        config->rope_high_freq_factor);
@@ -101,7 +103,8 @@ int mq_config_finish(mq_config *config, mq_error *err)
     if (rc == MQ_OK) rc = check_rope(config, err);
     if (rc != MQ_OK) return rc;
     if (config->num_attention_heads % config->num_key_value_heads != 0)
-        return mq_fail(err, MQ_ERR_VALUE, "config: num_attention_heads %lld is not a multiple of num_key_value_heads %lld",
+        return mq_fail(err, MQ_ERR_VALUE,
+                       "config: num_attention_heads %lld is not a multiple of num_key_value_heads %lld",
                        (long long)config->num_attention_heads, (long long)config->num_key_value_heads);
     if (config->head_dim % 2 != 0)
         return mq_fail(err, MQ_ERR_VALUE, "config: head_dim %lld is odd", (long long)config->head_dim);

@@ -171,7 +171,8 @@ static void set_targets(const mq_run *run, const int32_t *labels, int32_t *targe
     }
 }
 
-static void sum_losses(const mq_run *run, const mq_loss_row *losses, const int32_t *targets, double *sums, int64_t *counts)
+static void sum_losses(const mq_run *run, const mq_loss_row *losses, const int32_t *targets, double *sums,
+                       int64_t *counts)
 {
     for (int64_t s = 0; s < run->sequence_count; s++) {
         const mq_sequence *sequence = &run->sequences[s];
@@ -190,7 +191,8 @@ int mq_run_loss(mq_run *run, const int32_t *labels, const mq_named_tensor *tenso
 {
     size_t rows = (size_t)run->rows;
     int32_t *targets = mq_alloc_array(rows, sizeof *targets);
-    head_job job = {.run = run, .rows = run->rows, .losses = mq_alloc_array(rows, sizeof(mq_loss_row)), .labels = targets};
+    head_job job = {.run = run, .rows = run->rows, .labels = targets};
+    job.losses = mq_alloc_array(rows, sizeof *job.losses);
     int rc = check_end(run, "loss", err);
     if (targets == NULL || job.losses == NULL) rc = mq_fail_memory(err, "the losses", rows * sizeof(mq_loss_row));
     if (rc == MQ_OK) rc = head_begin(&job, tensors, count, err);
@@ -246,7 +248,7 @@ int mq_run_hidden(const mq_run *run, int64_t batch, float *out, mq_error *err)
     const mq_batch *rows = &run->batches[batch];
     int64_t width = run->runtime->config.hidden_size;
     if (run->next_layer < 0) return mq_fail(err, MQ_ERR_STATE, "hidden: embed comes first");
-    mq_row_ops_of(run->runtime->dtype)->to_f32(out, run->hidden + (size_t)(rows->first * width) * mq_dtype_size(run->runtime->dtype),
-                                            rows->sequences * rows->tokens * width);
+    const char *from = run->hidden + (size_t)(rows->first * width) * mq_dtype_size(run->runtime->dtype);
+    mq_row_ops_of(run->runtime->dtype)->to_f32(out, from, rows->sequences * rows->tokens * width);
     return MQ_OK;
 }

@@ -1,5 +1,5 @@
-/* x += attention(norm(x)); x += mlp(norm(x)): the pre-norm decoder layer that the families of archs.def share. Every step
- * is an operation of ops.h; this file says in which order, and where quantizers and calibrators look on. */
+/* x += attention(norm(x)); x += mlp(norm(x)): the pre-norm decoder layer that the families of archs.def share. Every
+ * step is an operation of ops.h; this file says in which order, and where quantizers and calibrators look on. */
 #include "model/layer.h"
 
 #include <math.h>
@@ -70,8 +70,11 @@ static void quantize_rows(void *argument, int64_t begin, int64_t end, int worker
 
 static void quantize(pass *pass, const mq_quantizer *quantizer, void *y, const void *x, int64_t width)
 {
-    quantize_job job = {.quantizer = quantizer, .rows = {.x = x, .y = y, .dtype = pass->context->dtype, .rows = pass->rows,
-                                                         .cols = width, .ldx = width, .ldy = width}};
+    quantize_job job = {
+        .quantizer = quantizer,
+        .rows = {.x = x, .y = y, .dtype = pass->context->dtype, .rows = pass->rows, .cols = width, .ldx = width,
+                 .ldy = width},
+    };
     mq_parallel_for(pass->rows, mq_row_grain(width), quantize_rows, &job);
 }
 
@@ -136,7 +139,8 @@ static int finish_heads(pass *pass, mq_role norm, mq_point *point, void *x, int6
     }
     for (int64_t i = 0; i < unit->sequences; i++) {
         const mq_sequence *sequence = &pass->context->sequences[unit->first_sequence + i];
-        mq_rope_sizes sizes = {.tokens = sequence->tokens, .heads = heads, .head_dim = head_dim, .dtype = pass->context->dtype};
+        mq_rope_sizes sizes = {.tokens = sequence->tokens, .heads = heads, .head_dim = head_dim,
+                               .dtype = pass->context->dtype};
         size_t at = (size_t)((sequence->first - unit->first) * heads * head_dim) * mq_dtype_size(sizes.dtype);
         mq_rope_forward((char *)x + at, pass->context->rope, &sizes);
     }
@@ -150,8 +154,9 @@ static mq_attention_args attention_args(const mq_layer_context *context, int64_t
     int64_t kv_width = config->num_key_value_heads * config->head_dim;
     return (mq_attention_args){
         .T = tokens, .T_kv = tokens, .heads = config->num_attention_heads, .kv_heads = config->num_key_value_heads,
-        .head_dim = config->head_dim, .value_dim = config->head_dim, .dtype = context->dtype, .ldq = width, .ldk = kv_width,
-        .ldv = kv_width, .ldo = width, .scale = (float)(1.0 / sqrt((double)config->head_dim)), .window = window,
+        .head_dim = config->head_dim, .value_dim = config->head_dim, .dtype = context->dtype, .ldq = width,
+        .ldk = kv_width, .ldv = kv_width, .ldo = width, .scale = (float)(1.0 / sqrt((double)config->head_dim)),
+        .window = window,
     };
 }
 
@@ -199,7 +204,8 @@ static int mlp_half(pass *pass, void *hidden, const mq_scratch *scratch)
     pass->quantized = scratch->mlp_quantized;
     pass->temporary = scratch->mlp_temporary;
     pass->applied = NULL;
-    mq_rmsnorm_forward(scratch->mlp_normed, hidden, pass->layer->norms[MQ_ROLE_POST_NORM], config->rms_norm_eps, &sizes);
+    mq_rmsnorm_forward(scratch->mlp_normed, hidden, pass->layer->norms[MQ_ROLE_POST_NORM], config->rms_norm_eps,
+                       &sizes);
     int rc = run_linear(pass, MQ_ROLE_GATE, scratch->gate, scratch->mlp_normed);
     if (rc == MQ_OK) rc = run_linear(pass, MQ_ROLE_UP, scratch->up, scratch->mlp_normed);
     if (rc != MQ_OK) return rc;
@@ -273,8 +279,8 @@ int mq_layer_check(const mq_layer *layer, const mq_config *config, mq_error *err
         if (rc == MQ_OK) rc = check_point(&linear->output, linear->rows, linear->name, "output_quantizer", err);
     }
     if (rc == MQ_OK)
-        rc = check_point(&layer->q, config->num_attention_heads * config->head_dim, layer->attention_name, "q_bmm_quantizer",
-                         err);
+        rc = check_point(&layer->q, config->num_attention_heads * config->head_dim, layer->attention_name,
+                         "q_bmm_quantizer", err);
     if (rc == MQ_OK) rc = check_point(&layer->k, kv_width, layer->attention_name, "k_bmm_quantizer", err);
     if (rc == MQ_OK) rc = check_point(&layer->v, kv_width, layer->attention_name, "v_bmm_quantizer", err);
     return rc;

@@ -1,7 +1,7 @@
 /* One decoder layer: its weights while it is loaded, the points where quantizers and calibrators sit, and its forward.
  *
- * A point is a tensor on its way through the layer: the input or output of a linear, or q, k, v of attention (after rope).
- * Points of linears that read the same tensor have the same site. */
+ * A point is a tensor on its way through the layer: the input or output of a linear, or q, k, v of attention (after
+ * rope). Points of linears that read the same tensor have the same site. */
 #ifndef MQ_LAYER_H
 #define MQ_LAYER_H
 
@@ -81,9 +81,10 @@ int mq_layer_check(const mq_layer *layer, const mq_config *config, mq_error *err
 enum { MQ_LAYER_MAX_POINTS = 2 * MQ_ROLE_COUNT + 3 };
 size_t mq_layer_points(mq_layer *layer, mq_point **out);
 
-/* Statistics of one run over a set of points (points.c): begin makes one watching calibrator per site and kind, collect adds
- * rows to those of one site, end merges them into the calibrators of their points (if keep) and drops them. A tensor
- * that several siblings read is scanned once, and an interrupted run leaves the calibrators as they were. */
+/* Statistics of one run over a set of points (points.c): begin makes one watching calibrator per site and kind,
+ * collect adds rows to those of one site, end merges them into the calibrators of their points (if keep) and drops
+ * them. A tensor that several siblings read is scanned once, and an interrupted run leaves the calibrators as they
+ * were. */
 int mq_points_begin(mq_point **points, size_t count, mq_error *err);
 int mq_points_end(mq_point **points, size_t count, int keep, mq_error *err);
 int mq_point_collect(mq_point *point, const mq_calib_rows *rows, mq_error *err);

@@ -41,8 +41,9 @@ static void read_rows(void *argument, int64_t begin, int64_t end, int worker)
 static int read_weight(const mq_tensor *w, void *copy, mq_dtype dtype, const char *name, mq_error *err)
 {
     int64_t grain = mq_row_grain(w->shape[1]), tasks = MQ_CEIL_DIV(w->shape[0], grain);
-    read_job job = {.w = w, .out = copy, .dtype = dtype, .grain = grain, .amax = mq_alloc_array((size_t)tasks, sizeof(uint32_t))};
+    read_job job = {.w = w, .out = copy, .dtype = dtype, .grain = grain};
     uint32_t best = 0;
+    job.amax = mq_alloc_array((size_t)tasks, sizeof *job.amax);
     if (job.amax == NULL) return mq_fail_memory(err, name, (size_t)tasks * sizeof(uint32_t));
     mq_parallel_for(w->shape[0], grain, read_rows, &job);
     for (int64_t i = 0; i < tasks; i++) best = MQ_MAX(best, job.amax[i]);

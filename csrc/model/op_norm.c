@@ -23,7 +23,9 @@ static void norm_rows(void *argument, int64_t begin, int64_t end, int worker)
 
 void mq_rmsnorm_forward(void *out, const void *in, const float *weight, double eps, const mq_row_sizes *sizes)
 {
-    norm_job job = {.out = out, .in = in, .weight = weight, .eps = (float)eps, .width = sizes->width,
-                    .stride = (size_t)sizes->width * mq_dtype_size(sizes->dtype), .kernels = mq_row_ops_of(sizes->dtype)};
+    norm_job job = {
+        .out = out, .in = in, .weight = weight, .eps = (float)eps, .width = sizes->width,
+        .stride = (size_t)sizes->width * mq_dtype_size(sizes->dtype), .kernels = mq_row_ops_of(sizes->dtype),
+    };
     mq_parallel_for(sizes->rows, mq_row_grain(sizes->width), norm_rows, &job);
 }

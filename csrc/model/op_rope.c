@@ -1,6 +1,6 @@
-/* Rotary embedding on the two halves of each head (the layout of Hugging Face checkpoints). Angles are computed in float32
- * from float32 frequencies, as transformers does: at position p an angle of p radians is only known to about p * 2^-24, so
- * more exact angles would be different ones. Scaling of frequencies: "linear", and "llama3" (Llama 3.1). */
+/* Rotary embedding on the two halves of each head (the layout of Hugging Face checkpoints). Angles are computed in
+ * float32 from float32 frequencies, as transformers does: at position p an angle of p radians is only known to about
+ * p * 2^-24, so more exact angles would be different ones. Scaling of frequencies: "linear", and "llama3" (3.1). */
 #include <math.h>
 #include <string.h>
 

@@ -1,10 +1,11 @@
-/* The operations of the runtime, forward: plain functions, outputs first, then inputs, parameters, sizes. A backward will
- * stand beside each forward in its file.
+/* The operations of the runtime, forward: plain functions, outputs first, then inputs, parameters, sizes. A backward
+ * will stand beside each forward in its file.
  *
  * Shape letters: B sequences, T tokens of one, N rows (tokens of one or several sequences), C hidden size, H heads,
  * G key and value heads, D head size, F intermediate size, V vocabulary, O and I rows and columns of a weight.
- * Activations are float32 or bfloat16 (`dtype`), row-major without gaps unless a stride is named; arithmetic is float32.
- * Rows are done in parallel on the pool, or inline when the caller already is a job; the bits are the same. */
+ * Activations are float32 or bfloat16 (`dtype`), row-major without gaps unless a stride is named; arithmetic is
+ * float32. Rows are done in parallel on the pool, or inline when the caller already is a job; the bits
+ * are the same. */
 #ifndef MQ_OPS_H
 #define MQ_OPS_H
 
@@ -61,7 +62,8 @@ void mq_linear_free(mq_linear_weight *weight);
 void mq_linear_forward(void *out, const void *in, const mq_linear_weight *weight, int accumulate,
                        const mq_row_sizes *sizes);
 
-/* Next-token loss over a vocabulary that comes in slices: the running log-sum-exp of one row (Milakov and Gimelshein 2018). */
+/* Next-token loss over a vocabulary that comes in slices: the running log-sum-exp of one row (Milakov and
+ * Gimelshein 2018). */
 typedef struct mq_loss_row {
     float max;
     double sum;     /* of exp(logit - max) */
@@ -78,7 +80,8 @@ double mq_loss_of(const mq_loss_row *row);   /* -log softmax(logits)[label], in 
 
 /* Copies or converts a row or a whole tensor of any float dtype and stride; dtype is MQ_F32 or MQ_BF16. */
 int mq_tensor_is_float(const mq_tensor *tensor);
-void mq_read_row(void *out, mq_dtype dtype, const mq_tensor *tensor, int64_t row);  /* of a matrix, or of a vector as row 0 */
+/* row of a matrix; a vector is its row 0. */
+void mq_read_row(void *out, mq_dtype dtype, const mq_tensor *tensor, int64_t row);
 
 /* Rows that one task of an elementwise operation takes. */
 MQ_INLINE int64_t mq_row_grain(int64_t width)

@@ -16,7 +16,8 @@ static int check_input(const mq_runtime *runtime, const mq_batch_input *input, i
                        (long long)input->sequences, (long long)input->tokens);
     for (int64_t i = 0; i < input->sequences * input->tokens; i++) {
         if (input->ids[i] >= 0 && input->ids[i] < vocabulary) continue;
-        return mq_fail(err, MQ_ERR_VALUE, "batch %lld, position [%lld, %lld]: token id %lld is outside the vocabulary of %lld",
+        return mq_fail(err, MQ_ERR_VALUE,
+                       "batch %lld, position [%lld, %lld]: token id %lld is outside the vocabulary of %lld",
                        (long long)batch, (long long)(i / input->tokens), (long long)(i % input->tokens),
                        (long long)input->ids[i], (long long)vocabulary);
     }
@@ -87,7 +88,8 @@ static void make_units(mq_run *run)
     }
 }
 
-int mq_run_init(mq_run *run, mq_runtime *runtime, const mq_batch_input *batches, int64_t count, int count_padding, mq_error *err)
+int mq_run_init(mq_run *run, mq_runtime *runtime, const mq_batch_input *batches, int64_t count, int count_padding,
+                mq_error *err)
 {
     int masked = 0;
     memset(run, 0, sizeof *run);
@@ -130,7 +132,8 @@ void mq_run_free(mq_run *run)
 
 size_t mq_run_nbytes(const mq_run *run)
 {
-    size_t rows = (size_t)run->rows, width = (size_t)run->runtime->config.hidden_size * mq_dtype_size(run->runtime->dtype);
+    size_t rows = (size_t)run->rows;
+    size_t width = (size_t)run->runtime->config.hidden_size * mq_dtype_size(run->runtime->dtype);
     size_t total = rows * (width + sizeof *run->ids + (run->mask ? 1 : 0)) + mq_rope_table_nbytes(&run->rope);
     total += (size_t)run->sequence_count * (sizeof *run->sequences + sizeof *run->units);
     for (int i = 0; i < run->workers; i++) total += run->scratch[i].nbytes;
@@ -220,7 +223,7 @@ static void run_units(void *argument, int64_t begin, int64_t end, int worker)
     for (int64_t i = begin; i < end; i++) run_unit(job, &job->run->units[i], worker);
 }
 
-/* Every worker takes units of its own as long as there is one for each; the rest go one by one, each spread over all. */
+/* Every worker takes units of its own as long as there is one for each; the rest go one by one, each over all. */
 static int run_all_units(mq_run *run, mq_layer *layer, mq_error *err)
 {
     layer_job job = {.run = run, .layer = layer, .context = context_of(run), .err = err};
@@ -240,7 +243,8 @@ static int check_order(const mq_run *run, int64_t layer, mq_error *err)
                        (long long)run->runtime->config.num_hidden_layers);
     if (run->next_layer < 0) return mq_fail(err, MQ_ERR_STATE, "layer %lld: embed comes first", (long long)layer);
     if (run->next_layer != layer)
-        return mq_fail(err, MQ_ERR_STATE, "layer %lld: the next layer is %lld", (long long)layer, (long long)run->next_layer);
+        return mq_fail(err, MQ_ERR_STATE, "layer %lld: the next layer is %lld", (long long)layer,
+                       (long long)run->next_layer);
     if (!run->runtime->layers[layer].loaded)
         return mq_fail(err, MQ_ERR_STATE, "layer %lld is not loaded", (long long)layer);
     return MQ_OK;

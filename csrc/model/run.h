@@ -1,4 +1,5 @@
-/* mq_run: recorded batches on their way through a model. Holds token ids and the hidden states at one layer boundary. */
+/* mq_run: recorded batches on their way through a model. Holds token ids and the hidden states at one
+ * layer boundary. */
 #ifndef MQ_RUN_H
 #define MQ_RUN_H
 
@@ -37,7 +38,8 @@ typedef struct mq_batch_input {
     int64_t sequences, tokens;
 } mq_batch_input;
 
-int mq_run_init(mq_run *run, mq_runtime *runtime, const mq_batch_input *batches, int64_t count, int count_padding, mq_error *err);
+int mq_run_init(mq_run *run, mq_runtime *runtime, const mq_batch_input *batches, int64_t count, int count_padding,
+                mq_error *err);
 void mq_run_free(mq_run *run);
 size_t mq_run_nbytes(const mq_run *run);
 
@@ -53,7 +55,8 @@ int mq_run_hidden(const mq_run *run, int64_t batch, float *out, mq_error *err);
 int mq_run_logits(mq_run *run, int64_t batch, const mq_named_tensor *tensors, size_t count, float *out, mq_error *err);
 
 /* Next-token negative log likelihood in nats: sums and counts of predicted tokens per sequence, in order of batches.
- * labels (rows): the token at each position, < 0 = not to be predicted; NULL = the ids, except padding and what follows it. */
+ * labels (rows): the token at each position, < 0 = not to be predicted; NULL = the ids, except padding and what
+ * follows it. */
 int mq_run_loss(mq_run *run, const int32_t *labels, const mq_named_tensor *tensors, size_t count, double *sums,
                 int64_t *counts, mq_error *err);
 

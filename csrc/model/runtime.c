@@ -13,7 +13,8 @@ static void set_name(char *out, const char *prefix, const char *name, const char
     snprintf(out, MQ_NAME_SIZE, "%s%s%s", prefix, name, suffix);
 }
 
-static void add_outer(mq_runtime *runtime, mq_role role, mq_module_kind kind, const char *name, int64_t rows, int64_t cols)
+static void add_outer(mq_runtime *runtime, mq_role role, mq_module_kind kind, const char *name, int64_t rows,
+                      int64_t cols)
 {
     mq_module *module = &runtime->modules[runtime->module_count++];
     *module = (mq_module){.role = role, .kind = kind, .layer = -1, .shape = {rows, cols}, .ndim = cols > 0 ? 2 : 1};
@@ -27,8 +28,10 @@ static void add_layer_module(mq_runtime *runtime, int64_t index, const mq_layer_
     mq_module *module = &runtime->modules[runtime->module_count++];
     char prefix[32];
     snprintf(prefix, sizeof prefix, "model.layers.%d.", (int)index);
-    *module = (mq_module){.role = row->role, .kind = row->kind, .layer = index, .ndim = row->cols == MQ_DIM_NONE ? 1 : 2,
-                          .shape = {mq_dim_of(config, row->rows), mq_dim_of(config, row->cols)}};
+    *module = (mq_module){
+        .role = row->role, .kind = row->kind, .layer = index, .ndim = row->cols == MQ_DIM_NONE ? 1 : 2,
+        .shape = {mq_dim_of(config, row->rows), mq_dim_of(config, row->cols)},
+    };
     set_name(module->name, prefix, row->name, "");
     if (*row->site) set_name(module->site, prefix, row->site, "");
     if (row->kind != MQ_MODULE_ATTENTION) set_name(module->weight, prefix, row->name, ".weight");
@@ -46,7 +49,8 @@ static int add_modules(mq_runtime *runtime, mq_error *err)
     runtime->layer_start = mq_alloc_array((size_t)config->num_hidden_layers + 1, sizeof *runtime->layer_start);
     if (runtime->modules == NULL || runtime->by_name == NULL || runtime->layer_start == NULL)
         return mq_fail_memory(err, "the list of modules", total * sizeof *runtime->modules);
-    add_outer(runtime, MQ_ROLE_EMBED, MQ_MODULE_EMBEDDING, "model.embed_tokens", config->vocab_size, config->hidden_size);
+    add_outer(runtime, MQ_ROLE_EMBED, MQ_MODULE_EMBEDDING, "model.embed_tokens", config->vocab_size,
+              config->hidden_size);
     for (int64_t i = 0; i < config->num_hidden_layers; i++) {
         runtime->layer_start[i] = runtime->module_count;
         for (size_t j = 0; j < rows; j++)
@@ -179,8 +183,8 @@ const mq_module *mq_runtime_outer(const mq_runtime *runtime, mq_role role)
     return NULL;
 }
 
-const mq_tensor *mq_find_tensor(const mq_named_tensor *tensors, size_t count, const char *name, const int64_t *shape, int ndim,
-                                mq_error *err)
+const mq_tensor *mq_find_tensor(const mq_named_tensor *tensors, size_t count, const char *name, const int64_t *shape,
+                                int ndim, mq_error *err)
 {
     char found[160], wanted[160];
     const mq_tensor expected = mq_tensor_make(NULL, MQ_F32, ndim, shape);
@@ -215,7 +219,8 @@ float *mq_read_vector(const mq_tensor *tensor, mq_dtype dtype, const char *name,
     return NULL;
 }
 
-static int load_module(mq_runtime *runtime, const mq_module *module, const mq_named_tensor *tensors, size_t count, mq_error *err)
+static int load_module(mq_runtime *runtime, const mq_module *module, const mq_named_tensor *tensors, size_t count,
+                       mq_error *err)
 {
     mq_layer *layer = &runtime->layers[module->layer];
     mq_linear *linear = &layer->linears[module->role];
@@ -234,7 +239,8 @@ static int load_module(mq_runtime *runtime, const mq_module *module, const mq_na
 }
 
 /* Every given tensor must be one that the layer has: a surplus one is a mistake that would go unnoticed. */
-static int check_names(const mq_runtime *runtime, int64_t layer, const mq_named_tensor *tensors, size_t count, mq_error *err)
+static int check_names(const mq_runtime *runtime, int64_t layer, const mq_named_tensor *tensors, size_t count,
+                       mq_error *err)
 {
     for (size_t i = 0; i < count; i++) {
         int known = 0;
@@ -247,7 +253,8 @@ static int check_names(const mq_runtime *runtime, int64_t layer, const mq_named_
     return MQ_OK;
 }
 
-int mq_runtime_load_layer(mq_runtime *runtime, int64_t index, const mq_named_tensor *tensors, size_t count, mq_error *err)
+int mq_runtime_load_layer(mq_runtime *runtime, int64_t index, const mq_named_tensor *tensors, size_t count,
+                          mq_error *err)
 {
     int rc = check_names(runtime, index, tensors, count, err);
     mq_runtime_drop_layer(runtime, index);

@@ -1,5 +1,5 @@
-/* mq_runtime: one model, without the weights: its sizes, its modules by name, what sits at its points, and the layers that
- * are loaded at the moment. mq_run: recorded batches on their way through it, one layer at a time. */
+/* mq_runtime: one model, without the weights: its sizes, its modules by name, what sits at its points, and the layers
+ * that are loaded at the moment. mq_run: recorded batches on their way through it, one layer at a time. */
 #ifndef MQ_RUNTIME_H
 #define MQ_RUNTIME_H
 
@@ -45,14 +45,15 @@ typedef struct mq_named_tensor {
 } mq_named_tensor;
 
 /* Exactly the tensors that layer needs, by name. The old weights are dropped first. */
-int mq_runtime_load_layer(mq_runtime *runtime, int64_t layer, const mq_named_tensor *tensors, size_t count, mq_error *err);
+int mq_runtime_load_layer(mq_runtime *runtime, int64_t layer, const mq_named_tensor *tensors, size_t count,
+                          mq_error *err);
 void mq_runtime_drop_layer(mq_runtime *runtime, int64_t layer);
 
 /* A module outside the layers, or NULL. */
 const mq_module *mq_runtime_outer(const mq_runtime *runtime, mq_role role);
 /* The tensor of that name with that shape and a float dtype, or an error that says which one is wrong. */
-const mq_tensor *mq_find_tensor(const mq_named_tensor *tensors, size_t count, const char *name, const int64_t *shape, int ndim,
-                                mq_error *err);
+const mq_tensor *mq_find_tensor(const mq_named_tensor *tensors, size_t count, const char *name, const int64_t *shape,
+                                int ndim, mq_error *err);
 /* A float32 copy of a vector, rounded through dtype; NULL with err filled on failure. */
 float *mq_read_vector(const mq_tensor *tensor, mq_dtype dtype, const char *name, mq_error *err);
 

@@ -21,7 +21,7 @@ typedef struct CalibratorObject {
     mq_calib *calib;
 } CalibratorObject;
 
-/* A dict {name: array} as views. keeps holds one reference per tensor (and the names stay alive with the dict's keys). */
+/* A dict {name: array} as views. keeps holds one reference per tensor and one per name. */
 typedef struct mq_tensor_map {
     mq_named_tensor *tensors;
     PyObject **keeps;

@@ -86,7 +86,8 @@ static int view_mask(mq_state *state, PyObject *mask, int64_t rows, mq_tensor *v
     if (rc < 0) return -1;
     *view = given;
     if (mq_tensor_count(view) == rows) return 0;
-    PyErr_Format(PyExc_ValueError, "mask: %lld entries for %lld rows of x", (long long)mq_tensor_count(view), (long long)rows);
+    PyErr_Format(PyExc_ValueError, "mask: %lld entries for %lld rows of x", (long long)mq_tensor_count(view),
+                 (long long)rows);
     return -1;
 }
 
@@ -169,7 +170,8 @@ static PyObject *calibrator_save(PyObject *self, PyObject *unused)
 
 PyDoc_STRVAR(load_doc,
 "load($self, state)\n--\n\n"
-"Replaces the statistics by those that save() of a Calibrator of the same kind and axis gave; ValueError otherwise.");
+"Replaces the statistics by those that save() of a Calibrator of the same kind and axis gave; ValueError\n"
+"otherwise.");
 
 static PyObject *calibrator_load(PyObject *self, PyObject *state)
 {

@@ -19,9 +19,10 @@ PyDoc_STRVAR(run_doc,
 const char mq_run_start_doc[] =
 "start($self, ids, masks=None, count_padding=False)\n--\n\n"
 "A Run over batches of token ids.\n\n"
-"ids: list of integer arrays [B, T]. masks: list of arrays [B, T] or None, 0 = padding: hidden from attention, and left\n"
-"out of statistics unless count_padding. Positions are 0 to T - 1 in every row, as in a transformers model called with\n"
-"input_ids and attention_mask. ValueError names the batch, position and value of an id outside the vocabulary.";
+"ids: list of integer arrays [B, T]. masks: list of arrays [B, T] or None, 0 = padding: hidden from attention,\n"
+"and left out of statistics unless count_padding. Positions are 0 to T - 1 in every row, as in a transformers\n"
+"model called with input_ids and attention_mask. ValueError names the batch, position and value of an id outside\n"
+"the vocabulary.";
 
 /* Views of one call's batches, owned until the run has copied them. */
 typedef struct inputs {
@@ -68,7 +69,8 @@ static int view_mask(mq_state *state, PyObject *object, Py_ssize_t index, mq_bat
         return 0;
     }
     PyErr_Format(PyExc_ValueError, "%s is %s, but ids[%zd] is [%lld, %lld]", name,
-                 mq_tensor_describe(&view, text, sizeof text), index, (long long)out->sequences, (long long)out->tokens);
+                 mq_tensor_describe(&view, text, sizeof text), index, (long long)out->sequences,
+                 (long long)out->tokens);
     return -1;
 }
 
@@ -125,14 +127,16 @@ PyObject *mq_run_start(PyObject *runtime, PyObject *args, PyObject *kwargs)
     int count_padding = 0;
     inputs in = {0};
     mq_state *state = mq_state_of_object(runtime);
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|Op:start", names, &ids_object, &masks_object, &count_padding)) return NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|Op:start", names, &ids_object, &masks_object, &count_padding))
+        return NULL;
     ids = PySequence_Fast(ids_object, "start: ids must be a list of arrays [B, T]");
     if (ids == NULL) return NULL;
     if (masks_object != Py_None) {
         masks = PySequence_Fast(masks_object, "start: masks must be a list of arrays [B, T] or None");
         if (masks == NULL) goto done;
     }
-    if (inputs_init(&in, state, ids, masks) == 0) result = make_run((RuntimeObject *)runtime, state, &in, count_padding);
+    if (inputs_init(&in, state, ids, masks) == 0)
+        result = make_run((RuntimeObject *)runtime, state, &in, count_padding);
 done:
     inputs_free(&in);
     Py_XDECREF(masks);
@@ -202,7 +206,9 @@ static PyObject *with_tensors(PyObject *self, PyObject *dict, tensors_fn fn)
     return rc == MQ_OK ? Py_NewRef(Py_None) : mq_raise(&err);
 }
 
-PyDoc_STRVAR(embed_doc, "embed($self, tensors)\n--\n\nLooks up the embeddings. tensors: those of Runtime.embed_tensors().");
+PyDoc_STRVAR(embed_doc,
+"embed($self, tensors)\n--\n\n"
+"Looks up the embeddings. tensors: those of Runtime.embed_tensors().");
 
 static PyObject *run_embed(PyObject *self, PyObject *dict)
 {
@@ -211,7 +217,8 @@ static PyObject *run_embed(PyObject *self, PyObject *dict)
 
 PyDoc_STRVAR(finish_doc,
 "finish($self, tensors)\n--\n\n"
-"Gives lm_head's input calibrator its statistics, without computing logits. tensors: at least the final norm's weight.");
+"Gives lm_head's input calibrator its statistics, without computing logits. tensors: at least the final norm's\n"
+"weight.");
 
 static PyObject *run_finish(PyObject *self, PyObject *dict)
 {
@@ -221,8 +228,8 @@ static PyObject *run_finish(PyObject *self, PyObject *dict)
 PyDoc_STRVAR(layer_doc,
 "layer($self, layer)\n--\n\n"
 "All batches through one layer, which must be loaded and the next in order.\n\n"
-"Calibrators at its points collect once it is done. RuntimeError for a wrong order; after an error or Ctrl-C the hidden\n"
-"states are lost, and embed starts again.");
+"Calibrators at its points collect once it is done. RuntimeError for a wrong order; after an error or Ctrl-C the\n"
+"hidden states are lost, and embed starts again.");
 
 static PyObject *run_layer(PyObject *self, PyObject *argument)
 {
@@ -265,7 +272,9 @@ static PyObject *batch_array(PyObject *self, int64_t batch, int64_t width, mq_te
     return mq_new_array(mq_state_of_object(self), MQ_F32, 3, shape, view);
 }
 
-PyDoc_STRVAR(hidden_doc, "hidden($self, batch)\n--\n\nThe hidden states of a batch where the run now is: float32 [B, T, C].");
+PyDoc_STRVAR(hidden_doc,
+"hidden($self, batch)\n--\n\n"
+"The hidden states of a batch where the run now is: float32 [B, T, C].");
 
 static PyObject *run_hidden(PyObject *self, PyObject *argument)
 {
@@ -322,7 +331,8 @@ static int32_t *read_labels(RunObject *self, PyObject *object)
     int32_t *labels = mq_alloc_array((size_t)self->run.rows, sizeof *labels);
     if (labels == NULL) PyErr_NoMemory();
     if (list != NULL && PySequence_Fast_GET_SIZE(list) != (Py_ssize_t)self->run.batch_count)
-        PyErr_Format(PyExc_ValueError, "labels: %zd for %lld batches", PySequence_Fast_GET_SIZE(list), (long long)self->run.batch_count);
+        PyErr_Format(PyExc_ValueError, "labels: %zd for %lld batches", PySequence_Fast_GET_SIZE(list),
+                     (long long)self->run.batch_count);
     for (int64_t b = 0; b < self->run.batch_count && !PyErr_Occurred(); b++) {
         const mq_batch *batch = &self->run.batches[b];
         mq_batch_input input;
@@ -345,7 +355,8 @@ static int32_t *read_labels(RunObject *self, PyObject *object)
     return NULL;
 }
 
-static int compute_loss(RunObject *object, const int32_t *labels, const mq_tensor_map *map, mq_tensor *sums, mq_tensor *counts)
+static int compute_loss(RunObject *object, const int32_t *labels, const mq_tensor_map *map, mq_tensor *sums,
+                        mq_tensor *counts)
 {
     mq_error err;
     int rc;
@@ -361,9 +372,10 @@ static int compute_loss(RunObject *object, const int32_t *labels, const mq_tenso
 PyDoc_STRVAR(loss_doc,
 "loss($self, tensors, labels=None)\n--\n\n"
 "Negative log likelihood of each next token, in nats, after all layers.\n\n"
-"Returns (sums, counts), float64 and int64, an entry per row of every batch in order: the sum over predicted tokens, and\n"
-"how many. labels: list of integer arrays [B, T], position t is predicted from t - 1, negative = not predicted; by\n"
-"default the ids, where neither the token nor the one before it is padding. tensors: those of Runtime.head_tensors().");
+"Returns (sums, counts), float64 and int64, an entry per row of every batch in order: the sum over predicted\n"
+"tokens, and how many. labels: list of integer arrays [B, T], position t is predicted from t - 1, negative = not\n"
+"predicted; by default the ids, where neither the token nor the one before it is padding. tensors: those of\n"
+"Runtime.head_tensors().");
 
 static PyObject *run_loss(PyObject *self, PyObject *args, PyObject *kwargs)
 {
@@ -418,8 +430,13 @@ static PyGetSetDef properties[] = {
 };
 
 static PyType_Slot slots[] = {
-    {Py_tp_doc, (void *)run_doc}, {Py_tp_dealloc, run_dealloc}, {Py_tp_traverse, run_traverse}, {Py_tp_clear, run_clear},
-    {Py_tp_methods, methods}, {Py_tp_getset, properties}, {0, NULL},
+    {Py_tp_doc, (void *)run_doc},
+    {Py_tp_dealloc, run_dealloc},
+    {Py_tp_traverse, run_traverse},
+    {Py_tp_clear, run_clear},
+    {Py_tp_methods, methods},
+    {Py_tp_getset, properties},
+    {0, NULL},
 };
 
 static PyType_Spec spec = {

@@ -6,16 +6,26 @@
 #include "core/alloc.h"
 #include "py/type_quantizer.h"
 
-PyDoc_STRVAR(runtime_doc,
-"Runtime(family, config, compute='bfloat16')\n--\n\n"
-"A model of one of the families of archs(), without its weights.\n\n"
-"config: a dict with the flat keys that archs() lists as config_keys (others are ignored), and optionally\n"
-"layer_windows, the attention window of each layer (0 = unlimited). compute: 'bfloat16' (activations between operations\n"
-"are rounded to bfloat16, as a transformers model in bfloat16 does) or 'float32'.");
+PyDoc_STRVAR(
+    runtime_doc,
+    "Runtime(family, config, compute='bfloat16')\n--\n\n"
+    "A model of one of the families of archs(), without its weights.\n\n"
+    "config: a dict with the flat keys that archs() lists as config_keys (others are ignored), and optionally\n"
+    "layer_windows, the attention window of each layer (0 = unlimited). compute: 'bfloat16' (activations between "
+    "operations\n"
+    "are rounded to bfloat16, as a transformers model in bfloat16 does) or 'float32'.");
 
 static mq_runtime *runtime_of(PyObject *self)
 {
     return &((RuntimeObject *)self)->runtime;
+}
+
+/* dict[name] as a new reference; NULL if it is not there or None (or, with an exception set, on failure). */
+static PyObject *lookup(PyObject *dict, const char *name)
+{
+    PyObject *value = PyMapping_HasKeyString(dict, name) ? PyMapping_GetItemString(dict, name) : NULL;
+    if (value == Py_None) Py_CLEAR(value);
+    return value;
 }
 
 static int read_key(mq_config *config, const mq_config_key *key, PyObject *value)
@@ -55,13 +65,13 @@ static int read_config(PyObject *dict, mq_config *config)
     mq_error err;
     memset(config, 0, sizeof *config);
     for (size_t i = 0; i < count; i++) {
-        PyObject *value = PyDict_GetItemString(dict, keys[i].name);
+        PyObject *value = lookup(dict, keys[i].name);
         set_default(config, &keys[i]);
-        if (value == NULL || value == Py_None) continue;
-        if (read_key(config, &keys[i], value) == 0) continue;
-        if (PyErr_ExceptionMatches(PyExc_TypeError))
+        int rc = value ? read_key(config, &keys[i], value) : PyErr_Occurred() ? -1 : 0;
+        if (rc < 0 && value != NULL && PyErr_ExceptionMatches(PyExc_TypeError))
             PyErr_Format(PyExc_TypeError, "config: %s cannot be %R", keys[i].name, value);
-        return -1;
+        Py_XDECREF(value);
+        if (rc < 0) return -1;
     }
     if (mq_config_finish(config, &err) == MQ_OK) return 0;
     mq_raise(&err);
@@ -71,10 +81,11 @@ static int read_config(PyObject *dict, mq_config *config)
 /* *out: layers numbers to be freed with mq_free, or NULL if the config does not say. */
 static int read_windows(PyObject *dict, int64_t layers, int64_t **out)
 {
-    PyObject *given = PyDict_GetItemString(dict, "layer_windows");
+    PyObject *given = lookup(dict, "layer_windows");
     *out = NULL;
-    if (given == NULL || given == Py_None) return 0;
+    if (given == NULL) return PyErr_Occurred() ? -1 : 0;
     PyObject *items = PySequence_Fast(given, "config: layer_windows must be a sequence");
+    Py_DECREF(given);
     if (items == NULL) return -1;
     int64_t *windows = mq_alloc_array((size_t)layers, sizeof *windows);
     if (windows == NULL) PyErr_NoMemory();
@@ -122,7 +133,8 @@ static PyObject *runtime_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
     const char *family_name, *compute = "bfloat16";
     PyObject *config;
     mq_dtype dtype;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sO!|s:Runtime", names, &family_name, &PyDict_Type, &config, &compute))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sO!|s:Runtime", names, &family_name, &PyDict_Type, &config,
+                                     &compute))
         return NULL;
     const mq_family *family = mq_family_find(family_name);
     if (family == NULL) return PyErr_Format(PyExc_ValueError, "Runtime: unknown family '%s'", family_name);
@@ -168,11 +180,13 @@ static PyObject *text_or_none(const char *text)
 
 static PyObject *module_dict(const mq_module *module)
 {
-    PyObject *shape = module->ndim == 1 ? Py_BuildValue("(L)", (long long)module->shape[0])
-                                        : Py_BuildValue("(LL)", (long long)module->shape[0], (long long)module->shape[1]);
-    return Py_BuildValue("{s:s,s:s,s:L,s:N,s:N,s:N,s:N}", "name", module->name, "kind", mq_module_kind_name(module->kind),
-                         "layer", (long long)module->layer, "shape", shape, "weight", text_or_none(module->weight), "bias",
-                         text_or_none(module->bias), "site", text_or_none(module->site));
+    PyObject *shape = module->ndim == 1
+                          ? Py_BuildValue("(L)", (long long)module->shape[0])
+                          : Py_BuildValue("(LL)", (long long)module->shape[0], (long long)module->shape[1]);
+    return Py_BuildValue("{s:s,s:s,s:L,s:N,s:N,s:N,s:N}", "name", module->name, "kind",
+                         mq_module_kind_name(module->kind), "layer", (long long)module->layer, "shape", shape,
+                         "weight", text_or_none(module->weight), "bias", text_or_none(module->bias), "site",
+                         text_or_none(module->site));
 }
 
 static PyObject *runtime_modules(PyObject *self, void *unused)
@@ -215,7 +229,9 @@ static int parse_layer(PyObject *self, PyObject *object, int64_t *out)
     return -1;
 }
 
-PyDoc_STRVAR(layer_tensors_doc, "layer_tensors($self, layer)\n--\n\nNames of the tensors that load_layer(layer, ...) needs.");
+PyDoc_STRVAR(layer_tensors_doc,
+"layer_tensors($self, layer)\n--\n\n"
+"Names of the tensors that load_layer(layer, ...) needs.");
 
 static PyObject *runtime_layer_tensors(PyObject *self, PyObject *argument)
 {
@@ -244,8 +260,9 @@ static PyObject *runtime_head_tensors(PyObject *self, PyObject *unused)
 
 PyDoc_STRVAR(load_layer_doc,
 "load_layer($self, layer, tensors, /)\n--\n\n"
-"Packs the weights of one layer. tensors: {name: array}, exactly those of layer_tensors(layer), float32, bfloat16 or\n"
-"float16, any strides. ValueError or TypeError names the tensor that is wrong, or that holds NaN or an infinity.");
+"Packs the weights of one layer. tensors: {name: array}, exactly those of layer_tensors(layer), float32, bfloat16\n"
+"or float16, any strides. ValueError or TypeError names the tensor that is wrong, or that holds NaN or an\n"
+"infinity.");
 
 static PyObject *runtime_load_layer(PyObject *self, PyObject *args)
 {
@@ -335,8 +352,10 @@ static mq_point *find_point(PyObject *self, PyObject *name, int64_t *layer)
     *layer = -1;
     mq_point *point = mq_runtime_point(runtime_of(self), text, layer);
     if (point == NULL)
-        PyErr_Format(PyExc_KeyError, "%s: no such quantizer; expected <linear>.input_quantizer, <linear>.output_quantizer or "
-                     "<attention>.{q,k,v}_bmm_quantizer", text);
+        PyErr_Format(PyExc_KeyError,
+                     "%s: no such quantizer; expected <linear>.input_quantizer, <linear>.output_quantizer or "
+                     "<attention>.{q,k,v}_bmm_quantizer",
+                     text);
     return point;
 }
 
@@ -370,10 +389,12 @@ static PyObject *runtime_set_quantizer(PyObject *self, PyObject *args)
     return result;
 }
 
-PyDoc_STRVAR(set_calibrator_doc,
-"set_calibrator($self, name, calibrator, /)\n--\n\n"
-"Puts a Calibrator (or None) at a point, named as in set_quantizer: it collects what passes there, padding left out.\n\n"
-"Linears that read the same tensor (same site) share the work. One Calibrator may sit at several points.");
+PyDoc_STRVAR(
+    set_calibrator_doc,
+    "set_calibrator($self, name, calibrator, /)\n--\n\n"
+    "Puts a Calibrator (or None) at a point, named as in set_quantizer: it collects what passes there, padding left "
+    "out.\n\n"
+    "Linears that read the same tensor (same site) share the work. One Calibrator may sit at several points.");
 
 static PyObject *runtime_set_calibrator(PyObject *self, PyObject *args)
 {
@@ -384,7 +405,8 @@ static PyObject *runtime_set_calibrator(PyObject *self, PyObject *args)
     mq_point *point = find_point(self, name, &layer);
     if (point == NULL) return NULL;
     if (given != Py_None && !Py_IS_TYPE(given, mq_state_of_object(self)->calibrator_type))
-        return PyErr_Format(PyExc_TypeError, "%U: expected a Calibrator or None, got %.100s", name, Py_TYPE(given)->tp_name);
+        return PyErr_Format(PyExc_TypeError, "%U: expected a Calibrator or None, got %.100s", name,
+                            Py_TYPE(given)->tp_name);
     if (mq_enter(busy_of(object, layer), "set_calibrator: the layer") < 0) return NULL;
     if (attach(object->calibrators, name, given) == 0) {
         point->calib = given == Py_None ? NULL : ((CalibratorObject *)given)->calib;
@@ -453,7 +475,8 @@ static PyObject *runtime_config(PyObject *self, void *unused)
 }
 
 static PyGetSetDef properties[] = {
-    {"modules", runtime_modules, NULL, "Modules in the order of named_modules: name, kind, layer, shape, weight, bias, site.", NULL},
+    {"modules", runtime_modules, NULL,
+     "Modules in the order of named_modules: name, kind, layer, shape, weight, bias, site.", NULL},
     {"family", runtime_family, NULL, "The row of archs() this model is.", NULL},
     {"compute", runtime_compute, NULL, "'bfloat16' or 'float32'.", NULL},
     {"layers", runtime_layers, NULL, "Number of decoder layers.", NULL},
