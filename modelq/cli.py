@@ -55,7 +55,8 @@ def make_parser() -> argparse.ArgumentParser:
 
     sub = commands.add_parser("eval", help="perplexity on a text")
     sub.add_argument("source", **source)
-    sub.add_argument("--text", default="python_docs_heldout", metavar="FILE", help="a .txt file (default: a part of Python's own documentation)")
+    sub.add_argument("--text", default="python_docs_heldout", metavar="FILE",
+                     help="a .txt file (default: a part of Python's own documentation)")
     sub.add_argument("--window", type=count, default=512, metavar="L", help="tokens per window (default 512)")
     sub.add_argument("--max-windows", type=count, metavar="N", help="stop after N windows")
     add_compute(sub)
@@ -70,7 +71,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def add_compute(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--compute", choices=["auto", "bfloat16", "float32"], default="auto", help="what activations are stored as (default auto)")
+    parser.add_argument("--compute", choices=["auto", "bfloat16", "float32"], default="auto",
+                        help="what activations are stored as (default auto)")
     parser.add_argument("--threads", type=count, metavar="N", help="default: MODELQ_NUM_THREADS, or all processor cores")
     parser.add_argument("--json", action="store_true", help="print JSON")
 

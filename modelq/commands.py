@@ -134,7 +134,8 @@ def inspect(args: Namespace) -> Report:
     bits = 8 * size / max(1, elements)
     data = {"source": args.source, "architecture": checkpoint.config.get("model_type"), "bytes": size, "elements": elements,
             "bits_per_weight": bits, "tensors": tensors}
-    rows = [[row["name"], "x".join(map(str, row["shape"])), row["format"], _scales(row), round(row["bits_per_weight"], 2)] for row in tensors]
+    rows = [[row["name"], "x".join(map(str, row["shape"])), row["format"], _scales(row), round(row["bits_per_weight"], 2)]
+            for row in tensors]
     totals = [[name, count, n, megabytes(b), round(8 * b / max(1, n), 2)] for name, (count, n, b) in formats.items()]
     return Report(data, [(["tensor", "shape", "format", "scales", "bits"], rows), "",
                          (["format", "tensors", "weights", "size", "bits"], totals), "",
@@ -150,7 +151,8 @@ def _describe(checkpoint: Any) -> Iterator[dict[str, Any]]:
         parts = {role: inner.tensors[tensor] for role, tensor in layer.tensors.items()} if layer else {"weight": info}
         elements, size = math.prod(info.shape), sum(part.nbytes for part in parts.values())
         yield {"name": name, "shape": list(info.shape), "format": layer.algorithm if layer else info.dtype,
-               "scheme": layer.scheme if layer else None, "elements": elements, "bytes": size, "bits_per_weight": 8 * size / max(1, elements),
+               "scheme": layer.scheme if layer else None, "elements": elements, "bytes": size,
+               "bits_per_weight": 8 * size / max(1, elements),
                "scales": {role: {"shape": list(part.shape), "dtype": part.dtype, "value": _value(inner, part)}
                           for role, part in parts.items() if role != "weight"}}
 

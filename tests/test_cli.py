@@ -101,7 +101,8 @@ def test_warnings_are_one_line(capsys, monkeypatch):
 def test_a_reader_that_has_enough():
     where = str(Path(modelq.__file__).parents[1])
     script = f"{sys.executable} -m modelq formats | true; echo ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": where}, cwd=Path(__file__).parent)
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": where},
+                          cwd=Path(__file__).parent)
     assert done.stderr == "" and done.stdout.strip() in ("0", "141")
 
 

@@ -5,7 +5,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* The fault injector of the tests; the one piece of mutable state beside the dispatch table. */
+/* The tests' fault injector and leak counter: the one piece of mutable state beside the dispatch table. */
+static _Atomic int64_t live_count;
 static _Atomic uint64_t allocation_count;
 static _Atomic uint64_t fail_from;
 static _Atomic int fail_persistently;
@@ -23,7 +24,9 @@ void *mq_alloc(size_t nbytes)
     void *memory = NULL;
     if (should_fail() || nbytes > SIZE_MAX - MQ_ALIGNMENT) return NULL;
     size_t rounded = MQ_ROUND_UP(MQ_MAX(nbytes, (size_t)1), (size_t)MQ_ALIGNMENT);
-    return posix_memalign(&memory, MQ_ALIGNMENT, rounded) == 0 ? memory : NULL;
+    if (posix_memalign(&memory, MQ_ALIGNMENT, rounded) != 0) return NULL;
+    atomic_fetch_add_explicit(&live_count, 1, memory_order_relaxed);
+    return memory;
 }
 
 void *mq_alloc_zeroed(size_t nbytes)
@@ -41,6 +44,7 @@ void *mq_alloc_array(size_t count, size_t size)
 
 void mq_free(void *memory)
 {
+    if (memory != NULL) atomic_fetch_sub_explicit(&live_count, 1, memory_order_relaxed);
     free(memory);
 }
 
@@ -50,4 +54,9 @@ uint64_t mq_alloc_fail_at(uint64_t n, int persistent)
     atomic_store(&fail_persistently, persistent);
     atomic_store(&fail_from, n);
     return seen;
+}
+
+int64_t mq_alloc_live(void)
+{
+    return atomic_load(&live_count);
 }

@@ -15,5 +15,6 @@ void mq_free(void *memory);           /* NULL is accepted */
 /* Tests only: fail the n-th allocation from now (1 = the next), once, or from then on if persistent; 0 ends it.
  * Returns how many allocations were asked for since the last call. */
 uint64_t mq_alloc_fail_at(uint64_t n, int persistent);
+int64_t mq_alloc_live(void); /* tests only: allocations that were not freed yet */
 
 #endif

@@ -1,0 +1,92 @@
+"""Every allocation may fail: the first, then the second, and so on until an operation succeeds, each once alone and once from there on.
+A failure must be a MemoryError, leave nothing allocated, and leave the operation able to succeed afterwards with the same result.
+(After SQLite's out-of-memory tests.)"""
+import numpy as np
+import pytest
+
+import modelq._core as core
+
+WEIGHT = np.random.default_rng(0).standard_normal((64, 256)).astype(np.float32)
+SCHEMES = sorted(core.schemes())
+
+
+def every_allocation_fails(operation, at_least=1, limit=2000):
+    """Runs operation() under all faults; returns how many allocations it makes. Its result is compared by bytes."""
+    expected = operation()
+    before = core._alloc_live()
+    for persistent in (False, True):
+        n = 1
+        while True:
+            core._alloc_fail_at(n, persistent)
+            try:
+                result = operation()
+            except MemoryError:
+                result = None
+            seen = core._alloc_fail_at(0)
+            if result is not None:
+                break
+            assert core._alloc_live() == before, f"allocation {n} failed, and something was left behind"
+            n += 1
+            assert n < limit, "it never succeeds"
+        assert seen < n, "it succeeded although an allocation had failed"
+        assert n - 1 >= at_least, "nothing was made to fail: this operation does not go through mq_alloc"
+        assert same(result, expected)
+        del result
+        assert core._alloc_live() == before
+    assert same(operation(), expected)
+    return n - 1
+
+
+def same(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+@pytest.fixture(autouse=True)
+def faults_end_with_the_test(no_allocation_faults):
+    yield
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_quantize(scheme):
+    every_allocation_fails(lambda: core.quantize(WEIGHT, scheme))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_dequantize(scheme):
+    parts = core.quantize(WEIGHT, scheme)
+    every_allocation_fails(lambda: core.dequantize(parts, scheme), at_least=0)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_fake_quantize(scheme):
+    every_allocation_fails(lambda: core.fake_quantize(WEIGHT, scheme))
+
+
+@pytest.mark.parametrize("options", [{}, {"axis": 0}, {"block": 16}, {"block": (8, 16)}])
+def test_amax(options):
+    every_allocation_fails(lambda: core.amax(WEIGHT, **options), at_least=0)
+
+
+@pytest.mark.parametrize("options", [dict(num_bits=(4, 3)), dict(num_bits=8, axis=0),
+                                     dict(num_bits=(2, 1), block_sizes={-1: 16, "type": "dynamic", "scale_bits": (4, 3)})])
+def test_quantizer(options):
+    def operation():
+        quantizer = core.Quantizer(**options)
+        if quantizer.needs_amax:
+            quantizer.amax = np.abs(WEIGHT).max(axis=1, keepdims=True) if options.get("axis") == 0 else np.float32(3)
+        quantizer.pre_quant_scale = np.linspace(0.5, 2, 256, dtype=np.float32)
+        return quantizer(WEIGHT)
+    every_allocation_fails(operation)
+
+
+def test_the_harness_sees_what_is_left_behind():
+    """Without this, a counter that always says 0 would pass everything above."""
+    kept = []
+    with pytest.raises(AssertionError):
+        def operation():
+            kept.append(core.Quantizer(num_bits=(4, 3), axis=0))
+            kept[-1].amax = np.ones((64, 1), np.float32)
+            return core.quantize(WEIGHT, "fp8")
+        every_allocation_fails(operation)
