@@ -3,14 +3,21 @@
 #include <math.h>
 #include <string.h>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 typedef float lanes __attribute__((vector_size(4 * MQ_SOFTMAX_LANES)));
 typedef int32_t bits __attribute__((vector_size(4 * MQ_SOFTMAX_LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * MQ_SOFTMAX_LANES)));
 
+#define lane_numbers ((bits){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15})
+#define all(value) ((lanes){0} + (value))
 #define load(source) (*(const loose *)(source))
 typedef float loose __attribute__((vector_size(4 * MQ_SOFTMAX_LANES), aligned(4), may_alias));
 
 #define SUFFIX c
+#define MULADD(a, b, c) ((a) * (b) + (c))
 #include "kernels/softmax.inc"
 #undef SUFFIX
 
@@ -22,11 +29,14 @@ typedef float loose __attribute__((vector_size(4 * MQ_SOFTMAX_LANES), aligned(4)
 #undef SUFFIX
 #pragma GCC pop_options
 
+#undef MULADD
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
 #define SUFFIX avx512
+#define MULADD(a, b, c) ((lanes)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
 #include "kernels/softmax.inc"
 #undef SUFFIX
+#undef MULADD
 #pragma GCC pop_options
 #else
 #define table_avx2 table_c
