@@ -104,9 +104,11 @@ static void score(task *task, const mq_packed *keys, int64_t start, int64_t widt
 {
     const attention *it = task->attention;
     const mq_attention_args *args = it->args;
+    mq_packed seen = *keys;
+    seen.n = MQ_MIN(seen.n, width);
     mq_gemm_args product = {
         .m = task->rows, .a = element(args, args->q, task->first * args->ldq + task->head * args->head_dim),
-        .a_dtype = args->dtype, .lda = args->ldq, .b = keys, .c = task->scores, .c_dtype = MQ_F32, .ldc = KEYS,
+        .a_dtype = args->dtype, .lda = args->ldq, .b = &seen, .c = task->scores, .c_dtype = MQ_F32, .ldc = KEYS,
         .alpha = args->scale,
     };
     mq_gemm_run(&product);
