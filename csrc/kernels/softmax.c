@@ -25,8 +25,8 @@ typedef float loose __attribute__((vector_size(4 * MQ_SOFTMAX_LANES), aligned(4)
     ((lanes)((((bits)(y) + ((bits)(t) << 23)) & ~((x) < (smallest))) | (((x) != (x)) & 0x7fc00000)))
 /* To bfloat16, to nearest even; a NaN becomes the quiet one. */
 #define ROUNDED(p) \
-    __builtin_convertvector(((((bits)(p) + 0x7fff + (((bits)(p) >> 16) & 1)) >> 16) & ((p) == (p))) | (((p) != (p)) & 0x7fc0), \
-                            halves)
+    __builtin_convertvector((NEAREST((bits)(p)) >> 16 & ((p) == (p))) | (((p) != (p)) & 0x7fc0), halves)
+#define NEAREST(p) ((p) + 0x7fff + ((p) >> 16 & 1))
 #include "kernels/softmax.inc"
 #undef SUFFIX
 
@@ -44,7 +44,8 @@ typedef float loose __attribute__((vector_size(4 * MQ_SOFTMAX_LANES), aligned(4)
 #define MULADD(a, b, c) ((lanes)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
 #define LARGER(a, b) ((lanes)_mm512_max_ps((__m512)(a), (__m512)(b)))
 #define TIMES_POWER(y, t, n, x, smallest) \
-    ((lanes)_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask((__m512)(x), (__m512)all(smallest), _CMP_NLT_UQ), (__m512)(y), (__m512)(n)))
+    ((lanes)_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask((__m512)(x), (__m512)all(smallest), _CMP_NLT_UQ), \
+                                   (__m512)(y), (__m512)(n)))
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")

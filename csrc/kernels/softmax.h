@@ -1,7 +1,8 @@
 /* The rows of a blockwise softmax: maximum, exponentials and sum of one block, given those of the blocks before.
  *
- * One generic source (softmax.inc) compiled per ISA. It adds in sixteen lanes everywhere; only AVX-512 fuses multiply and add
- * in exp, so c and avx2 give the same bits. exp is within 2 units in the last place, results below 2^-126 become zero. */
+ * * One generic source (softmax.inc) compiled per ISA. It adds in sixteen lanes everywhere; only AVX-512 fuses
+ * multiply and add in exp, so c and avx2 give the same bits. exp is within 2 units in the last place, results below
+ * 2^-126 become zero. */
 #ifndef MQ_SOFTMAX_H
 #define MQ_SOFTMAX_H
 

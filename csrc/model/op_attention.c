@@ -176,9 +176,10 @@ static void attend(task *task)
     memset(task->sums, 0, (size_t)(task->rows * args->value_dim) * sizeof *task->sums);
     for (int64_t block = low / KEYS; block * KEYS < high; block++) {
         const int64_t index = group * it->blocks + block;
-        const int64_t width = MQ_MIN(high - block * KEYS, (int64_t)KEYS), lanes = MQ_ROUND_UP(width, (int64_t)MQ_SOFTMAX_LANES);
-        score(task, &it->keys[index], block * KEYS, lanes);
-        weigh(task, lanes);
+        const int64_t seen = MQ_MIN(high - block * KEYS, (int64_t)KEYS);
+        const int64_t width = MQ_ROUND_UP(seen, (int64_t)MQ_SOFTMAX_LANES);
+        score(task, &it->keys[index], block * KEYS, width);
+        weigh(task, width);
         add_values(task, &it->values[index]);
     }
     finish(task);
