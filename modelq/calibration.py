@@ -1,0 +1,159 @@
+"""Calibration: from data to the amax of every quantizer that needs one, one layer at a time.
+
+Weights are looked at as they come from the checkpoint; activations as the unquantized model makes them, as in Model Optimizer's
+"max" (maximum calibration: Wu et al. 2020, "Integer quantization for deep learning inference", section 3.3). A layer after the last
+one whose activations are wanted is not computed, nor is lm_head.
+"""
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from modelq import _core, streaming
+from modelq.algorithms import normalize_algorithm
+from modelq.inputs import Batch
+from modelq.progress import progress
+from modelq.quantizers import needs_amax, weight_amax
+from modelq.rules import Slot
+
+if TYPE_CHECKING:
+    from modelq.model import Model
+
+
+def calibrate(model: Model, algorithm: Any = "max", forward_loop: Callable[..., Any] | None = None) -> Model:
+    """Find the amax of every enabled quantizer of the model, by the steps that `algorithm` names (see `modelq.algorithms`).
+
+    forward_loop(model) calls the model with calibration batches; the calls are recorded, and the layers then run one after the
+    other over all of them. ValueError if activations need data and none came, or if NaN or infinity shows up. The quantizers'
+    earlier amax values come back if anything raises.
+    """
+    steps = runnable_steps(algorithm)
+    model.settle()
+    before = {name: quantizer.amax for name, quantizer in model.quantizers.items()}
+    try:
+        with model.unquantized():
+            batches = _record(model, forward_loop) if steps and _activation_slots(model) else []
+            for step in steps:
+                STEPS[step["method"]](model, batches, step)
+    except BaseException:
+        for name, amax in before.items():
+            model.quantizers[name].amax = amax
+        raise
+    finally:
+        model.connect()
+    return model
+
+
+def runnable_steps(algorithm: Any) -> list[dict[str, Any]]:
+    """The steps of an algorithm, all of which this version can run: else NotImplementedError, before any work."""
+    steps = normalize_algorithm(algorithm)
+    for step in steps:
+        if step["method"] not in STEPS:
+            raise NotImplementedError(f"calibration method {step['method']!r} is not available yet: available: {', '.join(STEPS)}")
+    return steps
+
+
+# Max -------------------------------------------------------------------------------------------------------------------------
+
+def _calibrate_max(model: Model, batches: Sequence[Batch], step: dict[str, Any]) -> None:
+    """The largest magnitude seen, of every weight and of every activation that needs it."""
+    slots = _activation_slots(model)
+    calibrators = {slot.name: _core.Calibrator("max") for slot in slots}
+    try:
+        for name, calibrator in calibrators.items():
+            model.runtime.set_calibrator(name, calibrator)
+        _pass_over(model, batches, slots)
+    finally:
+        for name in calibrators:
+            model.runtime.set_calibrator(name, None)
+    for name, calibrator in calibrators.items():
+        _take(model, name, _seen(name, calibrator))
+
+
+def _pass_over(model: Model, batches: Sequence[Batch], slots: Sequence[Slot]) -> None:
+    """Every weight once; the batches through as many layers as the slots ask for."""
+    wants_head = any(slot.layer < 0 and slot.parent == "nn.Linear" for slot in slots)
+    last = model.num_layers - 1 if wants_head else max((slot.layer for slot in slots), default=-1)
+    run = streaming.start(model, batches) if slots else None
+    for modules in (model.embedding_modules, model.head_modules):
+        _weights(model, modules)
+    for layer in progress(range(model.num_layers), "calibrate"):
+        modules = model.modules_of(layer)
+        if run is not None and layer <= last:
+            streaming.run_layer(model, run, layer, first=partial(_weights, model, modules))
+        else:
+            _weights(model, modules)
+            model.checkpoint.release(model.runtime.layer_tensors(layer))
+    if run is not None and wants_head:
+        run.finish(streaming.head_tensors(model))
+
+
+def _weights(model: Model, modules: Sequence[dict[str, Any]]) -> None:
+    for module in modules:
+        name = f"{module['name']}.weight_quantizer"
+        setting = model.settings.get(name)
+        if setting is None or not setting.enable or not needs_amax(setting):
+            continue
+        amax = weight_amax(setting, streaming.weight(model, module))
+        if not np.isfinite(amax).all():
+            where = model.checkpoint.tensors[module["weight"]].file or model.checkpoint.path
+            raise ValueError(f"{module['weight']} in {where}: NaN or infinity among its values: the checkpoint is damaged, or leave it "
+                             f"out with {{'quantizer_name': '{module['name']}.*', 'enable': False}}")
+        _take(model, name, amax)
+
+
+def _take(model: Model, name: str, amax: np.ndarray) -> None:
+    if not np.any(amax):
+        warnings.warn(f"{name}: amax is zero: nothing but zeros was seen", stacklevel=2)
+    model.quantizers[name].amax = amax
+
+
+def _seen(name: str, calibrator: Any) -> np.ndarray:
+    try:
+        return np.asarray(calibrator.compute_amax(), dtype=np.float32)
+    except ValueError as error:
+        raise ValueError(f"{name}: NaN or infinity in the activations that reach it: in bfloat16 or float16 a value overflowed, or a "
+                         f"weight before it is damaged ({error})") from error
+
+
+def _activation_slots(model: Model) -> list[Slot]:
+    """The places whose statistics calibration must collect."""
+    return [model.slots[name] for name, setting in model.settings.items()
+            if setting.slot.role != "weight" and setting.enable and needs_amax(setting)]
+
+
+# Data ------------------------------------------------------------------------------------------------------------------------
+
+def _record(model: Model, forward_loop: Callable[..., Any] | None) -> list[Batch]:
+    if forward_loop is None:
+        raise ValueError("no calibration data: this config quantizes activations, so quantize() needs a forward_loop(model) that calls "
+                         "the model with token ids (see create_forward_loop), or a weight-only config")
+    if not callable(forward_loop):
+        raise TypeError(f"forward_loop must be a function that takes the model, got {type(forward_loop).__name__}")
+    with model.recording() as batches:
+        if _takes_no_argument(forward_loop):
+            warnings.warn("a forward_loop without arguments is deprecated: let it take the model", DeprecationWarning, stacklevel=4)
+            forward_loop()
+        else:
+            forward_loop(model)
+        recorded = list(batches)
+    if not recorded:
+        raise ValueError("no calibration data: forward_loop ran without calling the model: is its data empty?")
+    if not any(batch.mask is None or batch.mask.any() for batch in recorded):
+        raise ValueError("no calibration data: attention_mask is 0 for every token")
+    return recorded
+
+
+def _takes_no_argument(function: Callable[..., Any]) -> bool:
+    try:
+        return not inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return False
+
+
+STEPS: dict[str, Callable[[Any, Sequence[Batch], dict[str, Any]], None]] = {"max": _calibrate_max}

@@ -1,0 +1,262 @@
+"""`modelq.load`: a checkpoint opened in the native runtime, called like a transformers model, computed layer by layer when asked."""
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from modelq import _core
+from modelq.checkpoint.config import runtime_config
+from modelq.inputs import IGNORED_ARGUMENTS, Batch, check_vocabulary, integer_matrix, make_batch
+from modelq.output import Output, Pass
+from modelq.rules import Setting, Slot, default_setting
+
+LINEAR_ROLES = ("input", "output", "weight")
+ATTENTION_ROLES = ("q_bmm", "k_bmm", "v_bmm")
+PARENTS = {"linear": "nn.Linear", "embedding": "nn.Embedding", "attention": "Attention"}
+FAST_BFLOAT16 = ("amx_bf16", "avx512_bf16")
+
+# How many bytes of hidden states a measurement (loss, perplexity) holds at once; more batches go in further rounds.
+HIDDEN_BYTES = 512 << 20
+
+
+def load(path_or_id: str | Path, compute: str = "auto", num_threads: int | None = None) -> Model:
+    """Open a Hugging Face folder, a GGUF file or a Hub id. Weights are mapped, checked, and not read yet.
+
+    compute: "bfloat16" (activations stored as bfloat16, products accumulated in float32), "float32" (as a model loaded with
+    dtype=float32: weights too are quantized as float32), or "auto": bfloat16 where this processor computes it fast.
+    num_threads: for the whole process; None leaves MODELQ_NUM_THREADS or the processor's cores.
+    """
+    from modelq.checkpoint import open_checkpoint
+    from modelq.checkpoint.quantized import open_quantized
+    if compute not in ("auto", "bfloat16", "float32"):
+        raise ValueError(f"compute must be auto, bfloat16 or float32, got {compute!r}")
+    if num_threads is not None:
+        _core.set_threads(num_threads)
+    return Model(open_quantized(open_checkpoint(path_or_id)), compute)
+
+
+class Model:
+    """A language model without PyTorch.
+
+    config: config.json as a dictionary. checkpoint: the open files. runtime: the C forward. modules: one dictionary per module in
+    the order of the model (name, kind, layer, shape, weight, bias, site). quantizers: full name
+    ("model.layers.0.mlp.up_proj.weight_quantizer") to `_core.Quantizer`; settings: the same names to what the rules said.
+    stored_layers: modules whose weights the checkpoint holds quantized already (an export opened again), and how.
+    """
+
+    def __init__(self, checkpoint: Any, compute: str = "auto"):
+        self.checkpoint = checkpoint
+        self.config: dict[str, Any] = checkpoint.config
+        self.runtime = _runtime_of(checkpoint, compute)
+        self.float32_weights = compute == "float32"
+        self.modules: list[dict[str, Any]] = list(self.runtime.modules)
+        self.num_layers: int = self.runtime.layers
+        self.vocab_size: int = self.runtime.config["vocab_size"]
+        self.slots = {slot.name: slot for slot in _slots(self.modules)}
+        self.settings: dict[str, Setting] = {name: default_setting(slot) for name, slot in self.slots.items()}
+        self.quantizers: dict[str, Any] = {}
+        self.quantized = False
+        self.simulate = True
+        self.training = False
+        self._tokenizer: Any = None
+        self._recorded: list[Batch] | None = None
+        self._open: list[weakref.ref[Output]] = []
+        self._connected: set[str] = set()
+        self.stored_layers: dict[str, Any] = getattr(checkpoint, "layers", {})
+        if self.stored_layers:
+            from modelq.reopened import restore_quantizers
+            restore_quantizers(self)
+
+    # Structure ---------------------------------------------------------------------------------------------------------
+
+    def modules_of(self, layer: int) -> list[dict[str, Any]]:
+        return [module for module in self.modules if module["layer"] == layer]
+
+    @property
+    def embedding_modules(self) -> list[dict[str, Any]]:
+        return [module for module in self.modules if module["kind"] == "embedding"]
+
+    @property
+    def head_modules(self) -> list[dict[str, Any]]:
+        return [module for module in self.modules if module["kind"] == "linear" and module["layer"] < 0]
+
+    @property
+    def tokenizer(self) -> Any:
+        if self._tokenizer is None:
+            self._tokenizer = self.checkpoint.tokenizer()
+        return self._tokenizer
+
+    @property
+    def head_dim(self) -> int:
+        return self.runtime.config["head_dim"]
+
+    @property
+    def device(self) -> str:
+        return "cpu"
+
+    def eval(self) -> Model:
+        return self
+
+    def train(self, mode: bool = True) -> Model:
+        """Accepted for scripts' sake. There is no dropout here, and nothing learns."""
+        return self
+
+    # Calls -------------------------------------------------------------------------------------------------------------
+
+    def __call__(self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None, **ignored: Any) -> Output:
+        """Next-token logits of [B, T] token ids, computed when touched (see `Output`). A dictionary of arguments works too."""
+        for name in ignored:
+            if name not in IGNORED_ARGUMENTS:
+                raise TypeError(f"model(): unknown argument {name!r}: expected input_ids, attention_mask, labels")
+        batch = make_batch(self.vocab_size, input_ids, attention_mask, labels)
+        output = Output(self, batch)
+        if self._recorded is not None:  # calibration runs these itself
+            self._recorded.append(batch)
+        else:
+            self._open.append(weakref.ref(output))
+        return output
+
+    def compute_pending(self, wanted: Output) -> None:
+        """Run every call still waiting, and still held by someone, in one pass over the layers."""
+        outputs = [output for output in self._open_outputs() if output.waiting and output is not wanted] + [wanted]
+        done = Pass(self, [output.batch for output in outputs])
+        for index, output in enumerate(outputs):
+            output.keep(done, index)
+
+    def settle(self) -> None:
+        """Finish what was asked for before the quantizers change, so that it answers for the model as it was then."""
+        for output in self._open_outputs():
+            output.finish()
+        self._open.clear()
+
+    def _open_outputs(self) -> list[Output]:
+        """Outputs that somebody holds and whose logits nobody has seen yet."""
+        outputs = [output for reference in self._open if (output := reference()) is not None and not output.finished]
+        self._open = [weakref.ref(output) for output in outputs]
+        return outputs
+
+    @contextmanager
+    def recording(self) -> Iterator[list[Batch]]:
+        """Within it, calls are noted in the list it gives, and computed only where touched, without quantization."""
+        if self._recorded is not None:
+            raise RuntimeError("calibration is already recording this model's calls: quantize() cannot run inside a forward_loop")
+        self._recorded = []
+        try:
+            yield self._recorded
+        finally:
+            self._recorded = None
+
+    @contextmanager
+    def unquantized(self) -> Iterator[None]:
+        """Within it, the model computes with its original weights and activations."""
+        before, self.simulate = self.simulate, False
+        self.connect()
+        try:
+            yield
+        finally:
+            self.simulate = before
+            self.connect()
+
+    def connect(self) -> None:
+        """Give the runtime the quantizers of activations that take part in the simulation, and take away the others."""
+        wanted = {name for name, quantizer in self.quantizers.items() if quantizer.enabled and self.slots[name].role != "weight"}
+        wanted = wanted if self.simulate else set()
+        for name in self._connected - wanted:
+            self.runtime.set_quantizer(name, None)
+        self._connected = wanted
+        for name in wanted:
+            self.runtime.set_quantizer(name, self.quantizers[name])
+
+    # Measurements ------------------------------------------------------------------------------------------------------
+
+    def loss(self, batches: Iterable[Any]) -> float:
+        """Mean negative log-likelihood in nats of each next token, over all tokens of all batches (padding does not count).
+
+        batches: anything that the model can be called with, dictionaries included.
+        """
+        total, count = 0.0, 0
+        for group in _groups([make_batch(self.vocab_size, batch) for batch in batches], self._tokens_at_once()):
+            sums, counts = Pass(self, group, "loss").losses
+            total, count = total + float(sums.sum()), count + int(counts.sum())
+        if not count:
+            raise ValueError("loss: no tokens to predict: give batches of at least two tokens")
+        return total / count
+
+    def perplexity(self, token_ids: Any, window: int = 512) -> float:
+        """exp of the mean negative log-likelihood over the tokens of consecutive windows, the first of each not predicted.
+
+        token_ids: one long row of tokens. A rest shorter than a window is left out, unless it is all there is.
+        """
+        ids = integer_matrix(token_ids, "token_ids")
+        check_vocabulary(ids, self.vocab_size, "token_ids")
+        if window < 2 or ids.size < 2:
+            raise ValueError(f"perplexity: needs a window of at least 2 tokens and 2 tokens, got {window} and {ids.size}")
+        window = min(window, ids.size)
+        windows = ids.ravel()[:ids.size // window * window].reshape(-1, window)
+        return float(np.exp(self.loss(list(np.array_split(windows, -(-len(windows) // 8))))))
+
+    def _tokens_at_once(self) -> int:
+        return max(1, HIDDEN_BYTES // (4 * self.runtime.config["hidden_size"]))
+
+    def close(self) -> None:
+        self.checkpoint.close()
+
+    def __repr__(self) -> str:
+        state = f"{sum(q.enabled for q in self.quantizers.values())} quantizers on" if self.quantized else "not quantized"
+        return f"<modelq.Model {self.config.get('model_type')!r} from {str(self.checkpoint.path)!r}: {self.num_layers} layers, {state}>"
+
+
+def _runtime_of(checkpoint: Any, compute: str) -> Any:
+    """The runtime, and a check that the checkpoint holds every tensor that it will ask for, in the right shape."""
+    if compute == "auto":
+        features = _core.cpu_info()["features"].split()
+        compute = "bfloat16" if any(feature in features for feature in FAST_BFLOAT16) else "float32"
+    try:
+        runtime = _core.Runtime(*runtime_config(checkpoint.config), compute)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{checkpoint.path}: {error}") from error
+    for module in runtime.modules:
+        for tensor, shape in ((module["weight"], tuple(module["shape"])), (module["bias"], tuple(module["shape"][:1]))):
+            if tensor is None:
+                continue
+            if tensor not in checkpoint.tensors:
+                raise ValueError(f"{checkpoint.path}: no tensor {tensor!r}, which a {checkpoint.config.get('model_type')} model with this "
+                                 "config.json needs: is a file missing, or config.json another model's?")
+            if checkpoint.tensors[tensor].shape != shape:
+                raise ValueError(f"{checkpoint.tensors[tensor].file or checkpoint.path}: tensor {tensor!r} has shape "
+                                 f"{list(checkpoint.tensors[tensor].shape)}, config.json asks for {list(shape)}")
+    return runtime
+
+
+def _slots(modules: list[dict[str, Any]]) -> Iterator[Slot]:
+    """Every place for a quantizer, a module's own after those of the modules inside it."""
+    waiting: list[dict[str, Any]] = []
+    for module in [*modules, {"name": "", "kind": "end"}]:
+        while waiting and not module["name"].startswith(waiting[-1]["name"] + "."):
+            yield from _slots_of(waiting.pop(), ATTENTION_ROLES)
+        if module["kind"] == "attention":
+            waiting.append(module)
+        elif module["kind"] in ("linear", "embedding"):
+            yield from _slots_of(module, LINEAR_ROLES)
+
+
+def _slots_of(module: dict[str, Any], roles: tuple[str, ...]) -> Iterator[Slot]:
+    for role in roles:
+        shape = tuple(module["shape"]) if module.get("shape") else None
+        yield Slot(f"{module['name']}.{role}_quantizer", module["name"], role, PARENTS[module["kind"]], shape, module["layer"])
+
+
+def _groups(batches: list[Batch], tokens_at_once: int) -> Iterator[list[Batch]]:
+    group: list[Batch] = []
+    for batch in batches:
+        if group and sum(b.ids.size for b in group) + batch.ids.size > tokens_at_once:
+            yield group
+            group = []
+        group.append(batch)
+    if group:
+        yield group

@@ -1,0 +1,187 @@
+"""quantize, calibrate and the calls that set quantizers by name."""
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+from modelq.calibration import calibrate as run_calibration
+from modelq.calibration import runnable_steps
+from modelq.config import QuantizeConfig, QuantizerAttributeConfig, QuantizerCfgEntry, normalize_quant_cfg_list
+from modelq.model import Model
+from modelq.quantizers import block_extents, check_settings, make_quantizer
+from modelq.rules import PARENT_CLASSES, Setting, apply_rules, default_setting, describe_rule, expected_to_be_idle, matches, stages
+
+__all__ = ["calibrate", "disable_quantizer", "enable_quantizer", "quantize", "set_quantizer_attributes_full",
+           "set_quantizer_attributes_partial", "set_quantizer_by_cfg", "set_quantizer_by_cfg_context"]
+
+Pattern = str | Callable[[str], bool]
+
+
+def quantize(model: Model, config: Any, forward_loop: Callable[..., Any] | None = None) -> Model:
+    """Quantize a model in place and return it: from then on it computes with fake-quantized weights and activations.
+
+    config: a preset such as FP8_DEFAULT_CFG or a dictionary like it. forward_loop(model) calls the model on calibration data
+    (input_ids as NumPy arrays, lists or any DLPack integer array); weight-only configs need none.
+    A model that is quantized already is quantized anew, from its original weights. If anything raises, it is left as it was.
+
+    ValueError: a config with a mistake, or one that quantizes nothing; a block size that does not divide a layer's width; no
+    calibration data; NaN or infinity in weights or activations. UserWarning: a pattern that fits no quantizer.
+    """
+    _check_model(model)
+    if model.stored_layers:
+        raise ValueError(f"{model.checkpoint.path}: its weights are stored quantized already: load and quantize the original checkpoint")
+    parsed = QuantizeConfig.parse(config)
+    runnable_steps(parsed.algorithm)
+    settings, idle = apply_rules({name: default_setting(slot) for name, slot in model.slots.items()}, parsed.quant_cfg)
+    _refuse_nothing(settings, parsed.quant_cfg, idle)
+    check_settings(settings.values(), model.head_dim)
+    quantizers = {name: make_quantizer(setting) for name, setting in settings.items()}
+    _warn_idle(idle)
+    with _all_or_nothing(model):
+        model.settings, model.quantizers, model.quantized = settings, quantizers, True
+        run_calibration(model, parsed.algorithm, forward_loop)
+    return model
+
+
+def calibrate(model: Model, algorithm: Any = "max", forward_loop: Callable[..., Any] | None = None) -> Model:
+    """Find anew the amax of every enabled quantizer of a quantized model. See `quantize`."""
+    _check_model(model, quantized=True)
+    return run_calibration(model, algorithm, forward_loop)
+
+
+def disable_quantizer(model: Model, wildcard_or_filter_func: Pattern) -> None:
+    """Switch off the quantizers whose full name fits the pattern, or for which the function is true. Their amax stays."""
+    set_quantizer_attributes_partial(model, wildcard_or_filter_func, {"enable": False})
+
+
+def enable_quantizer(model: Model, wildcard_or_filter_func: Pattern) -> None:
+    """Switch them on again."""
+    set_quantizer_attributes_partial(model, wildcard_or_filter_func, {"enable": True})
+
+
+def set_quantizer_by_cfg(model: Model, quant_cfg: Any) -> None:
+    """Apply rules (either spelling) to the quantizers of a quantized model, in order, without calibrating.
+
+    A quantizer that gets new attributes keeps its amax where that has the same meaning (one per tensor, per channel, per block).
+    """
+    _check_model(model, quantized=True)
+    settings, idle = apply_rules(model.settings, normalize_quant_cfg_list(quant_cfg))
+    _change(model, settings)
+    _warn_idle(idle)
+
+
+@contextmanager
+def set_quantizer_by_cfg_context(model: Model, quant_cfg: Any) -> Iterator[None]:
+    """Within it the rules hold; afterwards every quantizer is as before, but for an amax found meanwhile."""
+    rules = normalize_quant_cfg_list(quant_cfg)
+    if any(isinstance(rule.cfg, tuple) for rule in rules):
+        raise ValueError("set_quantizer_by_cfg_context: a list of attributes (quantizers one after the other) is not allowed here")
+    before = dict(model.settings)
+    set_quantizer_by_cfg(model, rules)
+    try:
+        yield
+    finally:
+        _change(model, before)
+
+
+def set_quantizer_attributes_full(model: Model, wildcard_or_filter_func: Pattern, attributes: Any,
+                                  parent_class: str | None = None) -> None:
+    """Give the quantizers that fit exactly these attributes; what is not named goes back to its default."""
+    if isinstance(attributes, (list, tuple)):
+        attributes = tuple(QuantizerAttributeConfig.parse(a) for a in attributes)
+        enable = all(a.enable for a in attributes)
+    else:
+        attributes = QuantizerAttributeConfig.parse(attributes)
+        enable = attributes.enable
+    _set(model, wildcard_or_filter_func, parent_class, lambda s, rule: replace(s, attributes=attributes, enable=enable, rule=rule))
+
+
+def set_quantizer_attributes_partial(model: Model, wildcard_or_filter_func: Pattern, partial_attributes: Mapping[str, Any],
+                                     parent_class: str | None = None) -> None:
+    """Change only the named attributes of the quantizers that fit."""
+    given = dict(partial_attributes)
+    enable = given.pop("enable", None)
+
+    def change(setting: Setting, rule: QuantizerCfgEntry) -> Setting:
+        merged = tuple(QuantizerAttributeConfig.parse({**a.to_dict(), **given}) if given else a for a in stages(setting))
+        attributes = merged if isinstance(setting.attributes, tuple) else merged[0]
+        return replace(setting, attributes=attributes, enable=setting.enable if enable is None else enable, rule=rule)
+    _set(model, wildcard_or_filter_func, parent_class, change)
+
+
+# Parts ---------------------------------------------------------------------------------------------------------------------
+
+def _check_model(model: Any, quantized: bool = False) -> None:
+    if not isinstance(model, Model):
+        raise TypeError(f"expected a model from modelq.load, got {type(model).__name__}")
+    if quantized and not model.quantized:
+        raise ValueError("the model is not quantized yet: call quantize first")
+
+
+def _refuse_nothing(settings: Mapping[str, Setting], rules: Iterable[QuantizerCfgEntry], idle: list[QuantizerCfgEntry]) -> None:
+    enabled = [setting.slot.role for setting in settings.values() if setting.enable]
+    last = {rule.quantizer_name: rule.enable for rule in rules}
+    for_weights = [name for name in last if "weight_quantizer" in name or fnmatchcase("weight_quantizer", name)]
+    if enabled and ("weight" in enabled or not any(last[name] for name in for_weights)):
+        return
+    hint = f"; these patterns fit nothing: {', '.join(describe_rule(r) for r in idle if r.enable)}" if any(r.enable for r in idle) else ""
+    what = "no weight" if enabled else "nothing"
+    raise ValueError(f"this config quantizes {what} in this model{hint}; a quantizer is named like {next(iter(settings), '(none)')!r}, and "
+                     "later rules win")
+
+
+def _warn_idle(idle: Iterable[QuantizerCfgEntry]) -> None:
+    unexpected = [describe_rule(rule) for rule in idle if not expected_to_be_idle(rule)]
+    if unexpected:
+        warnings.warn(f"quant_cfg: no quantizer fits {', '.join(unexpected)}", UserWarning, stacklevel=3)
+
+
+@contextmanager
+def _all_or_nothing(model: Model) -> Iterator[None]:
+    """Put the model's quantizers back if the body raises, Ctrl-C included."""
+    model.settle()
+    before = model.settings, model.quantizers, model.quantized
+    try:
+        yield
+    except BaseException:
+        model.settings, model.quantizers, model.quantized = before
+        model.connect()
+        raise
+
+
+def _set(model: Model, pattern: Pattern, parent_class: str | None, change: Callable[[Setting, QuantizerCfgEntry], Setting]) -> None:
+    _check_model(model, quantized=True)
+    if parent_class is not None and parent_class not in PARENT_CLASSES:
+        raise ValueError(f"unknown parent_class {parent_class!r}: known are {', '.join(PARENT_CLASSES)}")
+    rule = QuantizerCfgEntry(pattern if isinstance(pattern, str) else getattr(pattern, "__name__", "a function"))
+    settings = dict(model.settings)
+    for name, setting in settings.items():
+        if matches(pattern, name) and parent_class in (None, setting.slot.parent):
+            settings[name] = change(setting, rule)
+    _change(model, settings)
+
+
+def _change(model: Model, settings: dict[str, Setting]) -> None:
+    """Take over settings, remaking only the quantizers that they change."""
+    check_settings(settings.values(), model.head_dim)
+    quantizers = {}
+    for name, setting in settings.items():
+        quantizers[name] = model.quantizers[name]
+        if setting.attributes != model.settings[name].attributes or setting.enable != model.settings[name].enable:
+            quantizers[name] = make_quantizer(setting)
+            if quantizers[name].amax is None and _grain(setting) == _grain(model.settings[name]):
+                quantizers[name].amax = model.quantizers[name].amax
+    with _all_or_nothing(model):
+        model.settings, model.quantizers = settings, quantizers
+        model.connect()
+
+
+def _grain(setting: Setting) -> Any:
+    """What an amax belongs to: the tensor, an axis, or static blocks of some size."""
+    attributes = stages(setting)[0]
+    static = (attributes.block_sizes or {}).get("type") != "dynamic"
+    return attributes.axis, block_extents(attributes) if static else {}

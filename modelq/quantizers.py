@@ -1,0 +1,116 @@
+"""From the attributes of a config to quantizers of the C core, and what each needs to know before it can work."""
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from modelq import _core
+from modelq.attributes import QuantizerAttributeConfig
+from modelq.rules import Setting, Slot, describe_rule, stages
+
+MICROSCALING = (8, 0)
+KV_CAST_AMAX = 448.0  # what use_constant_amax stands for: the engine's FP8 attention scale of 1
+_BLOCK_WORDS = ("type", "scale_bits", "scale_block_sizes", "four_over_six")
+
+
+def make_quantizer(setting: Setting) -> Any:
+    """A `_core.Quantizer` that does what the setting says, switched as it says, without an amax (unless a constant one).
+
+    ValueError names the quantizer, if the core has no such format. A disabled one may have any attributes: it is never asked.
+    """
+    attributes = stages(setting)[0]
+    try:
+        quantizer = _core_quantizer(attributes)
+    except (ValueError, NotImplementedError) as error:
+        if setting.enable:
+            raise type(error)(f"{setting.slot.name}: {error}") from error
+        quantizer = _core_quantizer(QuantizerAttributeConfig())
+    quantizer.enabled = setting.enable
+    constant = KV_CAST_AMAX if attributes.use_constant_amax else attributes.constant_amax
+    if constant is not None:
+        quantizer.amax = np.float32(constant)
+    return quantizer
+
+
+def _core_quantizer(attributes: QuantizerAttributeConfig) -> Any:
+    return _core.Quantizer(num_bits=attributes.num_bits, axis=attributes.axis, block_sizes=attributes.block_sizes, type=attributes.type,
+                           unsigned=attributes.unsigned, narrow_range=attributes.narrow_range)
+
+
+def needs_amax(setting: Setting) -> bool:
+    """Whether calibration must find its amax: not for scales taken on the fly (dynamic, microscaling) nor for constant ones."""
+    attributes = stages(setting)[0]
+    blocks = attributes.block_sizes or {}
+    microscaling = blocks.get("type") == "dynamic" and blocks.get("scale_bits") == MICROSCALING
+    constant = attributes.use_constant_amax or attributes.constant_amax is not None
+    return attributes.type != "dynamic" and not microscaling and not constant
+
+
+def weight_amax(setting: Setting, weight: np.ndarray) -> np.ndarray:
+    """float32 amax of a [O, I] weight in the grain that the attributes ask for: one, per axis kept, or per static block."""
+    attributes = stages(setting)[0]
+    blocks = block_extents(attributes)
+    if blocks and (attributes.block_sizes or {}).get("type") != "dynamic":
+        return _core.amax(weight, block=(blocks.get(-2, 1), blocks[-1]))
+    return _core.amax(weight, axis=attributes.axis)
+
+
+def block_extents(attributes: QuantizerAttributeConfig) -> dict[int, int]:
+    """{-1: columns, -2: rows} of a block, for a matrix; empty if the scale does not go by blocks."""
+    blocks = attributes.block_sizes or {}
+    return {axis if axis < 0 else axis - 2: size for axis, size in blocks.items() if axis not in _BLOCK_WORDS and size is not None}
+
+
+# Checks before any work ------------------------------------------------------------------------------------------------------
+
+def check_settings(settings: Iterable[Setting], head_dim: int) -> None:
+    """ValueError or NotImplementedError for an enabled quantizer that cannot work where it is."""
+    for setting in settings:
+        if setting.enable:
+            _check_supported(setting)
+            _check_blocks(setting.slot, stages(setting)[0], head_dim)
+
+
+def _check_supported(setting: Setting) -> None:
+    attributes = stages(setting)[0]
+    unsupported = {
+        "a list of attributes (quantizers one after the other)": len(stages(setting)) > 1,
+        "a quantizer here": setting.slot.layer < 0 and (setting.slot.role == "output" or setting.slot.parent != "nn.Linear") and
+        setting.slot.role != "weight",
+        "rotate": bool(attributes.rotate), "bias": attributes.bias is not None, "backend": attributes.backend is not None,
+        "fake_quant=False": not attributes.fake_quant, f"calibrator={attributes.calibrator!r}": attributes.calibrator != "max"}
+    for what, used in unsupported.items():
+        if used:
+            rule = f" (rule {describe_rule(setting.rule)})" if setting.rule else ""
+            raise NotImplementedError(f"{setting.slot.name}{rule}: {what} is not available yet")
+
+
+def _check_blocks(slot: Slot, attributes: QuantizerAttributeConfig, head_dim: int) -> None:
+    blocks = block_extents(attributes)
+    if -1 not in blocks or -2 in blocks:  # blocks of rows and columns may be partial at the edges
+        return
+    size, width = blocks[-1], _width(slot, head_dim)
+    if width % size == 0:
+        return
+    options = " or ".join(str(option) for option in fitting_blocks(width, size))
+    raise ValueError(f"{slot.name}: {width} columns with block {size}: use block_size {options}, or leave it in high precision with "
+                     f"{{'quantizer_name': '{slot.module}.*', 'enable': False}}")
+
+
+def _width(slot: Slot, head_dim: int) -> int:
+    """Columns of what the quantizer sees."""
+    if slot.shape is None or slot.parent == "Attention":
+        return head_dim
+    return slot.shape[0] if slot.role == "output" and slot.parent == "nn.Linear" else slot.shape[1]
+
+
+def fitting_blocks(width: int, size: int) -> list[int]:
+    """The block sizes nearest to `size`, below and above, that divide the width: multiples of 64 if there are any, else of 16."""
+    divisors = [d for d in range(1, width + 1) if width % d == 0]
+    for multiple in (64, 16, 1):
+        if multiple <= size and (fitting := [d for d in divisors if d % multiple == 0]):
+            below, above = [d for d in fitting if d < size], [d for d in fitting if d > size]
+            return below[-1:] + above[:1]
+    return divisors[-1:]

@@ -1,0 +1,109 @@
+"""What became of a model: one line per quantizer, what stayed in high precision and why, and the counts."""
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from modelq.attributes import QuantizerAttributeConfig
+from modelq.quantizers import KV_CAST_AMAX, MICROSCALING
+from modelq.rules import Setting, describe_rule, stages
+
+if TYPE_CHECKING:
+    from modelq.model import Model
+
+SUMMARY_FILE = ".quant_summary.txt"
+
+
+def print_quant_summary(model: Model, output_dir: str | Path | None = None) -> None:
+    """Print the summary of a quantized model, or write it to output_dir/.quant_summary.txt."""
+    text = "\n".join(summary_lines(model))
+    if output_dir is None:
+        print(text)
+        return
+    path = Path(output_dir) / SUMMARY_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text + "\n", encoding="utf-8")
+    print(f"Quant summary saved to {path}")
+
+
+def summary_lines(model: Model) -> list[str]:
+    """Model Optimizer's lines, one per quantizer and the count at the end, and before it what stayed in high precision and why."""
+    lines = [f"{name:80} {describe_quantizer(model.settings[name], quantizer)}" for name, quantizer in model.quantizers.items()]
+    return [*lines, *high_precision_lines(model), *count_lines(model), f"{len(lines)} TensorQuantizers found in model"]
+
+
+def describe_quantizer(setting: Setting, quantizer: Any) -> str:
+    """As Model Optimizer prints a TensorQuantizer: bits, blocks or axis, amax, calibrator."""
+    if not quantizer.enabled:
+        return "TensorQuantizer(disabled)"
+    attributes = stages(setting)[0]
+    words = [f"{'unsigned ' if attributes.unsigned else ''}{attributes.num_bits} bit"]
+    words += ["narrow"] * attributes.narrow_range + ["fake"] * attributes.fake_quant
+    if attributes.block_sizes is not None:
+        words.append(f"block_sizes={attributes.block_sizes},")
+    else:
+        words.append("per-tensor" if attributes.axis is None else f"axis={attributes.axis}")
+    words.append(f"amax={_short_amax(attributes, quantizer)}")
+    if quantizer.pre_quant_scale is not None:
+        words.append(f"pre_quant_scale={_short(quantizer.pre_quant_scale)}")
+    return f"TensorQuantizer({' '.join(words)} calibrator=MaxCalibrator quant)"
+
+
+def _short_amax(attributes: QuantizerAttributeConfig, quantizer: Any) -> str:
+    if (attributes.block_sizes or {}).get("scale_bits") == MICROSCALING:
+        return "None"
+    if attributes.use_constant_amax:
+        return f"{KV_CAST_AMAX:.2e}(const)"
+    return "dynamic" if quantizer.amax is None else _short(quantizer.amax)
+
+
+def _short(values: Any) -> str:
+    values = np.asarray(values, dtype=np.float32)
+    if values.size == 1:
+        return f"{values.item():.2e}"
+    return f"[{values.min():.2e}, {values.max():.2e}]({values.size})"
+
+
+def high_precision_lines(model: Model) -> list[str]:
+    """The modules whose weights were left alone, those of all layers on one line, each with the reason."""
+    reasons: dict[tuple[str, str], list[int]] = {}
+    for module in model.modules:
+        if module.get("weight") and (why := why_high_precision(model, module)) is not None:
+            name = re.sub(r"(?<=\.)\d+(?=\.)", "*", module["name"])
+            reasons.setdefault((name, why), []).append(module["layer"])
+    if not reasons:
+        return []
+    return ["", "In high precision:"] + [f"  {name:78} {why}{_which(layers, model.num_layers)}" for (name, why), layers in reasons.items()]
+
+
+def why_high_precision(model: Model, module: dict[str, Any]) -> str | None:
+    """Why a module's weight is not quantized; None if it is."""
+    if module["name"] in model.stored_layers:
+        return None
+    setting = model.settings.get(f"{module['name']}.weight_quantizer")
+    if setting is None:
+        return f"{module['kind']}: not a kind that is quantized"
+    if setting.enable and model.quantized:
+        return None
+    if setting.rule is None or (setting.rule.quantizer_name == "*" and setting.rule.parent_class is None):
+        return "no rule switched it on"
+    return f"switched off by rule {describe_rule(setting.rule)}"
+
+
+def _which(layers: list[int], total: int) -> str:
+    if layers[0] < 0 or len(layers) == total:
+        return ""
+    return f" (layers {', '.join(map(str, layers))})" if len(layers) <= 8 else f" ({len(layers)} of {total} layers)"
+
+
+def count_lines(model: Model) -> list[str]:
+    """How many modules, and how much of all weights, are quantized."""
+    weights = [module for module in model.modules if module.get("weight")]
+    quantized = [module for module in weights if why_high_precision(model, module) is None]
+    sizes = {module["weight"]: int(np.prod(module["shape"])) for module in weights}  # tied weights count once
+    share = sum(sizes[name] for name in {module["weight"] for module in quantized}) / max(1, sum(sizes.values()))
+    linears = sum(module["kind"] != "norm" for module in weights)
+    return ["", f"{len(quantized)} of {linears} linear and embedding modules quantized: {share:.1%} of all weights"]
