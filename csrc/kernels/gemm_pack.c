@@ -1,4 +1,5 @@
-/* Packing of operand B into the layout of a micro-kernel (gemm_kernel.h): a transpose of 4-byte units, panel by panel. */
+/* Packing of operand B into the layout of a micro-kernel (gemm_kernel.h): a transpose of 4-byte units, panel by
+ * panel. */
 #include "kernels/gemm_kernel.h"
 
 #include "core/pool.h"
@@ -113,9 +114,8 @@ static void pack(pack_job *job, mq_gemm_kind kind, mq_dtype dtype, int64_t ldw, 
     out->n = job->n;
     out->k = job->k;
     out->kernel = job->kernel;
-    int64_t bytes = MQ_MAX(job->panel_size * 4, (int64_t)1);
-    mq_parallel_for(MQ_CEIL_DIV(job->n, (int64_t)job->kernel->nr), MQ_CEIL_DIV((int64_t)CHUNK_BYTES, bytes), pack_panels,
-                    job);
+    int64_t panels = MQ_CEIL_DIV(job->n, (int64_t)job->kernel->nr), bytes = MQ_MAX(job->panel_size * 4, (int64_t)1);
+    mq_parallel_for(panels, MQ_CEIL_DIV((int64_t)CHUNK_BYTES, bytes), pack_panels, job);
 }
 
 void mq_gemm_pack(mq_gemm_kind kind, const void *w, mq_dtype dtype, int64_t n, int64_t k, int64_t ldw, mq_packed *out)

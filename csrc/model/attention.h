@@ -1,6 +1,7 @@
-/* Scaled dot-product attention, blockwise: softmax(scale * Q K^T) V without the T x T matrix (Milakov and Gimelshein 2018;
- * Dao et al. 2022). Queries attend to keys at their own position and before. Sums, maxima and the output's accumulation are
- * float32; in bfloat16 the probabilities are rounded to bfloat16 before they meet V, as PyTorch's CPU attention does. */
+/* Scaled dot-product attention, blockwise: softmax(scale * Q K^T) V without the T x T matrix (Milakov and Gimelshein
+ * 2018; Dao et al. 2022). Queries attend to keys at their own position and before. Sums, maxima and the output's
+ * accumulation are float32; in bfloat16 the probabilities are rounded to bfloat16 before they meet V, as PyTorch's
+ * CPU attention does. */
 #ifndef MQ_ATTENTION_H
 #define MQ_ATTENTION_H
 

@@ -99,23 +99,25 @@ static int64_t last_key(const mq_attention_args *args, int64_t i)
     return MQ_MIN(args->past + i + 1, args->T_kv);
 }
 
-/* Scores [rows, KEYS] of the block of keys from start; what a query may not see becomes minus infinity. */
-static void score(task *task, const mq_packed *keys, int64_t start)
+/* Scores [rows, width] of the block of keys from start; what a query may not see becomes minus infinity. */
+static void score(task *task, const mq_packed *keys, int64_t start, int64_t width)
 {
     const attention *it = task->attention;
     const mq_attention_args *args = it->args;
+    mq_packed seen = *keys;
+    seen.n = MQ_MIN(seen.n, width);
     mq_gemm_args product = {
         .m = task->rows, .a = element(args, args->q, task->first * args->ldq + task->head * args->head_dim),
-        .a_dtype = args->dtype, .lda = args->ldq, .b = keys, .c = task->scores, .c_dtype = MQ_F32, .ldc = KEYS,
+        .a_dtype = args->dtype, .lda = args->ldq, .b = &seen, .c = task->scores, .c_dtype = MQ_F32, .ldc = KEYS,
         .alpha = args->scale,
     };
     mq_gemm_run(&product);
     for (int64_t i = 0; i < task->rows; i++) {
         float *row = task->scores + i * KEYS;
-        int64_t low = MQ_MIN(MQ_MAX(first_key(args, task->first + i) - start, (int64_t)0), (int64_t)KEYS);
-        int64_t high = MQ_MIN(MQ_MAX(last_key(args, task->first + i) - start, (int64_t)0), (int64_t)KEYS);
+        int64_t low = MQ_MIN(MQ_MAX(first_key(args, task->first + i) - start, (int64_t)0), width);
+        int64_t high = MQ_MIN(MQ_MAX(last_key(args, task->first + i) - start, (int64_t)0), width);
         for (int64_t j = 0; j < low; j++) row[j] = -INFINITY;
-        for (int64_t j = high; j < KEYS; j++) row[j] = -INFINITY;
+        for (int64_t j = high; j < width; j++) row[j] = -INFINITY;
         if (args->key_mask == NULL) continue;
         for (int64_t j = low; j < high; j++)
             if (!args->key_mask[start + j]) row[j] = -INFINITY;
@@ -123,15 +125,20 @@ static void score(task *task, const mq_packed *keys, int64_t start)
 }
 
 /* Scores to probabilities, relative to the largest score so far; the sums follow when that changes. */
-static void weigh(task *task)
+static void weigh(task *task, int64_t width)
 {
     const attention *it = task->attention;
-    const mq_dtype dtype = it->args->dtype;
-    const int64_t width = KEYS * (int64_t)mq_dtype_size(dtype), value_dim = it->args->value_dim;
+    const int64_t value_dim = it->args->value_dim, size = (int64_t)mq_dtype_size(it->args->dtype);
+    float factors[QUERIES];
+    mq_softmax_block block = {
+        .scores = task->scores, .lds = KEYS, .rows = task->rows, .n = width, .p = task->p, .dtype = it->args->dtype,
+        .ldp = KEYS, .factors = factors,
+    };
+    it->softmax->update(task->softmax, &block);
     for (int64_t i = 0; i < task->rows; i++) {
         float *sums = task->sums + i * value_dim;
-        float factor = it->softmax->update(&task->softmax[i], task->scores + i * KEYS, KEYS, (char *)task->p + i * width, dtype);
-        if (factor != 1.0f) it->softmax->scale(sums, factor, value_dim, sums, MQ_F32);
+        if (width < KEYS) memset((char *)task->p + (i * KEYS + width) * size, 0, (size_t)((KEYS - width) * size));
+        if (factors[i] != 1.0f) it->softmax->scale(sums, factors[i], value_dim, sums, MQ_F32);
     }
 }
 
@@ -169,8 +176,10 @@ static void attend(task *task)
     memset(task->sums, 0, (size_t)(task->rows * args->value_dim) * sizeof *task->sums);
     for (int64_t block = low / KEYS; block * KEYS < high; block++) {
         const int64_t index = group * it->blocks + block;
-        score(task, &it->keys[index], block * KEYS);
-        weigh(task);
+        const int64_t seen = MQ_MIN(high - block * KEYS, (int64_t)KEYS);
+        const int64_t width = MQ_ROUND_UP(seen, (int64_t)MQ_SOFTMAX_LANES);
+        score(task, &it->keys[index], block * KEYS, width);
+        weigh(task, width);
         add_values(task, &it->values[index]);
     }
     finish(task);

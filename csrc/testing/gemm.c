@@ -1,4 +1,5 @@
-/* Products and attention as the runtime runs them, on arrays with any row stride, and the choice of the micro-kernel. */
+/* Products and attention as the runtime runs them, on arrays with any row stride, and the choice of the
+ * micro-kernel. */
 #include "testing/testing.h"
 
 #include <string.h>
@@ -74,8 +75,8 @@ static void compute(product *p, void *memory)
 
 PyDoc_STRVAR(gemm_doc,
 "gemm(bf16, a, w, c, bias=None, alpha=1.0, accumulate=False, transposed=False, repeat=1)\n--\n\n"
-"c (+)= alpha * a @ w.T + bias in place, by the kind MQ_GEMM_BF16 or MQ_GEMM_F32; transposed: a @ w. Returns the seconds of\n"
-"packing and of the product, the fastest of repeat.");
+"c (+)= alpha * a @ w.T + bias in place, by the kind MQ_GEMM_BF16 or MQ_GEMM_F32; transposed: a @ w. Returns the\n"
+"seconds of packing and of the product, the fastest of repeat.");
 
 static PyObject *gemm(PyObject *module, PyObject *args, PyObject *kwargs)
 {
@@ -106,8 +107,8 @@ done:
 
 PyDoc_STRVAR(force_kernel_doc,
 "force_kernel(bf16, name)\n--\n\n"
-"Compute products of this kind with the micro-kernel of this name; None: the best. Returns the name in use. ValueError if the\n"
-"kernel cannot run here, or does not serve the kind.");
+"Compute products of this kind with the micro-kernel of this name; None: the best. Returns the name in use. ValueError\n"
+"if the kernel cannot run here, or does not serve the kind.");
 
 static PyObject *force_kernel(PyObject *module, PyObject *args)
 {
@@ -155,7 +156,8 @@ static int view_attention(mq_state *state, attention_call *call, PyObject *const
     if (view_heads(state, objects[1], "k", &call->k, &call->keep[1]) < 0) return -1;
     if (view_heads(state, objects[2], "v", &call->v, &call->keep[2]) < 0) return -1;
     if (view_heads(state, objects[3], "out", &call->out, &call->keep[3]) < 0) return -1;
-    if (objects[4] != Py_None && mq_view_as(state, objects[4], "mask", MQ_U8, &call->mask, &call->keep[4]) < 0) return -1;
+    if (objects[4] != Py_None && mq_view_as(state, objects[4], "mask", MQ_U8, &call->mask, &call->keep[4]) < 0)
+        return -1;
     args->T = call->q.shape[0];
     args->T_kv = call->k.shape[0];
     args->heads = call->q.shape[1];
@@ -172,7 +174,8 @@ static int view_attention(mq_state *state, attention_call *call, PyObject *const
 
 PyDoc_STRVAR(attention_doc,
 "attention(q, k, v, out, scale, past=0, mask=None, window=0, repeat=1)\n--\n\n"
-"Causal attention of q [T, heads, size] over k, v [T_kv, kv_heads, size] into out. Returns the fastest of repeat, in seconds.");
+"Causal attention of q [T, heads, size] over k, v [T_kv, kv_heads, size] into out. Returns the fastest of repeat, in\n"
+"seconds.");
 
 static PyObject *attention(PyObject *module, PyObject *args, PyObject *kwargs)
 {
@@ -183,8 +186,8 @@ static PyObject *attention(PyObject *module, PyObject *args, PyObject *kwargs)
     int repeat = 1;
     double best = 1e9;
     void *scratch = NULL;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOOf|LOLi", names, &objects[0], &objects[1], &objects[2], &objects[3],
-                                     &call.args.scale, &past, &objects[4], &window, &repeat))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOOf|LOLi", names, &objects[0], &objects[1], &objects[2],
+                                     &objects[3], &call.args.scale, &past, &objects[4], &window, &repeat))
         return NULL;
     if (view_attention(mq_state_of(module), &call, objects) < 0) goto done;
     call.args.past = past;
