@@ -90,7 +90,7 @@ def test_the_hubs_cache_of_links_opens(folder, tmp_path):
 
 
 INDEX_LIES = {
-    "outside": ({"a": "../model.safetensors"}, "outside the checkpoint's folder"),
+    "outside": ({"a": "../model.safetensors"}, "outside the folder"),
     "outside by a detour": ({"a": "x/../../model.safetensors"}, "outside"),
     "absolute": ({"a": "/etc/model.safetensors"}, "outside"),
     "backslash": ({"a": "..\\model.safetensors"}, "no .safetensors file name"),

@@ -13,7 +13,7 @@ import pytest
 
 from modelq.checkpoint import open_checkpoint
 from modelq.checkpoint.gguf_config import _llama3_factors
-from modelq.checkpoint.gguf_file import _parse
+from modelq.checkpoint.gguf_reader import parse
 from modelq.checkpoint.gguf_tokenizer import build_tokenizer
 from modelq.checkpoint.tokenizer import Tokenizer
 
@@ -29,7 +29,15 @@ def model(smollm2):
 
 @pytest.fixture(scope="module")
 def metadata(smollm2):
-    return {name: field.contents() for name, field in _parse(smollm2).fields.items()}
+    return parse(smollm2)[1]
+
+
+def test_metadata_is_what_the_library_reads(smollm2, metadata, tmp_path):
+    assert metadata == {name: field.contents() for name, field in gguf.GGUFReader(smollm2).fields.items()}
+    keys = {"/x.bools": [True, False], "/x.floats": [1.5, 2.5], "/x.ints": [-1, 2], "/x.text": "é", "/x.texts": ["", "é", "a" * 300]}
+    write_gguf(tmp_path / "a.gguf", keys=keys)
+    want = {name: field.contents() for name, field in gguf.GGUFReader(tmp_path / "a.gguf").fields.items()}
+    assert parse(tmp_path / "a.gguf")[1] == want and want["x.texts"] == keys["/x.texts"]
 
 
 # ---- SmolLM2 ----------------------------------------------------------------------------------------------------------------------

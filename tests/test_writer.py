@@ -187,8 +187,8 @@ def test_a_broken_promise_leaves_nothing(action, message, size, tmp_path):
 @pytest.mark.parametrize(
     ("plan", "message"),
     [([], "no tensors"), ([*PLAN, PLAN[0]], "'a' .*twice"), ([TensorInfo("__metadata__", "float32", (1,), 4)], "reserved"),
-     ([TensorInfo("a", "float6_e2m3fn", (4,), 3)], "no place"), ([TensorInfo("a", "str", (4,), 3)], "no place"),
-     ([TensorInfo("a", "float32", (-1,), 4)], "no place"), ([TensorInfo("a", "float4_e2m1fn_x2", (), 1)], "no place")],
+     ([TensorInfo("a", "float6_e2m3fn", (4,), 3)], "does not fit"), ([TensorInfo("a", "str", (4,), 3)], "does not fit"),
+     ([TensorInfo("a", "float32", (-1,), 4)], "does not fit"), ([TensorInfo("a", "float4_e2m1fn_x2", (), 1)], "does not fit")],
 )  # fmt: skip
 def test_bad_plans(plan, message, tmp_path):
     with pytest.raises(ValueError, match=message):

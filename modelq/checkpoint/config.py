@@ -159,5 +159,5 @@ def _windows(config: _Config, model_type: str, layers: int) -> list[int]:
         raise ValueError(f"config.json: max_window_layers is {first!r}, expected an integer")
     types = config.get("layer_types", ["sliding_attention" if window and i >= first else "full_attention" for i in range(layers)])
     if not isinstance(types, list) or len(types) != layers or not {str(kind) for kind in types} <= {"sliding_attention", "full_attention"}:
-        raise ValueError(f"config.json: layer_types {types!r} is not supported; full_attention or sliding_attention for each of {layers} is")
+        raise ValueError(f"config.json: layer_types {types!r}: expected full_attention or sliding_attention for each of {layers}")
     return [window if kind == "sliding_attention" else 0 for kind in types]

@@ -146,5 +146,5 @@ def _read_weight_map(index: Path) -> dict[str, str]:
             raise ValueError(f"{index}: tensor {name!r} is said to be in {shard!r}, which is no .safetensors file name")
         parts = PurePosixPath(shard)
         if parts.is_absolute() or ".." in parts.parts:
-            raise ValueError(f"{index}: tensor {name!r} is said to be in {shard!r}, outside the checkpoint's folder; do not trust this file")
+            raise ValueError(f"{index}: tensor {name!r} is said to be in {shard!r}, outside the folder; do not trust this file")
     return weight_map

@@ -30,7 +30,11 @@ class Tokenizer:
     """
 
     def __init__(
-        self, backend: Any, special: dict[str, str | None] | None = None, chat_template: str | None = None, model_max_length: int | None = None
+        self,
+        backend: Any,
+        special: dict[str, str | None] | None = None,
+        chat_template: str | None = None,
+        model_max_length: int | None = None,
     ):
         backend.no_padding()
         backend.no_truncation()

@@ -168,7 +168,7 @@ def _by_name(plan: Iterable[TensorInfo]) -> dict[str, TensorInfo]:
         if info.name in result or info.name == "__metadata__":
             raise ValueError(f"tensor {info.name!r} cannot be planned: the name is {'there twice' if info.name in result else 'reserved'}")
         if info.dtype not in _RANK or any(size < 0 for size in info.shape) or (info.dtype.endswith("_x2") and not info.shape):
-            raise ValueError(f"tensor {info.name!r} cannot be planned: {info.dtype} {tuple(info.shape)} has no place in a .safetensors file")
+            raise ValueError(f"tensor {info.name!r} cannot be planned: {info.dtype} {tuple(info.shape)} does not fit a .safetensors file")
         result[info.name] = info
     if not result:
         raise ValueError("the plan has no tensors")
