@@ -27,33 +27,35 @@ def siblings(model: Any, modules: Iterable[str]) -> list[list[str]]:
 def stated_amax(model: Any, modules: Iterable[str]) -> dict[str, np.ndarray]:
     """Name of the quantizer to float32 amax, for the enabled weight and input quantizers of these modules that have one.
 
-    ValueError names a quantizer whose amax is not finite, and siblings of unlike formats.
+    Siblings take one maximum where their scheme has two levels; siblings of unlike schemes share nothing. ValueError names a
+    quantizer whose amax is not finite.
     """
     stated: dict[str, np.ndarray] = {}
     for members in siblings(model, modules):
         for side in ("input", "weight"):
-            names = [f"{module}.{side}_quantizer" for module in members]
-            enabled = [name for name in names if name in model.quantizers and model.quantizers[name].enabled]
-            found = {name: amax for name in enabled if (amax := _amax(model, name)) is not None}
-            if len(enabled) > 1 and _is_shared(model, enabled) and found:
-                found = dict.fromkeys(found, np.max(list(found.values()), axis=0))
-            stated.update(found)
+            found = {name: amax for module in members if (amax := _amax(model, name := f"{module}.{side}_quantizer")) is not None}
+            for name, amax in found.items():
+                kind = dialects.input_kind(model.quantizers[name])
+                same = [found[other] for other in found if dialects.input_kind(model.quantizers[other]) == kind]
+                stated[name] = np.max(same, axis=0) if _has_second_level(kind) else amax
     return stated
 
 
+def stated_weight_amax(model: Any, module: dict[str, Any]) -> np.ndarray | None:
+    """The amax of one module's weight as the export would state it."""
+    members = [row["name"] for row in model.modules if row["layer"] == module["layer"] and row["site"] == module["site"]]
+    return stated_amax(model, members).get(f"{module['name']}.weight_quantizer")
+
+
 def _amax(model: Any, name: str) -> np.ndarray | None:
-    if model.quantizers[name].amax is None:
+    quantizer = model.quantizers.get(name)
+    if quantizer is None or not quantizer.enabled or quantizer.amax is None:
         return None
-    amax = np.asarray(model.quantizers[name].amax, dtype=np.float32)
+    amax = np.asarray(quantizer.amax, dtype=np.float32)
     if not np.isfinite(amax).all():
         raise ValueError(f"{name}: the calibrated amax is not finite; look for inf or nan in the weights or the calibration data")
     return amax
 
 
-def _is_shared(model: Any, names: list[str]) -> bool:
-    kinds = {dialects.input_kind(model.quantizers[name]) for name in names}
-    if len(kinds) > 1:
-        raise ValueError(f"{', '.join(names)} share one input, but their formats differ ({', '.join(map(str, kinds))}): "
-                         f"engines fuse them, give them one format")
-    kind = kinds.pop()
-    return kind is not None and bool(dialects.schemes()[kind]["second_divisor"])
+def _has_second_level(kind: str | None) -> bool:
+    return kind is not None and kind in dialects.schemes() and bool(dialects.schemes()[kind]["second_divisor"])

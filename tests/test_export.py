@@ -7,6 +7,8 @@ import sys
 import textwrap
 from fnmatch import fnmatch
 
+import modelq
+import modelq.quantization as mtq
 import numpy as np
 import pytest
 from export_stub import StubModel
@@ -66,6 +68,7 @@ def test_config_files_equal_golden_ones(case):
 # Tensors ---------------------------------------------------------------------------------------------------------------------
 
 CONFIGS = ["FP8_DEFAULT_CFG", "NVFP4_DEFAULT_CFG"]
+INPUT_SCALE_TOLERANCE = 0.015      # what two bfloat16 forwards of the golden models differ by (1%), and half as much again
 GOLDEN = cases(dtype="bfloat16", configs=CONFIGS, names=["llama", "qwen3"], needs=["model.safetensors", "amax.safetensors"])
 
 
@@ -95,6 +98,23 @@ def test_files_equal_golden_ones(case, tmp_path):
         assert ours.replace(modelopt.PRODUCER["version"], "0.47.0") == golden, name
     extra = {path.name for path in (tmp_path / "out").iterdir()} - {path.name for path in case.folder.iterdir()}
     assert not extra
+
+
+@pytest.mark.parametrize("compute, case", [("bfloat16", param.values[0]) for param in GOLDEN], ids=str)
+def test_whole_way_from_checkpoint_to_export_equals_golden(case, compute, tmp_path):
+    """Our own forward in place of golden's calibration: two bfloat16 forwards differ by up to 1% among themselves."""
+    model = modelq.load(case.model.source, compute=compute)
+    mtq.quantize(model, getattr(mtq, case.config), lambda model: [model(row[None]) for row in case.model.calib])
+    export_hf_checkpoint(model, tmp_path / "out")
+    ours, golden = read_safetensors(tmp_path / "out"), case.exported
+    inputs = [name for name in golden if name.endswith(".input_scale")]
+    assert len(inputs) == 14
+    for name in inputs:
+        assert ours[name].shape == () and ours[name] == pytest.approx(golden[name], rel=INPUT_SCALE_TOLERANCE), name
+    assert_same_tensors({name: tensor for name, tensor in ours.items() if name not in inputs},
+                        {name: tensor for name, tensor in golden.items() if name not in inputs})
+    assert (tmp_path / "out" / "hf_quant_config.json").read_text().replace(modelopt.PRODUCER["version"], "0.47.0") == \
+        (case.folder / "hf_quant_config.json").read_text()
 
 
 def test_mixed_formats_list_every_layer_and_reopen(tmp_path):
@@ -172,8 +192,9 @@ def not_finite(model):
 
 
 def siblings_differ(model):
-    quantizer = model.quantizers["model.layers.0.mlp.up_proj.weight_quantizer"]
-    quantizer.scheme, quantizer.num_bits, quantizer.block_sizes = "nvfp4", (2, 1), {-1: 16}
+    for side in ("weight", "input"):
+        quantizer = model.quantizers[f"model.layers.0.mlp.up_proj.{side}_quantizer"]
+        quantizer.scheme, quantizer.num_bits, quantizer.block_sizes = "nvfp4", (2, 1), {-1: 16}
 
 
 @pytest.mark.parametrize("spoil, words", [
@@ -183,7 +204,7 @@ def siblings_differ(model):
     (no_scheme, "model.layers.0.self_attn.o_proj.weight_quantizer: num_bits"),
     (weight_only, "cannot say fp8 weights with unquantized inputs"),
     (not_finite, "model.layers.0.mlp.up_proj.input_quantizer: the calibrated amax is not finite"),
-    (siblings_differ, "gate_proj.weight_quantizer.*up_proj.weight_quantizer.*share one input"),
+    (siblings_differ, "gate_proj: fp8, model.layers.0.mlp.up_proj: nvfp4: they read one input"),
 ])
 def test_what_cannot_be_exported_is_refused_before_anything_is_written(tmp_path, spoil, words):
     model = stub(case_of("FP8_DEFAULT_CFG"))
@@ -191,6 +212,15 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(tmp_path,
     with pytest.raises(ValueError, match=words):
         export_hf_checkpoint(model, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sibling_left_alone_is_said(tmp_path):
+    model = stub(case_of("FP8_DEFAULT_CFG"))
+    model.quantizers["model.layers.0.self_attn.v_proj.weight_quantizer"].enabled = False
+    with pytest.warns(UserWarning, match="model.layers.0.self_attn.v_proj stays in high precision beside quantized siblings"):
+        export_hf_checkpoint(model, tmp_path / "out")
+    said = json.loads((tmp_path / "out" / "hf_quant_config.json").read_text())["quantization"]
+    assert said["exclude_modules"] == ["lm_head", "model.embed_tokens", "model.layers.0.self_attn.v_proj"]
 
 
 def test_tied_head_cannot_be_quantized_alone(tmp_path):

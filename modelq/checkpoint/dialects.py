@@ -39,6 +39,7 @@ class Pair(NamedTuple):
     input: str | None
 
 
+@cache
 def schemes() -> Mapping[str, Mapping[str, Any]]:
     """The rows of csrc/format/schemes.def by name."""
     from modelq import _core
@@ -46,6 +47,7 @@ def schemes() -> Mapping[str, Mapping[str, Any]]:
     return _core.schemes()
 
 
+@cache
 def formats() -> Mapping[str, Mapping[str, Any]]:
     """The rows of csrc/format/formats.def by name."""
     from modelq import _core

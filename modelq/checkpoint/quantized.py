@@ -108,7 +108,7 @@ class QuantizedCheckpoint(Checkpoint):
         scale = np.float32(self._part(layer, "input_scale").reshape(()))
         if not np.isfinite(scale) or scale <= 0:
             raise ValueError(f"{self._where(layer.tensors['input_scale'])} is {scale}, not a positive number; {AGAIN}")
-        return float(scale * np.float32(dialects.scale_divisor(layer.input_scheme)))
+        return float(_amax_of(scale, np.float32(dialects.scale_divisor(layer.input_scheme))))
 
     def release(self, names: Iterable[str] | None = None) -> None:
         if names is None:
@@ -131,6 +131,15 @@ class QuantizedCheckpoint(Checkpoint):
 
     def _where(self, tensor: str) -> str:
         return f"{self.inner.tensors[tensor].file}: tensor {tensor!r}"
+
+
+def _amax_of(scale: np.float32, divisor: np.float32) -> np.float32:
+    """The amax that a scale was made of. Activations are bfloat16 as a rule: if such a number gives the scale, it was that one."""
+    import ml_dtypes
+
+    product = scale * divisor
+    rounded = product.astype(ml_dtypes.bfloat16).astype(np.float32)
+    return rounded if rounded / divisor == scale else product
 
 
 def _find_layers(inner: Checkpoint, quantization: dict[str, Any]) -> dict[str, QuantizedLayer]:

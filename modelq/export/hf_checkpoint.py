@@ -68,12 +68,13 @@ def _entries(plan: Plan, dialect: str) -> dict[str, dict[str, Any]]:
 
 def _write_tensors(model: Any, plan: Plan, writer: Any) -> None:
     from modelq.progress import progress
+    from modelq.streaming import as_loaded
 
     checkpoint = model.checkpoint
     for name in progress(plan.order, "export", unit="tensor"):
         array = checkpoint.read(name)
         if name in plan.linears:
-            _write_linear(plan.linears[name], array.astype(np.float32) if model.float32_weights else array, writer, plan.dialect)
+            _write_linear(plan.linears[name], as_loaded(model, array), writer, plan.dialect)
         else:
             info = plan.copies[name]
             writer.write(name, _cast(array, info.dtype))

@@ -5,6 +5,7 @@ of formats that the dialect has no word for.
 """
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 from modelq.checkpoint import dialects
 from modelq.checkpoint.base import TensorInfo
 from modelq.checkpoint.dialects import Pair
-from modelq.groups import stated_amax
+from modelq.groups import siblings, stated_amax
 
 FLOATS = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 OWN_QUANTIZERS = ("linear", "embedding")      # kinds of modules that an export's config names when they stay unquantized
@@ -51,6 +52,9 @@ class Plan:
 
 def make_plan(model: Any, dtype: str, dialect: str) -> Plan:
     """ValueError names the layer and what would work; see the module."""
+    if getattr(model, "stored_layers", None):
+        raise ValueError(f"{model.checkpoint.path}: the model was opened from a quantized export, which is what an export would be: copy "
+                         f"that folder, or quantize the original checkpoint")
     quantized = _quantized_rows(model)
     if not quantized:
         raise ValueError("no layer of this model is quantized: call modelq.quantization.quantize(model, config, forward_loop) first")
@@ -58,6 +62,7 @@ def make_plan(model: Any, dtype: str, dialect: str) -> Plan:
     plan = Plan(dialect)
     for row in quantized:
         plan.linears[row["weight"]] = _plan_linear(model, row, amax, dialect)
+    _check_siblings(model, {linear.module: linear.pair for linear in plan.linears.values()})
     tied = bool(model.config.get("tie_word_embeddings"))
     for name, info in model.checkpoint.tensors.items():
         if name.endswith(NOT_WRITTEN) or (tied and name == "lm_head.weight"):
@@ -110,6 +115,19 @@ def _pair(model: Any, module: str) -> Pair:
         raise ValueError(f"{module}.weight_quantizer: num_bits {weight.num_bits} with block_sizes {weight.block_sizes} is no known "
                          f"scheme, so no checkpoint can hold it; known are {', '.join(dialects.schemes())}")
     return Pair(weight.scheme, dialects.input_kind(side) if side is not None and side.enabled else None)
+
+
+def _check_siblings(model: Any, pairs: dict[str, Pair]) -> None:
+    """Engines fuse linears that read one input: unlike formats are refused by all of them, a mix with unquantized ones by most."""
+    for members in siblings(model, [row["name"] for row in model.modules if row["kind"] == "linear" and row["layer"] >= 0]):
+        found = {pairs.get(module) for module in members}
+        if len(found - {None}) > 1:
+            words = ", ".join(f"{module}: {pairs[module].weight}" for module in members if module in pairs)
+            raise ValueError(f"{words}: they read one input and engines fuse them, so they need one format")
+        if len(found) > 1:
+            rest = ", ".join(module for module in members if module not in pairs)
+            warnings.warn(f"{rest} stays in high precision beside quantized siblings: engines that fuse them refuse such a checkpoint",
+                          stacklevel=4)
 
 
 def _group_size(weight: Any) -> int | None:
