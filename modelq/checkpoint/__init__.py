@@ -48,8 +48,9 @@ def _open_file(path: Path) -> Checkpoint:
         return GGUFCheckpoint(path)
     if path.suffix == ".safetensors":
         from modelq.checkpoint.folder import FolderCheckpoint
+        from modelq.checkpoint.quantized import open_quantized
 
-        return FolderCheckpoint(path.parent, weights=path)
+        return open_quantized(FolderCheckpoint(path.parent, weights=path))
     raise ValueError(f"{path}: neither a .safetensors nor a .gguf file; give the checkpoint's folder")
 
 
