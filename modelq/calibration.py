@@ -85,7 +85,7 @@ def _pass_over(model: Model, batches: Sequence[Batch], slots: Sequence[Slot]) ->
     for layer in progress(range(model.num_layers), "calibrate"):
         modules = model.modules_of(layer)
         if run is not None and layer <= last:
-            streaming.run_layer(model, run, layer, first=partial(_weights, model, modules))
+            streaming.run_layer(model, run, layer, look=partial(_weights, model, modules))
         else:
             _weights(model, modules)
             model.checkpoint.release(model.runtime.layer_tensors(layer))
@@ -93,13 +93,15 @@ def _pass_over(model: Model, batches: Sequence[Batch], slots: Sequence[Slot]) ->
         run.finish(streaming.head_tensors(model))
 
 
-def _weights(model: Model, modules: Sequence[dict[str, Any]]) -> None:
+def _weights(model: Model, modules: Sequence[dict[str, Any]], tensors: dict[str, np.ndarray] | None = None) -> None:
+    """The amax of every weight quantizer of these modules that needs one. tensors: what was read already."""
     for module in modules:
         name = f"{module['name']}.weight_quantizer"
         setting = model.settings.get(name)
         if setting is None or not setting.enable or not needs_amax(setting):
             continue
-        amax = weight_amax(setting, streaming.weight(model, module))
+        tensor = tensors[module["weight"]] if tensors is not None else model.checkpoint.read(module["weight"])
+        amax = weight_amax(setting, streaming.as_loaded(model, tensor))
         if not np.isfinite(amax).all():
             where = model.checkpoint.tensors[module["weight"]].file or model.checkpoint.path
             raise ValueError(f"{module['weight']} in {where}: NaN or infinity among its values: the checkpoint is damaged, or leave it "

@@ -40,13 +40,15 @@ def start(model: Model, batches: Sequence[Batch]) -> Any:
     return run
 
 
-def run_layer(model: Model, run: Any, layer: int, first: Callable[[], None] | None = None) -> None:
-    """All batches through one layer. first() is called before, when the layer's tensors are about to be read anyway."""
+def run_layer(model: Model, run: Any, layer: int, look: Callable[[dict[str, np.ndarray]], None] | None = None) -> None:
+    """All batches through one layer. look() is shown the layer's tensors first."""
     names = model.runtime.layer_tensors(layer)
     try:
-        if first is not None:
-            first()
-        model.runtime.load_layer(layer, read(model, names, model.modules_of(layer)))
+        tensors = read(model, names, model.modules_of(layer))
+        if look is not None:
+            look(tensors)
+        model.runtime.load_layer(layer, tensors)
+        del tensors
         run.layer(layer)
     finally:
         model.runtime.drop_layer(layer)
@@ -72,12 +74,8 @@ def read(model: Model, names: Iterable[str], modules: Iterable[dict[str, Any]]) 
     return tensors
 
 
-def weight(model: Model, module: dict[str, Any]) -> np.ndarray:
-    """A module's weight in the dtype in which it is quantized: the checkpoint's, or float32 if the model was loaded so."""
-    return as_loaded(model, model.checkpoint.read(module["weight"]))
-
-
 def as_loaded(model: Model, tensor: np.ndarray) -> np.ndarray:
+    """A weight in the dtype in which it is quantized: the checkpoint's, or float32 if the model was loaded so."""
     return tensor.astype(np.float32) if model.float32_weights and tensor.dtype != np.float32 else tensor
 
 

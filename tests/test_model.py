@@ -102,9 +102,9 @@ def layers_run(monkeypatch):
     """Every layer that is run, in order."""
     seen, original = [], streaming.run_layer
 
-    def run_layer(model, run, layer, first=None):
+    def run_layer(model, run, layer, look=None):
         seen.append(layer)
-        return original(model, run, layer, first)
+        return original(model, run, layer, look)
     monkeypatch.setattr(streaming, "run_layer", run_layer)
     return seen
 

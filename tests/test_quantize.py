@@ -125,9 +125,9 @@ def work(monkeypatch):
     """Layers run, and tensors read from the checkpoint."""
     seen, run_layer, load = {"layers": [], "read": []}, streaming.run_layer, modelq.load
 
-    def run(model, r, layer, first=None):
+    def run(model, r, layer, look=None):
         seen["layers"].append(layer)
-        return run_layer(model, r, layer, first)
+        return run_layer(model, r, layer, look)
 
     def watched(path, **more):
         model = load(path, **more)
