@@ -15,8 +15,8 @@ from modelq.inputs import IGNORED_ARGUMENTS, Batch, check_vocabulary, integer_ma
 from modelq.output import Output, Pass
 from modelq.rules import Setting, Slot, default_setting
 
-LINEAR_ROLES = ("input", "output", "weight")
-ATTENTION_ROLES = ("q_bmm", "k_bmm", "v_bmm")
+# In the order in which the reference lists them.
+ROLES = {"linear": ("input", "output", "weight"), "embedding": ("weight", "input", "output"), "attention": ("q_bmm", "k_bmm", "v_bmm")}
 PARENTS = {"linear": "nn.Linear", "embedding": "nn.Embedding", "attention": "Attention"}
 FAST_BFLOAT16 = ("amx_bf16", "avx512_bf16")
 
@@ -238,15 +238,15 @@ def _slots(modules: list[dict[str, Any]]) -> Iterator[Slot]:
     waiting: list[dict[str, Any]] = []
     for module in [*modules, {"name": "", "kind": "end"}]:
         while waiting and not module["name"].startswith(waiting[-1]["name"] + "."):
-            yield from _slots_of(waiting.pop(), ATTENTION_ROLES)
+            yield from _slots_of(waiting.pop())
         if module["kind"] == "attention":
             waiting.append(module)
-        elif module["kind"] in ("linear", "embedding"):
-            yield from _slots_of(module, LINEAR_ROLES)
+        elif module["kind"] in ROLES:
+            yield from _slots_of(module)
 
 
-def _slots_of(module: dict[str, Any], roles: tuple[str, ...]) -> Iterator[Slot]:
-    for role in roles:
+def _slots_of(module: dict[str, Any]) -> Iterator[Slot]:
+    for role in ROLES[module["kind"]]:
         shape = tuple(module["shape"]) if module.get("shape") else None
         yield Slot(f"{module['name']}.{role}_quantizer", module["name"], role, PARENTS[module["kind"]], shape, module["layer"])
 

@@ -97,7 +97,7 @@ MAMBA_CONSERVATIVE_PATTERNS = ("*mixer.in_proj*", "*mixer.out_proj*")
 
 # Spellings of one part in several families, or places only some have: that a model lacks them is no mistake.
 FAMILY_PATTERNS = DEFAULT_DISABLED_PATTERNS + MAMBA_DISABLED_PATTERNS + MAMBA_CONSERVATIVE_PATTERNS + (
-    "*softmax_quantizer", "*p_bmm_quantizer", "transformer_blocks*bmm2_output_quantizer") + tuple(
+    "*softmax_quantizer", "transformer_blocks*bmm2_output_quantizer") + tuple(
     part + kind for part in ("*.mixer.up_proj.", "*.mixer.down_proj.", "*block_sparse_moe*", "*.experts.*")
     for kind in ("weight_quantizer", "input_quantizer"))
 

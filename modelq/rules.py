@@ -47,7 +47,8 @@ class Setting:
 
 
 def default_setting(slot: Slot) -> Setting:
-    attributes = QuantizerAttributeConfig(num_bits=8, axis=0 if slot.role == "weight" else None)
+    per_channel = slot.role == "weight" and slot.parent == "nn.Linear"
+    attributes = QuantizerAttributeConfig(num_bits=8, axis=0 if per_channel else None)
     return Setting(slot, attributes, enable=slot.role != "output" and not (slot.parent == "nn.Embedding" and slot.role == "input"))
 
 

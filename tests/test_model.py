@@ -1,5 +1,6 @@
 """`modelq.load` and calling the model: what it accepts, when it computes, what it answers."""
 import gc
+import re
 
 import numpy as np
 import pytest
@@ -197,6 +198,7 @@ def test_slots_follow_the_modules(model):
     q = [n for n in names if n.startswith("model.layers.0.self_attn.")]
     assert q[:3] == [f"model.layers.0.self_attn.q_proj.{role}_quantizer" for role in ("input", "output", "weight")]
     assert q[-3:] == [f"model.layers.0.self_attn.{letter}_bmm_quantizer" for letter in "qkv"]
+    assert names[:3] == [f"model.embed_tokens.{role}_quantizer" for role in ("weight", "input", "output")]
     assert len(names) == 2 * (7 * 3 + 3) + 2 * 3
     assert "model.embed_tokens.weight_quantizer" in names and "lm_head.input_quantizer" in names
 
@@ -206,6 +208,37 @@ def test_progress_is_quiet_without_a_terminal(capsys, monkeypatch):
     monkeypatch.setattr(progress, "DELAY_SECONDS", 0)
     assert list(progress.progress(range(3), "x")) == [0, 1, 2]
     assert capsys.readouterr().err == ""
+
+
+def test_progress_says_what_and_how_long_on_a_terminal(monkeypatch):
+    import io
+    import sys
+
+    from modelq import progress
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+    monkeypatch.setattr(progress, "DELAY_SECONDS", 0)
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    assert list(progress.progress(range(3), "calibrate")) == [0, 1, 2]
+    assert re.search(r"calibrate: .*\d/3 \[[\d:]+<.*layer/s\]", sys.stderr.getvalue())
+    monkeypatch.setattr(progress, "DELAY_SECONDS", 60)
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    assert list(progress.progress(range(3), "calibrate")) == [0, 1, 2] and "calibrate" not in sys.stderr.getvalue()
+
+
+def test_a_checkpoint_that_does_not_fit_its_config(golden, tmp_path):
+    import json
+    import shutil
+    shutil.copytree(golden["llama"].source, tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    for change, words in ((dict(num_hidden_layers=3), r"no tensor 'model\.layers\.2\.[\w.]+'"),
+                          (dict(intermediate_size=512), r"tensor '[\w.]+' has shape .* asks for \[512, 128\]"),
+                          (dict(model_type="gpt2", architectures=["GPT2LMHeadModel"]), "not supported; supported are llama")):
+        (tmp_path / "m" / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(ValueError, match=words):
+            modelq.load(tmp_path / "m")
 
 
 def test_ignored_arguments_are_known():

@@ -1,7 +1,10 @@
 """quantize() end to end on the golden models: amax and simulated logits against Model Optimizer's, what is refused, what is kept."""
 import copy
 import json
+import os
 import re
+import signal
+import threading
 import warnings
 
 import numpy as np
@@ -238,6 +241,23 @@ def test_a_model_is_left_as_it_was(llama, monkeypatch, first, where):
     assert np.array_equal(model(llama.calib[:1]).logits, quantized(llama, mtq.NVFP4_DEFAULT_CFG)(llama.calib[:1]).logits)
 
 
+def test_ctrl_c_in_the_middle_of_a_layer(llama):
+    model = quantized(llama, mtq.FP8_DEFAULT_CFG)
+    before, logits = state(model), model(llama.calib[:1]).logits
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+
+    def forward_loop(m):
+        for _ in range(1500):
+            m(llama.calib)
+        timer.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            mtq.quantize(model, mtq.NVFP4_DEFAULT_CFG, forward_loop)
+    finally:
+        timer.cancel()
+    assert state(model)[:2] == before[:2] and np.array_equal(model(llama.calib[:1]).logits, logits)
+
+
 def test_calibrate_anew(llama):
     model = quantized(llama, mtq.FP8_DEFAULT_CFG)
     before = {name: float(q.amax) for name, q in model.quantizers.items() if q.enabled}
@@ -295,6 +315,11 @@ def test_a_pattern_that_fits_nothing_warns(llama, model):
     config["quant_cfg"].append({"quantizer_name": "*q_porj*", "enable": False})
     with pytest.warns(UserWarning, match=r"no quantizer fits '\*q_porj\*'$"):
         mtq.quantize(model, config, loop_over(llama.calib))
+
+
+def test_parts_that_are_not_simulated_warn(llama, model):
+    with pytest.warns(UserWarning, match=r"no quantizer fits '\*p_bmm_quantizer'$"):
+        mtq.quantize(model, mtq.NVFP4_FP8_MHA_CONFIG, loop_over(llama.calib))
 
 
 @pytest.mark.parametrize("name", ["FP8_DEFAULT_CFG", "NVFP4_MLP_ONLY_CFG", "MAMBA_MOE_NVFP4_AGGRESSIVE_CFG"])
