@@ -117,6 +117,25 @@ static void run_empty(const gemm_job *job)
     }
 }
 
+/* Measured for AMX, which is limited by what L3 delivers and by the traffic of sums between blocks of K: 128 x 256 beats
+ * both smaller and larger tasks. With several threads there must be enough tasks to share. */
+static void cut(gemm_job *job)
+{
+    const mq_gemm_kernel *kernel = job->kernel;
+    const int64_t m = job->args->m, n = job->args->b->n, threads = mq_pool_threads();
+    int64_t rows = MQ_GEMM_ROWS, columns = MQ_GEMM_COLUMNS;
+    if (job->staged) rows = MQ_MIN(rows, MQ_GEMM_STAGE_BYTES / (job->k_block * 4));
+    while (threads > 1 && MQ_CEIL_DIV(m, rows) * MQ_CEIL_DIV(n, columns) < 4 * threads) {
+        if (columns > 2 * kernel->nr) columns /= 2;
+        else if (rows > 2 * kernel->mr) rows /= 2;
+        else break;
+    }
+    job->rows = rows / kernel->mr * kernel->mr;
+    job->columns = columns / kernel->nr * kernel->nr;
+    job->row_tasks = MQ_CEIL_DIV(m, job->rows);
+    job->column_tasks = MQ_CEIL_DIV(n, job->columns);
+}
+
 static int must_stage(const gemm_job *job)
 {
     const mq_gemm_args *args = job->args;
@@ -139,11 +158,7 @@ void mq_gemm_run(const mq_gemm_args *args)
     const int64_t blocks = MQ_CEIL_DIV(job.depth, (int64_t)kernel->k_block);
     job.k_block = MQ_ROUND_UP(MQ_CEIL_DIV(job.depth, blocks), (int64_t)kernel->k_multiple);
     job.staged = must_stage(&job);
-    job.rows = MQ_GEMM_ROWS / kernel->mr * kernel->mr;
-    if (job.staged) job.rows = MQ_MIN(job.rows, MQ_GEMM_STAGE_BYTES / (job.k_block * 4) / kernel->mr * kernel->mr);
-    job.columns = MQ_GEMM_COLUMNS;
-    job.row_tasks = MQ_CEIL_DIV(args->m, job.rows);
-    job.column_tasks = MQ_CEIL_DIV(args->b->n, job.columns);
+    cut(&job);
     const int64_t tasks = job.row_tasks * job.column_tasks;
     const int small = args->m * args->b->n <= INLINE_WORK / MQ_MAX(args->b->k, (int64_t)1);
     mq_parallel_for(tasks, small || mq_pool_threads() == 1 ? tasks : 1, run_tasks, &job);

@@ -41,7 +41,7 @@ void mq_gemm_pack(mq_gemm_kind kind, const void *w, mq_dtype dtype, int64_t n, i
 void mq_gemm_pack_transposed(mq_gemm_kind kind, const void *w, mq_dtype dtype, int64_t n, int64_t k, int64_t ldw,
                              mq_packed *out);
 
-/* Runs on the pool (inline inside a job). No allocation: scratch (about 200 KB) lives on the stack. */
+/* Runs on the pool (inline inside a job). No allocation: scratch (about 230 KB) lives on the stack. */
 void mq_gemm_run(const mq_gemm_args *args);
 
 /* The dispatch table: "c", "avx2", "avx512", "avx512_bf16" or "amx" for a kind, the best one at first. Forcing one
