@@ -36,9 +36,10 @@ demo: $(DEMO)/installed
 test: $(VENV)/installed
 	$(TEST_ENV) $(VENV)/bin/pytest $(ARGS)
 
-# LeakSanitizer is off: the interpreter leaks by design. Not run: what times or counts, as the sanitizers change both.
+# LeakSanitizer is off: the interpreter leaks by design. Not run: what times or counts, as the sanitizers change both. libstdc++ comes
+# with libasan, which otherwise cannot see the exceptions of other people's C++.
 sanitize: $(SANITIZED)/installed
-	$(TEST_ENV) PYTHONPATH=$(SANITIZED) PYTHONMALLOC=malloc LD_PRELOAD="$$(gcc -print-file-name=libasan.so)" \
+	$(TEST_ENV) PYTHONPATH=$(SANITIZED) PYTHONMALLOC=malloc LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
 	ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:abort_on_error=1:allocator_may_return_null=1 \
 	UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 MODELQ_SANITIZED=1 \
 	$(VENV)/bin/pytest -m "not slow and not leaks" $(ARGS)

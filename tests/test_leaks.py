@@ -21,6 +21,7 @@ def test_script(script):
     assert done.stdout == "no leak\n"
 
 
+@pytest.mark.leaks
 @pytest.mark.parametrize("one_round", ["kept.append(object())", "kept.append(core.Quantizer())"])
 def test_the_harness_sees_a_leak(run_python, one_round):
     code = f"import sys; sys.path.insert(0, 'isolated'); import modelq._core as core; from harness import check; kept = []\n" \
