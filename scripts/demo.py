@@ -25,7 +25,7 @@ from modelq.utils.dataset_utils import create_forward_loop, get_dataset_dataload
 from modelq.utils.texts import running_text
 
 SAMPLES, LENGTH, BATCH = 128, 512, 8
-WINDOWS = 32   # of LENGTH tokens, to measure the perplexity on
+WINDOWS = 16   # of LENGTH tokens, to measure the perplexity on
 
 
 def find_model() -> Path:
