@@ -37,7 +37,8 @@ def load(path_or_id: str | Path, compute: str = "auto", num_threads: int | None 
         raise ValueError(f"compute must be auto, bfloat16 or float32, got {compute!r}")
     if num_threads is not None:
         _core.set_threads(num_threads)
-    return Model(open_quantized(open_checkpoint(path_or_id)), compute)
+    checkpoint = open_checkpoint(path_or_id)
+    return Model(checkpoint if hasattr(checkpoint, "layers") else open_quantized(checkpoint), compute)
 
 
 class Model:

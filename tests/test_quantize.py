@@ -184,6 +184,25 @@ def test_kv_cache_quantizers(golden, kv, capsys):
             assert np.asarray(model.quantizers[name.removesuffix(".amax")].amax) == pytest.approx(value, rel=FLOAT32_AMAX)
 
 
+# Exports opened again ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("case", golden_data.cases("bfloat16", CONFIGS, ["llama", "qwen3"], ["model.safetensors"]))
+def test_a_golden_export_opens_with_its_input_quantizers(case):
+    from modelq.summary import summary_lines
+    model = modelq.load(case.folder, compute="bfloat16")
+    for name, value in case.amax.items():
+        if name.endswith("input_quantizer.amax"):
+            quantizer = model.quantizers[name.removesuffix(".amax")]
+            assert quantizer.enabled and float(quantizer.amax) == pytest.approx(float(value), rel=BFLOAT16_AMAX)
+    own = quantized(case.model, getattr(mtq, case.config), "bfloat16")
+    ids = case.model.calib[:4]
+    assert model.loss([ids]) == pytest.approx(own.loss([ids]), rel=5e-3)
+    assert np.array_equal(modelq.load(case.folder / "model.safetensors", compute="bfloat16")(ids).logits, model(ids).logits)
+    assert "14 of 1" in summary_lines(model)[-2]
+    with pytest.raises(ValueError, match="stored quantized already"):
+        mtq.quantize(model, mtq.FP8_DEFAULT_CFG, loop_over(ids))
+
+
 # Before, during, after -----------------------------------------------------------------------------------------------------
 
 def test_quantizing_twice_equals_once(llama):
