@@ -90,8 +90,10 @@ def run(args: argparse.Namespace) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """What an exception says, on one line. A KeyError's text is its argument; str() would quote it."""
+    """What an exception says, on one line: a KeyError without the quotes of str(), an OSError without its number."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        text = f"{os.fspath(error.filename)}: {error.strerror}"
     return " ".join(text.split()) or type(error).__name__
 
 
@@ -108,6 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(end.code or 0)
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
+        warnings.simplefilter("ignore", DeprecationWarning)   # advice for those who write code
         try:
             print(run(args), flush=True)
             return 0

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from argparse import Namespace
 from collections.abc import Iterator
@@ -29,11 +30,12 @@ class Report:
 
 def quantize(args: Namespace) -> Report:
     config = read_config(args.config) if args.config else preset(args.format)
-    check_output(args.out, args.overwrite)
     import modelq
+    from modelq.checkpoint.atomic import check_target
     from modelq.export import export_hf_checkpoint
     from modelq.quantization import quantize as quantize_model
     from modelq.utils.dataset_utils import create_forward_loop, get_dataset_dataloader
+    check_target(Path(os.path.realpath(args.out)), args.overwrite)   # before the work that would be in vain
     steps = Steps()
     with steps("load"):
         model = modelq.load(args.source, compute=args.compute, num_threads=args.threads)
@@ -78,14 +80,6 @@ def _integer_keys(value: Any) -> Any:
     if isinstance(value, dict):
         return {int(key) if isinstance(key, str) and re.fullmatch(r"-?\d+", key) else key: _integer_keys(v) for key, v in value.items()}
     return [_integer_keys(item) for item in value] if isinstance(value, list) else value
-
-
-def check_output(path: Path, overwrite: bool) -> None:
-    """Refuse at once what the export would refuse after all the work."""
-    if path.exists() and not path.is_dir():
-        raise FileExistsError(f"--out {path}: is a file")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise FileExistsError(f"--out {path}: exists and is not empty; --overwrite replaces it")
 
 
 def stored_bytes(path: Path) -> int:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -144,3 +145,176 @@ def test_color(monkeypatch, environment, terminal, expected):
     stream = io.StringIO()
     stream.isatty = lambda: terminal
     assert tables.wants_color(stream) is expected
+
+
+# With a model ----------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def calibration(tmp_path):
+    path = tmp_path / "calib.txt"
+    path.write_text("".join(chr(32 + (7 * i * i + 3 * i) % 90) for i in range(4000)))
+    return path
+
+
+QUICK = ["--samples", 4, "--seq-len", 64, "--batch-size", 2, "--compute", "float32"]
+
+
+@pytest.fixture(scope="module")
+def quantized(tiny_checkpoint, tmp_path_factory):
+    """An export of the tiny model, made on the command line, and what that printed as JSON."""
+    out = tmp_path_factory.mktemp("quantized") / "nvfp4"
+    code, text, err = run("quantize", tiny_checkpoint, "--out", out, "--json", *QUICK)
+    assert (code, err) == (0, "")   # quiet when piped
+    return out, json.loads(text)
+
+
+def test_quantize_reports_what_it_did(quantized, tiny_checkpoint):
+    out, report = quantized
+    assert [step["name"] for step in report["steps"]] == ["load", "calibrate", "export"]
+    assert all(step["seconds"] >= 0 and step["peak_bytes"] > 1 << 20 for step in report["steps"])
+    assert report["bytes_before"] == (tiny_checkpoint / "model.safetensors").stat().st_size
+    assert report["bytes_after"] == sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    assert report["samples"] == 4 and report["format"] == "nvfp4" and report["quantizers"] > 0
+    assert (out / "tokenizer.json").read_bytes() == (tiny_checkpoint / "tokenizer.json").read_bytes()
+
+
+def test_inspect_a_quantized_folder(capsys, quantized):
+    out, _ = quantized
+    data = json.loads(call(capsys, "inspect", out, "--json")[1])
+    rows = {row["name"]: row for row in data["tensors"]}
+    down = rows["model.layers.0.mlp.down_proj.weight"]
+    assert down["format"] == "NVFP4" and down["shape"] == [128, 256] and set(down["scales"]) == {"weight_scale", "weight_scale_2", "input_scale"}
+    assert down["bytes"] == 128 * 256 // 2 + 128 * 256 // 16 + 4 + 4
+    assert rows["lm_head.weight"]["format"] == "bfloat16"
+    text = call(capsys, "inspect", out)[1]
+    assert re.search(r"down_proj.weight +128x256 +NVFP4 +weight_scale float8_e4m3fn\[128, 16\], weight_scale_2=\d\S*, input_scale=\d\S* +4.5$",
+                     text, flags=re.M)
+
+
+def test_formats_of_every_preset_name(capsys, tiny_checkpoint, calibration, tmp_path):
+    for number, name in enumerate(["fp8", "FP8", "FP8_DEFAULT_CFG"]):
+        code, out, err = call(capsys, "quantize", tiny_checkpoint, "--format", name, "--calib", calibration, "--out", tmp_path / str(number), *QUICK)
+        assert code == 0, err
+    files = {(tmp_path / str(number) / "model.safetensors").read_bytes() for number in range(3)}
+    assert len(files) == 1
+
+
+@pytest.mark.parametrize("suffix, dump", [("yaml", None), ("json", json.dumps)])
+def test_a_config_file(capsys, tiny_checkpoint, calibration, tmp_path, suffix, dump):
+    import yaml
+    config = {"quant_cfg": {"*weight_quantizer": {"num_bits": [2, 1], "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": [4, 3]},
+                                                  "enable": True},
+                            "*input_quantizer": {"num_bits": [2, 1], "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": [4, 3]},
+                                                 "enable": True}, "*lm_head*": {"enable": False}, "*embed*": {"enable": False},
+                            "*output_quantizer": {"enable": False}, "*[kvq]_bmm_quantizer": {"enable": False}}, "algorithm": "max"}
+    path = tmp_path / f"config.{suffix}"
+    path.write_text(dump(config) if dump else yaml.safe_dump(config, sort_keys=False))   # the order of rules counts
+    code, out, err = call(capsys, "quantize", tiny_checkpoint, "--config", path, "--calib", calibration, "--out", tmp_path / "out", *QUICK)
+    assert code == 0, err
+    assert json.loads((tmp_path / "out" / "hf_quant_config.json").read_text())["quantization"]["quant_algo"] == "NVFP4"
+
+
+def test_an_output_folder_that_is_there(capsys, tiny_checkpoint, calibration, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("keep me")
+    arguments = ["quantize", tiny_checkpoint, "--calib", calibration, "--out", out, *QUICK]
+    code, _, err = call(capsys, *arguments)
+    assert code == 2
+    assert_one_line(err, str(out), "--overwrite")
+    assert (out / "mine.txt").read_text() == "keep me"
+    code, _, err = call(capsys, *arguments, "--overwrite")
+    assert code == 2
+    assert_one_line(err, str(out), "does not look like a checkpoint")
+    (out / "config.json").write_text("{}")
+    code, _, err = call(capsys, *arguments, "--overwrite")
+    assert code == 0, err
+    assert (out / "hf_quant_config.json").exists() and not (out / "mine.txt").exists()
+    assert call(capsys, "quantize", tiny_checkpoint, "--out", out / "config.json", "--overwrite", *QUICK)[0] == 2
+
+
+def test_a_refused_output_costs_no_work(capsys, monkeypatch, tmp_path):
+    (tmp_path / "there").write_text("")
+    monkeypatch.setattr(modelq, "load", lambda *args, **options: pytest.fail("loaded for nothing"), raising=False)
+    assert call(capsys, "quantize", "x", "--out", tmp_path)[0] == 2
+
+
+def test_eval_is_the_perplexity_of_the_windows(capsys, tiny_checkpoint, calibration):
+    import numpy as np
+
+    code, out, err = call(capsys, "eval", tiny_checkpoint, "--text", calibration, "--window", 100, "--max-windows", 3, "--compute", "float32", "--json")
+    assert code == 0, err
+    report = json.loads(out)
+    assert (report["windows"], report["window"], report["predicted_tokens"]) == (3, 100, 297)
+    model = modelq.load(tiny_checkpoint, compute="float32")
+    ids = np.array(model.tokenizer.encode(calibration.read_text(), add_special_tokens=False))[:300].reshape(3, 100)
+    logits = model(ids).logits.astype(np.float64)[:, :-1]
+    chance = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True)) - logits.max(-1, keepdims=True)
+    expected = np.exp(-np.take_along_axis(chance, ids[:, 1:, None], -1).mean())
+    assert report["perplexity"] == pytest.approx(expected, rel=1e-4)
+    assert f"perplexity {report['perplexity']:.4f}" in call(capsys, "eval", tiny_checkpoint, "--text", calibration, "--window", 100,
+                                                            "--max-windows", 3, "--compute", "float32")[1]
+
+
+def test_eval_of_an_export(capsys, quantized, calibration):
+    code, out, err = call(capsys, "eval", quantized[0], "--text", calibration, "--json")
+    assert code == 0, err
+    assert 1 < json.loads(out)["perplexity"] < 1e6
+
+
+def damaged(folder, target, **changes):
+    """A copy of a checkpoint with some of config.json changed."""
+    shutil.copytree(folder, target)
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**config, **changes}))
+    return target
+
+
+def test_bad_input_is_one_line(capsys, tiny_checkpoint, calibration, tmp_path):
+    def refused(source, *words, calib=calibration, more=()):
+        code, out, err = call(capsys, "quantize", source, "--calib", calib, "--out", tmp_path / "never", *QUICK, *more)
+        assert (code, out) == (2, "")
+        assert_one_line(err, *words)
+        assert not (tmp_path / "never").exists()
+
+    cut = damaged(tiny_checkpoint, tmp_path / "cut")
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:-1000])
+    refused(cut, "cut short", str(cut / "model.safetensors"))
+    refused(damaged(tiny_checkpoint, tmp_path / "strange", model_type="strange", architectures=["Strange"]), "strange")
+    missing = damaged(tiny_checkpoint, tmp_path / "missing")
+    (missing / "model.safetensors").unlink()
+    refused(missing, "model.safetensors")
+    (tmp_path / "empty.txt").write_text("")
+    refused(tiny_checkpoint, "no calibration data", calib=tmp_path / "empty.txt")
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    refused(tiny_checkpoint, "bad.jsonl, line 2", calib=tmp_path / "bad.jsonl")
+    (tmp_path / "bad.yaml").write_text("quant_cfg: [")
+    refused(tiny_checkpoint, "bad.yaml", more=["--config", tmp_path / "bad.yaml"])
+    (tmp_path / "nothing.yaml").write_text("quant_cfg: {'*': {enable: false}}\nalgorithm: max")
+    refused(tiny_checkpoint, "quantizes nothing", more=["--config", tmp_path / "nothing.yaml"])
+
+
+def test_not_a_number_in_the_weights_is_named(capsys, tiny_checkpoint, calibration, tmp_path):
+    folder = damaged(tiny_checkpoint, tmp_path / "nan")
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    header = 8 + int.from_bytes(data[:8], "little")
+    begin = json.loads(data[8:header])["model.layers.1.mlp.up_proj.weight"]["data_offsets"][0]
+    data[header + begin:header + begin + 2] = b"\xc0\x7f"
+    (folder / "model.safetensors").write_bytes(data)
+    code, _, err = call(capsys, "quantize", folder, "--calib", calibration, "--out", tmp_path / "never", *QUICK)
+    assert code == 2
+    assert_one_line(err, "model.layers.1.mlp.up_proj.weight", "NaN")
+    assert not (tmp_path / "never").exists()
+
+
+@pytest.mark.slow
+def test_control_c_in_the_middle(smollm2, tmp_path):
+    where = str(Path(modelq.__file__).parents[1])
+    process = subprocess.Popen([sys.executable, "-m", "modelq", "quantize", str(smollm2), "--out", str(tmp_path / "out")], cwd=tmp_path,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": where})
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(6)   # calibration takes longer on any machine
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err) == (130, "", "modelq: interrupted\n")
+    assert list(tmp_path.iterdir()) == []

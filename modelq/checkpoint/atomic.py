@@ -31,14 +31,14 @@ def atomic_directory(target: Path | str, overwrite: bool = False) -> Iterator[Pa
     """
     target = Path(os.path.realpath(target))
     _restore_or_remove_leftovers(target)
-    _check_target(target, overwrite)
+    check_target(target, overwrite)
     made = _make_parents(target.parent)
     try:
         partial, lock = _make_partial(target)
         try:
             yield partial
             sync_tree(partial)
-            _check_target(target, overwrite)
+            check_target(target, overwrite)
             _move_into_place(partial, target)
             _sync(target.parent)
         except BaseException:
@@ -69,7 +69,8 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
+def check_target(target: Path, overwrite: bool) -> None:
+    """FileExistsError if atomic_directory would not write to target. Callers with long work ahead ask first."""
     if not target.exists():
         return
     if not target.is_dir():

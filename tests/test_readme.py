@@ -1,0 +1,24 @@
+"""The README's Python example runs as it stands, given the folder that it names."""
+import re
+import shutil
+from pathlib import Path
+
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+
+
+def test_the_example_runs(tiny_checkpoint, tmp_path, monkeypatch, capsys):
+    code, = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    assert len([line for line in code.splitlines() if line]) == 10
+    shutil.copytree(tiny_checkpoint, tmp_path / "path" / "to" / "checkpoint")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out.splitlines()[-1] == "(1, 3, 256)"
+    assert (tmp_path / "checkpoint-nvfp4" / "hf_quant_config.json").exists()
+
+
+def test_the_commands_exist():
+    from modelq.cli import make_parser
+
+    parser = make_parser()
+    for line in re.findall(r"^    modelq (.+)$", README, flags=re.M):
+        assert parser.parse_args(line.split()).command == line.split()[0]
