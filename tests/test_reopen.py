@@ -164,6 +164,18 @@ def mixed_without_layers(config):
     config["quantization_config"]["quant_algo"] = "MIXED_PRECISION"
 
 
+def layers_of_another_type(config):
+    config["quantization_config"] |= {"quant_algo": "MIXED_PRECISION", "quantized_layers": ["model.layers.0"]}
+
+
+def algorithm_of_another_type(config):
+    config["quantization_config"]["quant_algo"] = ["FP8"]
+
+
+def no_size(config):
+    config["quantization_config"]["group_size"] = "16"
+
+
 def no_object(config):
     config["quantization_config"] = "fp8"
 
@@ -172,6 +184,9 @@ def no_object(config):
     (unknown_algorithm, r"'FP3_MAGIC', which modelq does not read; it reads FP8, .*NVFP4"),
     (other_method, r"config.json: the weights are quantized by 'gptq'.*reads: modelopt"),
     (mixed_without_layers, "MIXED_PRECISION without quantized_layers"),
+    (layers_of_another_type, "config.json: quantized_layers must map"),
+    (algorithm_of_another_type, "config.json: quant_algo must be a name"),
+    (no_size, "config.json: group_size must be a positive integer, found '16'"),
     (no_object, "config.json: the weights are quantized by 'fp8'"),
 ])
 def test_configs_that_are_not_understood_are_refused(tmp_path, edit, words):

@@ -42,20 +42,34 @@ def find_quantization(folder: Path, config: dict[str, Any]) -> dict[str, Any] | 
 
     config.json's own section wins, as it does for most engines. ValueError names the file if the dialect is not known.
     """
-    flat = config.get("quantization_config")
-    if flat is None:
-        if not (folder / NESTED_FILE).exists():
-            return None
+    flat, nested = config.get("quantization_config"), {}
+    file = folder / ("config.json" if flat is not None else NESTED_FILE)
+    if (folder / NESTED_FILE).exists():
         nested = read_json_object(folder / NESTED_FILE, "the quantization config").get("quantization")
         if not isinstance(nested, dict):
             raise ValueError(f"{folder / NESTED_FILE}: no \"quantization\" section; {AGAIN}")
-        return nested
+    elif flat is None:
+        return None
     method = flat.get("quant_method", "modelopt") if isinstance(flat, dict) else flat
-    if method != "modelopt":
-        raise ValueError(f"{folder / 'config.json'}: the weights are quantized by {method!r}, which modelq does not read "
+    if flat is not None and method != "modelopt":
+        raise ValueError(f"{file}: the weights are quantized by {method!r}, which modelq does not read "
                          f"(it reads: modelopt); load the unquantized model instead")
-    sizes = {group.get("weights", {}).get("group_size") for group in flat.get("config_groups", {}).values()}
-    return {"group_size": sizes.pop() if len(sizes) == 1 else None, **flat, "exclude_modules": flat.get("ignore", [])}
+    said = {"group_size": nested.get("group_size"), **(nested if flat is None else flat)}
+    return _checked(said, file)
+
+
+def _checked(said: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The config, if what will be read of it has the types that it should have."""
+    layers = said.get("quantized_layers") or {}
+    if not isinstance(layers, dict) or not all(isinstance(entry, dict) for entry in layers.values()):
+        raise ValueError(f"{file}: quantized_layers must map layers to objects; {AGAIN}")
+    for entry in (said, *layers.values()):
+        if not isinstance(entry.get("quant_algo"), (str, type(None))):
+            raise ValueError(f"{file}: quant_algo must be a name, found {entry['quant_algo']!r}; {AGAIN}")
+        size = entry.get("group_size")
+        if size is not None and (type(size) is not int or size <= 0):
+            raise ValueError(f"{file}: group_size must be a positive integer, found {size!r}; {AGAIN}")
+    return said
 
 
 def open_quantized(checkpoint: Checkpoint) -> Checkpoint:

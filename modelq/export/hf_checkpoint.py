@@ -19,7 +19,8 @@ def export_hf_checkpoint(model: Any, export_dir: str | os.PathLike[str] | None =
 
     model: what modelq.quantization.quantize returned. export_dir: the folder to make; it must not exist, or be empty, unless
     `overwrite`. dtype: of the tensors that stay unquantized (None: the config's). max_shard_size: bytes, or "10GB", "500MB".
-    dialect: "modelopt" (config.json and hf_quant_config.json in Model Optimizer's words).
+    dialect: "modelopt" (config.json and hf_quant_config.json in Model Optimizer's words: vLLM, SGLang and TensorRT-LLM read it;
+    transformers does not, and would load codes without their scales).
 
     The folder is complete or not there: it is written beside its place, synced and renamed. Memory stays at one tensor.
     ValueError before any byte is written: nothing is quantized, a layer was never calibrated, the dialect has no word for a
