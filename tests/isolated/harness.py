@@ -44,7 +44,7 @@ def measure(one_round, rounds: int) -> list[str]:
         one_round()
     blocks_after, live_after, memory_after, references_after = state()
     problems = [f"{live_after - live} allocations of the core"] * (live_after != live)
-    problems += [f"{blocks_after - blocks} Python blocks"] * (blocks_after - blocks >= rounds // 10)
+    problems += [f"{blocks_after - blocks} Python blocks"] * (blocks_after - blocks >= rounds // 2)   # one per round would be twice that
     problems += [f"references to types, {references} -> {references_after}"] * (references_after != references)
     problems += [f"{(memory_after - memory) >> 20} MiB resident"] * (memory_after - memory >= RESIDENT)
     return problems
