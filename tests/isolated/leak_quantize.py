@@ -13,8 +13,8 @@ def one_round():
         parts = core.quantize(weight, scheme)
         core.dequantize(parts, scheme)
         core.fake_quantize(weight, scheme)
-    for wrong in (lambda: core.quantize(weight, "nothing"), lambda: core.quantize(weight[:, :7], "nvfp4"), lambda: core.quantize("x", "fp8"),
-                  lambda: core.dequantize({}, "fp8"), lambda: core.amax(weight, block=-3), lambda: core.encode(weight, "fp9")):
+    for wrong in (lambda: core.quantize(weight, "nothing"), lambda: core.quantize(weight[:, :7], "nvfp4"),
+                  lambda: core.quantize("x", "fp8"), lambda: core.dequantize({}, "fp8"), lambda: core.amax(weight, block=-3), lambda: core.encode(weight, "fp9")):
         try:
             wrong()
         except (ValueError, TypeError, KeyError):
