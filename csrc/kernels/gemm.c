@@ -117,8 +117,8 @@ static void run_empty(const gemm_job *job)
     }
 }
 
-/* Measured for AMX, which is limited by what L3 delivers and by the traffic of sums between blocks of K: 128 x 256 beats
- * both smaller and larger tasks. With several threads there must be enough tasks to share. */
+/* Measured for AMX, which is limited by what L3 delivers and by the traffic of sums between blocks of K: 128 x 256
+ * beats both smaller and larger tasks. With several threads there must be enough tasks to share. */
 static void cut(gemm_job *job)
 {
     const mq_gemm_kernel *kernel = job->kernel;

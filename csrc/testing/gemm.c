@@ -107,8 +107,8 @@ done:
 
 PyDoc_STRVAR(force_kernel_doc,
 "force_kernel(bf16, name)\n--\n\n"
-"Compute products of this kind with the micro-kernel of this name; None: the best. Returns the name in use. ValueError\n"
-"if the kernel cannot run here, or does not serve the kind.");
+"Compute products of this kind with the micro-kernel of this name; None: the best. Returns the name in use.\n"
+"ValueError if the kernel cannot run here, or does not serve the kind.");
 
 static PyObject *force_kernel(PyObject *module, PyObject *args)
 {
