@@ -104,6 +104,16 @@ def test_strides_and_guards(testing, kernel):
         assert (c == expected).all()
 
 
+def test_unaligned(testing, kernel):
+    """Operands as they lie in a mapped file whose header has an odd length."""
+    rng = np.random.default_rng(9)
+    for dtype in (np.float32, BF16):
+        size = np.dtype(dtype).itemsize
+        a, w = (np.frombuffer(b"x" + matrix(rng, rows, 96, dtype).tobytes(), np.uint8)[1:].view(dtype).reshape(rows, 96) for rows in (32, 40))
+        assert a.ctypes.data % size and w.ctypes.data % size
+        check(testing, kernel[0], a, w)
+
+
 def test_empty(testing, kernel):
     bias = np.arange(5, dtype=np.float32)
     for m, n in [(0, 5), (4, 0)]:

@@ -139,7 +139,7 @@ static void cut(gemm_job *job)
 static int must_stage(const gemm_job *job)
 {
     const mq_gemm_args *args = job->args;
-    const int copies = job->how == MQ_COPY_F32 || job->how == MQ_COPY_BF16;
+    const int copies = job->how == MQ_COPY_BF16 || (job->how == MQ_COPY_F32 && (uintptr_t)args->a % sizeof(float) == 0);
     return !copies || args->b->k != job->depth * mq_gemm_unit_elements(job->kernel) ||
            args->m % job->kernel->row_multiple != 0;
 }

@@ -10,9 +10,9 @@
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,prefer-vector-width=512")
 
-MQ_INLINE void round_32(const float *src, uint16_t *dst)
+MQ_INLINE void round_32(const void *src, uint16_t *dst)
 {
-    __m512bh rounded = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(src + 16), _mm512_loadu_ps(src));
+    __m512bh rounded = _mm512_cvtne2ps_pbh(_mm512_loadu_ps((const char *)src + 64), _mm512_loadu_ps(src));
     _mm512_storeu_si512(dst, (__m512i)rounded);
 }
 
