@@ -34,6 +34,6 @@ def modules_of(checkpoint):
             layer = int(module.split(".")[2]) if ".layers." in module else -1
             kind = "embedding" if last == "embed_tokens" else "linear"
             yield dict(name=module, kind=kind, layer=layer, shape=info.shape, weight=name, bias=None, site=SITES.get(last, -1))
-    if "lm_head.weight" not in checkpoint.tensors:
+    if "lm_head.weight" not in checkpoint.tensors and "model.embed_tokens.weight" in checkpoint.tensors:
         shape = checkpoint.tensors["model.embed_tokens.weight"].shape
         yield dict(name="lm_head", kind="linear", layer=-1, shape=shape, weight="model.embed_tokens.weight", bias=None, site=-1)

@@ -322,3 +322,40 @@ def test_a_zero_amax_counts_as_the_largest_element(tmp_path):
     model.quantizers["model.layers.0.self_attn.o_proj.input_quantizer"].amax = np.float32(0)
     export_hf_checkpoint(model, tmp_path / "out")
     assert read_safetensors(tmp_path / "out")["model.layers.0.self_attn.o_proj.input_scale"] == np.float32(1)
+
+
+def test_memory_stays_at_one_tensor(tmp_path, run_python):
+    """24 weights of 8 MiB: the export's own peak stays far below what it reads or writes."""
+    grown = run_python(textwrap.dedent("""
+        import json, sys
+        from pathlib import Path
+        from types import SimpleNamespace
+        sys.path[:0] = sys.argv[2:]
+        import ml_dtypes, numpy as np
+        from export_stub import SETTINGS, modules_of
+        from modelq.checkpoint import TensorInfo, open_checkpoint
+        from modelq.checkpoint.writer import ShardedWriter
+        from modelq.export import export_hf_checkpoint
+
+        def peak():
+            return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024
+        folder = Path(sys.argv[1])
+        folder.mkdir()
+        plan = [TensorInfo(f"model.layers.{i}.mlp.down_proj.weight", "bfloat16", (2048, 2048), 0) for i in range(24)]
+        weight = np.random.default_rng(0).standard_normal((2048, 2048), np.float32).astype(ml_dtypes.bfloat16)
+        with ShardedWriter(folder, plan) as writer:
+            for info in plan:
+                writer.write(info.name, weight)
+        (folder / "config.json").write_text(json.dumps({"dtype": "bfloat16"}))
+        checkpoint = open_checkpoint(folder)
+        setting = dict(enabled=True, amax=np.float32(5), **SETTINGS["NVFP4_DEFAULT_CFG"]["weight"])
+        model = SimpleNamespace(checkpoint=checkpoint, config=checkpoint.config, float32_weights=False, modules=list(modules_of(checkpoint)))
+        model.quantizers = {f"{row['name']}.{side}_quantizer": SimpleNamespace(**setting)
+                            for row in model.modules for side in ("weight", "input")}
+        del weight
+        Path("/proc/self/clear_refs").write_text("5")     # the peak starts anew from what is held now
+        before = peak()
+        export_hf_checkpoint(model, folder.with_name("out"))
+        print(peak() - before)
+    """), args=[str(tmp_path / "source"), *sys.path])
+    assert float(grown) < 40, f"{grown} MiB for an export that reads 192 MiB and writes 54 MiB"
