@@ -7,6 +7,7 @@
 
 cases() lists what the folder holds (MODELQ_GOLDEN, else tests/data/golden), so a fuller folder means more tests.
 """
+import json
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -97,16 +98,24 @@ class Case:
         return f"{self.model.name}-{self.dtype}-{self.config}"
 
 
-def models(names=None) -> list:
-    """One pytest.param per model of the folder (of names, if given)."""
+def is_known(name: str) -> bool:
+    """Whether the runtime has this model's family: the set holds some that are for later."""
+    from modelq._core import archs
+
+    kind = json.loads((ROOT / name / "source" / "config.json").read_text())["model_type"]
+    return any(kind in family["model_types"] for family in archs())
+
+
+def models(names=None, any_family=False) -> list:
+    """One pytest.param per model of the folder, of names, if given; of the families that the runtime has, unless any_family."""
     found = sorted(path.parent.name for path in ROOT.glob("*/source"))
-    return [pytest.param(Model(name), id=name) for name in found if names is None or name in names]
+    return [pytest.param(Model(name), id=name) for name in found if (names is None or name in names) and (any_family or is_known(name))]
 
 
-def cases(dtype=None, configs=None, names=None, needs=()) -> list:
-    """One pytest.param per <model>/<dtype>/<config> that is there, has the files in needs, and is asked for."""
+def cases(dtype=None, configs=None, names=None, needs=(), any_family=False) -> list:
+    """One pytest.param per <model>/<dtype>/<config> that is there, has the files in needs, and is asked for (see models)."""
     out = []
-    for model in models(names):
+    for model in models(names, any_family):
         for folder in sorted(model.values[0].folder.glob("*[0-9]/*/")):   # float32/, bfloat16/
             case = Case(model.values[0], folder.parent.name, folder.name)
             wanted = (dtype is None or case.dtype == dtype) and (configs is None or case.config in configs)

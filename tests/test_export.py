@@ -46,7 +46,7 @@ def linears_of(case) -> list[str]:
     return names + ["lm_head"] * ("lm_head" not in names)
 
 
-@pytest.mark.parametrize("case", cases(dtype="bfloat16", needs=["hf_quant_config.json", "config.json"]))
+@pytest.mark.parametrize("case", cases(dtype="bfloat16", needs=["hf_quant_config.json", "config.json"], any_family=True))
 def test_config_files_equal_golden_ones(case):
     text = (case.folder / "hf_quant_config.json").read_text()
     golden = json.loads(text)
