@@ -20,6 +20,10 @@ LONG_FUNCTIONS: dict[str, str] = {}     # name: why it is one loop of arithmetic
 HEAVY = {"torch", "transformers", "datasets", "matplotlib", "huggingface_hub", "pandas", "scipy", "pyarrow", "ml_dtypes", "gguf",
          "tokenizers", "tqdm", "yaml", "rich", "jinja2"}
 
+# What a part of modelq/ may import when it is imported itself: its own kind and those before it. Files not named are "model".
+PYTHON_LAYERS = [{"_core", "_version", "algorithms", "attributes", "config", "measure", "presets", "progress", "rules", "tables", "utils"},
+                 {"checkpoint"}, {"model"}, {"quantization", "export"}, {"commands", "cli", "__main__", "__init__"}]
+
 C_FILES = sorted(path for suffix in ("c", "h", "inc", "def") for path in (ROOT / "csrc").rglob(f"*.{suffix}"))
 PYTHON_FILES = sorted((ROOT / "modelq").rglob("*.py"))
 
@@ -144,6 +148,21 @@ def test_python_file(path):
     assert not heavy, f"imported when the module is: {heavy}"
 
 
+def python_layer(part: str) -> int:
+    named = [layer for layer, parts in enumerate(PYTHON_LAYERS) if part in parts]
+    return named[0] if named else 2
+
+
+@pytest.mark.parametrize("path", PYTHON_FILES, ids=name)
+def test_python_imports_point_down(path):
+    part = path.relative_to(ROOT / "modelq").with_suffix("").parts[0]
+    for imported in module_level_imports(ast.parse(path.read_text())):
+        if imported.startswith("modelq."):
+            other = imported.split(".")[1]
+            assert python_layer(other) <= python_layer(part), f"{part} may not import {other}"
+            assert part != "utils" or other in ("utils", "_core"), "data knows nothing of models"
+
+
 def module_level_imports(tree: ast.Module) -> list[str]:
     """What is imported when the module is: also inside if and try, but not inside a function, nor for type checking only."""
     found, queue = [], list(tree.body)
@@ -152,7 +171,7 @@ def module_level_imports(tree: ast.Module) -> list[str]:
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            found.append(node.module or "")
+            found += [f"modelq.{alias.name}" for alias in node.names] if node.module == "modelq" else [node.module or ""]
         elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             queue += node.orelse
         elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
