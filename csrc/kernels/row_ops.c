@@ -13,6 +13,13 @@
 /* A fixed number of partial sums, so that a reduction's bits do not depend on the vector length. */
 enum { LANES = 16 };
 
+/* Half of the partial sums as one value, as gcc 12 does not keep an array of them in registers (a norm took twice as
+ * long), and splits wider values badly for AVX2. */
+enum { HALF = LANES / 2 };
+typedef float f32_lanes __attribute__((vector_size(32), aligned(4), may_alias));
+typedef uint32_t u32_lanes __attribute__((vector_size(32), aligned(4), may_alias));
+typedef uint16_t u16_lanes __attribute__((vector_size(16), aligned(2), may_alias));
+
 MQ_INLINE uint32_t bits_of(float x)
 {
     uint32_t bits;
@@ -39,6 +46,13 @@ MQ_INLINE uint16_t float_to_bf16(float x)
     uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
     uint32_t chosen = (bits & 0x7fffffffu) > 0x7f800000u ? bits | 0x400000u : rounded;
     return (uint16_t)(chosen >> 16);
+}
+
+/* The same for results of arithmetic on bfloat16 values: their NaNs have no low bits that could carry into the sign. */
+MQ_INLINE uint32_t round_to_bf16(float x)
+{
+    uint32_t bits = bits_of(x);
+    return bits + 0x7fffu + ((bits >> 16) & 1u);
 }
 
 #define TYPED_KERNEL(name, type) NAME_OF(name##_##type, ISA)
