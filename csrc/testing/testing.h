@@ -9,5 +9,6 @@
 #include "py/ndarray.h"
 
 extern const mq_py_part mq_testing_gemm;
+extern const mq_py_part mq_testing_ops;
 
 #endif

@@ -1,0 +1,141 @@
+/* The operations of the runtime on arrays, and the row operations of each ISA's table. */
+#include "testing/testing.h"
+
+#include <string.h>
+
+#include "kernels/row_ops.h"
+#include "model/ops.h"
+
+enum { MOST = 4 };
+
+/* Arrays that an operation reads or writes in place. */
+typedef struct operands {
+    mq_tensor view[MOST];
+    PyObject *keep[MOST];
+    int count;
+} operands;
+
+static void release(operands *set)
+{
+    for (int i = 0; i < set->count; i++) Py_XDECREF(set->keep[i]);
+}
+
+static int take(operands *set, mq_state *state, PyObject *object)
+{
+    if (mq_view_object(state, object, "operand", &set->view[set->count], &set->keep[set->count]) < 0) return -1;
+    set->count++;
+    if (mq_tensor_is_contiguous(&set->view[set->count - 1])) return 0;
+    PyErr_SetString(PyExc_ValueError, "operands must be contiguous");
+    return -1;
+}
+
+static int take_all(operands *set, mq_state *state, PyObject *tuple)
+{
+    *set = (operands){.count = 0};
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tuple) && i < MOST; i++)
+        if (take(set, state, PyTuple_GET_ITEM(tuple, i)) < 0) return -1;
+    return 0;
+}
+
+static mq_row_sizes sizes_of(const mq_tensor *x)
+{
+    return (mq_row_sizes){.rows = x->shape[0], .width = mq_tensor_count(x) / x->shape[0], .dtype = x->dtype};
+}
+
+static int apply(const char *name, operands *set, double number, mq_error *err)
+{
+    mq_tensor *x = &set->view[0];
+    mq_row_sizes sizes = sizes_of(x);
+    if (strcmp(name, "rmsnorm") == 0) {
+        mq_rmsnorm_forward(x->data, set->view[1].data, set->view[2].data, number, &sizes);
+    } else if (strcmp(name, "swiglu") == 0) {
+        mq_swiglu_forward(x->data, set->view[1].data, &sizes);
+    } else if (strcmp(name, "add") == 0) {
+        mq_add_forward(x->data, set->view[1].data, &sizes);
+    } else if (strcmp(name, "embed") == 0) {
+        mq_embed_forward(x->data, set->view[1].data, &set->view[2], &sizes);
+    } else {
+        return mq_fail(err, MQ_ERR_VALUE, "no operation %s", name);
+    }
+    return MQ_OK;
+}
+
+PyDoc_STRVAR(apply_op_doc,
+"apply_op(name, operands, number=0.0)\n--\n\n"
+"rmsnorm(out, in, weight; eps), swiglu(gate, up), add(x, y) or embed(out, ids, weight): the first operand is written.");
+
+static PyObject *apply_op(PyObject *module, PyObject *args)
+{
+    const char *name;
+    PyObject *tuple, *result = NULL;
+    double number = 0.0;
+    operands set;
+    mq_error err;
+    if (!PyArg_ParseTuple(args, "sO!|d:apply_op", &name, &PyTuple_Type, &tuple, &number)) return NULL;
+    if (take_all(&set, mq_state_of(module), tuple) == 0)
+        result = apply(name, &set, number, &err) == MQ_OK ? Py_NewRef(Py_None) : mq_raise(&err);
+    release(&set);
+    return result;
+}
+
+PyDoc_STRVAR(apply_rope_doc,
+"apply_rope(x, theta, kind, numbers)\n--\n\n"
+"Rotates x [T, heads, D] in place, positions from 0. kind: 0 default, 1 linear, 2 llama3; numbers: (factor, low, high,\n"
+"original positions).");
+
+static PyObject *apply_rope(PyObject *module, PyObject *args)
+{
+    PyObject *tuple;
+    mq_config config = {.partial_rotary_factor = 1.0};
+    mq_rope_table table = {0};
+    operands set;
+    mq_error err;
+    if (!PyArg_ParseTuple(args, "O!di(dddL):apply_rope", &PyTuple_Type, &tuple, &config.rope_theta, &config.rope_type,
+                          &config.rope_factor, &config.rope_low_freq_factor, &config.rope_high_freq_factor,
+                          &config.rope_original_max_position_embeddings))
+        return NULL;
+    PyObject *result = NULL;
+    if (take_all(&set, mq_state_of(module), tuple) < 0) goto done;
+    const mq_tensor *x = &set.view[0];
+    mq_rope_sizes sizes = {.tokens = x->shape[0], .heads = x->shape[1], .head_dim = x->shape[2], .dtype = x->dtype};
+    config.head_dim = sizes.head_dim;
+    if (mq_rope_table_init(&table, &config, sizes.tokens, &err) == MQ_OK) {
+        mq_rope_forward(x->data, &table, &sizes);
+        result = Py_NewRef(Py_None);
+    } else {
+        mq_raise(&err);
+    }
+    mq_rope_table_free(&table);
+done:
+    release(&set);
+    return result;
+}
+
+PyDoc_STRVAR(row_amax_doc,
+"row_amax(x, isa)\n--\n\n"
+"The bits of the largest magnitude in x, by the table of one ISA (0 c, 1 avx2, 2 avx512); None if it cannot run here.");
+
+static PyObject *row_amax(PyObject *module, PyObject *args)
+{
+    PyObject *object, *result = NULL;
+    int isa;
+    operands set = {.count = 0};
+    if (!PyArg_ParseTuple(args, "Oi:row_amax", &object, &isa)) return NULL;
+    if (isa < 0 || isa >= MQ_ISA_COUNT || !mq_isa_supported((mq_isa)isa)) Py_RETURN_NONE;
+    if (take(&set, mq_state_of(module), object) == 0) {
+        const mq_row_ops *table = mq_row_ops_table_of((mq_isa)isa);
+        const mq_typed_row_ops *ops = set.view[0].dtype == MQ_BF16 ? &table->bf16 : &table->f32;
+        result = PyLong_FromUnsignedLong(ops->amax(set.view[0].data, mq_tensor_count(&set.view[0])));
+    }
+    release(&set);
+    return result;
+}
+
+static PyMethodDef methods[] = {
+    {"apply_op", apply_op, METH_VARARGS, apply_op_doc},
+    {"apply_rope", apply_rope, METH_VARARGS, apply_rope_doc},
+    {"row_amax", row_amax, METH_VARARGS, row_amax_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+const mq_py_part mq_testing_ops = {.methods = methods};
