@@ -31,6 +31,9 @@ typedef struct mq_tensor_map {
 int mq_tensor_map_init(mq_tensor_map *map, mq_state *state, PyObject *dict);  /* 0, or -1 with an exception set */
 void mq_tensor_map_free(mq_tensor_map *map);
 
+/* object != 0 as a NumPy array, for masks of whatever kind of numbers. NULL with an exception set on failure. */
+PyObject *mq_as_booleans(PyObject *object);
+
 /* Takes a layer (-1: the points outside the layers) for a computation: its quantizers cannot change until it is left.
  * RuntimeError if another thread has it. */
 int mq_layer_enter(RuntimeObject *runtime, int64_t layer);

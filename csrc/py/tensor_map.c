@@ -49,6 +49,14 @@ void mq_tensor_map_free(mq_tensor_map *map)
     *map = (mq_tensor_map){0};
 }
 
+PyObject *mq_as_booleans(PyObject *object)
+{
+    PyObject *numpy = PyImport_ImportModule("numpy");
+    PyObject *array = numpy ? PyObject_CallMethod(numpy, "not_equal", "Oi", object, 0) : NULL;
+    Py_XDECREF(numpy);
+    return array;
+}
+
 int mq_enter(_Atomic int *busy, const char *what)
 {
     int expected = 0;

@@ -79,7 +79,7 @@ static int view_mask(mq_state *state, PyObject *mask, int64_t rows, mq_tensor *v
 {
     mq_tensor given;
     if (mask == NULL || mask == Py_None) return 0;
-    PyObject *converted = PyObject_CallMethod(mask, "astype", "s", "bool");
+    PyObject *converted = mq_as_booleans(mask);
     if (converted == NULL) return -1;
     int rc = mq_view_contiguous(state, converted, "mask", &given, keep);
     Py_DECREF(converted);

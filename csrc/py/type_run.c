@@ -45,21 +45,12 @@ static int view_ids(mq_state *state, PyObject *object, Py_ssize_t index, mq_batc
     return 0;
 }
 
-/* An array of 0 and 1 from whatever kind of numbers; NULL with an exception set on failure. */
-static PyObject *as_booleans(PyObject *object)
-{
-    PyObject *numpy = PyImport_ImportModule("numpy");
-    PyObject *array = numpy ? PyObject_CallMethod(numpy, "not_equal", "Oi", object, 0) : NULL;
-    Py_XDECREF(numpy);
-    return array;
-}
-
 static int view_mask(mq_state *state, PyObject *object, Py_ssize_t index, mq_batch_input *out, PyObject **keep)
 {
     char name[48], text[96];
     mq_tensor view;
     PyOS_snprintf(name, sizeof name, "masks[%d]", (int)index);
-    PyObject *booleans = as_booleans(object);
+    PyObject *booleans = mq_as_booleans(object);
     if (booleans == NULL) return -1;
     int rc = mq_view_contiguous(state, booleans, name, &view, keep);
     Py_DECREF(booleans);
