@@ -80,8 +80,8 @@ static PyObject *apply_op(PyObject *module, PyObject *args)
 
 PyDoc_STRVAR(apply_rope_doc,
 "apply_rope(x, theta, kind, numbers)\n--\n\n"
-"Rotates x [T, heads, D] in place, positions from 0. kind: 0 default, 1 linear, 2 llama3; numbers: (factor, low, high,\n"
-"original positions).");
+"Rotates x [T, heads, D] in place, positions from 0. kind: 0 default, 1 linear, 2 llama3; numbers: (factor,\n"
+"low, high, original positions).");
 
 static PyObject *apply_rope(PyObject *module, PyObject *args)
 {
