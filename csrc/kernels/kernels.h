@@ -11,6 +11,11 @@
 
 enum { MQ_FLOAT_DTYPES = 3 };
 
+/* Tables that a kernel makes once for all rows of a matrix; what is inside is the kernel's own business. */
+typedef struct mq_tables {
+    _Alignas(32) unsigned char bytes[6144];
+} mq_tables;
+
 /* One row to quantize, fake-quantize or dequantize.
  * block divides the row into scale groups; the last may be short. If codes are packed along the row, block must be a multiple
  * of 8 or at least n. */
@@ -22,6 +27,7 @@ typedef struct mq_row {
     void *y;              /* dequantize, fake_quantize: [n] */
     const float *amax;    /* [blocks], or NULL: of the blocks of x */
     float second;         /* the tensor's scale, of two-level schemes */
+    const mq_tables *tables; /* NULL, or made by prepare[scheme] for rows like this one: same dtype, block, amax, second */
     uint8_t *codes;       /* packed if the scheme packs along rows, else a byte each */
     void *scales;         /* [blocks] float, or uint8 codes; quantize writes them unless NULL, dequantize reads them */
 } mq_row;
@@ -35,6 +41,7 @@ typedef struct mq_scaled {
     float multiplier;
     float back;           /* FP8: multiplies the decoded value. Integers: divides it */
     float low, high;      /* integers only */
+    const mq_tables *tables; /* NULL, or made by prepare_scaled_fp8 for the same dtype, multiplier and back */
 } mq_scaled;
 
 typedef struct mq_kernels {
@@ -50,6 +57,8 @@ typedef struct mq_kernels {
     void (*quantize[MQ_SCHEME_COUNT])(const mq_row *row);
     void (*fake_quantize[MQ_SCHEME_COUNT])(const mq_row *row); /* y = dequantize(quantize(x)) */
     void (*dequantize[MQ_SCHEME_COUNT])(const mq_row *row);    /* element * (scale * second), rounded to dtype */
+    void (*prepare[MQ_SCHEME_COUNT])(const mq_row *row, mq_tables *tables); /* NULL where nothing is to be gained */
+    void (*prepare_scaled_fp8)(const mq_scaled *args, mq_tables *tables);   /* may be NULL */
     void (*scaled_fp8)(const mq_scaled *args);
     void (*scaled_int)(const mq_scaled *args);
 } mq_kernels;

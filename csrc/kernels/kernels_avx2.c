@@ -1,5 +1,7 @@
 /* The kernels for AVX2 with FMA. */
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #include "format/format.h"
 
 #pragma GCC push_options
@@ -7,11 +9,17 @@
 
 #define MQ_KERNELS_ISA MQ_ISA_AVX2
 #include "kernels/kernels.inc"
+#include "kernels/kernels_bf16.inc"
 
+/* Later entries override the generic ones. */
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Woverride-init"
 const mq_kernels mq_kernels_avx2 = {
     MQ_KERNELS_GENERIC,
 #include "kernels/kernels_lists.inc"
+    MQ_KERNELS_BF16,
 };
+#pragma GCC diagnostic pop
 
 #pragma GCC pop_options
 #else

@@ -21,6 +21,8 @@ typedef struct matrix_job {
     int64_t rows, cols;
     const float *amax;       /* one per block, or NULL: each row finds its own */
     float second;
+    mq_tables tables;
+    int has_tables;
     mq_row_buffers buffers;  /* 0: a contiguous row, 1 and 2: codes of a pair of rows */
     _Atomic int64_t bad_row; /* the first row that holds NaN or infinity */
 } matrix_job;
@@ -117,6 +119,7 @@ static mq_row row_at(const matrix_job *job, int64_t r, int worker)
     const int64_t block_row = r / job->grid.block_rows;
     mq_row row = {.scheme = job->scheme, .n = job->cols, .block = job->grid.block_cols, .second = job->second};
     if (job->amax != NULL) row.amax = job->amax + block_row * job->grid.cols;
+    if (job->has_tables) row.tables = &job->tables;
     if (job->out != NULL) {
         row.dtype = job->out->dtype;
         row.y = (char *)job->out->data + r * job->cols * (int64_t)mq_dtype_size(job->out->dtype);
@@ -144,6 +147,17 @@ static void quantize_one(matrix_job *job, int64_t r, int worker)
     }
     if (r % job->grid.block_rows != 0) row.scales = NULL;
     (job->out != NULL ? job->kernels->fake_quantize : job->kernels->quantize)[job->id](&row);
+}
+
+/* Tables that serve every row: there are none if rows have an amax each. */
+static void prepare_tables(matrix_job *job)
+{
+    mq_row row = row_at(job, 0, 0);
+    row.dtype = job->weight->dtype;
+    if (job->kernels->prepare[job->id] == NULL || job->scheme->block_rows > 1) return;
+    if (row.amax != NULL && job->scheme->block_rows != 0) return;
+    job->kernels->prepare[job->id](&row, &job->tables);
+    job->has_tables = 1;
 }
 
 static void quantize_rows(void *arg, int64_t begin, int64_t end, int worker)
@@ -232,6 +246,7 @@ static int run_rows(matrix_job *job, const mq_block_job *given, mq_error *err)
     int rc = mq_row_buffers_init(&job->buffers, nbytes, 3, err);
     if (rc != MQ_OK) return rc;
     if (job->weight != NULL) rc = find_amax(job, given, &owned, err);
+    if (job->weight != NULL && rc == MQ_OK) prepare_tables(job);
     if (rc == MQ_OK)
         mq_parallel_for(pairs ? job->rows / 2 : job->rows, mq_rows_per_chunk(pairs ? 2 * job->cols : job->cols),
                         job->weight != NULL ? quantize_rows : dequantize_rows, job);

@@ -81,42 +81,44 @@ int mq_quantizer_ready(const mq_quantizer *quantizer, int64_t rows, int64_t cols
 
 /* ---- apply ---- */
 
-static void scaled_by_amax(const mq_quant_spec *spec, const mq_kernels *kernels, mq_scaled *args, float amax)
+/* The reference's formulas: _fp8_eager (two roundings, as torch's scalar / tensor), and its integer fake quantization. FP8
+ * without an amax is a plain cast to the element and back. */
+static mq_scaled scaled_args(const mq_quant_spec *spec, mq_dtype dtype, const float *amax)
 {
-    if (spec->kind == MQ_KIND_FLOAT) { /* reference _fp8_eager: two roundings, as torch's scalar / tensor */
-        args->multiplier = (1.0f / (amax <= tiny_amax ? 1.0f : amax)) * 448.0f;
-        args->back = 1.0f / args->multiplier;
-        kernels->scaled_fp8(args);
-        return;
+    mq_scaled args = {.dtype = dtype, .multiplier = 1.0f, .back = 1.0f};
+    const int tiny = amax == NULL || *amax <= tiny_amax;
+    if (spec->kind == MQ_KIND_FLOAT) {
+        if (amax != NULL) args.multiplier = (1.0f / (tiny ? 1.0f : *amax)) * 448.0f;
+        args.back = 1.0f / args.multiplier;
+        return args;
     }
     const float bound = (float)((1 << (spec->bits - 1 + (spec->is_unsigned != 0))) - 1);
-    args->high = bound;
-    args->low = spec->is_unsigned ? 0.0f : spec->narrow_range ? -bound : -bound - 1.0f;
-    args->multiplier = amax <= tiny_amax ? 0.0f : bound / amax;
-    args->back = amax <= tiny_amax ? 1.0f : args->multiplier;
-    kernels->scaled_int(args);
+    args.high = bound;
+    args.low = spec->is_unsigned ? 0.0f : spec->narrow_range ? -bound : -bound - 1.0f;
+    args.multiplier = tiny ? 0.0f : bound / *amax;
+    args.back = tiny ? 1.0f : args.multiplier;
+    return args;
 }
 
-/* A plain cast to the element and back: FP8 without an amax. */
-static void cast_only(const mq_kernels *kernels, mq_scaled *args)
+static void apply_scaled(const mq_quant_spec *spec, const mq_kernels *kernels, const mq_scaled *args)
 {
-    args->multiplier = args->back = 1.0f;
-    kernels->scaled_fp8(args);
+    (spec->kind == MQ_KIND_FLOAT ? kernels->scaled_fp8 : kernels->scaled_int)(args);
 }
 
-static void apply_scaled_row(const mq_quantizer *quantizer, const mq_kernels *kernels, const mq_quant_rows *m, int64_t r, char *y)
+static void apply_scaled_row(const mq_quantizer *quantizer, const mq_kernels *kernels, const mq_quant_rows *m, int64_t r)
 {
     const mq_quant_spec *spec = &quantizer->spec;
     const mq_grid grid = mq_grid_make(m->rows, m->cols, spec->block_rows, spec->block_cols);
     const int64_t size = (int64_t)mq_dtype_size(m->dtype);
+    char *y = (char *)m->y + r * m->ldy * size;
     const float *amax = quantizer->amax != NULL ? quantizer->amax + r / grid.block_rows * grid.cols : NULL;
     for (int64_t block = 0; block < grid.cols; block++) {
         const int64_t begin = block * grid.block_cols, n = MQ_MIN(grid.block_cols, m->cols - begin);
-        void *at = y + begin * size;
-        mq_scaled args = {.dtype = m->dtype, .n = n, .x = at, .y = at};
-        if (spec->dynamic) scaled_by_amax(spec, kernels, &args, kernels->amax[m->dtype](at, n));
-        else if (amax != NULL) scaled_by_amax(spec, kernels, &args, amax[block]);
-        else cast_only(kernels, &args);
+        const float found = spec->dynamic ? kernels->amax[m->dtype](y + begin * size, n) : 0.0f;
+        mq_scaled args = scaled_args(spec, m->dtype, spec->dynamic ? &found : amax != NULL ? &amax[block] : NULL);
+        args.n = n;
+        args.x = args.y = y + begin * size;
+        apply_scaled(spec, kernels, &args);
     }
 }
 
@@ -138,26 +140,67 @@ static void prepare_row(const mq_quantizer *quantizer, const mq_kernels *kernels
     }
 }
 
-void mq_quantizer_apply(const mq_quantizer *quantizer, const mq_quant_rows *m)
+/* Whether one scale serves the whole matrix: then tables are worth making, and rows need no copy first. */
+static int has_one_scale(const mq_quant_spec *spec)
+{
+    return spec->scale == MQ_FMT_FP32 && spec->block_rows == 0 && spec->block_cols == 0 && !spec->dynamic;
+}
+
+/* Below so many elements, tables cost more than they save. */
+enum { TABLES_PAY = 4096 };
+
+static void apply_one_scale(const mq_quantizer *quantizer, const mq_kernels *kernels, const mq_quant_rows *m)
+{
+    mq_tables tables;
+    mq_scaled args = scaled_args(&quantizer->spec, m->dtype, quantizer->amax);
+    const int64_t size = (int64_t)mq_dtype_size(m->dtype);
+    const int fp8 = quantizer->spec.kind == MQ_KIND_FLOAT;
+    args.n = m->cols;
+    if (fp8 && kernels->prepare_scaled_fp8 != NULL && m->rows * m->cols >= TABLES_PAY) {
+        kernels->prepare_scaled_fp8(&args, &tables);
+        args.tables = &tables;
+    }
+    for (int64_t r = 0; r < m->rows; r++) {
+        args.x = (const char *)m->x + r * m->ldx * size;
+        args.y = (char *)m->y + r * m->ldy * size;
+        apply_scaled(&quantizer->spec, kernels, &args);
+    }
+}
+
+static void apply_scheme(const mq_quantizer *quantizer, const mq_kernels *kernels, const mq_quant_rows *m)
+{
+    const mq_scheme id = (mq_scheme)quantizer->spec.scheme;
+    const int64_t size = (int64_t)mq_dtype_size(m->dtype);
+    mq_tables tables;
+    mq_row row = {.scheme = mq_scheme_get(id), .dtype = m->dtype, .n = m->cols, .block = quantizer->spec.block_cols};
+    row.second = quantizer->amax != NULL ? mq_scale_second(row.scheme, quantizer->amax[0]) : 1.0f;
+    if (kernels->prepare[id] != NULL && m->rows * m->cols >= TABLES_PAY) {
+        kernels->prepare[id](&row, &tables);
+        row.tables = &tables;
+    }
+    for (int64_t r = 0; r < m->rows; r++) {
+        row.x = (const char *)m->x + r * m->ldx * size;
+        row.y = (char *)m->y + r * m->ldy * size;
+        kernels->fake_quantize[id](&row);
+    }
+}
+
+void mq_quantizer_apply(const mq_quantizer *quantizer, const mq_quant_rows *given)
 {
     const mq_quant_spec *spec = &quantizer->spec;
     const mq_kernels *kernels = mq_kernels_get();
-    const int64_t size = (int64_t)mq_dtype_size(m->dtype);
-    const int by_scheme = spec->scale != MQ_FMT_FP32;
-    mq_row row = {.dtype = m->dtype, .n = m->cols, .block = spec->block_cols, .second = 1.0f};
-    if (by_scheme) row.scheme = mq_scheme_get((mq_scheme)spec->scheme);
-    if (by_scheme && quantizer->amax != NULL) row.second = mq_scale_second(row.scheme, quantizer->amax[0]);
-    for (int64_t r = 0; r < m->rows; r++) {
-        const char *x = (const char *)m->x + r * m->ldx * size;
-        char *y = (char *)m->y + r * m->ldy * size;
-        if (!quantizer->enabled || !by_scheme || quantizer->pre_scale != NULL) {
-            prepare_row(quantizer, kernels, m, x, y);
-            x = y;
-        }
-        if (!quantizer->enabled) continue;
-        row.x = x;
-        row.y = y;
-        if (by_scheme) kernels->fake_quantize[spec->scheme](&row);
-        else apply_scaled_row(quantizer, kernels, m, r, y);
+    const int64_t size = (int64_t)mq_dtype_size(given->dtype);
+    const int straight = spec->scale != MQ_FMT_FP32 || has_one_scale(spec);
+    mq_quant_rows m = *given;
+    if (!quantizer->enabled || !straight || quantizer->pre_scale != NULL) {
+        for (int64_t r = 0; r < m.rows; r++)
+            prepare_row(quantizer, kernels, &m, (const char *)m.x + r * m.ldx * size, (char *)m.y + r * m.ldy * size);
+        m.x = m.y;
+        m.ldx = m.ldy;
     }
+    if (!quantizer->enabled) return;
+    if (spec->scale != MQ_FMT_FP32) apply_scheme(quantizer, kernels, &m);
+    else if (has_one_scale(spec)) apply_one_scale(quantizer, kernels, &m);
+    else
+        for (int64_t r = 0; r < m.rows; r++) apply_scaled_row(quantizer, kernels, &m, r);
 }
