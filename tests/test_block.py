@@ -246,6 +246,30 @@ def test_zero_and_denormal_tensors(scheme, dtype):
     assert np.isfinite(core.fake_quantize(tiny, scheme).astype(np.float32)).all()
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_out(scheme):
+    """Results go into given memory, and nothing else does for it."""
+    w = weight(16, 256, seed=15)
+    wanted, fake = core.quantize(w, scheme), core.fake_quantize(w, scheme)
+    out = {role: np.zeros_like(part) for role, part in wanted.items()}
+    got = core.quantize(w, scheme, out=out)
+    assert_parts(got, wanted)
+    assert all(got[role] is out[role] for role in out)
+    values = np.zeros_like(w)
+    assert core.fake_quantize(w, scheme, out=values) is values
+    assert_same(values, fake)
+    assert_same(core.dequantize(wanted, scheme, dtype="bfloat16", out=np.zeros_like(w)), fake)
+    assert_same(core.fake_quantize(values := w.copy(), scheme, out=values), fake)
+    readonly = np.zeros_like(w)
+    readonly.flags.writeable = False
+    for bad in (np.zeros((16, 255), w.dtype), np.zeros(w.shape, np.float32), np.zeros((16, 512), w.dtype)[:, ::2], readonly,
+                [[0.0] * 256] * 16):
+        with pytest.raises(ValueError, match=r"out.*\[16, 256\] bfloat16"):
+            core.fake_quantize(w, scheme, out=bad)
+    with pytest.raises(KeyError):
+        core.quantize(w, scheme, out={})
+
+
 # ---- given amax ----
 
 def test_given_amax():

@@ -1,6 +1,7 @@
 /* amax, quantize, dequantize and fake_quantize on arrays. */
 #include "py/convert.h"
 #include "py/ndarray.h"
+#include "py/outputs.h"
 
 #include "format/pack.h"
 #include "quant/block.h"
@@ -141,6 +142,7 @@ done:
 typedef struct quantize_args {
     mq_block_job job;
     mq_tensor weight, amax;
+    PyObject *out; /* borrowed, or NULL */
     PyObject *weight_keep, *amax_keep;
 } quantize_args;
 
@@ -152,11 +154,13 @@ static void release_args(quantize_args *a)
 
 static int parse_quantize(mq_state *state, PyObject *args, PyObject *kwargs, quantize_args *a)
 {
-    static char *names[] = {"weight", "scheme", "amax", "block_size", "name", NULL};
+    static char *names[] = {"weight", "scheme", "amax", "block_size", "name", "out", NULL};
     PyObject *weight, *amax_object = Py_None, *block_size = NULL;
     const char *scheme;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Os|OOz", names, &weight, &scheme, &amax_object, &block_size, &a->job.name))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Os|OOzO", names, &weight, &scheme, &amax_object, &block_size,
+                                     &a->job.name, &a->out))
         return -1;
+    if (a->out == Py_None) a->out = NULL;
     if (parse_scheme(scheme, &a->job.scheme) < 0 || parse_block_size(block_size, &a->job.block_cols) < 0) return -1;
     const char *name = a->job.name != NULL ? a->job.name : "weight";
     if (mq_view_object(state, weight, name, &a->weight, &a->weight_keep) < 0) return -1;
@@ -171,35 +175,38 @@ static int parse_quantize(mq_state *state, PyObject *args, PyObject *kwargs, qua
     return 0;
 }
 
-static PyObject *new_part(mq_state *state, PyObject *dict, const char *role, mq_tensor *part)
+/* dict[role] becomes an array laid out as *part says, taken from given if there is one; *part then views it. */
+static int add_part(mq_state *state, PyObject *dict, PyObject *given, const char *role, mq_tensor *part)
 {
-    const mq_tensor shape = *part;
-    PyObject *array = mq_new_array(state, shape.dtype, shape.ndim, shape.shape, part);
-    if (array == NULL) return NULL;
+    PyObject *out = given != NULL ? PyMapping_GetItemString(given, role) : NULL;
+    if (given != NULL && out == NULL) return -1;
+    PyObject *array = mq_output_array(state, out, role, part, part);
+    Py_XDECREF(out);
+    if (array == NULL) return -1;
     int rc = PyDict_SetItemString(dict, role, array);
     Py_DECREF(array);
-    return rc == 0 ? array : NULL; /* borrowed from dict */
+    return rc;
 }
 
-/* A dict of new arrays laid out as parts says; parts then views them. */
-static PyObject *new_parts(mq_state *state, mq_parts *parts)
+static PyObject *make_parts(mq_state *state, PyObject *given, mq_parts *parts)
 {
     PyObject *dict = PyDict_New();
     if (dict == NULL) return NULL;
-    if (new_part(state, dict, "weight", &parts->weight) == NULL ||
-        new_part(state, dict, "weight_scale", &parts->scale) == NULL ||
-        (parts->has_scale_2 && new_part(state, dict, "weight_scale_2", &parts->scale_2) == NULL))
+    if (add_part(state, dict, given, "weight", &parts->weight) < 0 ||
+        add_part(state, dict, given, "weight_scale", &parts->scale) < 0 ||
+        (parts->has_scale_2 && add_part(state, dict, given, "weight_scale_2", &parts->scale_2) < 0))
         Py_CLEAR(dict);
     return dict;
 }
 
 PyDoc_STRVAR(quantize_doc,
-"quantize(weight, scheme, amax=None, block_size=None, name=None)\n--\n\n"
+"quantize(weight, scheme, amax=None, block_size=None, name=None, out=None)\n--\n\n"
 "The parts of weight (float32, bfloat16 or float16 [out, in], any strides) in a scheme, as an exported checkpoint holds them:\n"
 "{'weight', 'weight_scale'} and for two-level schemes 'weight_scale_2'.\n\n"
 "amax None: computed from the weight. Otherwise one value for schemes with a second level (of the whole tensor), one per block\n"
 "for the others; schemes with e8m0 scales take none. block_size replaces the scheme's block length along rows. name stands for\n"
-"the tensor in errors. NaN, infinity, or a shape that the scheme cannot hold: ValueError.");
+"the tensor in errors. out: a dict as an earlier call returned, to write into. NaN, infinity, or a shape that the scheme\n"
+"cannot hold: ValueError.");
 
 static PyObject *quantize(PyObject *module, PyObject *args, PyObject *kwargs)
 {
@@ -213,7 +220,7 @@ static PyObject *quantize(PyObject *module, PyObject *args, PyObject *kwargs)
         mq_raise(&err);
         goto done;
     }
-    result = new_parts(state, &parts);
+    result = make_parts(state, a.out, &parts);
     if (result == NULL) goto done;
     int rc;
     Py_BEGIN_ALLOW_THREADS
@@ -229,8 +236,9 @@ done:
 }
 
 PyDoc_STRVAR(fake_quantize_doc,
-"fake_quantize(weight, scheme, amax=None, block_size=None, name=None)\n--\n\n"
-"What quantize() and dequantize() to weight's dtype give, in one pass: a new array like weight. Takes what quantize() takes.");
+"fake_quantize(weight, scheme, amax=None, block_size=None, name=None, out=None)\n--\n\n"
+"What quantize() and dequantize() to weight's dtype give, in one pass: an array like weight. Takes what\n"
+"quantize() takes; out may be weight itself.");
 
 static PyObject *fake_quantize(PyObject *module, PyObject *args, PyObject *kwargs)
 {
@@ -245,7 +253,8 @@ static PyObject *fake_quantize(PyObject *module, PyObject *args, PyObject *kwarg
         mq_raise(&err);
         goto done;
     }
-    result = mq_new_array(state, a.weight.dtype, 2, a.weight.shape, &out);
+    const mq_tensor shape = mq_tensor_make(NULL, a.weight.dtype, 2, a.weight.shape);
+    result = mq_output_array(state, a.out, "out", &shape, &out);
     if (result == NULL) goto done;
     int rc;
     Py_BEGIN_ALLOW_THREADS
@@ -314,15 +323,15 @@ static int unpacked_shape(mq_state *state, PyObject *dict, mq_scheme scheme, int
 }
 
 PyDoc_STRVAR(dequantize_doc,
-"dequantize(parts, scheme, dtype='float32', block_size=None)\n--\n\n"
+"dequantize(parts, scheme, dtype='float32', block_size=None, out=None)\n--\n\n"
 "The matrix that parts (as quantize() makes them, or as read from a checkpoint) stand for: element * (scale * scale_2)\n"
 "computed in float32 and rounded to dtype ('float32', 'bfloat16' or 'float16').");
 
 static PyObject *dequantize(PyObject *module, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"parts", "scheme", "dtype", "block_size", NULL};
+    static char *names[] = {"parts", "scheme", "dtype", "block_size", "out", NULL};
     mq_state *state = mq_state_of(module);
-    PyObject *dict, *block_size = NULL, *keep[PARTS] = {NULL}, *result = NULL;
+    PyObject *dict, *block_size = NULL, *given_out = NULL, *keep[PARTS] = {NULL}, *result = NULL;
     const char *scheme, *dtype_name = "float32";
     mq_block_job job = {0};
     mq_parts parts;
@@ -330,7 +339,8 @@ static PyObject *dequantize(PyObject *module, PyObject *args, PyObject *kwargs)
     mq_dtype dtype;
     mq_error err;
     int64_t shape[2];
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Os|sO:dequantize", names, &dict, &scheme, &dtype_name, &block_size))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Os|sOO:dequantize", names, &dict, &scheme, &dtype_name, &block_size,
+                                     &given_out))
         return NULL;
     if (parse_scheme(scheme, &job.scheme) < 0 || parse_block_size(block_size, &job.block_cols) < 0) return NULL;
     if (mq_dtype_from_name(dtype_name, &dtype) != MQ_OK || (int)dtype > MQ_F16)
@@ -341,7 +351,8 @@ static PyObject *dequantize(PyObject *module, PyObject *args, PyObject *kwargs)
         view_part(state, dict, PART_SCALE, &parts.scale, &keep[PART_SCALE]) < 0 ||
         (parts.has_scale_2 && view_part(state, dict, PART_SCALE_2, &parts.scale_2, &keep[PART_SCALE_2]) < 0))
         goto done;
-    result = mq_new_array(state, dtype, 2, shape, &out);
+    const mq_tensor wanted = mq_tensor_make(NULL, dtype, 2, shape);
+    result = mq_output_array(state, given_out, "out", &wanted, &out);
     if (result == NULL) goto done;
     int rc;
     Py_BEGIN_ALLOW_THREADS

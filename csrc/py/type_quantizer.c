@@ -3,6 +3,7 @@
 
 #include "py/convert.h"
 #include "py/ndarray.h"
+#include "py/outputs.h"
 
 #include "core/pool.h"
 #include "quant/rows.h"
@@ -448,7 +449,7 @@ static int apply_all(call_job *job, const mq_tensor *matrix, int find, mq_error 
     return MQ_OK;
 }
 
-static PyObject *call_on(QuantizerObject *self, mq_state *state, const mq_tensor *x)
+static PyObject *call_on(QuantizerObject *self, mq_state *state, const mq_tensor *x, PyObject *out)
 {
     const mq_quant_spec *spec = &self->core.spec;
     const int needs = spec->scale == MQ_FMT_FP8_E4M3 || (spec->scale == MQ_FMT_FP32 && !spec->dynamic);
@@ -458,7 +459,7 @@ static PyObject *call_on(QuantizerObject *self, mq_state *state, const mq_tensor
     mq_error err;
     int rc = MQ_OK;
     if (!find && mq_quantizer_ready(&self->core, matrix.shape[0], cols, "Quantizer", &err) != MQ_OK) return mq_raise(&err);
-    PyObject *result = mq_new_array(state, x->dtype, x->ndim, x->shape, &y);
+    PyObject *result = mq_output_array(state, out, "out", x, &y);
     if (result == NULL || count == 0) return result;
     call_job job = {&self->core, {x->data, y.data, x->dtype, matrix.shape[0], cols, cols, cols}};
     self->holders++;
@@ -473,16 +474,16 @@ static PyObject *call_on(QuantizerObject *self, mq_state *state, const mq_tensor
 
 static PyObject *quantizer_call(QuantizerObject *self, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"x", NULL};
+    static char *names[] = {"x", "out", NULL};
     mq_state *state = mq_state_of_object((PyObject *)self);
-    PyObject *object, *keep = NULL, *result = NULL;
+    PyObject *object, *out = NULL, *keep = NULL, *result = NULL;
     mq_tensor x;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O:__call__", names, &object)) return NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|O:__call__", names, &object, &out)) return NULL;
     if (mq_view_contiguous(state, object, "x", &x, &keep) < 0) return NULL;
     if ((int)x.dtype > MQ_F16)
         PyErr_Format(PyExc_TypeError, "x: expected float32, bfloat16 or float16, got %s", mq_dtype_name(x.dtype));
     else
-        result = call_on(self, state, &x);
+        result = call_on(self, state, &x, out);
     Py_DECREF(keep);
     return result;
 }
