@@ -54,8 +54,10 @@ typedef struct mq_kernels {
     /* One code per element: uint8, uint16 or uint32 by the format's width. */
     void (*encode[MQ_FMT_COUNT])(const float *x, int64_t n, void *codes);
     void (*decode[MQ_FMT_COUNT])(const void *codes, int64_t n, float *y);
-    void (*quantize[MQ_SCHEME_COUNT])(const mq_row *row);
-    void (*fake_quantize[MQ_SCHEME_COUNT])(const mq_row *row); /* y = dequantize(quantize(x)) */
+    /* These two return whether x holds NaN or infinity: then codes and scales are of no use, and y has NaN wherever the
+     * format, or the block's scale, can say so. */
+    int (*quantize[MQ_SCHEME_COUNT])(const mq_row *row);
+    int (*fake_quantize[MQ_SCHEME_COUNT])(const mq_row *row); /* y = dequantize(quantize(x)) */
     void (*dequantize[MQ_SCHEME_COUNT])(const mq_row *row);    /* element * (scale * second), rounded to dtype */
     void (*prepare[MQ_SCHEME_COUNT])(const mq_row *row, mq_tables *tables); /* NULL where nothing is to be gained */
     void (*prepare_scaled_fp8)(const mq_scaled *args, mq_tables *tables);   /* may be NULL */

@@ -29,18 +29,21 @@ MQ_INLINE void mq_scales_e8m0(const float *amax, int64_t count, float largest, u
 }
 
 /* NVFP4 as the reference exports it: e4m3(clamp(amax / (largest * second), 2^-9, 448)), 1 for a zero block. */
-MQ_INLINE void mq_scales_e4m3(const float *amax, int64_t count, float largest, float second, uint8_t *codes, float *scale)
+MQ_INLINE void mq_scale_codes_e4m3(const float *amax, int64_t count, float denominator, uint8_t *codes)
 {
-    const float denominator = largest * second;
     for (int64_t i = 0; i < count; i++) {
         float s = amax[i] / denominator;
         s = s == 0.0f ? 1.0f : s;
         s = s < 0x1p-9f ? 0x1p-9f : s;
         s = s > 448.0f ? 448.0f : s;
-        uint32_t code = mq_encode(s, MQ_CODEC(FP8_E4M3));
-        codes[i] = (uint8_t)code;
-        scale[i] = mq_decode(code, MQ_CODEC(FP8_E4M3)) * second;
+        codes[i] = (uint8_t)mq_encode(s, MQ_CODEC(FP8_E4M3));
     }
+}
+
+MQ_INLINE void mq_scales_e4m3(const float *amax, int64_t count, float largest, float second, uint8_t *codes, float *scale)
+{
+    mq_scale_codes_e4m3(amax, count, largest * second, codes);
+    for (int64_t i = 0; i < count; i++) scale[i] = mq_decode(codes[i], MQ_CODEC(FP8_E4M3)) * second;
 }
 
 #endif

@@ -138,15 +138,11 @@ static mq_row row_at(const matrix_job *job, int64_t r, int worker)
 static void quantize_one(matrix_job *job, int64_t r, int worker)
 {
     mq_row row = row_at(job, r, worker);
-    const mq_dtype dtype = job->weight->dtype;
-    row.dtype = dtype;
+    row.dtype = job->weight->dtype;
     row.x = mq_row_contiguous(job->weight, r, mq_row_buffers_get(&job->buffers, worker, 0));
-    if (!(job->kernels->amax[dtype](row.x, row.n) <= 3.4028234664e38f)) {
-        note_bad_row(job, r);
-        return;
-    }
     if (r % job->grid.block_rows != 0) row.scales = NULL;
-    (job->out != NULL ? job->kernels->fake_quantize : job->kernels->quantize)[job->id](&row);
+    const int is_bad = (job->out != NULL ? job->kernels->fake_quantize : job->kernels->quantize)[job->id](&row);
+    if (is_bad) note_bad_row(job, r);
 }
 
 /* Tables that serve every row: there are none if rows have an amax each. */
