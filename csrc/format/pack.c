@@ -15,19 +15,29 @@ static void unpack_nibbles(const uint8_t *packed, int64_t n, uint8_t *codes)
     if (n % 2) codes[n - 1] = packed[n / 2] & 15;
 }
 
+/* Eight codes of b bits are exactly b bytes. The last group may be short: then only its own bytes are touched. */
+static void pack_group(const uint8_t *codes, int64_t n, int bits, uint8_t *packed)
+{
+    uint64_t word = 0, mask = (1u << bits) - 1u;
+    for (int64_t i = 0; i < n; i++) word |= (codes[i] & mask) << (i * bits);
+    for (int64_t i = 0; i < mq_packed_bytes(n, bits); i++) packed[i] = (uint8_t)(word >> (8 * i));
+}
+
+static void unpack_group(const uint8_t *packed, int64_t n, int bits, uint8_t *codes)
+{
+    uint64_t word = 0, mask = (1u << bits) - 1u;
+    for (int64_t i = 0; i < mq_packed_bytes(n, bits); i++) word |= (uint64_t)packed[i] << (8 * i);
+    for (int64_t i = 0; i < n; i++) codes[i] = (uint8_t)(word >> (i * bits) & mask);
+}
+
 void mq_pack_bits(const uint8_t *codes, int64_t n, int bits, uint8_t *packed)
 {
     if (bits == 4) {
         pack_nibbles(codes, n, packed);
         return;
     }
-    uint32_t held = 0, mask = (1u << bits) - 1u;
-    int count = 0;
-    for (int64_t i = 0; i < n; i++) {
-        held |= (codes[i] & mask) << count;
-        for (count += bits; count >= 8; count -= 8, held >>= 8) *packed++ = (uint8_t)held;
-    }
-    if (count > 0) *packed = (uint8_t)held;
+    for (; n >= 8; n -= 8, codes += 8, packed += bits) pack_group(codes, 8, bits, packed);
+    if (n > 0) pack_group(codes, n, bits, packed);
 }
 
 void mq_unpack_bits(const uint8_t *packed, int64_t n, int bits, uint8_t *codes)
@@ -36,12 +46,8 @@ void mq_unpack_bits(const uint8_t *packed, int64_t n, int bits, uint8_t *codes)
         unpack_nibbles(packed, n, codes);
         return;
     }
-    uint32_t held = 0, mask = (1u << bits) - 1u;
-    int count = 0;
-    for (int64_t i = 0; i < n; i++, count -= bits, held >>= bits) {
-        for (; count < bits; count += 8) held |= (uint32_t)*packed++ << count;
-        codes[i] = (uint8_t)(held & mask);
-    }
+    for (; n >= 8; n -= 8, codes += 8, packed += bits) unpack_group(packed, 8, bits, codes);
+    if (n > 0) unpack_group(packed, n, bits, codes);
 }
 
 void mq_pack_row_pair(const uint8_t *even, const uint8_t *odd, int64_t n, uint8_t *packed)
