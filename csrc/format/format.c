@@ -58,7 +58,8 @@ float mq_format_max(mq_format format)
 float mq_format_smallest_normal(mq_format format)
 {
     mq_codec c = format_table[format].codec;
-    return c.kind == MQ_KIND_INT ? 1.0f : c.kind == MQ_KIND_SCALE ? mq_decode(0, c) : mq_decode(1u << c.mantissa_bits, c);
+    if (c.kind == MQ_KIND_INT) return 1.0f;
+    return c.kind == MQ_KIND_SCALE ? mq_decode(0, c) : mq_decode(1u << c.mantissa_bits, c);
 }
 
 float mq_format_smallest(mq_format format)

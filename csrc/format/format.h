@@ -1,7 +1,8 @@
 /* Number formats and block schemes: descriptors, tables, and the one encode and decode that serves every format.
  *
- * mq_encode and mq_decode are always inlined: with a descriptor known at compile time (MQ_CODEC(FP8_E4M3)) they become a
- * branch-free codec of that format, which the compiler vectorises. Reads as C11 and as C++17/CUDA: rows are positional. */
+ * mq_encode and mq_decode are always inlined: with a descriptor known at compile time (MQ_CODEC(FP8_E4M3)) they become
+ * a branch-free codec of that format, which the compiler vectorises. Reads as C11 and as C++17/CUDA: rows are
+ * positional. */
 #ifndef MQ_FORMAT_H
 #define MQ_FORMAT_H
 
@@ -111,7 +112,7 @@ MQ_INLINE MQ_HD uint32_t mq_codec_widen(uint32_t code, mq_codec c)
     return (code << (23 - c.mantissa_bits)) + ((uint32_t)(127 - c.bias) << 23);
 }
 
-/* Subnormals: adding a power of two whose last place is the format's smallest step rounds to a whole number of steps. */
+/* Subnormals: adding a power of two whose last place is the format's smallest step rounds to whole steps. */
 MQ_INLINE MQ_HD uint32_t mq_encode_subnormal(float magnitude, mq_codec c)
 {
     float magic = mq_float_of((uint32_t)(127 + 24 - c.bias - c.mantissa_bits) << 23);

@@ -1,4 +1,4 @@
-/* Codes of fewer than 8 bits, packed. A row is a bit stream: the first code sits in the lowest bits of the first byte. */
+/* Codes of fewer than 8 bits, packed. A row is a bit stream: the first code in the lowest bits of the first byte. */
 #ifndef MQ_PACK_H
 #define MQ_PACK_H
 

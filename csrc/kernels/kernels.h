@@ -1,7 +1,8 @@
 /* Loops over rows, one table of function pointers per ISA, picked once.
  *
- * Kernels do not allocate, do not fail and do not use the pool. Pointers need no alignment beyond the element's; n may be 0;
- * y may be x, other buffers do not overlap. Every table gives the same bits. mq_dtype indices are MQ_F32, MQ_BF16, MQ_F16. */
+ * Kernels do not allocate, do not fail and do not use the pool. Pointers need no alignment beyond the element's; n may
+ * be 0; y may be x, other buffers do not overlap. Every table gives the same bits. mq_dtype indices are MQ_F32,
+ * MQ_BF16, MQ_F16. */
 #ifndef MQ_KERNELS_H
 #define MQ_KERNELS_H
 
@@ -17,8 +18,8 @@ typedef struct mq_tables {
 } mq_tables;
 
 /* One row to quantize, fake-quantize or dequantize.
- * block divides the row into scale groups; the last may be short. If codes are packed along the row, block must be a multiple
- * of 8 or at least n. */
+ * block divides the row into scale groups; the last may be short. If codes are packed along the row, block must be a
+ * multiple of 8 or at least n. */
 typedef struct mq_row {
     const mq_scheme_row *scheme;
     mq_dtype dtype;       /* of x and y */
@@ -27,7 +28,7 @@ typedef struct mq_row {
     void *y;              /* dequantize, fake_quantize: [n] */
     const float *amax;    /* [blocks], or NULL: of the blocks of x */
     float second;         /* the tensor's scale, of two-level schemes */
-    const mq_tables *tables; /* NULL, or made by prepare[scheme] for rows like this one: same dtype, block, amax, second */
+    const mq_tables *tables; /* NULL, or of prepare[scheme] for rows like this: same dtype, block, amax, second */
     uint8_t *codes;       /* packed if the scheme packs along rows, else a byte each */
     void *scales;         /* [blocks] float, or uint8 codes; quantize writes them unless NULL, dequantize reads them */
 } mq_row;

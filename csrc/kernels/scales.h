@@ -40,7 +40,8 @@ MQ_INLINE void mq_scale_codes_e4m3(const float *amax, int64_t count, float denom
     }
 }
 
-MQ_INLINE void mq_scales_e4m3(const float *amax, int64_t count, float largest, float second, uint8_t *codes, float *scale)
+MQ_INLINE void mq_scales_e4m3(const float *amax, int64_t count, float largest, float second, uint8_t *codes,
+                              float *scale)
 {
     mq_scale_codes_e4m3(amax, count, largest * second, codes);
     for (int64_t i = 0; i < count; i++) scale[i] = mq_decode(codes[i], MQ_CODEC(FP8_E4M3)) * second;

@@ -57,10 +57,12 @@ static int plan_block(PyObject *block, const mq_tensor *x, amax_plan *plan)
 {
     long long rows = 1, cols;
     const int both = PyTuple_Check(block);
-    if (both ? !PyArg_ParseTuple(block, "LL", &rows, &cols) : (cols = PyLong_AsLongLong(block)) == -1 && PyErr_Occurred())
+    if (both ? !PyArg_ParseTuple(block, "LL", &rows, &cols)
+             : (cols = PyLong_AsLongLong(block)) == -1 && PyErr_Occurred())
         return -1;
     if (rows < 1 || cols < 1 || x->ndim < 1 || (both && x->ndim != 2)) {
-        PyErr_SetString(PyExc_ValueError, "block: expected a positive length along the last axis, or (rows, columns) of a matrix");
+        PyErr_SetString(PyExc_ValueError,
+                        "block: expected a positive length along the last axis, or (rows, columns) of a matrix");
         return -1;
     }
     plan->block_rows = rows;
@@ -72,7 +74,8 @@ static int plan_block(PyObject *block, const mq_tensor *x, amax_plan *plan)
     return 0;
 }
 
-/* x as a matrix: leading dimensions are rows (or, with rows of the first axis, the others are columns). x is contiguous, or 2-D. */
+/* x as a matrix: leading dimensions are rows (or, with rows of the first axis, the others are columns). x is
+ * contiguous, or 2-D. */
 static mq_tensor as_matrix(const mq_tensor *x, int split_first)
 {
     if (x->ndim == 2) return *x;
@@ -104,9 +107,9 @@ static PyObject *amax_of(mq_state *state, const mq_tensor *x, const amax_plan *p
 PyDoc_STRVAR(amax_doc,
 "amax(x, axis=None, block=None)\n--\n\n"
 "Largest magnitudes of x (float32, bfloat16 or float16) as float32; NaN wins over everything.\n\n"
-"axis None: of the whole array, 0-d. axis 0 or -1: one per index of that axis, other dimensions kept as 1. block n: of every n\n"
-"elements along the last axis, shape [..., ceil(I / n)]. block (r, c): of every r x c block of a matrix. Partial blocks count\n"
-"what they have.");
+"axis None: of the whole array, 0-d. axis 0 or -1: one per index of that axis, other dimensions kept as 1. block\n"
+"n: of every n elements along the last axis, shape [..., ceil(I / n)]. block (r, c): of every r x c block of a\n"
+"matrix. Partial blocks count what they have.");
 
 static PyObject *amax(PyObject *module, PyObject *args, PyObject *kwargs)
 {
@@ -201,12 +204,12 @@ static PyObject *make_parts(mq_state *state, PyObject *given, mq_parts *parts)
 
 PyDoc_STRVAR(quantize_doc,
 "quantize(weight, scheme, amax=None, block_size=None, name=None, out=None)\n--\n\n"
-"The parts of weight (float32, bfloat16 or float16 [out, in], any strides) in a scheme, as an exported checkpoint holds them:\n"
-"{'weight', 'weight_scale'} and for two-level schemes 'weight_scale_2'.\n\n"
-"amax None: computed from the weight. Otherwise one value for schemes with a second level (of the whole tensor), one per block\n"
-"for the others; schemes with e8m0 scales take none. block_size replaces the scheme's block length along rows. name stands for\n"
-"the tensor in errors. out: a dict as an earlier call returned, to write into. NaN, infinity, or a shape that the scheme\n"
-"cannot hold: ValueError.");
+"The parts of weight (float32, bfloat16 or float16 [out, in], any strides) in a scheme, as an exported checkpoint\n"
+"holds them: {'weight', 'weight_scale'} and for two-level schemes 'weight_scale_2'.\n\n"
+"amax None: computed from the weight. Otherwise one value for schemes with a second level (of the whole tensor),\n"
+"one per block for the others; schemes with e8m0 scales take none. block_size replaces the scheme's block length\n"
+"along rows. name stands for the tensor in errors. out: a dict as an earlier call returned, to write into. NaN,\n"
+"infinity, or a shape that the scheme cannot hold: ValueError.");
 
 static PyObject *quantize(PyObject *module, PyObject *args, PyObject *kwargs)
 {
@@ -294,8 +297,8 @@ static int view_part(mq_state *state, PyObject *dict, int role, mq_tensor *want,
     if (rc < 0) return -1;
     char have[96], expected[96];
     if (!same_layout(got.dtype, want->dtype) || mq_tensor_count(&got) != mq_tensor_count(want)) {
-        PyErr_Format(PyExc_ValueError, "%s: expected %s, got %s", roles[role], mq_tensor_describe(want, expected, sizeof expected),
-                     mq_tensor_describe(&got, have, sizeof have));
+        PyErr_Format(PyExc_ValueError, "%s: expected %s, got %s", roles[role],
+                     mq_tensor_describe(want, expected, sizeof expected), mq_tensor_describe(&got, have, sizeof have));
         return -1;
     }
     want->data = got.data;
@@ -318,14 +321,15 @@ static int unpacked_shape(mq_state *state, PyObject *dict, mq_scheme scheme, int
         return -1;
     }
     shape[0] = weight.shape[0] * (row->packing == MQ_PACK_ROW_PAIRS ? 2 : 1);
-    shape[1] = row->packing == MQ_PACK_ROW ? weight.shape[1] * 8 / mq_format_get(row->element)->codec.bits : weight.shape[1];
+    shape[1] =
+        row->packing == MQ_PACK_ROW ? weight.shape[1] * 8 / mq_format_get(row->element)->codec.bits : weight.shape[1];
     return 0;
 }
 
 PyDoc_STRVAR(dequantize_doc,
 "dequantize(parts, scheme, dtype='float32', block_size=None, out=None)\n--\n\n"
-"The matrix that parts (as quantize() makes them, or as read from a checkpoint) stand for: element * (scale * scale_2)\n"
-"computed in float32 and rounded to dtype ('float32', 'bfloat16' or 'float16').");
+"The matrix that parts (as quantize() makes them, or as read from a checkpoint) stand for: element * (scale *\n"
+"scale_2) computed in float32 and rounded to dtype ('float32', 'bfloat16' or 'float16').");
 
 static PyObject *dequantize(PyObject *module, PyObject *args, PyObject *kwargs)
 {

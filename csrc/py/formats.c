@@ -44,14 +44,16 @@ static PyObject *format_row(mq_format format)
     const mq_format_row *row = mq_format_get(format);
     const mq_codec c = row->codec;
     return Py_BuildValue("{s:s,s:s,s:i,s:i,s:i,s:i,s:O,s:s,s:s,s:O,s:d,s:d,s:d,s:z,s:z,s:i,s:s,s:N}",
-                         "name", row->name, "kind", kind_names[c.kind], "bits", c.bits, "exponent_bits", c.exponent_bits,
-                         "mantissa_bits", c.mantissa_bits, "bias", c.bias, "signed", c.is_signed ? Py_True : Py_False,
+                         "name", row->name, "kind", kind_names[c.kind], "bits", c.bits,
+                         "exponent_bits", c.exponent_bits, "mantissa_bits", c.mantissa_bits,
+                         "bias", c.bias, "signed", c.is_signed ? Py_True : Py_False,
                          "special", special_names[c.special], "rounding", rounding_names[c.rounding],
                          "saturates", c.overflow == MQ_OVERFLOW_SATURATE ? Py_True : Py_False,
-                         "max", (double)mq_format_max(format), "smallest_normal", (double)mq_format_smallest_normal(format),
+                         "max", (double)mq_format_max(format),
+                         "smallest_normal", (double)mq_format_smallest_normal(format),
                          "smallest", (double)mq_format_smallest(format), "dtype", row->dtype,
-                         "safetensors", row->safetensors, "dlpack", row->dlpack, "compressed_type", row->compressed_type,
-                         "num_bits", num_bits(c));
+                         "safetensors", row->safetensors, "dlpack", row->dlpack,
+                         "compressed_type", row->compressed_type, "num_bits", num_bits(c));
 }
 
 PyDoc_STRVAR(formats_doc,
@@ -81,7 +83,8 @@ static PyObject *scheme_row(mq_scheme scheme)
 {
     const mq_scheme_row *row = mq_scheme_get(scheme);
     const mq_format_row *element = mq_format_get(row->element), *scale = mq_format_get(row->scale);
-    PyObject *second = row->second_divisor != 0.0f ? PyFloat_FromDouble((double)row->second_divisor) : Py_NewRef(Py_None);
+    PyObject *second = Py_NewRef(Py_None);
+    if (row->second_divisor != 0.0f) Py_SETREF(second, PyFloat_FromDouble((double)row->second_divisor));
     return Py_BuildValue("{s:s,s:s,s:N,s:(ii),s:s,s:N,s:s,s:z,s:d,s:s,s:s,s:z,s:z,s:z,s:z}",
                          "name", row->name, "element", element->name, "num_bits", num_bits(element->codec),
                          "block", row->block_rows, row->block_cols, "scale", scale->name, "second_divisor", second,
@@ -89,7 +92,8 @@ static PyObject *scheme_row(mq_scheme scheme)
                          "bits_per_weight", bits_per_weight(row),
                          "weight_dtype", row->packing != MQ_PACK_NONE ? "uint8" : element->dtype,
                          "scale_dtype", scale->dtype, "modelopt", row->modelopt,
-                         "modelopt_weight_only", row->modelopt_weight_only, "modelopt_fp8_input", row->modelopt_fp8_input,
+                         "modelopt_weight_only", row->modelopt_weight_only,
+                         "modelopt_fp8_input", row->modelopt_fp8_input,
                          "compressed_tensors", row->compressed_tensors);
 }
 
@@ -97,7 +101,8 @@ PyDoc_STRVAR(schemes_doc,
 "schemes()\n--\n\n"
 "The block schemes by name: a read-only mapping of read-only rows (csrc/format/schemes.def).\n\n"
 "block is (rows, columns) that share a scale, 0 = the whole extent. The keys modelopt, modelopt_weight_only,\n"
-"modelopt_fp8_input and compressed_tensors hold what an export dialect calls the scheme, None where it has no word for it.");
+"modelopt_fp8_input and compressed_tensors hold what an export dialect calls the scheme, None where it has no\n"
+"word for it.");
 
 static PyObject *schemes(PyObject *module, PyObject *unused)
 {
@@ -164,8 +169,8 @@ static PyObject *map_codes(mq_state *state, PyObject *input, mq_dtype from, mq_d
 PyDoc_STRVAR(encode_doc,
 "encode(values, format)\n--\n\n"
 "One code per element of values (taken as float32): uint8, uint16 or uint32 of the same shape.\n\n"
-"Rounds to nearest, ties to even (e8m0: up to the next power of two). Formats of 8 bits and fewer saturate, infinity too;\n"
-"NaN becomes the format's NaN, or the largest value where it has none (0 for integers).");
+"Rounds to nearest, ties to even (e8m0: up to the next power of two). Formats of 8 bits and fewer saturate,\n"
+"infinity too; NaN becomes the format's NaN, or the largest value where it has none (0 for integers).");
 
 static PyObject *encode(PyObject *module, PyObject *args, PyObject *kwargs)
 {
@@ -173,8 +178,8 @@ static PyObject *encode(PyObject *module, PyObject *args, PyObject *kwargs)
     PyObject *values;
     const char *name;
     mq_format format;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Os:encode", names, &values, &name) || parse_format(name, &format) < 0)
-        return NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Os:encode", names, &values, &name)) return NULL;
+    if (parse_format(name, &format) < 0) return NULL;
     return map_codes(mq_state_of(module), values, MQ_F32, code_dtype(format),
                      (codec_job){.encode = mq_kernels_get()->encode[format]});
 }
@@ -189,8 +194,8 @@ static PyObject *decode(PyObject *module, PyObject *args, PyObject *kwargs)
     PyObject *codes;
     const char *name;
     mq_format format;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Os:decode", names, &codes, &name) || parse_format(name, &format) < 0)
-        return NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Os:decode", names, &codes, &name)) return NULL;
+    if (parse_format(name, &format) < 0) return NULL;
     return map_codes(mq_state_of(module), codes, code_dtype(format), MQ_F32,
                      (codec_job){.decode = mq_kernels_get()->decode[format]});
 }

@@ -35,7 +35,8 @@ static int format_from_pair(PyObject *pair, const char *what, mq_format *out)
 {
     int exponent, mantissa;
     PyObject *tuple = PySequence_Tuple(pair);
-    int rc = tuple != NULL && PyTuple_GET_SIZE(tuple) == 2 && PyArg_ParseTuple(tuple, "ii", &exponent, &mantissa) ? 0 : -1;
+    int rc = tuple != NULL && PyTuple_GET_SIZE(tuple) == 2 ? 0 : -1;
+    if (rc == 0 && !PyArg_ParseTuple(tuple, "ii", &exponent, &mantissa)) rc = -1;
     Py_XDECREF(tuple);
     for (int i = 0; rc == 0 && i < MQ_FMT_COUNT; i++) {
         const mq_codec c = mq_format_get((mq_format)i)->codec;
@@ -134,8 +135,8 @@ static int spec_block_sizes(mq_quant_spec *spec, PyObject *block_sizes)
     return 0;
 }
 
-/* The first scheme with the same element, scale and blocks; blocks along rows may have another length. -1 if there is none
- * (per column, per token, other integers). */
+/* The first scheme with the same element, scale and blocks; blocks along rows may have another length. -1 if there is
+ * none (per column, per token, other integers). */
 static int find_scheme(const mq_quant_spec *spec)
 {
     const int odd_int = spec->kind == MQ_KIND_INT &&
@@ -154,7 +155,8 @@ static int spec_check(mq_quant_spec *spec)
     spec->scheme = find_scheme(spec);
     if (spec->scale != MQ_FMT_FP32) {
         if (spec->scheme >= 0 && spec->dynamic && spec->block_cols % 8 == 0) return 0;
-        PyErr_SetString(PyExc_ValueError, "block_sizes: scales in (8, 0) or (4, 3) need type 'dynamic', a format that has such blocks, "
+        PyErr_SetString(PyExc_ValueError,
+                        "block_sizes: scales in (8, 0) or (4, 3) need type 'dynamic', a format that has such blocks, "
                         "and a length that is a multiple of 8 along the last axis");
         return -1;
     }
@@ -378,7 +380,9 @@ static PyObject *describe_amax(const QuantizerObject *self)
         high = MQ_MAX(high, amax[i]);
     }
     if (self->core.amax_count == 1) PyOS_snprintf(text, sizeof text, "%.2e", (double)amax[0]);
-    else PyOS_snprintf(text, sizeof text, "[%.2e, %.2e](%lld)", (double)low, (double)high, (long long)self->core.amax_count);
+    else
+        PyOS_snprintf(text, sizeof text, "[%.2e, %.2e](%lld)", (double)low, (double)high,
+                      (long long)self->core.amax_count);
     return PyUnicode_FromString(text);
 }
 
@@ -397,8 +401,8 @@ static PyObject *quantizer_repr(QuantizerObject *self)
     if (!self->core.enabled) return PyUnicode_FromFormat("Quantizer(disabled%s)", pre);
     PyObject *amax = describe_amax(self), *blocks = describe_blocks(self), *text = NULL;
     if (amax != NULL && blocks != NULL)
-        text = PyUnicode_FromFormat("Quantizer(%s%S bit%s fake %U amax=%U%s)", spec->is_unsigned ? "unsigned " : "", self->num_bits,
-                                    spec->narrow_range ? " narrow" : "", blocks, amax, pre);
+        text = PyUnicode_FromFormat("Quantizer(%s%S bit%s fake %U amax=%U%s)", spec->is_unsigned ? "unsigned " : "",
+                                    self->num_bits, spec->narrow_range ? " narrow" : "", blocks, amax, pre);
     Py_XDECREF(amax);
     Py_XDECREF(blocks);
     return text;
@@ -423,7 +427,7 @@ static void apply_rows(void *arg, int64_t begin, int64_t end, int worker)
     mq_quantizer_apply(job->quantizer, &part);
 }
 
-/* Without an amax the reference takes that of the input; pre_scale is not considered here, as it is then calibrated too. */
+/* Without an amax the reference takes that of the input. */
 static int apply_all(call_job *job, const mq_tensor *matrix, int find, mq_error *err)
 {
     const mq_quant_spec *spec = &job->quantizer->spec;
@@ -458,7 +462,8 @@ static PyObject *call_on(QuantizerObject *self, mq_state *state, const mq_tensor
     mq_tensor y, matrix = mq_tensor_make(x->data, x->dtype, 2, (int64_t[]){cols > 0 ? count / cols : 0, cols});
     mq_error err;
     int rc = MQ_OK;
-    if (!find && mq_quantizer_ready(&self->core, matrix.shape[0], cols, "Quantizer", &err) != MQ_OK) return mq_raise(&err);
+    if (!find && mq_quantizer_ready(&self->core, matrix.shape[0], cols, "Quantizer", &err) != MQ_OK)
+        return mq_raise(&err);
     PyObject *result = mq_output_array(state, out, "out", x, &y);
     if (result == NULL || count == 0) return result;
     call_job job = {&self->core, {x->data, y.data, x->dtype, matrix.shape[0], cols, cols, cols}};
@@ -495,11 +500,14 @@ static PyGetSetDef getset[] = {
     {"enabled", (getter)enabled_get, (setter)enabled_set, "False: calls only copy (and apply pre_quant_scale).", NULL},
     {"num_bits", (getter)object_get, NULL, "Bits of an integer, or (exponent, mantissa) bits.",
      (void *)offsetof(QuantizerObject, num_bits)},
-    {"axis", (getter)object_get, NULL, "The axis that keeps a scale per index, or None.", (void *)offsetof(QuantizerObject, axis)},
+    {"axis", (getter)object_get, NULL, "The axis that keeps a scale per index, or None.",
+     (void *)offsetof(QuantizerObject, axis)},
     {"block_sizes", (getter)object_get, NULL, "{axis: length, 'type': ..., 'scale_bits': ...} or None.",
      (void *)offsetof(QuantizerObject, block_sizes)},
-    {"narrow_range", (getter)flag_get, NULL, "Integers: -max to max.", (void *)offsetof(QuantizerObject, core.spec.narrow_range)},
-    {"unsigned", (getter)flag_get, NULL, "Integers: 0 to 2 * max + 1.", (void *)offsetof(QuantizerObject, core.spec.is_unsigned)},
+    {"narrow_range", (getter)flag_get, NULL, "Integers: -max to max.",
+     (void *)offsetof(QuantizerObject, core.spec.narrow_range)},
+    {"unsigned", (getter)flag_get, NULL, "Integers: 0 to 2 * max + 1.",
+     (void *)offsetof(QuantizerObject, core.spec.is_unsigned)},
     {"is_dynamic", (getter)is_dynamic_get, NULL, "Whether (block) scales come from the data of each call.", NULL},
     {"needs_amax", (getter)needs_amax_get, NULL, "Whether calibration has to find an amax.", NULL},
     {"scheme", (getter)scheme_get, NULL, "Name of the row of schemes() that these settings are, or None.", NULL},
@@ -507,12 +515,14 @@ static PyGetSetDef getset[] = {
 };
 
 PyDoc_STRVAR(quantizer_doc,
-"Quantizer(num_bits=8, axis=None, block_sizes=None, *, type='static', narrow_range=False, unsigned=False, enabled=True)\n--\n\n"
+"Quantizer(num_bits=8, axis=None, block_sizes=None, *, type='static', narrow_range=False, unsigned=False, "
+"enabled=True)\n--\n\n"
 "One quantizer, in the words of Model Optimizer's QuantizerAttributeConfig.\n\n"
-"num_bits: bits of an integer (2 to 16), or (exponent, mantissa) bits of a format. axis: 0 or -1 for a scale per row or column.\n"
-"block_sizes: {-1: 16, 'type': 'dynamic', 'scale_bits': (4, 3)} and the like; a length of None is the whole axis.\n"
-"Calling it on an array (float32, bfloat16, float16) simulates: FP8 and integers by the reference's fake quantization\n"
-"(amax from the input if there is none), NVFP4 and MX by the rules of the exported bytes.");
+"num_bits: bits of an integer (2 to 16), or (exponent, mantissa) bits of a format. axis: 0 or -1 for a scale per\n"
+"row or column. block_sizes: {-1: 16, 'type': 'dynamic', 'scale_bits': (4, 3)} and the like; a length of None is\n"
+"the whole axis. Calling it on an array (float32, bfloat16, float16) simulates: FP8 and integers by the\n"
+"reference's fake quantization (amax from the input if there is none), NVFP4 and MX by the rules of the exported\n"
+"bytes.");
 
 static PyType_Slot slots[] = {
     {Py_tp_doc, (void *)quantizer_doc}, {Py_tp_new, quantizer_new},       {Py_tp_dealloc, quantizer_dealloc},

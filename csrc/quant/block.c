@@ -58,14 +58,15 @@ static mq_dtype code_dtype(mq_format format, int packed)
     }
 }
 
-/* Where the reference pads (blocks of rows and columns) a partial block is fine; everywhere else it cannot be exported. */
+/* Where the reference pads (blocks of rows and columns) a partial block is fine; elsewhere it cannot be exported. */
 static int check_shape(const mq_block_job *job, int64_t rows, int64_t cols, mq_error *err)
 {
     const mq_scheme_row *scheme = mq_scheme_get(job->scheme);
     const int64_t block = block_cols_of(job);
     const char *name = job->name != NULL ? job->name : "weight";
     if (job->block_cols > 0 && scheme->block_cols == 0)
-        return mq_fail(err, MQ_ERR_VALUE, "%s: scheme %s has no blocks along rows, so no block size", name, scheme->name);
+        return mq_fail(err, MQ_ERR_VALUE, "%s: scheme %s has no blocks along rows, so no block size", name,
+                       scheme->name);
     if (scheme->block_rows == 1 && block > 0 && cols % block != 0)
         return mq_fail(err, MQ_ERR_VALUE, "%s [%lld, %lld]: scheme %s needs the last dimension to be a multiple of its "
                        "block size %lld; leave this layer out or choose a scheme without blocks", name,
@@ -74,8 +75,9 @@ static int check_shape(const mq_block_job *job, int64_t rows, int64_t cols, mq_e
         return mq_fail(err, MQ_ERR_VALUE, "%s: scheme %s needs a block size that is a multiple of 8, not %lld", name,
                        scheme->name, (long long)block);
     if (scheme->packing == MQ_PACK_ROW_PAIRS && rows % 2 != 0)
-        return mq_fail(err, MQ_ERR_VALUE, "%s [%lld, %lld]: scheme %s packs pairs of rows and needs an even number of them",
-                       name, (long long)rows, (long long)cols, scheme->name);
+        return mq_fail(err, MQ_ERR_VALUE,
+                       "%s [%lld, %lld]: scheme %s packs pairs of rows and needs an even number of them", name,
+                       (long long)rows, (long long)cols, scheme->name);
     return MQ_OK;
 }
 
@@ -166,8 +168,8 @@ static void quantize_rows(void *arg, int64_t begin, int64_t end, int worker)
     for (int64_t pair = begin; pair < end; pair++) {
         quantize_one(job, 2 * pair, worker);
         quantize_one(job, 2 * pair + 1, worker);
-        mq_pack_row_pair(mq_row_buffers_get(&job->buffers, worker, 1), mq_row_buffers_get(&job->buffers, worker, 2), job->cols,
-                         (uint8_t *)job->parts->weight.data + pair * job->cols);
+        mq_pack_row_pair(mq_row_buffers_get(&job->buffers, worker, 1), mq_row_buffers_get(&job->buffers, worker, 2),
+                         job->cols, (uint8_t *)job->parts->weight.data + pair * job->cols);
     }
 }
 
@@ -183,7 +185,8 @@ static void dequantize_rows(void *arg, int64_t begin, int64_t end, int worker)
     }
     for (int64_t pair = begin; pair < end; pair++) {
         mq_row even = row_at(job, 2 * pair, worker), odd = row_at(job, 2 * pair + 1, worker);
-        mq_unpack_row_pair((const uint8_t *)job->parts->weight.data + pair * job->cols, job->cols, even.codes, odd.codes);
+        mq_unpack_row_pair((const uint8_t *)job->parts->weight.data + pair * job->cols, job->cols, even.codes,
+                           odd.codes);
         job->kernels->dequantize[job->id](&even);
         job->kernels->dequantize[job->id](&odd);
     }
@@ -215,7 +218,8 @@ static int check_weight(const mq_block_job *given, const mq_tensor *weight, mq_e
     const char *name = given->name != NULL ? given->name : "weight";
     char text[96];
     if (weight->ndim != 2)
-        return mq_fail(err, MQ_ERR_VALUE, "%s %s: expected 2 dimensions", name, mq_tensor_describe(weight, text, sizeof text));
+        return mq_fail(err, MQ_ERR_VALUE, "%s %s: expected 2 dimensions", name,
+                       mq_tensor_describe(weight, text, sizeof text));
     if ((int)weight->dtype >= MQ_FLOAT_DTYPES)
         return mq_fail(err, MQ_ERR_TYPE, "%s %s: expected float32, bfloat16 or float16", name,
                        mq_tensor_describe(weight, text, sizeof text));
@@ -248,8 +252,10 @@ static int run_rows(matrix_job *job, const mq_block_job *given, mq_error *err)
                         job->weight != NULL ? quantize_rows : dequantize_rows, job);
     const int64_t bad = atomic_load(&job->bad_row);
     if (rc == MQ_OK && bad != INT64_MAX)
-        rc = mq_fail(err, MQ_ERR_VALUE, "%s [%lld, %lld]: row %lld holds NaN or infinity; such a tensor cannot be quantized",
-                     given->name != NULL ? given->name : "weight", (long long)job->rows, (long long)job->cols, (long long)bad);
+        rc = mq_fail(err, MQ_ERR_VALUE,
+                     "%s [%lld, %lld]: row %lld holds NaN or infinity; such a tensor cannot be quantized",
+                     given->name != NULL ? given->name : "weight", (long long)job->rows, (long long)job->cols,
+                     (long long)bad);
     mq_free(owned);
     mq_row_buffers_free(&job->buffers);
     return rc;

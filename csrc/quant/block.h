@@ -23,15 +23,16 @@ typedef struct mq_block_job {
 /* How many amax values the scheme takes for [rows, cols]: the second level's one, one per block, or 0 (E8M0 scales). */
 int64_t mq_block_amax_count(const mq_block_job *job, int64_t rows, int64_t cols);
 
-/* dtypes and shapes of the parts of a [rows, cols] matrix (data pointers are left alone); MQ_ERR_VALUE where the shape does
- * not fit the scheme. */
+/* dtypes and shapes of the parts of a [rows, cols] matrix (data pointers are left alone); MQ_ERR_VALUE where the shape
+ * does not fit the scheme. */
 int mq_block_shapes(const mq_block_job *job, int64_t rows, int64_t cols, mq_parts *parts, mq_error *err);
 
-/* weight (2-D float32, bfloat16 or float16, any strides) into parts as mq_block_shapes laid them out. NaN or infinity is
- * MQ_ERR_VALUE. */
+/* weight (2-D float32, bfloat16 or float16, any strides) into parts as mq_block_shapes laid them out. NaN or infinity
+ * is MQ_ERR_VALUE. */
 int mq_block_quantize(const mq_block_job *job, const mq_tensor *weight, mq_parts *parts, mq_error *err);
 
-/* parts into out (contiguous float32, bfloat16 or float16): element * (scale * scale_2) in float32, rounded to out's dtype. */
+/* parts into out (contiguous float32, bfloat16 or float16): element * (scale * scale_2) in float32, rounded to out's
+ * dtype. */
 int mq_block_dequantize(const mq_block_job *job, const mq_parts *parts, mq_tensor *out, mq_error *err);
 
 /* out (contiguous, weight's dtype) = what the exported parts would dequantize to, without making them. */

@@ -81,8 +81,8 @@ int mq_quantizer_ready(const mq_quantizer *quantizer, int64_t rows, int64_t cols
 
 /* ---- apply ---- */
 
-/* The reference's formulas: _fp8_eager (two roundings, as torch's scalar / tensor), and its integer fake quantization. FP8
- * without an amax is a plain cast to the element and back. */
+/* The reference's formulas: _fp8_eager (two roundings, as torch's scalar / tensor), and its integer fake quantization.
+ * FP8 without an amax is a plain cast to the element and back. */
 static mq_scaled scaled_args(const mq_quant_spec *spec, mq_dtype dtype, const float *amax)
 {
     mq_scaled args = {.dtype = dtype, .multiplier = 1.0f, .back = 1.0f};
@@ -105,7 +105,8 @@ static void apply_scaled(const mq_quant_spec *spec, const mq_kernels *kernels, c
     (spec->kind == MQ_KIND_FLOAT ? kernels->scaled_fp8 : kernels->scaled_int)(args);
 }
 
-static void apply_scaled_row(const mq_quantizer *quantizer, const mq_kernels *kernels, const mq_quant_rows *m, int64_t r)
+static void apply_scaled_row(const mq_quantizer *quantizer, const mq_kernels *kernels, const mq_quant_rows *m,
+                             int64_t r)
 {
     const mq_quant_spec *spec = &quantizer->spec;
     const mq_grid grid = mq_grid_make(m->rows, m->cols, spec->block_rows, spec->block_cols);
@@ -123,7 +124,8 @@ static void apply_scaled_row(const mq_quantizer *quantizer, const mq_kernels *ke
 }
 
 /* y = x * pre_scale, rounded to the dtype, as the reference multiplies before it quantizes. */
-static void prepare_row(const mq_quantizer *quantizer, const mq_kernels *kernels, const mq_quant_rows *m, const char *x, char *y)
+static void prepare_row(const mq_quantizer *quantizer, const mq_kernels *kernels, const mq_quant_rows *m, const char *x,
+                        char *y)
 {
     enum { PIECE = 512 };
     const int64_t size = (int64_t)mq_dtype_size(m->dtype);

@@ -14,7 +14,8 @@ typedef struct mq_quant_spec {
     int bits;                 /* of integers, 2 to 8, the sign included */
     int narrow_range;         /* integers: -max .. max instead of -max - 1 .. max */
     int is_unsigned;          /* integers: 0 .. 2 * max + 1 */
-    int64_t block_rows, block_cols; /* 0: the whole extent. 0, 0 per tensor; 1, 0 per row; 0, 1 per column; 1, 16 blocks */
+    int64_t block_rows;       /* 0: the whole extent. rows, columns = 0, 0 per tensor; 1, 0 per row; 0, 1 per column; */
+    int64_t block_cols;       /* 1, 16 blocks along rows */
     mq_format scale;          /* MQ_FMT_FP32, MQ_FMT_FP8_E4M3 (with a second, fp32 scale per tensor), MQ_FMT_E8M0 */
     int dynamic;              /* (block) scales come from the data of each call */
     int scheme;               /* the row of schemes.def that these settings are, or -1 */
@@ -37,14 +38,14 @@ void mq_quantizer_free(mq_quantizer *quantizer);
 int mq_quantizer_set_amax(mq_quantizer *quantizer, const float *values, int64_t count, mq_error *err);
 int mq_quantizer_set_pre_scale(mq_quantizer *quantizer, const float *values, int64_t count, mq_error *err);
 
-/* Whether activations of cols columns can be simulated: MQ_OK, or what is missing (an amax, a wrong count). name is used
- * in the error. Quantizers of whole matrices (a row or a block of rows has its own amax) need rows too; -1 = any. */
+/* Whether activations of cols columns can be simulated: MQ_OK, or what is missing (an amax, a wrong count). name is
+ * used in the error. Quantizers of whole matrices (rows or blocks of rows have an amax each) need rows too; -1 = any. */
 int mq_quantizer_ready(const mq_quantizer *quantizer, int64_t rows, int64_t cols, const char *name, mq_error *err);
 
-/* y = fake_quantize(x): rows x cols of dtype (MQ_F32, MQ_BF16 or MQ_F16), ldx elements from row to row, y the same with ldy; y may be
- * x. A disabled quantizer copies (and still applies pre_scale). Rows are independent unless the spec has blocks of rows:
- * calls on slices of the rows give the same bits as one call, if amax is per tensor, per column, per token or dynamic
- * per block. NaN in gives NaN out where the format has NaN. */
+/* y = fake_quantize(x): rows x cols of dtype (MQ_F32, MQ_BF16 or MQ_F16), ldx elements from row to row, y the same with
+ * ldy; y may be x. A disabled quantizer copies (and still applies pre_scale). Rows are independent unless the spec has
+ * blocks of rows: calls on slices of the rows give the same bits as one call, if amax is per tensor, per column, per
+ * token or dynamic per block. NaN in gives NaN out where the format has NaN. */
 typedef struct mq_quant_rows {
     const void *x;
     void *y;

@@ -14,12 +14,12 @@ typedef struct mq_grid {
 /* block_rows, block_cols: 0 = the whole extent. */
 mq_grid mq_grid_make(int64_t rows, int64_t cols, int64_t block_rows, int64_t block_cols);
 
-/* The absolute maximum of every block of x (2-D, any strides; float32, bfloat16 or float16) as float32 [grid.rows, grid.cols].
- * NaN wins over everything. Runs on the pool. */
+/* The absolute maximum of every block of x (2-D, any strides; float32, bfloat16 or float16) as float32 [grid.rows,
+ * grid.cols]. NaN wins over everything. Runs on the pool. */
 int mq_amax(const mq_tensor *x, const mq_grid *grid, float *out, mq_error *err);
 
-/* The fp32 scale of the whole tensor of a two-level scheme, amax / second_divisor; a zero amax counts as the largest element,
- * as the reference does. */
+/* The fp32 scale of the whole tensor of a two-level scheme, amax / second_divisor; a zero amax counts as the largest
+ * element, as the reference does. */
 float mq_scale_second(const mq_scheme_row *scheme, float amax);
 
 #endif
