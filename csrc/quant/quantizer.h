@@ -39,7 +39,7 @@ int mq_quantizer_set_amax(mq_quantizer *quantizer, const float *values, int64_t 
 int mq_quantizer_set_pre_scale(mq_quantizer *quantizer, const float *values, int64_t count, mq_error *err);
 
 /* Whether activations of cols columns can be simulated: MQ_OK, or what is missing (an amax, a wrong count). name is
- * used in the error. Quantizers of whole matrices (rows or blocks of rows have an amax each) need rows too; -1 = any. */
+ * used in errors. Quantizers of whole matrices (rows or blocks of rows have an amax each) need rows too; -1 = any. */
 int mq_quantizer_ready(const mq_quantizer *quantizer, int64_t rows, int64_t cols, const char *name, mq_error *err);
 
 /* y = fake_quantize(x): rows x cols of dtype (MQ_F32, MQ_BF16 or MQ_F16), ldx elements from row to row, y the same with
