@@ -6,7 +6,7 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 
-enum { MAX_THREADS = 256 };
+enum { MAX_THREADS = MQ_POOL_LIMIT };
 
 typedef struct job {
     mq_range_fn fn;

@@ -8,6 +8,8 @@
 
 #include "core/mq.h"
 
+enum { MQ_POOL_LIMIT = 256 }; /* no job ever sees more workers, whatever is set meanwhile */
+
 /* One chunk [begin, end) of the range. worker < mq_pool_max_threads() is an index for scratch memory, never for
  * results; inside a nested call it is 0, so scratch of an inner job must be its own. */
 typedef void (*mq_range_fn)(void *arg, int64_t begin, int64_t end, int worker);

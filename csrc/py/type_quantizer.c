@@ -5,6 +5,7 @@
 #include "py/ndarray.h"
 #include "py/outputs.h"
 
+#include "core/alloc.h"
 #include "core/pool.h"
 #include "quant/rows.h"
 #include "quant/scale.h"
@@ -438,18 +439,18 @@ static int apply_all(call_job *job, const mq_tensor *matrix, int find, mq_error 
     mq_quantizer own = *job->quantizer;
     if (find) {
         own.amax_count = grid->rows * grid->cols;
-        own.amax = PyMem_RawMalloc((size_t)own.amax_count * sizeof(float));
+        own.amax = mq_alloc_array((size_t)own.amax_count, sizeof(float));
         if (own.amax == NULL) return mq_fail_memory(err, "amax", (size_t)own.amax_count * sizeof(float));
         int rc = mq_amax(matrix, grid, own.amax, err);
         if (rc != MQ_OK) {
-            PyMem_RawFree(own.amax);
+            mq_free(own.amax);
             return rc;
         }
         job->quantizer = &own;
     }
     const int64_t grain = by_rows ? mq_rows_per_chunk(job->rows.cols) : MQ_MAX(job->rows.rows, (int64_t)1);
     mq_parallel_for(job->rows.rows, grain, apply_rows, job);
-    if (find) PyMem_RawFree(own.amax);
+    if (find) mq_free(own.amax);
     return MQ_OK;
 }
 

@@ -13,7 +13,7 @@ int mq_row_buffers_init(mq_row_buffers *buffers, const size_t *nbytes, int count
         if (i < count) part += MQ_ROUND_UP(nbytes[i], (size_t)MQ_ALIGNMENT);
     }
     buffers->offset[MQ_ROW_BUFFERS] = part;
-    buffers->memory = mq_alloc_array((size_t)mq_pool_max_threads(), part);
+    buffers->memory = mq_alloc_array(MQ_POOL_LIMIT, part);
     return buffers->memory != NULL ? MQ_OK : mq_fail_memory(err, "row buffers", part);
 }
 
