@@ -11,7 +11,7 @@ typedef struct mq_row_buffers {
     size_t offset[MQ_ROW_BUFFERS + 1]; /* of each buffer in a worker's part; the last is the size of a part */
 } mq_row_buffers;
 
-/* count buffers of nbytes[i] for every worker that there may be (another thread may change the pool's size before the job
+/* count buffers of nbytes[i] for every worker that there may be (another thread may change the pool before the job
  * starts; what is not used is never touched). free accepts what init left. */
 int mq_row_buffers_init(mq_row_buffers *buffers, const size_t *nbytes, int count, mq_error *err);
 void mq_row_buffers_free(mq_row_buffers *buffers);
