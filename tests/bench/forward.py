@@ -3,9 +3,9 @@
     python tests/bench/forward.py --torch-python /path/to/venv/bin/python [--sequences 8] [--tokens 512] [--threads N]
 
 modelq: layers streamed (each packed, run over all sequences and dropped), the largest magnitude of every linear's input
-collected, no lm_head. torch: transformers' model in float32 and in bfloat16, whole batch and sequence by sequence (the faster
-counts), once without lm_head (model.model) and once the full model, which is what a calibration loop runs. Weights are in memory
-on both sides. Times are the minimum of the repeats.
+collected, no lm_head. torch: transformers' model in float32 and in bfloat16, once without lm_head (model.model) and once the full
+model, which is what a calibration loop runs; whole batch, or with --batches also sequence by sequence (the faster counts). Weights
+are in memory on both sides. Times are the minimum of the repeats; processor seconds tell more than wall time on a busy machine.
 """
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def weights(runtime) -> tuple[dict, str]:
     return {name: (rng.standard_normal(shape, np.float32) * 0.05).astype(ml_dtypes.bfloat16) for name, shape in shapes.items()}, "random"
 
 
-def modelq_forward(compute: str, sequences: int, tokens: int, repeats: int, calibrate: bool = True) -> tuple[float, float]:
-    """Seconds of the whole forward, and of packing the weights within it."""
+def modelq_forward(compute: str, sequences: int, tokens: int, repeats: int) -> tuple[float, float, float]:
+    """Wall seconds of the whole forward, processor seconds, and wall seconds of packing the weights within it."""
     import numpy as np
 
     import modelq._core as core
@@ -52,11 +52,11 @@ def modelq_forward(compute: str, sequences: int, tokens: int, repeats: int, cali
     tensors, _ = weights(runtime)
     ids = [np.random.default_rng(i).integers(0, CONFIG["vocab_size"], (1, tokens)) for i in range(sequences)]
     linears = [module["name"] for module in runtime.modules if module["kind"] == "linear" and module["layer"] >= 0]
-    best = (float("inf"), 0.0)
+    best = (float("inf"), float("inf"), 0.0)
     for _ in range(repeats):
         for name in linears:
-            runtime.set_calibrator(f"{name}.input_quantizer", core.Calibrator() if calibrate else None)
-        started, packing = time.perf_counter(), 0.0
+            runtime.set_calibrator(f"{name}.input_quantizer", core.Calibrator())
+        started, processor, packing = time.perf_counter(), time.process_time(), 0.0
         run = runtime.start(ids)
         run.embed({name: tensors[name] for name in runtime.embed_tensors()})
         for layer in range(runtime.layers):
@@ -65,12 +65,12 @@ def modelq_forward(compute: str, sequences: int, tokens: int, repeats: int, cali
             packing += time.perf_counter() - before
             run.layer(layer)
             runtime.drop_layer(layer)
-        best = min(best, (time.perf_counter() - started, packing))
+        best = min(best, (time.perf_counter() - started, time.process_time() - processor, packing))
     return best
 
 
-def torch_child(sequences: int, tokens: int, threads: int, repeats: int) -> None:
-    """Prints {"float32 model.model": seconds, ...} as JSON."""
+def torch_child(sequences: int, tokens: int, threads: int, repeats: int, batches: set[int]) -> None:
+    """Prints {"float32 without lm_head": [wall seconds, processor seconds], ...} as JSON."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -80,22 +80,20 @@ def torch_child(sequences: int, tokens: int, threads: int, repeats: int) -> None
         model = LlamaForCausalLM(LlamaConfig(**CONFIG)).to(dtype).eval()
         ids = torch.randint(0, CONFIG["vocab_size"], (sequences, tokens))
         for what, call in (("without lm_head", model.model), ("full model", model)):
-            for batch in (1, sequences):
-                seconds = []
-                for _ in range(repeats):
-                    started = time.perf_counter()
-                    with torch.no_grad():
-                        for first in range(0, sequences, batch):
-                            call(ids[first:first + batch], use_cache=False)
-                    seconds.append(time.perf_counter() - started)
-                key = f"{str(dtype)[6:]} {what}"
-                found[key] = min(found.get(key, float("inf")), *seconds)
+            key, seconds = f"{str(dtype)[6:]} {what}", []
+            for batch in [*sorted(batches)] * repeats:
+                started, processor = time.perf_counter(), time.process_time()
+                with torch.no_grad():
+                    for first in range(0, sequences, batch):
+                        call(ids[first:first + batch], use_cache=False)
+                seconds.append((time.perf_counter() - started, time.process_time() - processor))
+            found[key] = min(seconds)
     print(json.dumps(found))
 
 
-def torch_forward(python: str, args: argparse.Namespace) -> dict[str, float]:
+def torch_forward(python: str, args: argparse.Namespace) -> dict[str, list[float]]:
     command = [python, __file__, "--child", "--sequences", str(args.sequences), "--tokens", str(args.tokens), "--threads",
-               str(args.threads), "--repeats", str(args.repeats)]
+               str(args.threads), "--repeats", str(args.repeats)] + ["--batches"] * args.batches
     environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
@@ -119,6 +117,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--batches", action="store_true", help="time torch sequence by sequence too")
     parser.add_argument("--compute", choices=("bfloat16", "float32"), action="append", help="modelq's modes; both by default")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -127,29 +126,31 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     if args.child:
-        return torch_child(args.sequences, args.tokens, args.threads, args.repeats)
+        batches = {1, args.sequences} if args.batches else {args.sequences}
+        return torch_child(args.sequences, args.tokens, args.threads, args.repeats, batches)
     import modelq._core as core
 
     core.set_threads(args.threads)
     flops = 2.0 * args.sequences * args.tokens * CONFIG["num_hidden_layers"] * (
         CONFIG["hidden_size"] * (2 * 576 + 2 * 192) + 3 * CONFIG["hidden_size"] * CONFIG["intermediate_size"])
     print(f"calibration forward, {args.sequences} x {args.tokens} tokens, {args.threads} threads, {core.cpu_info()['features']}")
-    print(f"{'':42}{'seconds':>9}{'tokens/s':>10}{'GFLOP/s':>9}")
+    print(f"{'':42}{'seconds':>9}{'cpu s':>8}{'tokens/s':>10}{'GFLOP/s':>9}")
 
-    def row(what: str, seconds: float) -> None:
-        print(f"{what:42}{seconds:9.3f}{args.sequences * args.tokens / seconds:10.0f}{flops / seconds / 1e9:9.0f}")
+    def row(what: str, seconds: float, processor: float) -> None:
+        print(f"{what:42}{seconds:9.3f}{processor:8.2f}{args.sequences * args.tokens / seconds:10.0f}{flops / seconds / 1e9:9.0f}")
 
     mine = {}
     for compute in args.compute or ("bfloat16", "float32"):
-        mine[compute], packing = modelq_forward(compute, args.sequences, args.tokens, args.repeats)
-        row(f"modelq {compute} (packing {packing:.3f} s)", mine[compute])
+        *mine[compute], packing = modelq_forward(compute, args.sequences, args.tokens, args.repeats)
+        row(f"modelq {compute} (packing {packing:.3f} s)", *mine[compute])
     python = args.torch_python or find_torch()
     theirs = torch_forward(python, args) if python else {}
-    for what, seconds in theirs.items():
-        row(f"torch {what}", seconds)
+    for what, times in theirs.items():
+        row(f"torch {what}", *times)
     for what in ("without lm_head", "full model") if theirs else ():
-        fastest = min(seconds for name, seconds in theirs.items() if name.endswith(what))
-        print(f"modelq is {fastest / min(mine.values()):.2f} times as fast as torch's faster one, {what}")
+        wall, processor = (min(times[i] for name, times in theirs.items() if name.endswith(what)) /
+                           min(times[i] for times in mine.values()) for i in (0, 1))
+        print(f"modelq is {wall:.2f} times as fast as torch's faster one, {what} (by processor time {processor:.2f})")
 
 
 if __name__ == "__main__":
