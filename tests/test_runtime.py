@@ -462,3 +462,25 @@ def test_two_threads_do_not_share_a_run(llama):
         thread.join()
     assert len(errors) == 1 and ("in use by another thread" in errors[0] or "the next layer is 1" in errors[0])
     assert run.next_layer == 1
+
+
+def test_every_allocation_may_fail(llama, no_allocation_faults):
+    """The n-th allocation fails, for n = 1, 2, ... until everything succeeds: MemoryError each time, then the right logits."""
+    ids, mask = llama.reference["ids"], llama.reference["right"]
+    core.set_threads(1)
+    wanted = llama.logits(ids, mask)
+    calibrator = core.Calibrator(axis=-1)
+    llama.runtime.set_calibrator("model.layers.1.mlp.down_proj.input_quantizer", calibrator)
+    for n in range(1, 500):
+        core._alloc_fail_at(n)
+        try:
+            run = llama.run([ids], [mask])
+            run.loss(llama.head)
+            logits = run.logits(0, llama.head)
+        except MemoryError:
+            continue
+        finally:
+            core._alloc_fail_at(0)
+        break
+    assert n > 20
+    np.testing.assert_allclose(logits, wanted, atol=1e-5)
