@@ -19,6 +19,8 @@ SANITIZED := build/site-sanitize
 SOURCES := setup.py pyproject.toml $(shell find csrc modelq -name '*.c' -o -name '*.h' -o -name '*.inc' -o -name '*.def' -o -name '*.py' -o -name '*.pyi')
 # Objects are kept between builds, what they were linked and copied into is not: a file that was removed must not stay in a wheel.
 INSTALL := rm -rf build/*/lib* && $(VENV)/bin/python -m pip install --quiet --no-build-isolation
+# Tests that no kernel takes part in.
+NOT_ISA := $(patsubst %,--ignore=tests/test_%.py,cli data dataset_utils dlpack gguf import lint oom readme safetensors stubs threads writer)
 TEST_ENV := $(if $(GOLDEN),MODELQ_GOLDEN=$(abspath $(GOLDEN)))
 
 # Everything but the demo is built with modelq._testing, and its tests then may not skip for want of it.
@@ -41,13 +43,13 @@ test: $(VENV)/installed
 sanitize: $(SANITIZED)/installed
 	$(TEST_ENV) PYTHONPATH=$(SANITIZED) PYTHONMALLOC=malloc LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
 	ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:abort_on_error=1:allocator_may_return_null=1 \
-	UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 MODELQ_SANITIZED=1 \
-	$(VENV)/bin/pytest -m "not slow and not leaks" $(ARGS)
+	UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	$(VENV)/bin/pytest -m "not slow and not leaks and not measures" $(ARGS)
 
 test-isa: $(VENV)/installed
 	@isas=$$($(VENV)/bin/python scripts/isas.py); test -n "$$isas" || exit 1; for isa in $$isas; do \
 	  echo "== MODELQ_ISA=$$isa"; \
-	  $(TEST_ENV) MODELQ_ISA=$$isa $(VENV)/bin/pytest -q -m "not slow and not leaks" $(ARGS) || exit 1; \
+	  $(TEST_ENV) MODELQ_ISA=$$isa $(VENV)/bin/pytest -q -m "not slow and not leaks and not measures" $(NOT_ISA) $(ARGS) || exit 1; \
 	done
 
 bench: $(VENV)/installed

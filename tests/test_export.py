@@ -324,6 +324,7 @@ def test_a_zero_amax_counts_as_the_largest_element(tmp_path):
     assert read_safetensors(tmp_path / "out")["model.layers.0.self_attn.o_proj.input_scale"] == np.float32(1)
 
 
+@pytest.mark.measures
 def test_memory_stays_at_one_tensor(tmp_path, run_python):
     """24 weights of 8 MiB: the export's own peak stays far below what it reads or writes."""
     grown = run_python(textwrap.dedent("""

@@ -1,5 +1,4 @@
 """`import modelq` is instant, and pulls in nothing heavy."""
-import os
 import sys
 from pathlib import Path
 
@@ -11,9 +10,8 @@ HEAVY = ["torch", "transformers", "datasets", "matplotlib", "huggingface_hub", "
 EXTENSION_LIMIT = 5 << 20   # bytes
 
 
+@pytest.mark.measures
 def test_import_is_fast(run_python):
-    if os.environ.get("MODELQ_SANITIZED"):
-        pytest.skip("a timing, and sanitizers slow everything down")
     code = "import time; start = time.perf_counter(); import modelq; print(time.perf_counter() - start)"
     best = min(float(run_python(code)) for _ in range(7))
     assert best < 0.2
@@ -32,11 +30,10 @@ def test_nothing_heavy_is_needed(run_python):
     assert run_python(code) == "fine"
 
 
+@pytest.mark.measures
 def test_the_extension_is_small():
-    files = list(Path(modelq.__file__).parent.glob("_core*.so"))
-    assert len(files) == 1
-    if not os.environ.get("MODELQ_SANITIZED"):
-        assert files[0].stat().st_size < EXTENSION_LIMIT
+    file, = Path(modelq.__file__).parent.glob("_core*.so")
+    assert file.stat().st_size < EXTENSION_LIMIT
 
 
 def test_version_is_one(run_python):

@@ -238,6 +238,7 @@ except OSError as error:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.measures
 def test_memory_stays_at_one_tensor(tmp_path, run_python):
     code = f"""
 import resource
