@@ -68,7 +68,7 @@ def child(side: str, work: str, config: str, out: str, batch: int) -> None:
     JOBS[side](f"{work}/model", np.load(f"{work}/tokens.npy"), config, out, batch)
     with open("/proc/self/status") as status:
         peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
-    print(json.dumps({"peak_mb": peak / 1024}), flush=True)
+    print(json.dumps({"peak_mb": peak / 1024, "cpu_seconds": time.process_time()}), flush=True)
 
 
 def run(side: str, python: str, work: Path, config: str, batch: int, threads: int) -> dict:
@@ -153,12 +153,12 @@ def compare(options: argparse.Namespace, config: str, reference_python: str | No
 
 
 def print_table(rows: list[tuple], markdown: bool) -> None:
-    texts = [("config", "side", "batch", "seconds", "peak MB", "export MB", "times faster", "share of memory")]
+    texts = [("config", "side", "batch", "seconds", "CPU seconds", "peak MB", "export MB", "times faster", "share of memory")]
     for config, side, result, reference in rows:
         speed = f"{reference['seconds'] / result['seconds']:.2f}" if reference else ""
         share = f"{result['peak_mb'] / reference['peak_mb']:.2f}" if reference else ""
-        texts.append((config, side, str(result["batch"]), f"{result['seconds']:.1f}", f"{result['peak_mb']:.0f}",
-                      f"{result['export_mb']:.0f}", speed, share))
+        texts.append((config, side, str(result["batch"]), f"{result['seconds']:.1f}", f"{result['cpu_seconds']:.1f}",
+                      f"{result['peak_mb']:.0f}", f"{result['export_mb']:.0f}", speed, share))
     widths = [max(map(len, column)) for column in zip(*texts)]
     for i, row in enumerate(texts):
         line = (" | " if markdown else "  ").join(text.ljust(width) for text, width in zip(row, widths))
