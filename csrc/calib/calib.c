@@ -4,8 +4,8 @@
 
 #include "core/alloc.h"
 
-static const mq_calib_kind *const kinds[] = {&mq_calib_max};
-static const char *const kind_names[] = {"max", NULL};
+static const mq_calib_kind *const kinds[] = {&mq_calib_max, &mq_calib_affine, &mq_calib_affine_max_min};
+static const char *const kind_names[] = {"max", "affine", "affine_max_min", NULL};
 
 static const char magic[8] = "mqcalib1";
 
@@ -82,6 +82,16 @@ int mq_calib_finish(mq_calib *calib, float *amax, mq_error *err)
     if (calib->channels == 0) return mq_fail(err, MQ_ERR_STATE, "compute_amax: the calibrator has seen no data");
     pthread_mutex_lock(&calib->mutex);
     int rc = calib->kind->finish(calib, amax, err);
+    pthread_mutex_unlock(&calib->mutex);
+    return rc;
+}
+
+int mq_calib_bias(mq_calib *calib, float *bias, mq_error *err)
+{
+    if (calib->kind->bias == NULL) return mq_fail(err, MQ_ERR_VALUE, "a calibrator of kind %s finds no bias", calib->kind->name);
+    if (calib->channels == 0) return mq_fail(err, MQ_ERR_STATE, "compute_bias: the calibrator has seen no data");
+    pthread_mutex_lock(&calib->mutex);
+    int rc = calib->kind->bias(calib, bias, err);
     pthread_mutex_unlock(&calib->mutex);
     return rc;
 }

@@ -20,6 +20,7 @@ typedef struct mq_calib_rows {
     int64_t rows, width, ld;
     const uint8_t *mask;    /* [rows], 0 = padding; NULL = every row counts */
     int64_t chunk;          /* position of these rows in the whole data, for kinds that add */
+    int64_t group;          /* the recorded batch they are of, for kinds that average over batches; -1 = a new one */
 } mq_calib_rows;
 
 typedef struct mq_calib_kind {
@@ -27,6 +28,7 @@ typedef struct mq_calib_kind {
     int (*collect)(mq_calib *calib, const mq_calib_rows *rows, mq_error *err);
     int (*merge)(mq_calib *calib, const mq_calib *other, mq_error *err);
     int (*finish)(mq_calib *calib, float *amax, mq_error *err); /* amax has `channels` entries */
+    int (*bias)(mq_calib *calib, float *out, mq_error *err);    /* out has `width` entries; NULL: the kind finds none */
     void (*reset)(mq_calib *calib);
     size_t (*state_nbytes)(const mq_calib *calib);
     void (*save)(const mq_calib *calib, void *out);
@@ -40,6 +42,7 @@ struct mq_calib {
     const mq_calib_kind *kind;
     mq_calib_axis axis;
     int64_t channels;       /* entries of amax: 1 per tensor; 0 until the first rows for MQ_CALIB_LAST */
+    int64_t width;          /* entries of the bias, of kinds that find one; 0 until the first rows */
     int64_t count;          /* rows seen, padding left out */
     void *state;            /* the kind's own */
     pthread_mutex_t mutex;  /* held for the fold of a chunk's partial result, never while it is computed */
@@ -56,12 +59,14 @@ int mq_calib_merge(mq_calib *calib, mq_calib *other, mq_error *err);
 int mq_calib_same_kind(const mq_calib *a, const mq_calib *b); /* would they compute the same from the same rows */
 /* amax [channels]; MQ_ERR_VALUE if a NaN or an infinity was seen; MQ_ERR_STATE if nothing was. */
 int mq_calib_finish(mq_calib *calib, float *amax, mq_error *err);
+/* The bias [width] that the kind takes off before it looks for amax; MQ_ERR_VALUE if it has none to offer. */
+int mq_calib_bias(mq_calib *calib, float *bias, mq_error *err);
 void mq_calib_reset(mq_calib *calib);
 /* The state as bytes: a header (magic, kind, axis, channels, count) and the kind's own. */
 size_t mq_calib_save_nbytes(const mq_calib *calib);
 void mq_calib_save(const mq_calib *calib, uint8_t *out);
 int mq_calib_load(mq_calib *calib, const uint8_t *bytes, size_t nbytes, mq_error *err);
 
-extern const mq_calib_kind mq_calib_max;
+extern const mq_calib_kind mq_calib_max, mq_calib_affine, mq_calib_affine_max_min;
 
 #endif

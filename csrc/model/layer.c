@@ -37,18 +37,7 @@ static int collect(pass *pass, mq_point *point, const void *x, int64_t width)
 
 static int acts(const mq_quantizer *quantizer)
 {
-    return quantizer != NULL && (quantizer->enabled || quantizer->pre_scale != NULL);
-}
-
-/* Would both turn the same rows into the same result? */
-static int same_effect(const mq_quantizer *a, const mq_quantizer *b)
-{
-    if (a == b) return 1;
-    if (a->enabled != b->enabled || memcmp(&a->spec, &b->spec, sizeof a->spec) != 0) return 0;
-    if (a->amax_count != b->amax_count || a->pre_count != b->pre_count) return 0;
-    if ((a->amax == NULL) != (b->amax == NULL) || (a->pre_scale == NULL) != (b->pre_scale == NULL)) return 0;
-    return (a->amax == NULL || memcmp(a->amax, b->amax, (size_t)a->amax_count * sizeof(float)) == 0) &&
-           (a->pre_scale == NULL || memcmp(a->pre_scale, b->pre_scale, (size_t)a->pre_count * sizeof(float)) == 0);
+    return quantizer != NULL && mq_quantizer_acts(quantizer);
 }
 
 typedef struct quantize_job {
@@ -68,14 +57,20 @@ static void quantize_rows(void *argument, int64_t begin, int64_t end, int worker
     mq_quantizer_apply(job->quantizer, &rows);
 }
 
-static void quantize(pass *pass, const mq_quantizer *quantizer, void *y, const void *x, int64_t width)
+static void quantize_steps(pass *pass, const mq_quantizer *quantizer, void *y, const void *x, int64_t width,
+                           mq_quant_steps steps)
 {
     quantize_job job = {
         .quantizer = quantizer,
         .rows = {.x = x, .y = y, .dtype = pass->context->dtype, .rows = pass->rows, .cols = width, .ldx = width,
-                 .ldy = width},
+                 .ldy = width, .steps = steps},
     };
     mq_parallel_for(pass->rows, mq_row_grain(width), quantize_rows, &job);
+}
+
+static void quantize(pass *pass, const mq_quantizer *quantizer, void *y, const void *x, int64_t width)
+{
+    quantize_steps(pass, quantizer, y, x, width, MQ_QUANT_ALL);
 }
 
 /* What reaches x: statistics, then the quantizer, in place. */
@@ -91,7 +86,7 @@ static const void *quantized_input(pass *pass, const mq_linear *linear, const vo
 {
     const mq_quantizer *quantizer = linear->input.quantizer;
     if (!acts(quantizer)) return in;
-    if (pass->applied == NULL || !same_effect(pass->applied, quantizer))
+    if (pass->applied == NULL || !mq_quantizer_same(pass->applied, quantizer))
         quantize(pass, quantizer, pass->quantized, in, linear->cols);
     pass->applied = quantizer;
     return pass->quantized;
@@ -127,6 +122,30 @@ static int run_residual(pass *pass, mq_role role, void *hidden, const void *in)
     return MQ_OK;
 }
 
+/* q, k or v: rotated first, so that statistics are of what is rounded; sequence by sequence, since some kinds of
+ * statistics go by recorded batch. */
+static int attention_point(pass *pass, mq_point *point, void *x, int64_t width, const mq_unit *unit)
+{
+    const mq_layer_context *context = pass->context;
+    const mq_quantizer *quantizer = point->quantizer;
+    int rc = MQ_OK;
+    if (quantizer != NULL && mq_quantizer_prepares(quantizer))
+        quantize_steps(pass, quantizer, x, x, width, MQ_QUANT_PREPARE);
+    for (int64_t i = 0; rc == MQ_OK && point->watch != NULL && i < unit->sequences; i++) {
+        const mq_sequence *sequence = &context->sequences[unit->first_sequence + i];
+        const size_t row = (size_t)(sequence->first - unit->first);
+        mq_calib_rows rows = {
+            .x = (const char *)x + row * (size_t)width * mq_dtype_size(context->dtype), .dtype = context->dtype,
+            .rows = sequence->tokens, .width = width, .ld = width, .chunk = sequence->first, .group = sequence->batch,
+            .mask = context->count_mask ? context->count_mask + sequence->first : NULL,
+        };
+        rc = mq_point_collect(point, &rows, pass->err);
+    }
+    if (rc == MQ_OK && quantizer != NULL && quantizer->enabled)
+        quantize_steps(pass, quantizer, x, x, width, MQ_QUANT_PREPARED);
+    return rc;
+}
+
 /* q or k: norm over each head (where the family has it), rope, then its point. */
 static int finish_heads(pass *pass, mq_role norm, mq_point *point, void *x, int64_t heads, const mq_unit *unit)
 {
@@ -144,7 +163,7 @@ static int finish_heads(pass *pass, mq_role norm, mq_point *point, void *x, int6
         size_t at = (size_t)((sequence->first - unit->first) * heads * head_dim) * mq_dtype_size(sizes.dtype);
         mq_rope_forward((char *)x + at, pass->context->rope, &sizes);
     }
-    return pass_point(pass, point, x, heads * head_dim);
+    return attention_point(pass, point, x, heads * head_dim, unit);
 }
 
 static mq_attention_args attention_args(const mq_layer_context *context, int64_t window, int64_t tokens)
@@ -191,7 +210,8 @@ static int attention_half(pass *pass, const mq_unit *unit, void *hidden, const m
     if (rc == MQ_OK) rc = run_linear(pass, MQ_ROLE_V, scratch->v, scratch->normed);
     if (rc == MQ_OK) rc = finish_heads(pass, MQ_ROLE_Q_NORM, &layer->q, scratch->q, config->num_attention_heads, unit);
     if (rc == MQ_OK) rc = finish_heads(pass, MQ_ROLE_K_NORM, &layer->k, scratch->k, config->num_key_value_heads, unit);
-    if (rc == MQ_OK) rc = pass_point(pass, &layer->v, scratch->v, config->num_key_value_heads * config->head_dim);
+    if (rc == MQ_OK)
+        rc = attention_point(pass, &layer->v, scratch->v, config->num_key_value_heads * config->head_dim, unit);
     if (rc != MQ_OK) return rc;
     attend(pass, unit, scratch);
     return run_residual(pass, MQ_ROLE_O, hidden, scratch->mixed);

@@ -6,7 +6,9 @@
 PyDoc_STRVAR(calibrator_doc,
 "Calibrator(kind='max', axis=None)\n--\n\n"
 "Statistics of activations, to find a quantizer's amax.\n\n"
-"kind: 'max', the largest magnitude. axis: None for one value per tensor, -1 for one per entry of the last axis.\n"
+"kind: 'max', the largest magnitude; 'affine', a bias per entry of the last axis (the running average of the means of each\n"
+"call's rows) and the largest magnitude beside it; 'affine_max_min', the bias half-way between smallest and largest.\n"
+"axis: None for one value per tensor, -1 for one per entry of the last axis ('max' only).\n"
 "collect may be called from several threads; the result does not depend on their order. NaN and infinities are\n"
 "remembered and reported by compute_amax.");
 
@@ -36,8 +38,11 @@ static PyObject *calibrator_new(PyTypeObject *type, PyObject *args, PyObject *kw
     mq_error err;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|sO:Calibrator", names, &name, &axis_object)) return NULL;
     const mq_calib_kind *kind = mq_calib_find(name);
-    if (kind == NULL) return PyErr_Format(PyExc_ValueError, "Calibrator: unknown kind '%s'; there is: max", name);
+    if (kind == NULL)
+        return PyErr_Format(PyExc_ValueError, "Calibrator: unknown kind '%s'; there are: max, affine, affine_max_min", name);
     if (parse_axis(axis_object, &axis) < 0) return NULL;
+    if (kind->bias != NULL && axis != MQ_CALIB_TENSOR)
+        return PyErr_Format(PyExc_ValueError, "Calibrator: kind '%s' finds one amax: axis must be None", name);
     CalibratorObject *self = (CalibratorObject *)type->tp_alloc(type, 0);
     if (self == NULL) return NULL;
     self->calib = mq_calib_new(kind, axis, &err);
@@ -103,7 +108,8 @@ static PyObject *calibrator_collect(PyObject *self, PyObject *args, PyObject *kw
     if (view_rows(state, x_object, &x, &x_keep) < 0) return NULL;
     int64_t width = x.ndim > 0 ? x.shape[x.ndim - 1] : 1, rows = width > 0 ? mq_tensor_count(&x) / width : 0;
     if (view_mask(state, mask_object, rows, &mask, &mask_keep) < 0) goto done;
-    mq_calib_rows data = {.x = x.data, .dtype = x.dtype, .rows = rows, .width = width, .ld = width, .mask = mask.data};
+    mq_calib_rows data = {.x = x.data, .dtype = x.dtype, .rows = rows, .width = width, .ld = width, .mask = mask.data,
+                          .group = -1};
     Py_BEGIN_ALLOW_THREADS
     rc = mq_calib_collect(calib_of(self), &data, &err);
     Py_END_ALLOW_THREADS
@@ -132,6 +138,23 @@ static PyObject *calibrator_compute_amax(PyObject *self, PyObject *unused)
         return mq_calib_finish(calib, &amax, &err) == MQ_OK ? PyFloat_FromDouble((double)amax) : mq_raise(&err);
     PyObject *array = mq_new_array(mq_state_of_object(self), MQ_F32, 1, &channels, &view);
     if (array == NULL || mq_calib_finish(calib, view.data, &err) == MQ_OK) return array;
+    Py_DECREF(array);
+    return mq_raise(&err);
+}
+
+PyDoc_STRVAR(compute_bias_doc,
+"compute_bias($self)\n--\n\n"
+"The bias, a float32 array with an entry per channel; None if nothing was collected. ValueError for a kind without one.");
+
+static PyObject *calibrator_compute_bias(PyObject *self, PyObject *unused)
+{
+    mq_calib *calib = calib_of(self);
+    mq_tensor view;
+    mq_error err;
+    (void)unused;
+    if (calib->kind->bias != NULL && calib->channels == 0) Py_RETURN_NONE;
+    PyObject *array = mq_new_array(mq_state_of_object(self), MQ_F32, 1, &calib->width, &view);
+    if (array == NULL || mq_calib_bias(calib, view.data, &err) == MQ_OK) return array;
     Py_DECREF(array);
     return mq_raise(&err);
 }
@@ -205,6 +228,7 @@ static PyObject *calibrator_axis(PyObject *self, void *unused)
 static PyMethodDef methods[] = {
     {"collect", (PyCFunction)(void (*)(void))calibrator_collect, METH_VARARGS | METH_KEYWORDS, collect_doc},
     {"compute_amax", calibrator_compute_amax, METH_NOARGS, compute_amax_doc},
+    {"compute_bias", calibrator_compute_bias, METH_NOARGS, compute_bias_doc},
     {"reset", calibrator_reset, METH_NOARGS, reset_doc},
     {"merge", calibrator_merge, METH_O, merge_doc},
     {"save", calibrator_save, METH_NOARGS, save_doc},

@@ -320,6 +320,37 @@ static int pre_scale_set(QuantizerObject *self, PyObject *value, void *unused)
     return values_set(self, value, "pre_quant_scale", mq_quantizer_set_pre_scale, &view);
 }
 
+static PyObject *bias_get(QuantizerObject *self, void *unused)
+{
+    (void)unused;
+    return values_get(self, self->core.bias, 1, &self->core.bias_count);
+}
+
+static int bias_set(QuantizerObject *self, PyObject *value, void *unused)
+{
+    (void)unused;
+    mq_tensor view;
+    return values_set(self, value, "bias", mq_quantizer_set_bias, &view);
+}
+
+static PyObject *rotate_get(QuantizerObject *self, void *unused)
+{
+    (void)unused;
+    return PyLong_FromLongLong(self->core.rotate);
+}
+
+static int rotate_set(QuantizerObject *self, PyObject *value, void *unused)
+{
+    (void)unused;
+    int64_t columns = 0;
+    mq_error err;
+    if (check_free(self, "rotate") < 0) return -1;
+    if (value != NULL && number_from(value, "rotate", 0, INT32_MAX, &columns) < 0) return -1;
+    if (mq_quantizer_set_rotate(&self->core, columns, &err) == MQ_OK) return 0;
+    mq_raise(&err);
+    return -1;
+}
+
 static PyObject *enabled_get(QuantizerObject *self, void *unused)
 {
     (void)unused;
@@ -467,7 +498,7 @@ static PyObject *call_on(QuantizerObject *self, mq_state *state, const mq_tensor
         return mq_raise(&err);
     PyObject *result = mq_output_array(state, out, "out", x, &y);
     if (result == NULL || count == 0) return result;
-    call_job job = {&self->core, {x->data, y.data, x->dtype, matrix.shape[0], cols, cols, cols}};
+    call_job job = {&self->core, {x->data, y.data, x->dtype, matrix.shape[0], cols, cols, cols, MQ_QUANT_ALL}};
     self->holders++;
     Py_BEGIN_ALLOW_THREADS
     rc = apply_all(&job, &matrix, find, &err);
@@ -498,6 +529,10 @@ static PyGetSetDef getset[] = {
     {"amax", (getter)amax_get, (setter)amax_set, "float32 array or None: what calibration found.", NULL},
     {"pre_quant_scale", (getter)pre_scale_get, (setter)pre_scale_set,
      "float32 [columns] or None: multiplies the input first, in the input's dtype.", NULL},
+    {"bias", (getter)bias_get, (setter)bias_set,
+     "float32 [columns] or None: subtracted before rounding and added after, in the input's dtype.", NULL},
+    {"rotate", (getter)rotate_get, (setter)rotate_set,
+     "0, or so many columns at a time are rotated by a normalised Hadamard matrix before anything is rounded.", NULL},
     {"enabled", (getter)enabled_get, (setter)enabled_set, "False: calls only copy (and apply pre_quant_scale).", NULL},
     {"num_bits", (getter)object_get, NULL, "Bits of an integer, or (exponent, mantissa) bits.",
      (void *)offsetof(QuantizerObject, num_bits)},

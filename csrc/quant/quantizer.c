@@ -1,7 +1,7 @@
 #include "quant/quantizer.h"
 
 #include "core/alloc.h"
-#include "kernels/kernels.h"
+#include "quant/prepare.h"
 #include "quant/scale.h"
 
 /* At or below this the reference treats an amax as zero (tensor_quant.py, 1 / 2^24). */
@@ -16,8 +16,9 @@ void mq_quantizer_free(mq_quantizer *quantizer)
 {
     mq_free(quantizer->amax);
     mq_free(quantizer->pre_scale);
-    quantizer->amax = quantizer->pre_scale = NULL;
-    quantizer->amax_count = quantizer->pre_count = 0;
+    mq_free(quantizer->bias);
+    quantizer->amax = quantizer->pre_scale = quantizer->bias = NULL;
+    quantizer->amax_count = quantizer->pre_count = quantizer->bias_count = 0;
 }
 
 static int replace_values(float **values, int64_t *held, const float *from, int64_t count, mq_error *err)
@@ -42,12 +43,47 @@ int mq_quantizer_set_amax(mq_quantizer *quantizer, const float *values, int64_t 
     return replace_values(&quantizer->amax, &quantizer->amax_count, values, count, err);
 }
 
-int mq_quantizer_set_pre_scale(mq_quantizer *quantizer, const float *values, int64_t count, mq_error *err)
+static int check_finite(const float *values, int64_t count, const char *what, mq_error *err)
 {
     for (int64_t i = 0; values != NULL && i < count; i++)
         if (!(values[i] - values[i] == 0.0f))
-            return mq_fail(err, MQ_ERR_VALUE, "pre_quant_scale: expected finite numbers, got %g", (double)values[i]);
-    return replace_values(&quantizer->pre_scale, &quantizer->pre_count, values, count, err);
+            return mq_fail(err, MQ_ERR_VALUE, "%s: expected finite numbers, got %g", what, (double)values[i]);
+    return MQ_OK;
+}
+
+int mq_quantizer_set_pre_scale(mq_quantizer *quantizer, const float *values, int64_t count, mq_error *err)
+{
+    int rc = check_finite(values, count, "pre_quant_scale", err);
+    return rc == MQ_OK ? replace_values(&quantizer->pre_scale, &quantizer->pre_count, values, count, err) : rc;
+}
+
+int mq_quantizer_set_bias(mq_quantizer *quantizer, const float *values, int64_t count, mq_error *err)
+{
+    int rc = check_finite(values, count, "bias", err);
+    return rc == MQ_OK ? replace_values(&quantizer->bias, &quantizer->bias_count, values, count, err) : rc;
+}
+
+int mq_quantizer_set_rotate(mq_quantizer *quantizer, int64_t columns, mq_error *err)
+{
+    if (columns < 0 || columns > MQ_ROTATE_MAX || (columns & (columns - 1)) != 0)
+        return mq_fail(err, MQ_ERR_VALUE, "rotate: expected a power of two up to %d, or 0, got %lld", (int)MQ_ROTATE_MAX,
+                       (long long)columns);
+    quantizer->rotate = columns;
+    return MQ_OK;
+}
+
+static int same_values(const float *a, int64_t a_count, const float *b, int64_t b_count)
+{
+    return a_count == b_count && (a == NULL) == (b == NULL) && (a == NULL || memcmp(a, b, (size_t)a_count * sizeof *a) == 0);
+}
+
+int mq_quantizer_same(const mq_quantizer *a, const mq_quantizer *b)
+{
+    if (a == b) return 1;
+    return a->enabled == b->enabled && a->rotate == b->rotate && memcmp(&a->spec, &b->spec, sizeof a->spec) == 0 &&
+           same_values(a->amax, a->amax_count, b->amax, b->amax_count) &&
+           same_values(a->pre_scale, a->pre_count, b->pre_scale, b->pre_count) &&
+           same_values(a->bias, a->bias_count, b->bias, b->bias_count);
 }
 
 static int64_t expected_amax(const mq_quantizer *quantizer, int64_t rows, int64_t cols)
@@ -66,6 +102,12 @@ int mq_quantizer_ready(const mq_quantizer *quantizer, int64_t rows, int64_t cols
     if (quantizer->pre_scale != NULL && quantizer->pre_count != cols)
         return mq_fail(err, MQ_ERR_VALUE, "%s: pre_quant_scale has %lld values for %lld columns", name,
                        (long long)quantizer->pre_count, (long long)cols);
+    if (quantizer->rotate != 0 && cols % quantizer->rotate != 0)
+        return mq_fail(err, MQ_ERR_VALUE, "%s: rotates blocks of %lld columns, which do not divide %lld", name,
+                       (long long)quantizer->rotate, (long long)cols);
+    if (quantizer->bias != NULL && quantizer->bias_count != cols)
+        return mq_fail(err, MQ_ERR_VALUE, "%s: bias has %lld values for %lld columns", name, (long long)quantizer->bias_count,
+                       (long long)cols);
     if (!quantizer->enabled) return MQ_OK;
     const int64_t expected = expected_amax(quantizer, MQ_MAX(rows, (int64_t)1), cols);
     if (expected == 0) return MQ_OK;
@@ -123,25 +165,6 @@ static void apply_scaled_row(const mq_quantizer *quantizer, const mq_kernels *ke
     }
 }
 
-/* y = x * pre_scale, rounded to the dtype, as the reference multiplies before it quantizes. */
-static void prepare_row(const mq_quantizer *quantizer, const mq_kernels *kernels, const mq_quant_rows *m, const char *x,
-                        char *y)
-{
-    enum { PIECE = 512 };
-    const int64_t size = (int64_t)mq_dtype_size(m->dtype);
-    if (quantizer->pre_scale == NULL) {
-        if (x != y) memmove(y, x, (size_t)(m->cols * size));
-        return;
-    }
-    float piece[PIECE];
-    for (int64_t i = 0; i < m->cols; i += PIECE) {
-        const int64_t n = MQ_MIN((int64_t)PIECE, m->cols - i);
-        kernels->to_float[m->dtype](x + i * size, n, piece);
-        for (int64_t j = 0; j < n; j++) piece[j] *= quantizer->pre_scale[i + j];
-        kernels->from_float[m->dtype](piece, n, y + i * size);
-    }
-}
-
 /* Whether one scale serves the whole matrix: then tables are worth making, and rows need no copy first. */
 static int has_one_scale(const mq_quant_spec *spec)
 {
@@ -187,22 +210,42 @@ static void apply_scheme(const mq_quantizer *quantizer, const mq_kernels *kernel
     }
 }
 
+/* x to y, with what comes before rounding; then the matrix is y alone. */
+static void prepare_rows(const mq_quantizer *quantizer, const mq_kernels *kernels, mq_quant_rows *m)
+{
+    const int prepares = m->steps != MQ_QUANT_PREPARED && mq_quantizer_prepares(quantizer);
+    const int64_t size = (int64_t)mq_dtype_size(m->dtype);
+    for (int64_t r = 0; r < m->rows; r++) {
+        const char *x = (const char *)m->x + r * m->ldx * size;
+        char *y = (char *)m->y + r * m->ldy * size;
+        if (prepares) mq_prepare_row(quantizer, kernels, m->dtype, m->cols, x, y);
+        else if (x != y) memmove(y, x, (size_t)(m->cols * size));
+    }
+    m->x = m->y;
+    m->ldx = m->ldy;
+}
+
+static void shift_rows(const mq_quantizer *quantizer, const mq_kernels *kernels, const mq_quant_rows *m, float sign)
+{
+    const int64_t size = (int64_t)mq_dtype_size(m->dtype);
+    for (int64_t r = 0; quantizer->bias != NULL && r < m->rows; r++)
+        mq_shift_row(quantizer, kernels, m->dtype, m->cols, sign, (char *)m->y + r * m->ldy * size);
+}
+
 void mq_quantizer_apply(const mq_quantizer *quantizer, const mq_quant_rows *given)
 {
     const mq_quant_spec *spec = &quantizer->spec;
     const mq_kernels *kernels = mq_kernels_get();
-    const int64_t size = (int64_t)mq_dtype_size(given->dtype);
     const int straight = spec->scale != MQ_FMT_FP32 || has_one_scale(spec);
+    const int rounds = quantizer->enabled && given->steps != MQ_QUANT_PREPARE;
     mq_quant_rows m = *given;
-    if (!quantizer->enabled || !straight || quantizer->pre_scale != NULL) {
-        for (int64_t r = 0; r < m.rows; r++)
-            prepare_row(quantizer, kernels, &m, (const char *)m.x + r * m.ldx * size, (char *)m.y + r * m.ldy * size);
-        m.x = m.y;
-        m.ldx = m.ldy;
-    }
-    if (!quantizer->enabled) return;
+    if (!rounds || !straight || quantizer->bias != NULL || mq_quantizer_prepares(quantizer))
+        prepare_rows(quantizer, kernels, &m);
+    if (!rounds) return;
+    shift_rows(quantizer, kernels, &m, -1.0f);
     if (spec->scale != MQ_FMT_FP32) apply_scheme(quantizer, kernels, &m);
     else if (has_one_scale(spec)) apply_one_scale(quantizer, kernels, &m);
     else
         for (int64_t r = 0; r < m.rows; r++) apply_scaled_row(quantizer, kernels, &m, r);
+    shift_rows(quantizer, kernels, &m, 1.0f);
 }

@@ -28,6 +28,9 @@ typedef struct mq_quantizer {
     int64_t amax_count;       /* 1, rows, cols, or rows * blocks per row, as the spec's blocks say */
     float *pre_scale;         /* owned; [pre_count] multiplies the columns first; NULL if there is none */
     int64_t pre_count;
+    int64_t rotate;           /* then every so many columns are rotated by a Hadamard matrix; 0 = not */
+    float *bias;              /* owned; [bias_count] is subtracted before rounding and added after; NULL if there is none */
+    int64_t bias_count;
 } mq_quantizer;
 
 /* A disabled quantizer with no amax: what zeroed memory holds too, except for spec.scheme. */
@@ -37,20 +40,44 @@ void mq_quantizer_free(mq_quantizer *quantizer);
 /* Copies count values; NULL takes them away. Negative or non-finite values are an MQ_ERR_VALUE. */
 int mq_quantizer_set_amax(mq_quantizer *quantizer, const float *values, int64_t count, mq_error *err);
 int mq_quantizer_set_pre_scale(mq_quantizer *quantizer, const float *values, int64_t count, mq_error *err);
+int mq_quantizer_set_bias(mq_quantizer *quantizer, const float *values, int64_t count, mq_error *err);
+/* A power of two up to 1024, or 0 for none. */
+int mq_quantizer_set_rotate(mq_quantizer *quantizer, int64_t columns, mq_error *err);
+
+/* Whether it changes what passes even while it is disabled; whether it changes anything at all. */
+MQ_INLINE int mq_quantizer_prepares(const mq_quantizer *quantizer)
+{
+    return quantizer->pre_scale != NULL || quantizer->rotate != 0;
+}
+
+MQ_INLINE int mq_quantizer_acts(const mq_quantizer *quantizer)
+{
+    return quantizer->enabled || mq_quantizer_prepares(quantizer);
+}
+
+/* Whether both turn the same rows into the same result. */
+int mq_quantizer_same(const mq_quantizer *a, const mq_quantizer *b);
 
 /* Whether activations of cols columns can be simulated: MQ_OK, or what is missing (an amax, a wrong count). name is
  * used in errors. Quantizers of whole matrices (rows or blocks of rows have an amax each) need rows too; -1 = any. */
 int mq_quantizer_ready(const mq_quantizer *quantizer, int64_t rows, int64_t cols, const char *name, mq_error *err);
 
+typedef enum mq_quant_steps {
+    MQ_QUANT_ALL,
+    MQ_QUANT_PREPARE,   /* pre_scale and rotation only: what a calibrator is to see */
+    MQ_QUANT_PREPARED   /* without them: they are done */
+} mq_quant_steps;
+
 /* y = fake_quantize(x): rows x cols of dtype (MQ_F32, MQ_BF16 or MQ_F16), ldx elements from row to row, y the same with
- * ldy; y may be x. A disabled quantizer copies (and still applies pre_scale). Rows are independent unless the spec has
- * blocks of rows: calls on slices of the rows give the same bits as one call, if amax is per tensor, per column, per
- * token or dynamic per block. NaN in gives NaN out where the format has NaN. */
+ * ldy; y may be x. A disabled quantizer copies (and still applies pre_scale and rotation). Rows are independent unless
+ * the spec has blocks of rows: calls on slices of the rows give the same bits as one call, if amax is per tensor, per
+ * column, per token or dynamic per block. NaN in gives NaN out where the format has NaN. */
 typedef struct mq_quant_rows {
     const void *x;
     void *y;
     mq_dtype dtype;
     int64_t rows, cols, ldx, ldy;
+    mq_quant_steps steps;
 } mq_quant_rows;
 
 void mq_quantizer_apply(const mq_quantizer *quantizer, const mq_quant_rows *rows);
