@@ -1,9 +1,10 @@
 /* A bias per channel, and the largest magnitude of what is left when it is taken off: what an affine KV cache needs.
  *
- * As the reference does it (calib/bias.py and TensorQuantizer.collect): batch by batch, the mean over a batch's tokens moves a
- * running average that is rounded to the data's dtype, and the batch's amax is that of x - bias so far. |round(x - bias)| is
- * largest at the channel's largest or smallest x, so sums, minima and maxima of every batch are all that has to be kept. They
- * are kept by sequence and folded in the order of the data, which makes the result independent of threads. */
+ * As the reference does it (calib/bias.py and TensorQuantizer.collect): batch by batch, the mean over a batch's tokens
+ * moves a running average that is rounded to the data's dtype, and the batch's amax is that of x - bias so far.
+ * |round(x - bias)| is largest at the channel's largest or smallest x, so sums, minima and maxima of every batch are all
+ * that has to be kept. They are kept by sequence and folded in the order of the data, which makes the result
+ * independent of threads. */
 #include "calib/calib.h"
 
 #include <math.h>
@@ -54,8 +55,8 @@ static int reserve(mq_calib *calib, int64_t width, mq_dtype dtype, mq_error *err
 {
     affine *state = calib->state;
     if (state != NULL && calib->width != width)
-        return mq_fail(err, MQ_ERR_VALUE, "the calibrator has %lld channels, the data has %lld", (long long)calib->width,
-                       (long long)width);
+        return mq_fail(err, MQ_ERR_VALUE, "the calibrator has %lld channels, the data has %lld",
+                       (long long)calib->width, (long long)width);
     if (state != NULL && state->entries < state->room) return MQ_OK;
     const int64_t room = state != NULL ? 2 * state->room : 8;
     const size_t nbytes = sizeof(affine) + (size_t)room * entry_size(width);
@@ -283,7 +284,8 @@ static int affine_load(mq_calib *calib, const void *bytes, size_t nbytes, mq_err
     const size_t rest = nbytes - sizeof width - sizeof saved;
     if (width <= 0 || width > INT32_MAX || saved.entries < 0 || (size_t)saved.entries > rest / entry_size(width) ||
         rest != (size_t)saved.entries * entry_size(width) || (saved.dtype != MQ_F32 && saved.dtype != MQ_BF16))
-        return mq_fail(err, MQ_ERR_VALUE, "load: the state of %lld channels cannot have %zu bytes", (long long)width, nbytes);
+        return mq_fail(err, MQ_ERR_VALUE, "load: the state of %lld channels cannot have %zu bytes", (long long)width,
+                       nbytes);
     saved.room = MQ_MAX(saved.entries, (int64_t)1);
     calib->state = mq_alloc(sizeof saved + (size_t)saved.room * entry_size(width));
     if (calib->state == NULL) return mq_fail_memory(err, "a calibrator", nbytes);
@@ -292,7 +294,8 @@ static int affine_load(mq_calib *calib, const void *bytes, size_t nbytes, mq_err
     calib->width = width;
     calib->channels = 1;
     for (int64_t i = 0; i < saved.entries; i++)
-        if (entry_at(calib, i)->count <= 0) return mq_fail(err, MQ_ERR_VALUE, "load: the state has a sequence without tokens");
+        if (entry_at(calib, i)->count <= 0)
+            return mq_fail(err, MQ_ERR_VALUE, "load: the state has a sequence without tokens");
     return MQ_OK;
 }
 

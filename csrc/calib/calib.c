@@ -88,7 +88,8 @@ int mq_calib_finish(mq_calib *calib, float *amax, mq_error *err)
 
 int mq_calib_bias(mq_calib *calib, float *bias, mq_error *err)
 {
-    if (calib->kind->bias == NULL) return mq_fail(err, MQ_ERR_VALUE, "a calibrator of kind %s finds no bias", calib->kind->name);
+    if (calib->kind->bias == NULL)
+        return mq_fail(err, MQ_ERR_VALUE, "a calibrator of kind %s finds no bias", calib->kind->name);
     if (calib->channels == 0) return mq_fail(err, MQ_ERR_STATE, "compute_bias: the calibrator has seen no data");
     pthread_mutex_lock(&calib->mutex);
     int rc = calib->kind->bias(calib, bias, err);

@@ -6,8 +6,9 @@
 PyDoc_STRVAR(calibrator_doc,
 "Calibrator(kind='max', axis=None)\n--\n\n"
 "Statistics of activations, to find a quantizer's amax.\n\n"
-"kind: 'max', the largest magnitude; 'affine', a bias per entry of the last axis (the running average of the means of each\n"
-"call's rows) and the largest magnitude beside it; 'affine_max_min', the bias half-way between smallest and largest.\n"
+"kind: 'max', the largest magnitude; 'affine', a bias per entry of the last axis (the running average of the means\n"
+"of each call's rows) and the largest magnitude beside it; 'affine_max_min', the bias half-way between smallest and\n"
+"largest.\n"
 "axis: None for one value per tensor, -1 for one per entry of the last axis ('max' only).\n"
 "collect may be called from several threads; the result does not depend on their order. NaN and infinities are\n"
 "remembered and reported by compute_amax.");
@@ -39,7 +40,8 @@ static PyObject *calibrator_new(PyTypeObject *type, PyObject *args, PyObject *kw
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|sO:Calibrator", names, &name, &axis_object)) return NULL;
     const mq_calib_kind *kind = mq_calib_find(name);
     if (kind == NULL)
-        return PyErr_Format(PyExc_ValueError, "Calibrator: unknown kind '%s'; there are: max, affine, affine_max_min", name);
+        return PyErr_Format(PyExc_ValueError, "Calibrator: unknown kind '%s'; there are: max, affine, affine_max_min",
+                            name);
     if (parse_axis(axis_object, &axis) < 0) return NULL;
     if (kind->bias != NULL && axis != MQ_CALIB_TENSOR)
         return PyErr_Format(PyExc_ValueError, "Calibrator: kind '%s' finds one amax: axis must be None", name);
@@ -144,7 +146,8 @@ static PyObject *calibrator_compute_amax(PyObject *self, PyObject *unused)
 
 PyDoc_STRVAR(compute_bias_doc,
 "compute_bias($self)\n--\n\n"
-"The bias, a float32 array with an entry per channel; None if nothing was collected. ValueError for a kind without one.");
+"The bias, a float32 array with an entry per channel; None if nothing was collected. ValueError for a kind without\n"
+"one.");
 
 static PyObject *calibrator_compute_bias(PyObject *self, PyObject *unused)
 {

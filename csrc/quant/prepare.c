@@ -35,7 +35,8 @@ static void store_piece(const pieces *p, void *row, int64_t begin, int64_t n)
     p->kernels->from_float[p->dtype](p->x, n, (char *)row + begin * (int64_t)mq_dtype_size(p->dtype));
 }
 
-void mq_prepare_row(const mq_quantizer *quantizer, const mq_kernels *kernels, mq_dtype dtype, int64_t cols, const void *x, void *y)
+void mq_prepare_row(const mq_quantizer *quantizer, const mq_kernels *kernels, mq_dtype dtype, int64_t cols,
+                    const void *x, void *y)
 {
     pieces p = {.kernels = kernels, .dtype = dtype, .cols = cols, .size = MQ_ROTATE_MAX};
     if (quantizer->pre_scale == NULL && x != y) memmove(y, x, (size_t)cols * mq_dtype_size(dtype));
@@ -53,7 +54,8 @@ void mq_prepare_row(const mq_quantizer *quantizer, const mq_kernels *kernels, mq
     }
 }
 
-void mq_shift_row(const mq_quantizer *quantizer, const mq_kernels *kernels, mq_dtype dtype, int64_t cols, float sign, void *y)
+void mq_shift_row(const mq_quantizer *quantizer, const mq_kernels *kernels, mq_dtype dtype, int64_t cols,
+                  float sign, void *y)
 {
     pieces p = {.kernels = kernels, .dtype = dtype, .cols = cols, .size = MQ_ROTATE_MAX};
     for (int64_t i = 0; i < cols; i += p.size) {

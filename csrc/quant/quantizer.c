@@ -66,15 +66,16 @@ int mq_quantizer_set_bias(mq_quantizer *quantizer, const float *values, int64_t 
 int mq_quantizer_set_rotate(mq_quantizer *quantizer, int64_t columns, mq_error *err)
 {
     if (columns < 0 || columns > MQ_ROTATE_MAX || (columns & (columns - 1)) != 0)
-        return mq_fail(err, MQ_ERR_VALUE, "rotate: expected a power of two up to %d, or 0, got %lld", (int)MQ_ROTATE_MAX,
-                       (long long)columns);
+        return mq_fail(err, MQ_ERR_VALUE, "rotate: expected a power of two up to %d, or 0, got %lld",
+                       (int)MQ_ROTATE_MAX, (long long)columns);
     quantizer->rotate = columns;
     return MQ_OK;
 }
 
 static int same_values(const float *a, int64_t a_count, const float *b, int64_t b_count)
 {
-    return a_count == b_count && (a == NULL) == (b == NULL) && (a == NULL || memcmp(a, b, (size_t)a_count * sizeof *a) == 0);
+    if (a_count != b_count || (a == NULL) != (b == NULL)) return 0;
+    return a == NULL || memcmp(a, b, (size_t)a_count * sizeof *a) == 0;
 }
 
 int mq_quantizer_same(const mq_quantizer *a, const mq_quantizer *b)
@@ -106,8 +107,8 @@ int mq_quantizer_ready(const mq_quantizer *quantizer, int64_t rows, int64_t cols
         return mq_fail(err, MQ_ERR_VALUE, "%s: rotates blocks of %lld columns, which do not divide %lld", name,
                        (long long)quantizer->rotate, (long long)cols);
     if (quantizer->bias != NULL && quantizer->bias_count != cols)
-        return mq_fail(err, MQ_ERR_VALUE, "%s: bias has %lld values for %lld columns", name, (long long)quantizer->bias_count,
-                       (long long)cols);
+        return mq_fail(err, MQ_ERR_VALUE, "%s: bias has %lld values for %lld columns", name,
+                       (long long)quantizer->bias_count, (long long)cols);
     if (!quantizer->enabled) return MQ_OK;
     const int64_t expected = expected_amax(quantizer, MQ_MAX(rows, (int64_t)1), cols);
     if (expected == 0) return MQ_OK;
