@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from modelq import _core, streaming
 from modelq.algorithms import normalize_algorithm
 from modelq.inputs import Batch
 from modelq.progress import progress
-from modelq.quantizers import needs_amax, weight_amax
+from modelq.quantizers import calibrator_of, found_values, needs_amax, set_found_values, weight_amax
 from modelq.rules import Slot
 
 if TYPE_CHECKING:
@@ -34,15 +35,15 @@ def calibrate(model: Model, algorithm: Any = "max", forward_loop: Callable[..., 
     """
     steps = runnable_steps(algorithm)
     model.settle()
-    before = {name: quantizer.amax for name, quantizer in model.quantizers.items()}
+    before = {name: found_values(quantizer) for name, quantizer in model.quantizers.items()}
     try:
         with model.unquantized():
             batches = _record(model, forward_loop) if steps and _activation_slots(model) else []
             for step in steps:
                 STEPS[step["method"]](model, batches, step)
     except BaseException:
-        for name, amax in before.items():
-            model.quantizers[name].amax = amax
+        for name, values in before.items():
+            set_found_values(model.quantizers[name], values)
         raise
     finally:
         model.connect()
@@ -63,20 +64,6 @@ def runnable_steps(algorithm: Any) -> list[dict[str, Any]]:
 def _calibrate_max(model: Model, batches: Sequence[Batch], step: dict[str, Any]) -> None:
     """The largest magnitude seen, of every weight and of every activation that needs it."""
     slots = _activation_slots(model)
-    calibrators = {slot.name: _core.Calibrator("max") for slot in slots}
-    try:
-        for name, calibrator in calibrators.items():
-            model.runtime.set_calibrator(name, calibrator)
-        _pass_over(model, batches, slots)
-    finally:
-        for name in calibrators:
-            model.runtime.set_calibrator(name, None)
-    for name, calibrator in calibrators.items():
-        _take(model, name, _seen(name, calibrator))
-
-
-def _pass_over(model: Model, batches: Sequence[Batch], slots: Sequence[Slot]) -> None:
-    """Every weight once; the batches through as many layers as the slots ask for."""
     wants_head = any(slot.layer < 0 and slot.parent == "nn.Linear" for slot in slots)
     last = model.num_layers - 1 if wants_head else max((slot.layer for slot in slots), default=-1)
     run = streaming.start(model, batches) if slots else None
@@ -85,12 +72,31 @@ def _pass_over(model: Model, batches: Sequence[Batch], slots: Sequence[Slot]) ->
     for layer in progress(range(model.num_layers), "calibrate"):
         modules = model.modules_of(layer)
         if run is not None and layer <= last:
-            streaming.run_layer(model, run, layer, look=partial(_weights, model, modules))
+            with _collecting(model, [slot for slot in slots if slot.layer == layer]):
+                streaming.run_layer(model, run, layer, look=partial(_weights, model, modules))
         else:
             _weights(model, modules)
             model.checkpoint.release(model.runtime.layer_tensors(layer))
     if run is not None and wants_head:
-        run.finish(streaming.head_tensors(model))
+        with _collecting(model, [slot for slot in slots if slot.layer < 0]):
+            run.finish(streaming.head_tensors(model))
+
+
+@contextmanager
+def _collecting(model: Model, slots: Sequence[Slot]) -> Iterator[None]:
+    """Within it statistics are collected at these places; afterwards their quantizers know what was found."""
+    calibrators = {slot.name: _core.Calibrator(calibrator_of(model.settings[slot.name])) for slot in slots}
+    try:
+        for name, calibrator in calibrators.items():
+            model.runtime.set_calibrator(name, calibrator)
+        yield
+    finally:
+        for name in calibrators:
+            model.runtime.set_calibrator(name, None)
+    for name, calibrator in calibrators.items():
+        if calibrator.kind != "max":
+            model.quantizers[name].bias = calibrator.compute_bias()
+        _take(model, name, _seen(name, calibrator))
 
 
 def _weights(model: Model, modules: Sequence[dict[str, Any]], tensors: dict[str, np.ndarray] | None = None) -> None:

@@ -13,6 +13,7 @@ from modelq import _core
 from modelq.checkpoint.config import runtime_config
 from modelq.inputs import IGNORED_ARGUMENTS, Batch, check_vocabulary, integer_matrix, make_batch
 from modelq.output import Output, Pass
+from modelq.quantizers import rotation_only
 from modelq.rules import Setting, Slot, default_setting
 
 # In the order in which the reference lists them.
@@ -164,14 +165,19 @@ class Model:
             self.connect()
 
     def connect(self) -> None:
-        """Give the runtime the quantizers of activations that take part in the simulation, and take away the others."""
-        wanted = {name for name, quantizer in self.quantizers.items() if quantizer.enabled and self.slots[name].role != "weight"}
-        wanted = wanted if self.simulate else set()
-        for name in self._connected - wanted:
+        """Give the runtime the quantizers of activations that take part in the simulation, and take away the others.
+
+        Without simulation only rotations stay, so that calibration sees what will be rounded."""
+        active = {name: quantizer for name, quantizer in self.quantizers.items() if self.slots[name].role != "weight"}
+        if self.simulate:
+            wanted = {name: q for name, q in active.items() if q.enabled or q.rotate or q.pre_quant_scale is not None}
+        else:
+            wanted = {name: rotation_only(q.rotate) for name, q in active.items() if q.rotate}
+        for name in self._connected - set(wanted):
             self.runtime.set_quantizer(name, None)
-        self._connected = wanted
-        for name in wanted:
-            self.runtime.set_quantizer(name, self.quantizers[name])
+        self._connected = set(wanted)
+        for name, quantizer in wanted.items():
+            self.runtime.set_quantizer(name, quantizer)
 
     # Measurements ------------------------------------------------------------------------------------------------------
 

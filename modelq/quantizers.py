@@ -12,6 +12,7 @@ from modelq.rules import Setting, Slot, describe_rule, stages
 
 MICROSCALING = (8, 0)
 KV_CAST_AMAX = 448.0  # what use_constant_amax stands for: the engine's FP8 attention scale of 1
+KV_BIAS = {-2: None, -4: None, "type": "static"}  # a bias per head and channel, averaged over batch and tokens
 _BLOCK_WORDS = ("type", "scale_bits", "scale_block_sizes", "four_over_six")
 
 
@@ -28,6 +29,7 @@ def make_quantizer(setting: Setting) -> Any:
             raise type(error)(f"{setting.slot.name}: {error}") from error
         quantizer = _core_quantizer(QuantizerAttributeConfig())
     quantizer.enabled = setting.enable
+    quantizer.rotate = rotated_columns(setting)
     constant = KV_CAST_AMAX if attributes.use_constant_amax else attributes.constant_amax
     if constant is not None:
         quantizer.amax = np.float32(constant)
@@ -48,6 +50,37 @@ def needs_amax(setting: Setting) -> bool:
     return attributes.type != "dynamic" and not microscaling and not constant
 
 
+def rotation_only(columns: int) -> Any:
+    """A quantizer that rotates and rounds nothing."""
+    quantizer = _core.Quantizer(enabled=False)
+    quantizer.rotate = columns
+    return quantizer
+
+
+def rotated_columns(setting: Setting) -> int:
+    """How many columns of a head are rotated together by a Hadamard matrix, 0 for none: the largest power of two that divides the
+    head, unless the rule says. (Rotation of queries and keys alike leaves their products as they were.)"""
+    attributes, slot = stages(setting)[0], setting.slot
+    rotate = attributes.rotate
+    wanted = rotate if isinstance(rotate, dict) else {"enable": rotate}
+    if slot.parent != "Attention" or slot.shape is None or not wanted.get("enable", True):
+        return 0
+    width = slot.shape[-1]
+    size = wanted.get("block_size") or width & -width
+    if size & (size - 1) or width % size or size < 2:
+        raise ValueError(f"{slot.name}: rotate: block_size {size} is no power of two that divides the {width} columns of a head; use "
+                         f"{width & -width}")
+    return size
+
+
+def calibrator_of(setting: Setting) -> str:
+    """The kind of statistics that the quantizer's amax (and bias) are made of."""
+    bias = stages(setting)[0].bias
+    if bias is None:
+        return "max"
+    return "affine" if bias.get("method", "mean") == "mean" else "affine_max_min"
+
+
 def weight_amax(setting: Setting, weight: np.ndarray) -> np.ndarray:
     """float32 amax of a [O, I] weight in the grain that the attributes ask for: one, per axis kept, or per static block."""
     attributes = stages(setting)[0]
@@ -55,6 +88,15 @@ def weight_amax(setting: Setting, weight: np.ndarray) -> np.ndarray:
     if blocks and (attributes.block_sizes or {}).get("type") != "dynamic":
         return _core.amax(weight, block=(blocks.get(-2, 1), blocks[-1]))
     return _core.amax(weight, axis=attributes.axis)
+
+
+def found_values(quantizer: Any) -> tuple[Any, Any]:
+    """What calibration found for a quantizer, to be put back by `set_found_values`."""
+    return quantizer.amax, quantizer.bias
+
+
+def set_found_values(quantizer: Any, values: tuple[Any, Any]) -> None:
+    quantizer.amax, quantizer.bias = values
 
 
 def block_extents(attributes: QuantizerAttributeConfig) -> dict[int, int]:
@@ -79,12 +121,22 @@ def _check_supported(setting: Setting) -> None:
         "a list of attributes (quantizers one after the other)": len(stages(setting)) > 1,
         "a quantizer here": setting.slot.layer < 0 and (setting.slot.role == "output" or setting.slot.parent != "nn.Linear") and
         setting.slot.role != "weight",
-        "rotate": bool(attributes.rotate), "bias": attributes.bias is not None, "backend": attributes.backend is not None,
-        "fake_quant=False": not attributes.fake_quant, f"calibrator={attributes.calibrator!r}": attributes.calibrator != "max"}
+        "rotate": bool(attributes.rotate) and setting.slot.parent != "Attention",
+        "rotate with mode 'rotate_back'": isinstance(attributes.rotate, dict) and attributes.rotate.get("mode") == "rotate_back",
+        "bias outside attention": attributes.bias is not None and setting.slot.parent != "Attention",
+        f"bias {attributes.bias}: anything but {KV_BIAS}": attributes.bias is not None and not _is_kv_bias(attributes),
+        "backend": attributes.backend is not None, "fake_quant=False": not attributes.fake_quant,
+        f"calibrator={attributes.calibrator!r}": attributes.calibrator != "max"}
     for what, used in unsupported.items():
         if used:
             rule = f" (rule {describe_rule(setting.rule)})" if setting.rule else ""
             raise NotImplementedError(f"{setting.slot.name}{rule}: {what} is not available yet")
+
+
+def _is_kv_bias(attributes: QuantizerAttributeConfig) -> bool:
+    bias = attributes.bias or {}
+    axes = {axis if axis < 0 else axis - 4 for axis in bias if isinstance(axis, int)}
+    return axes == {-2, -4} and bias.get("type", "static") == "static"
 
 
 def _check_blocks(slot: Slot, attributes: QuantizerAttributeConfig, head_dim: int) -> None:

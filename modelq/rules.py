@@ -79,8 +79,15 @@ def _apply(setting: Setting, rule: QuantizerCfgEntry) -> Setting:
     if setting.slot.parent == "nn.Embedding" and setting.slot.role == "input":
         return setting  # token ids are integers: nothing to quantize, whatever a rule says
     if rule.cfg is None:
-        return replace(setting, enable=rule.enable, rule=rule)
+        attributes = setting.attributes if rule.enable else _without_rotation(setting)
+        return replace(setting, attributes=attributes, enable=rule.enable, rule=rule)
     return replace(setting, attributes=rule.cfg, enable=rule.enable, rule=rule)
+
+
+def _without_rotation(setting: Setting) -> Any:
+    """Switching a quantizer off ends its rotation too; only a rule with attributes of its own can rotate and not quantize."""
+    plain = tuple(replace(attributes, rotate=False) if attributes.rotate else attributes for attributes in stages(setting))
+    return plain if isinstance(setting.attributes, tuple) else plain[0]
 
 
 def expected_to_be_idle(rule: QuantizerCfgEntry) -> bool:

@@ -2,8 +2,8 @@
  *
  * As the reference does it (calib/bias.py and TensorQuantizer.collect): batch by batch, the mean over a batch's tokens
  * moves a running average that is rounded to the data's dtype, and the batch's amax is that of x - bias so far.
- * |round(x - bias)| is largest at the channel's largest or smallest x, so sums, minima and maxima of every batch are all
- * that has to be kept. They are kept by sequence and folded in the order of the data, which makes the result
+ * |round(x - bias)| is largest at the channel's largest or smallest x, so sums, minima and maxima of every batch are
+ * all that has to be kept. They are kept by sequence and folded in the order of the data, which makes the result
  * independent of threads. */
 #include "calib/calib.h"
 

@@ -29,7 +29,7 @@ typedef struct mq_quantizer {
     float *pre_scale;         /* owned; [pre_count] multiplies the columns first; NULL if there is none */
     int64_t pre_count;
     int64_t rotate;           /* then every so many columns are rotated by a Hadamard matrix; 0 = not */
-    float *bias;              /* owned; [bias_count] is subtracted before rounding and added after; NULL if there is none */
+    float *bias;              /* owned; [bias_count] is subtracted before rounding and added after; NULL if none */
     int64_t bias_count;
 } mq_quantizer;
 

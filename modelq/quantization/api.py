@@ -12,7 +12,7 @@ from modelq.calibration import calibrate as run_calibration
 from modelq.calibration import runnable_steps
 from modelq.config import QuantizeConfig, QuantizerAttributeConfig, QuantizerCfgEntry, normalize_quant_cfg_list
 from modelq.model import Model
-from modelq.quantizers import block_extents, check_settings, make_quantizer
+from modelq.quantizers import block_extents, check_settings, found_values, make_quantizer, set_found_values
 from modelq.rules import PARENT_CLASSES, Setting, apply_rules, default_setting, describe_rule, expected_to_be_idle, matches, stages
 
 __all__ = ["calibrate", "disable_quantizer", "enable_quantizer", "quantize", "set_quantizer_attributes_full",
@@ -174,7 +174,7 @@ def _change(model: Model, settings: dict[str, Setting]) -> None:
         if setting.attributes != model.settings[name].attributes or setting.enable != model.settings[name].enable:
             quantizers[name] = make_quantizer(setting)
             if quantizers[name].amax is None and _grain(setting) == _grain(model.settings[name]):
-                quantizers[name].amax = model.quantizers[name].amax
+                set_found_values(quantizers[name], found_values(model.quantizers[name]))
     with _all_or_nothing(model):
         model.settings, model.quantizers = settings, quantizers
         model.connect()
@@ -184,4 +184,4 @@ def _grain(setting: Setting) -> Any:
     """What an amax belongs to: the tensor, an axis, or static blocks of some size."""
     attributes = stages(setting)[0]
     static = (attributes.block_sizes or {}).get("type") != "dynamic"
-    return attributes.axis, block_extents(attributes) if static else {}
+    return attributes.axis, block_extents(attributes) if static else {}, attributes.bias, attributes.rotate
