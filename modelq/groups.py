@@ -1,8 +1,8 @@
-"""Absolute maxima as an export states them: linears that read the same input share its scale and one second-level weight scale.
+"""Absolute maxima as an export states them: linears that read the same input share its scale, and a weight scale that is one number.
 
-Engines fuse q/k/v and gate/up into one product and take one scale for all (TensorRT-LLM asserts that they are equal). So two-level
-schemes take the maximum over such siblings, in the export as in the simulation. Plain FP8 siblings keep their own, as in the
-reference.
+Engines fuse q/k/v and gate/up into one product and take one scale for all (TensorRT-LLM asserts that they are equal). So wherever an
+amax is a single number (the second level of NVFP4, a matrix of one FP8 block), siblings take the largest, in the export as in the
+simulation. Plain FP8 siblings keep their own, as in the reference.
 """
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from typing import Any
 import numpy as np
 
 from modelq.checkpoint import dialects
+
+
+PLAIN_FP8 = "fp8"
 
 
 def siblings(model: Any, modules: Iterable[str]) -> list[list[str]]:
@@ -27,17 +30,18 @@ def siblings(model: Any, modules: Iterable[str]) -> list[list[str]]:
 def stated_amax(model: Any, modules: Iterable[str]) -> dict[str, np.ndarray]:
     """Name of the quantizer to float32 amax, for the enabled weight and input quantizers of these modules that have one.
 
-    Siblings take one maximum where their scheme has two levels; siblings of unlike schemes share nothing. ValueError names a
-    quantizer whose amax is not finite.
+    Siblings take one maximum where theirs is one number and their weights are not plain FP8; siblings of unlike schemes share
+    nothing. ValueError names a quantizer whose amax is not finite.
     """
     stated: dict[str, np.ndarray] = {}
     for members in siblings(model, modules):
         for side in ("input", "weight"):
             found = {name: amax for module in members if (amax := _amax(model, name := f"{module}.{side}_quantizer")) is not None}
             for name, amax in found.items():
-                kind = dialects.input_kind(model.quantizers[name])
-                same = [found[other] for other in found if dialects.input_kind(model.quantizers[other]) == kind]
-                stated[name] = np.max(same, axis=0) if _has_second_level(kind) else amax
+                kind = _kind(model, name)
+                same = [found[other] for other in found if _kind(model, other) == kind]
+                shared = kind[0] not in (None, PLAIN_FP8) and all(other.size == 1 for other in same)
+                stated[name] = np.max([other.reshape(amax.shape) for other in same], axis=0) if shared else amax
     return stated
 
 
@@ -57,5 +61,8 @@ def _amax(model: Any, name: str) -> np.ndarray | None:
     return amax
 
 
-def _has_second_level(kind: str | None) -> bool:
-    return kind is not None and kind in dialects.schemes() and bool(dialects.schemes()[kind]["second_divisor"])
+def _kind(model: Any, name: str) -> tuple[str | None, str | None]:
+    """The scheme of the weight that a quantizer belongs to, and its own."""
+    weight = model.quantizers.get(f"{name.rpartition('.')[0]}.weight_quantizer")
+    active = weight is not None and weight.enabled
+    return weight.scheme if active else dialects.input_kind(model.quantizers[name]), dialects.input_kind(model.quantizers[name])

@@ -8,7 +8,10 @@ import numpy as np
 
 from modelq import _core
 from modelq.attributes import QuantizerAttributeConfig
-from modelq.quantizers import make_quantizer
+from modelq.checkpoint.kv_cache import SCALE_DIVISOR
+from modelq.checkpoint.quantized import amax_of
+from modelq.quantizers import KV_BIAS, make_quantizer
+from modelq.rules import Setting
 
 if TYPE_CHECKING:
     from modelq.model import Model
@@ -25,13 +28,41 @@ def restore_quantizers(model: Model) -> None:
             name = f"{module}.input_quantizer"
             settings[name] = replace(settings[name], attributes=input_attributes(stored.input_scheme), enable=True)
             amax[name] = model.checkpoint.input_amax(module)
+    cache = getattr(model.checkpoint, "cache", None)
+    if cache is not None:
+        settings |= cache_settings(settings, cache)
     model.settings = settings
     model.quantizers = {name: make_quantizer(setting) for name, setting in settings.items()}
     for name, value in amax.items():
         if value is not None:
             model.quantizers[name].amax = np.float32(value)
+    if cache is not None:
+        restore_cache(model, cache)
     model.quantized = True
     model.connect()
+
+
+def cache_settings(settings: dict[str, Setting], cache: Any) -> dict[str, Setting]:
+    """The settings of the key and value quantizers as the checkpoint's cache asks for them. Keys may be rotated, then queries too."""
+    plain = input_attributes(cache.scheme)
+    found = {}
+    for name, setting in settings.items():
+        which = setting.slot.role.removesuffix("_bmm")
+        if which in ("k", "v"):
+            bias = KV_BIAS if (setting.slot.module, which) in cache.biases else None
+            constant = (setting.slot.module, which) not in cache.scales
+            attributes = replace(plain, bias=bias, rotate=cache.rotate and which == "k", use_constant_amax=constant)
+            found[name] = replace(setting, attributes=attributes, enable=True)
+        elif which == "q" and cache.rotate:
+            found[name] = replace(setting, attributes=replace(plain, rotate=True), enable=False)
+    return found
+
+
+def restore_cache(model: Model, cache: Any) -> None:
+    for (module, which), scale in cache.scales.items():
+        model.quantizers[f"{module}.{which}_bmm_quantizer"].amax = amax_of(scale, np.float32(SCALE_DIVISOR))
+    for (module, which), bias in cache.biases.items():
+        model.quantizers[f"{module}.{which}_bmm_quantizer"].bias = bias
 
 
 def input_attributes(scheme: str) -> QuantizerAttributeConfig:

@@ -5,7 +5,6 @@ besides (`layers`, `input_amax`) how activations were quantized.
 """
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +14,12 @@ import numpy as np
 
 from modelq.checkpoint import dialects
 from modelq.checkpoint.base import Checkpoint, TensorInfo, read_json_object
+from modelq.checkpoint.kv_cache import names_of, read_cache
 
 if TYPE_CHECKING:
     from modelq.checkpoint.tokenizer import Tokenizer
 
 NESTED_FILE = "hf_quant_config.json"
-KV_SUFFIXES = (".k_proj.k_scale", ".v_proj.v_scale")
 AGAIN = "export the model again, or download the file again"
 _PACKED_DTYPES = ("uint8", "int8", "int32", "float8_e4m3fn", "float8_e5m2")
 
@@ -83,14 +82,16 @@ def open_quantized(checkpoint: Checkpoint) -> Checkpoint:
 class QuantizedCheckpoint(Checkpoint):
     """A quantized folder that reads as the model it stands for: `read` dequantizes. Everything is checked on opening.
 
-    layers: module name -> QuantizedLayer. quantization: what the folder's config says. ValueError names file, tensor and remedy.
+    layers: module name -> QuantizedLayer. quantization: what the folder's config says. cache: its KV cache, or None. ValueError names
+    file, tensor and remedy.
     """
 
     def __init__(self, inner: Checkpoint, quantization: dict[str, Any]):
         self.inner = inner
         self.quantization = quantization
         self.layers = _find_layers(inner, quantization)
-        hidden = {name for layer in self.layers.values() for name in layer.tensors.values()} | _kv_scales(inner)
+        self.cache = read_cache(inner, quantization)
+        hidden = {name for layer in self.layers.values() for name in layer.tensors.values()} | names_of(inner)
         dtype = inner.config.get("dtype") or inner.config.get("torch_dtype") or "bfloat16"
         tensors = {}
         for name, info in inner.tensors.items():
@@ -122,7 +123,7 @@ class QuantizedCheckpoint(Checkpoint):
         scale = np.float32(self._part(layer, "input_scale").reshape(()))
         if not np.isfinite(scale) or scale <= 0:
             raise ValueError(f"{self._where(layer.tensors['input_scale'])} is {scale}, not a positive number; {AGAIN}")
-        return float(_amax_of(scale, np.float32(dialects.scale_divisor(layer.input_scheme))))
+        return float(amax_of(scale, np.float32(dialects.scale_divisor(layer.input_scheme))))
 
     def release(self, names: Iterable[str] | None = None) -> None:
         if names is None:
@@ -147,7 +148,7 @@ class QuantizedCheckpoint(Checkpoint):
         return f"{self.inner.tensors[tensor].file}: tensor {tensor!r}"
 
 
-def _amax_of(scale: np.float32, divisor: np.float32) -> np.float32:
+def amax_of(scale: np.float32, divisor: np.float32) -> np.float32:
     """The amax that a scale was made of. Activations are bfloat16 as a rule: if such a number gives the scale, it was that one."""
     import ml_dtypes
 
@@ -176,14 +177,6 @@ def _find_layers(inner: Checkpoint, quantization: dict[str, Any]) -> dict[str, Q
     if not layers and algorithm is not None:
         raise ValueError(f"{inner.path}: the config says {algorithm}, but no layer is stored quantized; {AGAIN}")
     return layers
-
-
-def _kv_scales(inner: Checkpoint) -> set[str]:
-    """Tensors that belong to a quantized KV cache, which the native runtime does not simulate yet: said once, not hidden."""
-    found = {name for name in inner.tensors if name.endswith(KV_SUFFIXES)}
-    if found:
-        warnings.warn(f"{inner.path}: the KV cache's {len(found)} scales are not simulated: k and v stay in high precision", stacklevel=2)
-    return found
 
 
 def _looks_packed(inner: Checkpoint, module: str) -> bool:

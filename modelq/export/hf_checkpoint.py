@@ -33,7 +33,7 @@ def export_hf_checkpoint(model: Any, export_dir: str | os.PathLike[str] | None =
     if dialect not in dialects.NAMES:
         raise ValueError(f"unknown dialect {dialect!r}; known are {', '.join(dialects.NAMES)}")
     plan = make_plan(model, dtype, dialect)
-    nested = modelopt.hf_quant_config(_entries(plan, dialect), plan.unquantized)
+    nested = modelopt.hf_quant_config(_entries(plan, dialect), plan.unquantized, plan.cache.algorithm, plan.cache.rotate)
     from modelq.checkpoint.writer import ShardedWriter, atomic_directory
 
     with atomic_directory(Path(export_dir), overwrite=overwrite) as folder:
@@ -81,6 +81,8 @@ def _write_tensors(model: Any, plan: Plan, writer: Any) -> None:
             writer.write(name, _cast(array, info.dtype))
         del array
         checkpoint.release([name])
+    for name, array in plan.cache.tensors.items():
+        writer.write(name, array)
 
 
 def _write_linear(linear: Linear, weight: np.ndarray, writer: Any, dialect: str) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from modelq._version import __version__
+from modelq.checkpoint.kv_cache import ROTATE_KEY
 from modelq.export.excluded import summarize_excluded
 
 DIALECT_VERSION = "0.47.0"
@@ -65,13 +66,16 @@ def layer_entry(algorithm: str, group_size: int | None) -> dict[str, Any]:
     return entry
 
 
-def hf_quant_config(layers: Mapping[str, dict[str, Any]], unquantized: list[str], kv_cache: str | None = None) -> dict[str, Any]:
+def hf_quant_config(layers: Mapping[str, dict[str, Any]], unquantized: list[str], kv_cache: str | None = None,
+                    kv_rotate: bool = False) -> dict[str, Any]:
     """The contents of hf_quant_config.json.
 
     layers: module name to `layer_entry`, in the order of the model. unquantized: modules that could have been quantized and
-    were not. kv_cache: the dialect's name of the KV cache's format, or None.
+    were not. kv_cache: the dialect's name of the KV cache's format, or None. kv_rotate: its keys are rotated.
     """
     quantization: dict[str, Any] = {"quant_algo": None, "kv_cache_quant_algo": kv_cache}
+    if kv_rotate:
+        quantization[ROTATE_KEY] = True
     entries = list(layers.values())
     if not entries:
         quantization["quantized_layers"] = {}
@@ -100,6 +104,8 @@ def quantization_config(nested: Mapping[str, Any]) -> dict[str, Any]:
     if details["kv_cache_quant_algo"]:
         fp8 = details["kv_cache_quant_algo"] == "FP8"
         flat["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"} if fp8 else details["kv_cache_quant_algo"]
+    if ROTATE_KEY in details:
+        flat[ROTATE_KEY] = details[ROTATE_KEY]
     return flat | {"producer": nested["producer"], "quant_method": "modelopt"}
 
 

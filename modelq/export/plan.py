@@ -14,6 +14,7 @@ import numpy as np
 from modelq.checkpoint import dialects
 from modelq.checkpoint.base import TensorInfo
 from modelq.checkpoint.dialects import Pair
+from modelq.export.kv_cache import Cache, plan_cache
 from modelq.groups import siblings, stated_amax
 
 FLOATS = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
@@ -36,18 +37,21 @@ class Linear:
 @dataclass(frozen=True)
 class Plan:
     """linears (in the order of the model) by the name of the weight they replace; copies: source name to what is written, cast if
-    the dtype differs; order: all these source names as the checkpoint has them, which is how they are read and written."""
+    the dtype differs; order: all these source names as the checkpoint has them, which is how they are read and written; cache: what
+    comes behind them."""
     dialect: str
     linears: dict[str, Linear] = field(default_factory=dict)
     copies: dict[str, TensorInfo] = field(default_factory=dict)
     order: list[str] = field(default_factory=list)
     unquantized: list[str] = field(default_factory=list)
+    cache: Cache = Cache()
 
     @property
     def tensors(self) -> list[TensorInfo]:
         """Everything that will be written, in the order of writing."""
-        return [info for name in self.order
-                for info in (self.linears[name].tensors.values() if name in self.linears else (self.copies[name],))]
+        weights = [info for name in self.order
+                   for info in (self.linears[name].tensors.values() if name in self.linears else (self.copies[name],))]
+        return weights + [_info(name, array.dtype.name, array.shape) for name, array in self.cache.tensors.items()]
 
 
 def make_plan(model: Any, dtype: str, dialect: str) -> Plan:
@@ -56,10 +60,11 @@ def make_plan(model: Any, dtype: str, dialect: str) -> Plan:
         raise ValueError(f"{model.checkpoint.path}: the model was opened from a quantized export, which is what an export would be: copy "
                          f"that folder, or quantize the original checkpoint")
     quantized = _quantized_rows(model)
-    if not quantized:
+    cache = plan_cache(model, dtype)
+    if not quantized and cache.algorithm is None:
         raise ValueError("no layer of this model is quantized: call modelq.quantization.quantize(model, config, forward_loop) first")
     amax = stated_amax(model, [row["name"] for row in quantized])
-    plan = Plan(dialect)
+    plan = Plan(dialect, cache=cache)
     for row in quantized:
         plan.linears[row["weight"]] = _plan_linear(model, row, amax, dialect)
     _check_siblings(model, {linear.module: linear.pair for linear in plan.linears.values()})
