@@ -7,11 +7,13 @@ simulation. Plain FP8 siblings keep their own, as in the reference.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from modelq.checkpoint import dialects
+from modelq.checkpoint.dialects import Pair
 
 
 PLAIN_FP8 = "fp8"
@@ -61,8 +63,33 @@ def _amax(model: Any, name: str) -> np.ndarray | None:
     return amax
 
 
+def pair_of(model: Any, module: str) -> Pair | None:
+    """The schemes of a module's weight and input, None where its weight is not quantized.
+
+    The same settings of a weight can mean another row of the table beside other inputs: NVFP4 weights beside FP8 inputs have a second
+    level that leaves the blocks' scales their whole range.
+    """
+    weight, side = (model.quantizers.get(f"{module}.{what}_quantizer") for what in ("weight", "input"))
+    if weight is None or not weight.enabled:
+        return None
+    kind = dialects.input_kind(side) if side is not None and side.enabled else None
+    return Pair(_scheme_beside(weight.scheme, kind), kind)
+
+
+@cache
+def _scheme_beside(scheme: str | None, input_kind: str | None) -> str | None:
+    rows = dialects.schemes()
+    if scheme is None or input_kind is None or rows[scheme]["activations"] in (None, input_kind):
+        return scheme
+    alike = ("element", "scale", "packing")
+    for name, row in rows.items():
+        if name != scheme and row["activations"] == input_kind and all(row[key] == rows[scheme][key] for key in alike):
+            return name
+    return scheme
+
+
 def _kind(model: Any, name: str) -> tuple[str | None, str | None]:
     """The scheme of the weight that a quantizer belongs to, and its own."""
-    weight = model.quantizers.get(f"{name.rpartition('.')[0]}.weight_quantizer")
-    active = weight is not None and weight.enabled
-    return weight.scheme if active else dialects.input_kind(model.quantizers[name]), dialects.input_kind(model.quantizers[name])
+    pair = pair_of(model, name.rpartition(".")[0])
+    own = dialects.input_kind(model.quantizers[name])
+    return pair.weight if pair is not None else own, own

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from modelq import _core
-from modelq.groups import stated_weight_amax
+from modelq.groups import pair_of, stated_weight_amax
 from modelq.inputs import Batch
 from modelq.progress import progress
 from modelq.quantizers import block_extents
@@ -87,5 +87,6 @@ def fake_quantize(model: Model, module: dict[str, Any], tensor: np.ndarray) -> n
     if model.float32_weights or quantizer.scheme is None:
         return quantizer(as_loaded(model, tensor))
     block = block_extents(stages(model.settings[name])[0]).get(-1)
-    return _core.fake_quantize(tensor, quantizer.scheme, amax=stated_weight_amax(model, module), block_size=block,
+    pair = pair_of(model, module["name"])
+    return _core.fake_quantize(tensor, pair.weight, amax=stated_weight_amax(model, module), block_size=block,
                                name=module["weight"])

@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 
+WEIGHT_ONLY_KEY = "weight_only"    # in the config of a layer whose algorithm's name would mean quantized inputs too
+
+
 class Name(NamedTuple):
     """Suffix behind the module's name; transform: "same", or "reciprocal" where the stored number is one divided by ours."""
     suffix: str
@@ -76,7 +79,15 @@ def algorithms(dialect: str) -> dict[Pair, str]:
 @cache
 def pairs(dialect: str) -> dict[str, Pair]:
     """The dialect's algorithm names and what they mean."""
-    return {algorithm: pair for pair, algorithm in algorithms(dialect).items()}
+    found: dict[str, Pair] = {}
+    for pair, algorithm in algorithms(dialect).items():
+        found.setdefault(algorithm, pair)    # one name for a scheme with and without its inputs means with
+    return found
+
+
+def may_lack_input_scale(pair: Pair) -> bool:
+    """Whether a checkpoint may leave a static input scale out: beside weights that need no calibration, runs without any are usual."""
+    return pair.input == "fp8" and schemes()[pair.weight]["scale"] == "e8m0"
 
 
 def input_kind(quantizer: Any) -> str | None:

@@ -189,16 +189,29 @@ def _layer(inner: Checkpoint, module: str, said: dict[str, Any]) -> QuantizedLay
     if pair is None:
         raise ValueError(f"{inner.path}: {module} is quantized as {algorithm!r}, which modelq does not read; it reads "
                          f"{', '.join(dialects.pairs('modelopt'))}")
+    if said.get(dialects.WEIGHT_ONLY_KEY):
+        pair = pair._replace(input=None)
     weight = inner.tensors[f"{module}.weight"]
     shape = _logical_shape(pair.weight, weight)
+    group_size = group_size or _stored_group_size(inner, module, pair.weight, shape)
     expected: dict[str, tuple[str, tuple[int, ...]]] = dict(dialects.layout(pair.weight, shape, group_size))
-    if pair.input is not None and not dialects.is_dynamic_input(pair):
+    optional = dialects.may_lack_input_scale(pair) and f"{module}.input_scale" not in inner.tensors
+    if pair.input is not None and not dialects.is_dynamic_input(pair) and not optional:
         expected["input_scale"] = ("float32", ())
     names = {role: f"{module}.{dialects.NAMES['modelopt'][role].suffix}" for role in expected}
     for role, (dtype, part_shape) in expected.items():
         _check(inner, names[role], dtype, part_shape, f"{algorithm} {list(shape)}")
     _refuse_others(inner, module, set(names.values()), algorithm)
     return QuantizedLayer(algorithm, pair.weight, pair.input, group_size, shape, names)
+
+
+def _stored_group_size(inner: Checkpoint, module: str, scheme: str, shape: tuple[int, int]) -> int | None:
+    """The block's length by the shape of the scales: not every config says it."""
+    scale = inner.tensors.get(f"{module}.weight_scale")
+    rows, columns = dialects.schemes()[scheme]["block"]
+    if rows != 1 or not columns or scale is None or len(scale.shape) != 2 or not scale.shape[1] or shape[1] % scale.shape[1]:
+        return None
+    return shape[1] // scale.shape[1]
 
 
 def _logical_shape(scheme: str, weight: TensorInfo) -> tuple[int, int]:

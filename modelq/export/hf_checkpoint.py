@@ -64,7 +64,9 @@ def _dtype_name(dtype: Any, config: dict[str, Any]) -> str:
 
 def _entries(plan: Plan, dialect: str) -> dict[str, dict[str, Any]]:
     words = dialects.algorithms(dialect)
-    return {linear.module: modelopt.layer_entry(words[linear.pair], linear.group_size) for linear in plan.linears.values()}
+    usual = dialects.pairs(dialect)
+    return {linear.module: modelopt.layer_entry(words[linear.pair], linear.group_size, linear.pair != usual[words[linear.pair]])
+            for linear in plan.linears.values()}
 
 
 def _write_tensors(model: Any, plan: Plan, writer: Any) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from modelq._version import __version__
+from modelq.checkpoint.dialects import WEIGHT_ONLY_KEY
 from modelq.checkpoint.kv_cache import ROTATE_KEY
 from modelq.export.excluded import summarize_excluded
 
@@ -58,9 +59,14 @@ EXTRA_VALUES = {"has_zero_point": False, "pre_quant_scale": True}
 MIXED = "MIXED_PRECISION"
 
 
-def layer_entry(algorithm: str, group_size: int | None) -> dict[str, Any]:
-    """What the config says about one layer: its quant_algo and the keys that go with it, in the dialect's order."""
+def layer_entry(algorithm: str, group_size: int | None, weight_only: bool = False) -> dict[str, Any]:
+    """What the config says about one layer: its quant_algo and the keys that go with it, in the dialect's order.
+
+    weight_only: although the algorithm's name stands for quantized inputs too (only "mxfp4" has one name for both): modelq's own key.
+    """
     entry: dict[str, Any] = {"quant_algo": algorithm}
+    if weight_only:
+        entry[WEIGHT_ONLY_KEY] = True
     for key in ALGORITHMS[algorithm].extras:
         entry[key] = group_size if key == "group_size" else EXTRA_VALUES[key]
     return entry
@@ -104,8 +110,9 @@ def quantization_config(nested: Mapping[str, Any]) -> dict[str, Any]:
     if details["kv_cache_quant_algo"]:
         fp8 = details["kv_cache_quant_algo"] == "FP8"
         flat["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"} if fp8 else details["kv_cache_quant_algo"]
-    if ROTATE_KEY in details:
-        flat[ROTATE_KEY] = details[ROTATE_KEY]
+    for key in (ROTATE_KEY, WEIGHT_ONLY_KEY):
+        if key in details:
+            flat[key] = details[key]
     return flat | {"producer": nested["producer"], "quant_method": "modelopt"}
 
 

@@ -15,7 +15,7 @@ from modelq.checkpoint import dialects
 from modelq.checkpoint.base import TensorInfo
 from modelq.checkpoint.dialects import Pair
 from modelq.export.kv_cache import Cache, plan_cache
-from modelq.groups import siblings, stated_amax
+from modelq.groups import pair_of, siblings, stated_amax
 
 FLOATS = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 OWN_QUANTIZERS = ("linear", "embedding")      # kinds of modules that an export's config names when they stay unquantized
@@ -106,8 +106,9 @@ def _plan_linear(model: Any, row: Any, amax: dict[str, np.ndarray], dialect: str
     shape = tuple(row["shape"])
     parts = dialects.layout(pair.weight, shape, group_size)
     input_scale = None
-    if pair.input is not None and not dialects.is_dynamic_input(pair):
-        input_scale = _input_scale(amax.get(f"{module}.input_quantizer"), module, pair.input)
+    input_amax = amax.get(f"{module}.input_quantizer")
+    if pair.input is not None and not dialects.is_dynamic_input(pair) and not (input_amax is None and dialects.may_lack_input_scale(pair)):
+        input_scale = _input_scale(input_amax, module, pair.input)
         parts["input_scale"] = ("float32", ())
     names = dialects.NAMES[dialect]
     tensors = {role: _info(f"{module}.{names[role].suffix}", *part) for role, part in parts.items()}
@@ -115,11 +116,11 @@ def _plan_linear(model: Any, row: Any, amax: dict[str, np.ndarray], dialect: str
 
 
 def _pair(model: Any, module: str) -> Pair:
-    weight, side = quantizer(model, module, "weight"), quantizer(model, module, "input")
-    if weight.scheme is None:
+    weight, pair = quantizer(model, module, "weight"), pair_of(model, module)
+    if pair is None or pair.weight is None:
         raise ValueError(f"{module}.weight_quantizer: num_bits {weight.num_bits} with block_sizes {weight.block_sizes} is no known "
                          f"scheme, so no checkpoint can hold it; known are {', '.join(dialects.schemes())}")
-    return Pair(weight.scheme, dialects.input_kind(side) if side is not None and side.enabled else None)
+    return pair
 
 
 def _check_siblings(model: Any, pairs: dict[str, Pair]) -> None:
