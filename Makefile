@@ -2,6 +2,7 @@
 # make test [ARGS="-k name"]     build with the tests' extension, run the tests
 # make sanitize                  the core tests under AddressSanitizer and UndefinedBehaviorSanitizer
 # make test-isa                  the kernel tests once per instruction set that this processor has
+# make test-engines              our exports in transformers and in vLLM's CPU build, in environments of their own (several GB)
 # make bench                     the benchmarks of tests/bench
 # make venv                      only the environment (.venv), modelq installed in it
 # make clean                     remove everything that was made here
@@ -15,6 +16,8 @@ GOLDEN ?= $(wildcard ../shared/golden)
 
 VENV := .venv
 DEMO := .venv-demo
+TRANSFORMERS := .venv-engines
+VLLM := .venv-vllm
 SANITIZED := build/site-sanitize
 SOURCES := setup.py pyproject.toml $(shell find csrc modelq -name '*.c' -o -name '*.h' -o -name '*.inc' -o -name '*.def' -o -name '*.py' -o -name '*.pyi')
 # Objects are kept between builds, what they were linked and copied into is not: a file that was removed must not stay in a wheel.
@@ -24,9 +27,9 @@ NOT_ISA := $(patsubst %,--ignore=tests/test_%.py,cli data dataset_utils dlpack g
 TEST_ENV := $(if $(GOLDEN),MODELQ_GOLDEN=$(abspath $(GOLDEN)))
 
 # Everything but the demo is built with modelq._testing, and its tests then may not skip for want of it.
-venv test sanitize test-isa bench: export MODELQ_TESTING := 1
+venv test sanitize test-isa test-transformers test-vllm bench: export MODELQ_TESTING := 1
 
-.PHONY: demo test sanitize test-isa bench venv clean
+.PHONY: demo test sanitize test-isa test-engines test-transformers test-vllm bench venv clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -52,11 +55,20 @@ test-isa: $(VENV)/installed
 	  $(TEST_ENV) MODELQ_ISA=$$isa $(VENV)/bin/pytest -q -m "not slow and not leaks and not measures" $(NOT_ISA) $(ARGS) || exit 1; \
 	done
 
+# test-transformers is the half that takes seconds, test-vllm the other.
+test-engines: test-transformers test-vllm
+
+test-transformers: $(VENV)/installed $(TRANSFORMERS)/installed
+	MODELQ_TRANSFORMERS_PYTHON=$(TRANSFORMERS)/bin/python $(VENV)/bin/pytest tests/engines/test_transformers.py $(ARGS)
+
+test-vllm: $(VENV)/installed $(VLLM)/installed
+	MODELQ_VLLM_PYTHON=$(VLLM)/bin/python $(VENV)/bin/pytest tests/engines/test_vllm.py $(ARGS)
+
 bench: $(VENV)/installed
 	for script in tests/bench/*.py; do $(VENV)/bin/python $$script || exit 1; done
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache demo-out $(VENV) $(DEMO)
+	rm -rf build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache demo-out $(VENV) $(DEMO) $(TRANSFORMERS) $(VLLM)
 	find modelq tests scripts -name __pycache__ -prune -exec rm -rf {} +
 	find modelq -name '*.so' -delete
 
@@ -76,6 +88,17 @@ $(VENV)/installed: $(VENV)/python $(SOURCES)
 $(SANITIZED)/installed: $(VENV)/installed
 	rm -rf $(SANITIZED)
 	export MODELQ_SANITIZE=1; $(INSTALL) --no-deps --target $(SANITIZED) .
+	touch $@
+
+# The engines, each with the PyTorch that it wants. Nothing of modelq is in these.
+$(TRANSFORMERS)/installed: tests/engines/requirements.txt
+	$(PYTHON) -m venv $(TRANSFORMERS)
+	$(TRANSFORMERS)/bin/python -m pip install --quiet -r tests/engines/requirements.txt
+	touch $@
+
+$(VLLM)/installed: tests/engines/install_vllm.py
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python tests/engines/install_vllm.py
 	touch $@
 
 $(DEMO)/python: pyproject.toml

@@ -1,0 +1,68 @@
+"""The engines, and the exports they are asked to load. Run by `make test-engines`, which makes their environments."""
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import small_model
+from processes import Engine
+
+TREE = Path(__file__).resolve().parents[2]
+
+
+def environment(name: str, variable: str) -> str:
+    python = os.environ.get(variable) or str(TREE / name / "bin" / "python")
+    if not Path(python).exists():
+        pytest.skip(f"no environment {name}: make test-engines makes it")
+    return python
+
+
+def engine(python: str, *arguments: str):
+    process = Engine(python, *arguments)
+    yield process
+    process.stop()
+
+
+@pytest.fixture(scope="session")
+def transformers_engine():
+    yield from engine(environment(".venv-engines", "MODELQ_TRANSFORMERS_PYTHON"), "run_transformers.py")
+
+
+@pytest.fixture(scope="session")
+def vllm_engine():
+    yield from engine(environment(".venv-vllm", "MODELQ_VLLM_PYTHON"), "run_vllm.py")
+
+
+@pytest.fixture(scope="session")
+def vllm_emulating():
+    yield from engine(environment(".venv-vllm", "MODELQ_VLLM_PYTHON"), "run_vllm.py", "--emulate")
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory) -> Path:
+    """The small model, unquantized."""
+    return small_model.write_model(tmp_path_factory.mktemp("engines") / "source")
+
+
+@pytest.fixture(scope="session")
+def make_export(source, tmp_path_factory):
+    """make_export(row, dtype): the folder of the small model quantized and exported as the row says; made once."""
+    import modelq
+    import modelq.quantization as mtq
+    from modelq.export import export_hf_checkpoint
+
+    made, models = {}, {}
+    batches = np.random.default_rng(3).integers(2, small_model.VOCABULARY, size=(8, 64))
+
+    def make(row, dtype: str) -> Path:
+        if (row, dtype) not in made:
+            if (row.config, dtype) not in models:
+                model = modelq.load(source, compute=dtype)
+                models[row.config, dtype] = mtq.quantize(model, getattr(mtq, row.config), lambda m: [m(batch[None]) for batch in batches])
+            folder = tmp_path_factory.mktemp("export") / str(row)
+            made[row, dtype] = export_hf_checkpoint(models[row.config, dtype], folder, dtype=dtype, dialect=row.dialect)
+        return made[row, dtype]
+    return make

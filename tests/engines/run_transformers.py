@@ -1,0 +1,50 @@
+"""A process that answers from transformers: one JSON order per line on stdin, one answer per line on stdout behind "ANSWER ".
+
+    .venv-engines/bin/python tests/engines/run_transformers.py
+
+Order: {"folder", "prompts": [[ids]], "tokens": N, "logits": FILE.npy, "dequantize": bool, "dtype"}. Answer: {"tokens": [[ids]], "class", and
+"unexpected": names of stored tensors that the model did not take, "missing": those it wanted}, or {"error": text}. The logits of the
+prompts are written to FILE. "dequantize": the weights are decompressed on loading and activations stay as they are; else compressed-tensors'
+own modules run, which also fake-quantize activations.
+"""
+import json
+import os
+import sys
+import traceback
+
+os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false")
+import numpy as np
+import torch
+import transformers
+
+torch.set_num_threads(2)
+
+
+def quantization(order):
+    with open(os.path.join(order["folder"], "config.json")) as file:
+        method = json.load(file).get("quantization_config", {}).get("quant_method")
+    if order.get("dequantize") and method == "compressed-tensors":
+        return {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)}
+    return {}
+
+
+def answer(order):
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        order["folder"], dtype=getattr(torch, order.get("dtype", "bfloat16")), output_loading_info=True, **quantization(order))
+    model.eval()
+    rows = torch.tensor(order["prompts"])
+    with torch.no_grad():
+        np.save(order["logits"], model(rows).logits.float().numpy())
+        for _ in range(order["tokens"]):
+            rows = torch.cat([rows, model(rows, use_cache=False).logits[:, -1].argmax(dim=-1, keepdim=True)], dim=1)
+    return {"tokens": rows[:, -order["tokens"]:].tolist(), "class": type(model).__name__,
+            "unexpected": sorted(map(str, report["unexpected_keys"])), "missing": sorted(map(str, report["missing_keys"]))}
+
+
+for line in sys.stdin:
+    try:
+        reply = answer(json.loads(line))
+    except Exception as error:
+        traceback.print_exc()
+        reply = {"error": f"{type(error).__name__}: {error}"}
+    print("ANSWER " + json.dumps(reply), flush=True)
