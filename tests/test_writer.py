@@ -459,3 +459,21 @@ for i in range(100000):
     with atomic_directory(target, overwrite=True) as folder:
         fill(folder, NEW)
     assert tree(target) == NEW and os.listdir(tmp_path) == ["out"]
+
+
+def test_pieces_make_the_same_file_as_whole_tensors(tmp_path):
+    values = np.arange(7 * 3, dtype=np.float32).reshape(7, 3)
+    plan = [TensorInfo("a", "float32", (7, 3), 0)]
+    for folder, pieces in ((tmp_path / "whole", [values]), (tmp_path / "pieces", [values[:2], values[2:3], values[3:]])):
+        folder.mkdir()
+        with ShardedWriter(folder, plan) as writer:
+            writer.write_pieces("a", pieces)
+    assert (tmp_path / "whole" / "model.safetensors").read_bytes() == (tmp_path / "pieces" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("pieces", [[(2, 3)], [(4, 3), (4, 3)], [(3, 3), (4, 2)], []], ids=str)
+def test_pieces_that_do_not_make_the_tensor(tmp_path, pieces):
+    with pytest.raises(ValueError, match=r"'a' was planned as float32 \(7, 3\)"):
+        with ShardedWriter(tmp_path, [TensorInfo("a", "float32", (7, 3), 0)]) as writer:
+            writer.write_pieces("a", [np.zeros(shape, np.float32) for shape in pieces])
+    assert not list(tmp_path.iterdir())

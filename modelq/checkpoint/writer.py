@@ -69,21 +69,37 @@ class ShardedWriter:
 
     def write(self, name: str, array: np.ndarray) -> None:
         """Write one tensor. ValueError if it is not in the plan, was written before, or has another dtype or shape."""
+        array = np.asarray(array)
+        if name in self._plan and array.shape != tuple(self._plan[name].shape):
+            raise self._misfit(name, array.dtype, array.shape)
+        self.write_pieces(name, [array])
+
+    def write_pieces(self, name: str, pieces: Iterable[np.ndarray]) -> None:
+        """Write one tensor that comes as consecutive runs of its rows, so that it need not be in memory as a whole."""
         if name not in self._place:
             raise ValueError(f"tensor {name!r} is not in the plan of {self.directory}")
         shard, offset = self._place[name]
         info = self._plan[name]
         if name not in self._left[shard]:
             raise ValueError(f"tensor {name!r} was written twice into {self.directory}")
-        array = np.asarray(array)
-        if array.dtype != numpy_dtype(info.dtype) or array.shape != tuple(info.shape):
-            raise ValueError(f"tensor {name!r} was planned as {info.dtype} {tuple(info.shape)}, got {array.dtype} {array.shape}")
-        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        with _Naming(self.directory / shard, f"tensor {name!r}"):
-            _write_all(self._file(shard), data, offset)
+        end, rows = offset + size_of(info), 0
+        for piece in pieces:
+            rows += piece.shape[0] if piece.ndim else 0
+            if piece.dtype != numpy_dtype(info.dtype) or piece.shape[1:] != tuple(info.shape[1:]) or offset + piece.nbytes > end:
+                raise self._misfit(name, piece.dtype, (rows, *piece.shape[1:]))
+            data = np.ascontiguousarray(piece).reshape(-1).view(np.uint8)
+            with _Naming(self.directory / shard, f"tensor {name!r}"):
+                _write_all(self._file(shard), data, offset)
+            offset += piece.nbytes
+        if offset != end:
+            raise self._misfit(name, numpy_dtype(info.dtype), (rows, *info.shape[1:]))
         self._left[shard].discard(name)
         if not self._left[shard]:
             self._finish_shard(shard)
+
+    def _misfit(self, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> ValueError:
+        info = self._plan[name]
+        return ValueError(f"tensor {name!r} was planned as {info.dtype} {tuple(info.shape)}, got {dtype} {shape}")
 
     def finish(self) -> list[Path]:
         """Check that every tensor was written, sync, write the index; return the files. Called by leaving the block."""

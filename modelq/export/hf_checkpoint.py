@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from modelq.checkpoint import dialects
 from modelq.export import modelopt
 from modelq.export.plan import FLOATS, Linear, Plan, make_plan
 from modelq.export.side_files import copy_side_files, patched_config, write_json
+
+PIECE_BYTES = 4 << 20
 
 
 def export_hf_checkpoint(model: Any, export_dir: str | os.PathLike[str] | None = None, dtype: Any = None, *,
@@ -80,7 +83,7 @@ def _write_tensors(model: Any, plan: Plan, writer: Any) -> None:
             _write_linear(plan.linears[name], as_loaded(model, array), writer, plan.dialect)
         else:
             info = plan.copies[name]
-            writer.write(name, _cast(array, info.dtype))
+            writer.write_pieces(name, (_cast(piece, info.dtype) for piece in _pieces(array, lambda: checkpoint.release([name]))))
         del array
         checkpoint.release([name])
     for name, array in plan.cache.tensors.items():
@@ -95,6 +98,18 @@ def _write_linear(linear: Linear, weight: np.ndarray, writer: Any, dialect: str)
         parts["input_scale"] = linear.input_scale
     for role, info in linear.tensors.items():
         writer.write(info.name, dialects.spelled(parts[role], dialects.NAMES[dialect][role]))
+
+
+def _pieces(array: np.ndarray, release: Callable[[], None]) -> Iterator[np.ndarray]:
+    """Runs of rows of a tensor that is only copied (an embedding may be gigabytes), its pages given back after each."""
+    rows = array.shape[0] if array.ndim else 1
+    step = max(1, rows * PIECE_BYTES // max(1, array.nbytes))
+    if step >= rows:
+        yield array
+        return
+    for start in range(0, rows, step):
+        yield array[start:start + step]
+        release()
 
 
 def _cast(array: np.ndarray, dtype: str) -> np.ndarray:
