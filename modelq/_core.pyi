@@ -32,6 +32,9 @@ def dequantize(parts: Mapping[str, Any], scheme: str, dtype: str = "float32", bl
 def fake_quantize(weight: Any, scheme: str, amax: Any = None, block_size: int | None = None, name: str | None = None,
                   out: np.ndarray | None = None) -> np.ndarray: ...
 
+# csrc/py/repack.c
+def repack_int4(packed: Any, source: str, target: str) -> np.ndarray: ...
+
 # csrc/py/type_quantizer.c
 @final
 class Quantizer:

@@ -22,8 +22,10 @@ E4M3, E8M0 = (4, 3), (8, 0)
 def restore_quantizers(model: Model) -> None:
     """Give every linear that the checkpoint stores quantized its input quantizer. Weight quantizers stay off: their work is done."""
     settings = {name: replace(setting, enable=False) for name, setting in model.settings.items()}
-    amax = {}
+    amax, smoothing = {}, {}
     for module, stored in model.stored_layers.items():
+        if stored.form.smoothed:
+            smoothing[f"{module}.input_quantizer"] = model.checkpoint.pre_quant_scale(module)
         if stored.input_scheme is not None:
             name = f"{module}.input_quantizer"
             settings[name] = replace(settings[name], attributes=input_attributes(stored.input_scheme), enable=True)
@@ -38,6 +40,8 @@ def restore_quantizers(model: Model) -> None:
             model.quantizers[name].amax = np.float32(value)
     if cache is not None:
         restore_cache(model, cache)
+    for name, scale in smoothing.items():
+        model.quantizers[name].pre_quant_scale = scale
     model.quantized = True
     model.connect()
 
@@ -66,9 +70,11 @@ def restore_cache(model: Model, cache: Any) -> None:
 
 
 def input_attributes(scheme: str) -> QuantizerAttributeConfig:
-    """The attributes of an activation quantizer of this scheme; "int8" is one integer scale per tensor."""
+    """The attributes of an activation quantizer of this scheme; "int8" is one integer scale per tensor, "int8_token" one per token."""
     if scheme == "int8":
         return QuantizerAttributeConfig(num_bits=8)
+    if scheme == "int8_token":
+        return QuantizerAttributeConfig(num_bits=8, type="dynamic", block_sizes={-1: None})
     row: Any = _core.schemes()[scheme]
     rows, columns = row["block"]
     if not columns and rows:    # a scale per row: of activations, per token, taken on the fly

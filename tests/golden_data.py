@@ -37,6 +37,17 @@ def read_safetensors(path) -> dict[str, np.ndarray]:
     return tensors
 
 
+def write_safetensors(path, tensors) -> None:
+    """The file format by hand: tests write folders that modelq would not."""
+    tags = {name: tag for tag, name in DTYPES.items()}
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        header[name] = {"dtype": tags[tensor.dtype.name], "shape": tensor.shape, "data_offsets": [end, end + tensor.nbytes]}
+        end += tensor.nbytes
+    text = json.dumps(header).encode()
+    Path(path).write_bytes(len(text).to_bytes(8, "little") + text + b"".join(tensor.tobytes() for tensor in tensors.values()))
+
+
 @dataclass(frozen=True)
 class Model:
     """golden/<name>: the unquantized model, its calibration tokens and its logits."""

@@ -146,3 +146,97 @@ def fake_nvfp4(x, amax):
     values = np.where(codes & 8, -E2M1[codes & 7], E2M1[codes & 7]).reshape(x.shape[0], -1, 16)
     scale = parts["weight_scale"].astype(F32) * parts["weight_scale_2"]
     return (values * scale[:, :, None]).reshape(x.shape).astype(x.dtype)
+
+
+# Layouts of INT4 codes in -8..7, [rows, cols] -----------------------------------------------------------------------------------
+
+def _words(codes, order, axis):
+    """int32 of eight codes along axis, the one at order[k] in bits 4k, each stored plus 8."""
+    unsigned = np.moveaxis((codes + 8).astype(np.uint32), axis, -1)
+    groups = unsigned.reshape(*unsigned.shape[:-1], -1, 8)
+    words = sum(groups[..., index] << np.uint32(4 * k) for k, index in enumerate(order))
+    return np.moveaxis(words, -1, axis).astype(np.uint32).view(np.int32)
+
+
+AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
+INT4_LAYOUTS = {
+    "row_pairs": lambda q: ((q[0::2] & 15) | (q[1::2] & 15) << 4).astype(np.uint8),
+    "int32_row": lambda q: _words(q, range(8), 1),
+    "awq": lambda q: np.ascontiguousarray(_words(q, AWQ_ORDER, 0).T),
+    "gptq": lambda q: np.ascontiguousarray(_words(q, range(8), 1).T),
+}
+
+
+def _nibbles(words, order, axis, bits=4):
+    """The codes of int32 words along axis, as unsigned."""
+    unsigned = np.moveaxis(words.view(np.uint32), axis, -1)
+    per_word = 32 // bits
+    codes = np.empty((*unsigned.shape, per_word), np.int64)
+    for k, index in enumerate(order):
+        codes[..., index] = unsigned >> np.uint32(bits * k) & np.uint32(2**bits - 1)
+    return np.moveaxis(codes.reshape(*unsigned.shape[:-1], -1), -1, axis)
+
+
+
+# Exports of other dialects, by the formulas of their libraries --------------------------------------------------------------------
+
+def unpack(dialect, tensors, module, config):
+    """float32 weight of a module from what is stored."""
+    part = {name.removeprefix(f"{module}."): tensor for name, tensor in tensors.items() if name.startswith(f"{module}.")}
+    return {"autoawq": _unpack_awq, "gptq": _unpack_gptq, "fp8": _unpack_fp8}.get(dialect, _unpack_compressed)(part, module, config)
+
+
+def _unpack_awq(part, module, config):
+    """(q - z) * s, everything [in, out] (AutoAWQ, awq/utils/packing_utils.py)."""
+    codes, zeros = _nibbles(part["qweight"], AWQ_ORDER, 1), _nibbles(part["qzeros"], AWQ_ORDER, 1)
+    size = config["group_size"]
+    return ((codes - np.repeat(zeros, size, 0)) * np.repeat(part["scales"].astype(F32), size, 0)).T
+
+
+def _unpack_gptq(part, module, config):
+    """(q - (z + 1)) * s by g_idx, everything [in, out] (AutoGPTQ, the "gptq" checkpoint format)."""
+    codes, zeros = _nibbles(part["qweight"], range(8), 0), _nibbles(part["qzeros"], range(8), 1) + 1
+    groups = part["g_idx"]
+    return ((codes - zeros[groups]) * part["scales"].astype(F32)[groups]).T
+
+
+def _unpack_fp8(part, module, config):
+    scale = part["weight_scale_inv"]
+    if scale.dtype == np.uint8:     # exponents, one per 32 columns
+        return part["weight"].astype(F32) * np.repeat(np.ldexp(F32(1), scale.astype(int) - 127), 32, 1)
+    return part["weight"].astype(F32) * _blocks_of_128(scale, part["weight"].shape)
+
+
+def _blocks_of_128(scale, shape):
+    return np.repeat(np.repeat(scale, 128, 0), 128, 1)[:shape[0], :shape[1]]
+
+
+def _unpack_compressed(part, module, config):
+    groups = list(config["config_groups"].values())
+    said = next(group for group in groups if len(groups) == 1 or module in group["targets"])["weights"]
+    scale = part["weight_scale"]
+    if scale.dtype == np.uint8:
+        scale = np.ldexp(F32(1), scale.astype(int) - 127)
+    scale = scale.astype(F32)
+    if "weight_global_scale" in part:
+        scale = scale / part["weight_global_scale"]
+    if "weight" in part:
+        codes = part["weight"].astype(F32)
+    elif said["type"] == "int":
+        bits = said["num_bits"]
+        codes = (_nibbles(part["weight_packed"], range(32 // bits), 1, bits) - 2**(bits - 1)).astype(F32)
+        assert tuple(part["weight_shape"]) == codes.shape
+    elif said["num_bits"] == 4:
+        codes = unpack_row(part["weight_packed"]).view(FP4).astype(F32)
+    else:
+        three = part["weight_packed"].reshape(part["weight_packed"].shape[0], -1, 3).astype(np.uint32)
+        word = three[..., 0] | three[..., 1] << 8 | three[..., 2] << 16
+        four = np.stack([word >> np.uint32(6 * k) & np.uint32(63) for k in range(4)], axis=-1).astype(np.uint8)
+        codes = four.reshape(four.shape[0], -1).view(ml_dtypes.float6_e2m3fn).astype(F32)
+    strategy = said["strategy"]
+    if strategy == "block":
+        return codes * _blocks_of_128(scale, codes.shape)
+    if strategy in ("group", "tensor_group"):
+        return codes * np.repeat(scale, said["group_size"], 1)
+    assert scale.shape == {"tensor": (1,), "channel": (codes.shape[0], 1)}[strategy]
+    return codes * scale

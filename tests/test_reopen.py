@@ -7,7 +7,7 @@ import modelq
 import modelq.quantization as mtq
 import numpy as np
 import pytest
-from golden_data import DTYPES, cases, read_safetensors
+from golden_data import cases, read_safetensors, write_safetensors
 from modelq import _core
 from modelq.checkpoint import dialects, open_checkpoint
 from modelq.export import export_hf_checkpoint
@@ -15,7 +15,6 @@ from modelq.export import export_hf_checkpoint
 CONFIGS = ["FP8_DEFAULT_CFG", "NVFP4_DEFAULT_CFG"]
 GOLDEN = cases(dtype="bfloat16", configs=CONFIGS, names=["llama", "qwen3"], needs=["model.safetensors", "config.json"])
 LINEAR = "model.layers.0.mlp.up_proj"
-TAGS = {name: tag for tag, name in DTYPES.items()}
 
 
 def dequantized(tensors, module):
@@ -100,12 +99,7 @@ def test_a_reopened_export_is_not_quantized_or_exported_again(tmp_path):
 
 def write_folder(folder, case, tensors, edit_config=None, nested=False):
     folder.mkdir()
-    header, end = {}, 0
-    for name, tensor in tensors.items():
-        header[name] = {"dtype": TAGS[tensor.dtype.name], "shape": tensor.shape, "data_offsets": [end, end + tensor.nbytes]}
-        end += tensor.nbytes
-    text = json.dumps(header).encode()
-    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + b"".join(t.tobytes() for t in tensors.values()))
+    write_safetensors(folder / "model.safetensors", tensors)
     config = json.loads((case.folder / "config.json").read_text())
     if nested:
         del config["quantization_config"]
@@ -157,7 +151,7 @@ def unknown_algorithm(config):
 
 
 def other_method(config):
-    config["quantization_config"]["quant_method"] = "gptq"
+    config["quantization_config"]["quant_method"] = "bitsandbytes"
 
 
 def mixed_without_layers(config):
@@ -182,7 +176,7 @@ def no_object(config):
 
 @pytest.mark.parametrize("edit, words", [
     (unknown_algorithm, r"'FP3_MAGIC', which modelq does not read; it reads FP8, .*NVFP4"),
-    (other_method, r"config.json: the weights are quantized by 'gptq'.*reads: modelopt"),
+    (other_method, r"config.json: the weights are quantized by 'bitsandbytes'.*reads: modelopt, compressed-tensors, awq"),
     (mixed_without_layers, "MIXED_PRECISION without quantized_layers"),
     (layers_of_another_type, "config.json: quantized_layers must map"),
     (algorithm_of_another_type, "config.json: quant_algo must be a name"),
@@ -209,11 +203,14 @@ def test_a_scale_that_cannot_be(tmp_path):
             checkpoint.input_amax(LINEAR)
 
 
-def test_smoothing_that_is_not_read_is_refused_not_ignored(tmp_path):
+def test_smoothing_is_read_and_other_additions_are_refused(tmp_path):
     case = of("NVFP4_DEFAULT_CFG")
-    tensors = case.exported | {f"{LINEAR}.pre_quant_scale": np.ones(128, ml_dtypes.bfloat16)}
-    with pytest.raises(ValueError, match=f"{LINEAR} is NVFP4 and has pre_quant_scale"):
-        open_checkpoint(write_folder(tmp_path / "m", case, tensors))
+    tensors = case.exported | {f"{LINEAR}.pre_quant_scale": np.full(128, 0.5, ml_dtypes.bfloat16)}
+    with open_checkpoint(write_folder(tmp_path / "m", case, tensors)) as checkpoint:
+        assert checkpoint.pre_quant_scale(LINEAR).tolist() == [0.5] * 128
+    tensors = case.exported | {f"{LINEAR}.svdquant_lora_a": np.ones((4, 128), ml_dtypes.bfloat16)}
+    with pytest.raises(ValueError, match=f"{LINEAR} is NVFP4 and has svdquant_lora_a"):
+        open_checkpoint(write_folder(tmp_path / "n", case, tensors))
 
 
 def test_scales_of_a_quantized_cache_are_not_mistaken_for_weights(tmp_path):

@@ -8,10 +8,10 @@ static const mq_format_row format_table[MQ_FMT_COUNT] = {
 };
 #undef MQ_FORMAT
 
-#define MQ_SCHEME(id, name, element, rows, cols, scale, second, quotient, codes, packing, activations, mo, mo_weight, \
-                  mo_fp8, ct) \
+#define MQ_SCHEME(id, name, element, rows, cols, scale, second, quotient, codes, packing, activations, \
+                  ...) \
     {name, MQ_FMT_##element, rows, cols, MQ_FMT_##scale, second, MQ_QUOTIENT_##quotient, MQ_CODES_##codes, \
-     MQ_PACK_##packing, MQ_ACTIVATIONS_##activations, mo, mo_weight, mo_fp8, ct},
+     MQ_PACK_##packing, MQ_ACTIVATIONS_##activations, __VA_ARGS__},
 static const mq_scheme_row scheme_table[MQ_SCHEME_COUNT] = {
 #include "format/schemes.def"
 };

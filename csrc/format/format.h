@@ -72,7 +72,8 @@ typedef struct mq_scheme_row {
     mq_packing packing;
     mq_activations activations;
     const char *modelopt, *modelopt_weight_only, *modelopt_fp8_input; /* quant_algo, or NULL */
-    const char *compressed_tensors;                                   /* format, or NULL */
+    const char *compressed_tensors, *compressed_tensors_weight_only;  /* format, or NULL */
+    const char *autoawq, *gptq, *fp8;                                 /* quant_method, or NULL */
 } mq_scheme_row;
 
 const mq_format_row *mq_format_get(mq_format format);

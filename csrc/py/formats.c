@@ -85,7 +85,7 @@ static PyObject *scheme_row(mq_scheme scheme)
     const mq_format_row *element = mq_format_get(row->element), *scale = mq_format_get(row->scale);
     PyObject *second = Py_NewRef(Py_None);
     if (row->second_divisor != 0.0f) Py_SETREF(second, PyFloat_FromDouble((double)row->second_divisor));
-    return Py_BuildValue("{s:s,s:s,s:N,s:(ii),s:s,s:N,s:s,s:z,s:d,s:s,s:s,s:z,s:z,s:z,s:z}",
+    return Py_BuildValue("{s:s,s:s,s:N,s:(ii),s:s,s:N,s:s,s:z,s:d,s:s,s:s,s:z,s:z,s:z,s:z,s:z,s:z,s:z,s:z}",
                          "name", row->name, "element", element->name, "num_bits", num_bits(element->codec),
                          "block", row->block_rows, row->block_cols, "scale", scale->name, "second_divisor", second,
                          "packing", packing_names[row->packing], "activations", activation_names[row->activations],
@@ -94,15 +94,17 @@ static PyObject *scheme_row(mq_scheme scheme)
                          "scale_dtype", scale->dtype, "modelopt", row->modelopt,
                          "modelopt_weight_only", row->modelopt_weight_only,
                          "modelopt_fp8_input", row->modelopt_fp8_input,
-                         "compressed_tensors", row->compressed_tensors);
+                         "compressed_tensors", row->compressed_tensors,
+                         "compressed_tensors_weight_only", row->compressed_tensors_weight_only, "autoawq", row->autoawq,
+                         "gptq", row->gptq, "fp8", row->fp8);
 }
 
 PyDoc_STRVAR(schemes_doc,
 "schemes()\n--\n\n"
 "The block schemes by name: a read-only mapping of read-only rows (csrc/format/schemes.def).\n\n"
 "block is (rows, columns) that share a scale, 0 = the whole extent. The keys modelopt, modelopt_weight_only,\n"
-"modelopt_fp8_input and compressed_tensors hold what an export dialect calls the scheme, None where it has no\n"
-"word for it.");
+"modelopt_fp8_input, compressed_tensors, compressed_tensors_weight_only, autoawq, gptq and fp8 hold what an export\n"
+"dialect calls the scheme, None where it has no word for it.");
 
 static PyObject *schemes(PyObject *module, PyObject *unused)
 {

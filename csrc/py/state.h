@@ -30,6 +30,7 @@ extern const mq_py_part mq_py_faults;
 extern const mq_py_part mq_py_formats;
 extern const mq_py_part mq_py_ndarray;
 extern const mq_py_part mq_py_quantizer;
+extern const mq_py_part mq_py_repack;
 extern const mq_py_part mq_py_run;
 extern const mq_py_part mq_py_runtime;
 extern const mq_py_part mq_py_system;

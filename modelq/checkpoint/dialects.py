@@ -1,10 +1,12 @@
 """How a quantized linear is spelled on disk: names of its tensors and of its algorithm, per dialect. Read and write share it.
 
-What the scheme itself says (its algorithm's name with and without quantized activations) comes from `_core.schemes()`.
+What the scheme itself says (its algorithm's name with and without quantized activations) comes from `_core.schemes()`; how an array is
+laid out where a dialect departs from ours is a transform of `modelq.checkpoint.spelling`.
 """
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -15,31 +17,56 @@ WEIGHT_ONLY_KEY = "weight_only"    # in the config of a layer whose algorithm's 
 
 
 class Name(NamedTuple):
-    """Suffix behind the module's name; transform: "same", or "reciprocal" where the stored number is one divided by ours."""
+    """Suffix behind the module's name, and how the stored array is made of the part (see `modelq.checkpoint.spelling`)."""
     suffix: str
     transform: str = "same"
-
-
-# dialect -> role -> name. Roles: the parts that _core.quantize returns, and what a checkpoint adds to them.
-NAMES: dict[str, dict[str, Name]] = {
-    "modelopt": {
-        "weight": Name("weight"),
-        "weight_scale": Name("weight_scale"),
-        "weight_scale_2": Name("weight_scale_2"),
-        "input_scale": Name("input_scale"),
-    },
-}
-
-
-def spelled(array: np.ndarray, name: Name) -> np.ndarray:
-    """A part as the dialect stores it; the same call turns what is stored back into the part."""
-    return np.reciprocal(array) if name.transform == "reciprocal" else array
 
 
 class Pair(NamedTuple):
     """A linear's two sides as scheme names; input is None where activations stay as they are."""
     weight: str
     input: str | None
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a quantized linear is, whatever the dialect. shape: [out, in]. smoothed: whether a pre_quant_scale multiplies its input.
+    fp8_stage: whether its weight is rounded to FP8 (by weight_scale_2) after its scheme. input_scaled: False where a static input scale
+    is left out (see `may_lack_input_scale`)."""
+    pair: Pair
+    shape: tuple[int, int]
+    group_size: int | None = None
+    smoothed: bool = False
+    fp8_stage: bool = False
+    input_scaled: bool = True
+
+
+_PLAIN = {"weight": Name("weight"), "weight_scale": Name("weight_scale", "grid")}
+_PACKED = {"weight": Name("weight_packed"), "weight_scale": Name("weight_scale", "grid")}
+# dialect -> word for the format ("": all others) -> role -> name. Roles: the parts that _core.quantize returns, what a checkpoint adds to
+# them (input_scale, pre_quant_scale), and tensors that follow from the shape alone.
+NAMES: dict[str, dict[str, dict[str, Name]]] = {
+    "modelopt": {"": {
+        "weight": Name("weight"), "weight_scale": Name("weight_scale"), "weight_scale_2": Name("weight_scale_2"),
+        "input_scale": Name("input_scale"), "pre_quant_scale": Name("pre_quant_scale"),
+    }},
+    "compressed-tensors": {
+        "": {**_PLAIN, "input_scale": Name("input_scale", "vector")},
+        "pack-quantized": {"weight": Name("weight_packed", "int32_row"), "weight_scale": Name("weight_scale", "grid"),
+                           "input_scale": Name("input_scale", "vector"), "shape": Name("weight_shape", "shape")},
+        "nvfp4-pack-quantized": {**_PACKED, "weight_scale_2": Name("weight_global_scale", "reciprocal_weight"),
+                                 "input_scale": Name("input_scale", "vector")},
+        "mxfp4-pack-quantized": {**_PACKED, "input_scale": Name("input_scale", "vector")},
+        "mxfp6-pack-quantized": _PACKED,
+    },
+    "autoawq": {"": {"weight": Name("qweight", "awq"), "weight_scale": Name("scales", "half_transposed"),
+                     "zeros": Name("qzeros", "zeros_8")}},
+    "gptq": {"": {"weight": Name("qweight", "gptq"), "weight_scale": Name("scales", "half_transposed"), "zeros": Name("qzeros", "zeros_7"),
+                  "groups": Name("g_idx", "groups")}},
+    "fp8": {"": {"weight": Name("weight"), "weight_scale": Name("weight_scale_inv", "grid")}},
+}
+# of inputs whose scheme has two levels
+_INPUT_TWO_LEVELS = {"compressed-tensors": Name("input_global_scale", "reciprocal_input")}
 
 
 @cache
@@ -58,8 +85,12 @@ def formats() -> Mapping[str, Mapping[str, Any]]:
     return _core.formats()
 
 
-# what the other words of the column `activations` mean as a scheme name; "same" is the row itself
+# Words for pairs of formats ---------------------------------------------------------------------------------------------------
+
+# what the other words of the column `activations` mean as an input kind; "same" is the row itself
 _ACTIVATIONS = {None: None, "fp8": "fp8", "fp8_token": "fp8_channel", "int8": "int8"}
+# Input kinds are names of schemes, and these: one 8-bit integer scale per tensor, or per token on the fly.
+INTEGER_INPUTS = ("int8", "int8_token")
 
 
 def _modelopt_pairs() -> Iterator[tuple[Pair, str]]:
@@ -70,15 +101,38 @@ def _modelopt_pairs() -> Iterator[tuple[Pair, str]]:
                 yield Pair(name, side), row[column]
 
 
+def _compressed_pairs() -> Iterator[tuple[Pair, str]]:
+    for name, row in schemes().items():
+        if row["compressed_tensors"]:
+            yield Pair(name, None), row["compressed_tensors_weight_only"]
+            for side in compressed_inputs() if row["block"][0] < 2 else ():
+                yield Pair(name, side), row["compressed_tensors"]
+
+
+@cache
+def compressed_inputs() -> tuple[str, ...]:
+    """The input kinds that compressed-tensors has words for."""
+    plain = [name for name, row in schemes().items() if row["compressed_tensors"] and row["block"][0] < 2]
+    return tuple(name for name in plain if formats()[schemes()[name]["element"]]["kind"] != "int") + INTEGER_INPUTS
+
+
+def _native_pairs(dialect: str) -> Iterator[tuple[Pair, str]]:
+    for name, row in schemes().items():
+        if row[dialect]:
+            usual = _ACTIVATIONS.get(row["activations"], name)
+            yield Pair(name, usual), row[dialect]
+
+
 @cache
 def algorithms(dialect: str) -> dict[Pair, str]:
     """Every pair of schemes that the dialect can say, with the name of its algorithm. KeyError for an unknown dialect."""
-    return dict({"modelopt": _modelopt_pairs}[dialect]())
+    known = {"modelopt": _modelopt_pairs, "compressed-tensors": _compressed_pairs}
+    return dict(known[dialect]() if dialect in known else _native_pairs({"autoawq": "autoawq", "gptq": "gptq", "fp8": "fp8"}[dialect]))
 
 
 @cache
 def pairs(dialect: str) -> dict[str, Pair]:
-    """The dialect's algorithm names and what they mean."""
+    """The dialect's algorithm names and what they mean (of dialects with a name for each pair)."""
     found: dict[str, Pair] = {}
     for pair, algorithm in algorithms(dialect).items():
         found.setdefault(algorithm, pair)    # one name for a scheme with and without its inputs means with
@@ -91,17 +145,33 @@ def may_lack_input_scale(pair: Pair) -> bool:
 
 
 def input_kind(quantizer: Any) -> str | None:
-    """The scheme of an input quantizer: its own, or "int8" for one 8-bit integer scale per tensor (which no weight scheme has)."""
-    if quantizer.scheme is None and quantizer.num_bits == 8:
-        return "int8"
-    return quantizer.scheme
+    """The kind of an input quantizer: its scheme, or a word for 8-bit integers, whose scheme is one of weights; "other" for the rest."""
+    scheme, dynamic = quantizer.scheme, getattr(quantizer, "is_dynamic", False)
+    if scheme is None:
+        plain = quantizer.num_bits == 8 and not quantizer.block_sizes and getattr(quantizer, "axis", None) is None
+        return "int8" if plain and not dynamic else "other"
+    block = tuple(schemes()[scheme]["block"])
+    if block[0] < 2 and not block[1] and schemes()[scheme]["scale"] == "fp32":    # per tensor from calibration, per row on the fly
+        if dynamic != (block == (1, 0)):
+            return "other"
+    return "int8_token" if scheme == "int8" else scheme
 
 
-def scale_divisor(scheme: str) -> float:
+def scale_divisor(kind: str) -> float:
     """A per-tensor scale is amax / this: the largest element, times the largest block scale where there are two levels."""
-    row = schemes()[scheme]
+    row = schemes()["int8" if kind in INTEGER_INPUTS else kind]
     return row["second_divisor"] or formats()[row["element"]]["max"]
 
+
+def is_dynamic_input(pair: Pair) -> bool:
+    """Whether the input's scales are made from each call's data alone, so that a checkpoint stores none."""
+    if pair.input is None or pair.input in INTEGER_INPUTS:
+        return pair.input == "int8_token"
+    row = schemes()[pair.input]
+    return row["scale"] == "e8m0" or tuple(row["block"]) == (1, 0)
+
+
+# Parts and what is stored of them ------------------------------------------------------------------------------------------------
 
 def layout(scheme: str, shape: tuple[int, int], group_size: int | None = None) -> dict[str, tuple[str, tuple[int, ...]]]:
     """role -> (dtype, shape) of the parts that `_core.quantize` makes of a [out, in] weight."""
@@ -132,9 +202,49 @@ def _scale_shape(row: Mapping[str, Any], shape: tuple[int, int], group_size: int
     return grid
 
 
-def is_dynamic_input(pair: Pair) -> bool:
-    """Whether the input's scales are made from each call's data alone, so that a checkpoint stores none."""
-    if pair.input is None:
-        return False
-    row = schemes()[pair.input]
-    return row["scale"] == "e8m0" or (row["activations"] == "fp8_token" and pair.input == pair.weight)
+def form_layout(form: Form, dtype: str = "bfloat16") -> dict[str, tuple[str, tuple[int, ...]]]:
+    """role -> (dtype, shape) of all parts of a linear, its input's scale and pre_quant_scale (in the model's dtype) among them."""
+    parts = layout(form.pair.weight, form.shape, form.group_size)
+    if form.fp8_stage:
+        parts["weight_scale_2"] = ("float32", ())
+    if form.pair.input is not None and form.input_scaled and not is_dynamic_input(form.pair):
+        parts["input_scale"] = ("float32", ())
+    if form.smoothed:
+        parts["pre_quant_scale"] = (dtype, (form.shape[1],))
+    return parts
+
+
+def names(dialect: str, pair: Pair) -> dict[str, Name]:
+    """role -> name for linears of this pair. KeyError if the dialect has no word for the pair."""
+    word = algorithms(dialect)[pair]
+    table = NAMES[dialect]
+    found = dict(table.get(word, table[""]))
+    if pair.input is not None and pair.input in schemes() and schemes()[pair.input]["second_divisor"] and dialect in _INPUT_TWO_LEVELS:
+        found["input_scale"] = _INPUT_TWO_LEVELS[dialect]
+    return found
+
+
+def stored_layout(dialect: str, form: Form, dtype: str = "bfloat16") -> dict[str, tuple[str, tuple[int, ...]]]:
+    """role -> (dtype, shape) as the dialect stores the linear, tensors that only it has included. ValueError: a shape does not fit."""
+    from modelq.checkpoint.spelling import TRANSFORMS
+
+    parts, found = form_layout(form, dtype), names(dialect, form.pair)
+    unsaid = sorted(set(parts) - set(found))
+    if unsaid:
+        raise ValueError(f"the {dialect} dialect has no place for {', '.join(unsaid)}")
+    constants = [role for role, name in found.items() if TRANSFORMS[name.transform].constant]
+    return {role: TRANSFORMS[found[role].transform].layout(form, *parts.get(role, ("", ()))) for role in [*parts, *constants]}
+
+
+def stored(dialect: str, form: Form, role: str, parts: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The array of this role as the dialect stores it."""
+    from modelq.checkpoint.spelling import TRANSFORMS
+
+    return TRANSFORMS[names(dialect, form.pair)[role].transform].store(form, parts.get(role))
+
+
+def loaded(dialect: str, form: Form, role: str, array: np.ndarray) -> np.ndarray:
+    """The part, from what the dialect stores. ValueError if it holds what the part cannot."""
+    from modelq.checkpoint.spelling import TRANSFORMS
+
+    return TRANSFORMS[names(dialect, form.pair)[role].transform].load(form, array)

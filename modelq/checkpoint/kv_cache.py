@@ -1,4 +1,4 @@
-"""How a quantized key and value cache is spelled in the modelopt dialect. Read and write share it.
+"""How a quantized key and value cache is spelled, per dialect. Read and write share it.
 
 A scale is amax / 448 whatever the format (NVFP4 too: engines multiply it back); a bias is [1, heads, 1, head_dim]. A checkpoint that
 names a format and holds no scales means scales of 1.
@@ -14,7 +14,10 @@ import numpy as np
 from modelq.checkpoint.base import Checkpoint
 
 SCALE_DIVISOR = 448.0
-TENSORS = {"k": ("k_proj.k_scale", "k_proj.k_bias"), "v": ("v_proj.v_scale", "v_proj.v_bias")}  # below the attention module
+# dialect -> k or v -> names of scale and bias, below the attention module. Dialects that are not here have no words for a cache.
+TENSORS = {"modelopt": {"k": ("k_proj.k_scale", "k_proj.k_bias"), "v": ("v_proj.v_scale", "v_proj.v_bias")},
+           "compressed-tensors": {"k": ("k_scale", ""), "v": ("v_scale", "")}}
+SAYABLE = {"modelopt": ("FP8", "NVFP4", "NVFP4_AFFINE"), "compressed-tensors": ("FP8",)}
 ALGORITHMS = {"FP8": "fp8", "NVFP4": "nvfp4", "NVFP4_AFFINE": "nvfp4"}  # to the scheme of both quantizers
 ROTATE_KEY = "kv_cache_rotate"     # modelq's own word: the scales are of keys rotated by a Hadamard matrix
 
@@ -28,15 +31,15 @@ class StoredCache:
     biases: dict[tuple[str, str], np.ndarray]
 
 
-def names_of(inner: Checkpoint) -> set[str]:
+def names_of(inner: Checkpoint, dialect: str) -> set[str]:
     """The tensors that belong to the cache."""
-    suffixes = tuple("." + suffix for pair in TENSORS.values() for suffix in pair)
+    suffixes = tuple("." + suffix for pair in TENSORS.get(dialect, {}).values() for suffix in pair if suffix)
     return {name for name in inner.tensors if name.endswith(suffixes)}
 
 
-def read_cache(inner: Checkpoint, quantization: dict[str, Any]) -> StoredCache | None:
+def read_cache(inner: Checkpoint, quantization: dict[str, Any], dialect: str) -> StoredCache | None:
     """ValueError names the tensor or the key that cannot be. Scales without a format are said and ignored."""
-    algorithm, names = _algorithm(quantization), names_of(inner)
+    algorithm, names = _algorithm(quantization), names_of(inner, dialect)
     if algorithm is None:
         if names:
             warnings.warn(f"{inner.path}: the KV cache's {len(names)} scales are not simulated: k and v stay in high precision, as the "
@@ -47,12 +50,12 @@ def read_cache(inner: Checkpoint, quantization: dict[str, Any]) -> StoredCache |
                          f"{', '.join(ALGORITHMS)}")
     scales: dict[tuple[str, str], np.float32] = {}
     biases: dict[tuple[str, str], np.ndarray] = {}
-    for which, (scale, bias) in TENSORS.items():
+    for which, (scale, bias) in TENSORS[dialect].items():
         for name in sorted(names):
             module = name[:-len(scale) - 1]
             if name.endswith("." + scale):
                 scales[module, which] = _scale(inner, name)
-            elif name.endswith("." + bias):
+            elif bias and name.endswith("." + bias):
                 biases[name[:-len(bias) - 1], which] = np.asarray(inner.read(name), dtype=np.float32).reshape(-1)
     return StoredCache(ALGORITHMS[algorithm], bool(quantization.get(ROTATE_KEY)), scales, biases)
 

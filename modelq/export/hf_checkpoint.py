@@ -9,11 +9,16 @@ from typing import Any
 import numpy as np
 
 from modelq.checkpoint import dialects
-from modelq.export import modelopt
+from modelq.export import compressed_tensors, modelopt, native
 from modelq.export.plan import FLOATS, Linear, Plan, make_plan
 from modelq.export.side_files import copy_side_files, patched_config, write_json
 
 PIECE_BYTES = 4 << 20
+
+
+# what each dialect says in config.json and beside it
+WRITERS = {"modelopt": modelopt.config_files, "compressed-tensors": compressed_tensors.config_files,
+           "autoawq": native.config_files, "gptq": native.config_files, "fp8": native.config_files}
 
 
 def export_hf_checkpoint(model: Any, export_dir: str | os.PathLike[str] | None = None, dtype: Any = None, *,
@@ -23,7 +28,8 @@ def export_hf_checkpoint(model: Any, export_dir: str | os.PathLike[str] | None =
     model: what modelq.quantization.quantize returned. export_dir: the folder to make; it must not exist, or be empty, unless
     `overwrite`. dtype: of the tensors that stay unquantized (None: the config's). max_shard_size: bytes, or "10GB", "500MB".
     dialect: "modelopt" (config.json and hf_quant_config.json in Model Optimizer's words: vLLM, SGLang and TensorRT-LLM read it;
-    transformers does not, and would load codes without their scales).
+    transformers does not, and would load codes without their scales), "compressed-tensors" (vLLM, SGLang, transformers), "autoawq" or
+    "gptq" (INT4 weights, with float16 scales), "fp8" (FP8 weights in blocks of 128 x 128 as DeepSeek's, and mxfp8).
 
     The folder is complete or not there: it is written beside its place, synced and renamed. Memory stays at one tensor.
     ValueError before any byte is written: nothing is quantized, a layer was never calibrated, the dialect has no word for a
@@ -36,15 +42,16 @@ def export_hf_checkpoint(model: Any, export_dir: str | os.PathLike[str] | None =
     if dialect not in dialects.NAMES:
         raise ValueError(f"unknown dialect {dialect!r}; known are {', '.join(dialects.NAMES)}")
     plan = make_plan(model, dtype, dialect)
-    nested = modelopt.hf_quant_config(_entries(plan, dialect), plan.unquantized, plan.cache.algorithm, plan.cache.rotate)
+    files = WRITERS[dialect](plan)
     from modelq.checkpoint.writer import ShardedWriter, atomic_directory
 
     with atomic_directory(Path(export_dir), overwrite=overwrite) as folder:
         with ShardedWriter(folder, plan.tensors, max_shard_size=max_shard_size) as writer:
             _write_tensors(model, plan, writer)
         copy_side_files(model.checkpoint, folder)
-        write_json(folder / "hf_quant_config.json", nested)
-        write_json(folder / "config.json", patched_config(model.checkpoint, dtype, modelopt.quantization_config(nested)))
+        for name, content in files.others.items():
+            write_json(folder / name, content)
+        write_json(folder / "config.json", patched_config(model.checkpoint, dtype, files.quantization))
     return Path(export_dir)
 
 
@@ -63,13 +70,6 @@ def _dtype_name(dtype: Any, config: dict[str, Any]) -> str:
     if name not in FLOATS:
         raise ValueError(f"dtype: expected one of {', '.join(FLOATS)}, got {given!r}")
     return name
-
-
-def _entries(plan: Plan, dialect: str) -> dict[str, dict[str, Any]]:
-    words = dialects.algorithms(dialect)
-    usual = dialects.pairs(dialect)
-    return {linear.module: modelopt.layer_entry(words[linear.pair], linear.group_size, linear.pair != usual[words[linear.pair]])
-            for linear in plan.linears.values()}
 
 
 def _write_tensors(model: Any, plan: Plan, writer: Any) -> None:
@@ -97,7 +97,7 @@ def _write_linear(linear: Linear, weight: np.ndarray, writer: Any, dialect: str)
     if linear.input_scale is not None:
         parts["input_scale"] = linear.input_scale
     for role, info in linear.tensors.items():
-        writer.write(info.name, dialects.spelled(parts[role], dialects.NAMES[dialect][role]))
+        writer.write(info.name, dialects.stored(dialect, linear.form, role, parts))
 
 
 def _pieces(array: np.ndarray, release: Callable[[], None]) -> Iterator[np.ndarray]:

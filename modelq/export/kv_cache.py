@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from modelq.checkpoint.kv_cache import SCALE_DIVISOR, TENSORS
+from modelq.checkpoint.kv_cache import SAYABLE, SCALE_DIVISOR, TENSORS
 
 FORMATS = "use FP8_KV_CFG, FP8_AFFINE_KV_CFG, NVFP4_KV_CFG or NVFP4_AFFINE_KV_CFG"
 
@@ -20,8 +20,8 @@ class Cache:
     tensors: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-def plan_cache(model: Any, dtype: str) -> Cache:
-    """The cache of a quantized model; dtype is that of biases. ValueError names the layer."""
+def plan_cache(model: Any, dtype: str, dialect: str = "modelopt") -> Cache:
+    """The cache of a quantized model; dtype is that of biases. ValueError names the layer, or what the dialect cannot say."""
     from modelq.checkpoint.safetensors import numpy_dtype
 
     attentions = [row for row in model.modules if row["kind"] == "attention"]
@@ -34,12 +34,13 @@ def plan_cache(model: Any, dtype: str) -> Cache:
         if algorithm != first:
             raise ValueError(f"{module}: its cache is {algorithm or 'in high precision'}, {next(iter(algorithms))}'s is "
                              f"{first or 'in high precision'}: engines keep one format for all layers; change the rules to give one")
+    check_sayable(first, any(found["k"].rotate for found in active.values()), dialect)
     tensors: dict[str, np.ndarray] = {}
     for row in attentions:
         for which, quantizer in active[row["name"]].items():
-            scale, bias = (f"{row['name']}.{suffix}" for suffix in TENSORS[which])
+            scale, bias = (f"{row['name']}.{suffix}" for suffix in TENSORS[dialect][which])
             if not _is_constant(model, f"{row['name']}.{which}_bmm_quantizer"):
-                tensors[scale] = _scale(quantizer, f"{row['name']}.{which}_bmm_quantizer")
+                tensors[scale] = stored_scale(_scale(quantizer, f"{row['name']}.{which}_bmm_quantizer"), dialect)
             if quantizer.bias is not None:
                 heads, width = row["shape"]
                 tensors[bias] = quantizer.bias.reshape(1, heads, 1, width).astype(numpy_dtype(dtype))
@@ -47,15 +48,28 @@ def plan_cache(model: Any, dtype: str) -> Cache:
     return Cache(first, any(found["k"].rotate for found in active.values()), tensors)
 
 
+def check_sayable(algorithm: str | None, rotate: bool, dialect: str) -> None:
+    """ValueError if the dialect has no words for such a cache."""
+    if algorithm not in SAYABLE.get(dialect, ()) or (rotate and dialect != "modelopt"):
+        words = ", ".join(SAYABLE.get(dialect, ())) or "none"
+        raise ValueError(f"the KV cache is {algorithm}{' of rotated keys' if rotate else ''}: the {dialect} dialect can say {words}; leave "
+                         "the cache in high precision, or use the modelopt dialect")
+
+
+def stored_scale(scale: np.ndarray, dialect: str) -> np.ndarray:
+    """In Model Optimizer's words a number, elsewhere a vector of one."""
+    return scale if dialect == "modelopt" else scale.reshape(1)
+
+
 def _quantizers(model: Any, module: str) -> dict[str, Any]:
-    found = {which: model.quantizers.get(f"{module}.{which}_bmm_quantizer") for which in TENSORS}
+    found = {which: model.quantizers.get(f"{module}.{which}_bmm_quantizer") for which in ("k", "v")}
     return {which: quantizer for which, quantizer in found.items() if quantizer is not None and quantizer.enabled}
 
 
 def _algorithm(module: str, found: dict[str, Any]) -> str | None:
     if not found:
         return None
-    if len(found) < len(TENSORS):
+    if len(found) < 2:
         raise ValueError(f"{module}: only {next(iter(found))} of its cache is quantized: a cache holds k and v in one format; {FORMATS}")
     kinds = {which: (quantizer.scheme, quantizer.bias is not None) for which, quantizer in found.items()}
     if len(set(kinds.values())) > 1:

@@ -7,12 +7,17 @@ carries ours behind a plus sign, so that a file tells who wrote it and still par
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from modelq._version import __version__
+from modelq.checkpoint import dialects
 from modelq.checkpoint.dialects import WEIGHT_ONLY_KEY
 from modelq.checkpoint.kv_cache import ROTATE_KEY
 from modelq.export.excluded import summarize_excluded
+from modelq.export.side_files import ConfigFiles
+
+if TYPE_CHECKING:
+    from modelq.export.plan import Plan
 
 DIALECT_VERSION = "0.47.0"
 PRODUCER = {"name": "modelopt", "version": f"{DIALECT_VERSION}+modelq.{__version__}"}
@@ -57,6 +62,15 @@ ALGORITHMS: dict[str, Algorithm] = {
 }
 EXTRA_VALUES = {"has_zero_point": False, "pre_quant_scale": True}
 MIXED = "MIXED_PRECISION"
+
+
+def config_files(plan: Plan) -> ConfigFiles:
+    """Both places where a Model Optimizer export says what it is."""
+    words, usual = dialects.algorithms(plan.dialect), dialects.pairs(plan.dialect)
+    layers = {linear.module: layer_entry(words[linear.pair], linear.group_size, linear.pair != usual[words[linear.pair]])
+              for linear in plan.linears.values()}
+    nested = hf_quant_config(layers, plan.unquantized, plan.cache.algorithm, plan.cache.rotate)
+    return ConfigFiles(quantization_config(nested), {"hf_quant_config.json": nested})
 
 
 def layer_entry(algorithm: str, group_size: int | None, weight_only: bool = False) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from modelq.checkpoint import dialects
 from modelq.checkpoint.base import TensorInfo
-from modelq.checkpoint.dialects import Pair
+from modelq.checkpoint.dialects import Form, Pair
 from modelq.export.kv_cache import Cache, plan_cache
 from modelq.groups import pair_of, siblings, stated_amax
 
@@ -27,11 +27,18 @@ class Linear:
     """One quantized linear: what to read, how to quantize it, and the tensors it becomes, by role."""
     module: str
     weight: str
-    pair: Pair
-    group_size: int | None
+    form: Form
     amax: np.ndarray | None
     input_scale: np.ndarray | None
     tensors: dict[str, TensorInfo]
+
+    @property
+    def pair(self) -> Pair:
+        return self.form.pair
+
+    @property
+    def group_size(self) -> int | None:
+        return self.form.group_size
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,7 @@ class Plan:
     copies: dict[str, TensorInfo] = field(default_factory=dict)
     order: list[str] = field(default_factory=list)
     unquantized: list[str] = field(default_factory=list)
+    unquantized_linears: list[str] = field(default_factory=list)
     cache: Cache = Cache()
 
     @property
@@ -60,13 +68,13 @@ def make_plan(model: Any, dtype: str, dialect: str) -> Plan:
         raise ValueError(f"{model.checkpoint.path}: the model was opened from a quantized export, which is what an export would be: copy "
                          f"that folder, or quantize the original checkpoint")
     quantized = _quantized_rows(model)
-    cache = plan_cache(model, dtype)
+    cache = plan_cache(model, dtype, dialect)
     if not quantized and cache.algorithm is None:
         raise ValueError("no layer of this model is quantized: call modelq.quantization.quantize(model, config, forward_loop) first")
     amax = stated_amax(model, [row["name"] for row in quantized])
     plan = Plan(dialect, cache=cache)
     for row in quantized:
-        plan.linears[row["weight"]] = _plan_linear(model, row, amax, dialect)
+        plan.linears[row["weight"]] = _plan_linear(model, row, amax, dialect, dtype)
     _check_siblings(model, {linear.module: linear.pair for linear in plan.linears.values()})
     tied = bool(model.config.get("tie_word_embeddings"))
     for name, info in model.checkpoint.tensors.items():
@@ -77,6 +85,7 @@ def make_plan(model: Any, dtype: str, dialect: str) -> Plan:
             plan.copies[name] = _as_written(info, dtype)
     names = {row["name"] for row in quantized}
     plan.unquantized.extend(row["name"] for row in model.modules if row["name"] not in names and row["kind"] in OWN_QUANTIZERS)
+    plan.unquantized_linears.extend(row["name"] for row in model.modules if row["name"] not in names and row["kind"] == "linear")
     return plan
 
 
@@ -92,7 +101,7 @@ def _quantized_rows(model: Any) -> list[Any]:
     return [row for row in model.modules if enabled(row)]
 
 
-def _plan_linear(model: Any, row: Any, amax: dict[str, np.ndarray], dialect: str) -> Linear:
+def _plan_linear(model: Any, row: Any, amax: dict[str, np.ndarray], dialect: str, dtype: str) -> Linear:
     module = row["name"]
     if row["weight"] != f"{module}.weight":
         raise ValueError(f"{module} has its weight from {row['weight']}: a checkpoint cannot hold it both quantized and not; "
@@ -102,17 +111,23 @@ def _plan_linear(model: Any, row: Any, amax: dict[str, np.ndarray], dialect: str
         said = sorted({f"{p.weight} weights with {p.input or 'unquantized'} inputs" for p in dialects.algorithms(dialect)})
         raise ValueError(f"{module}: the {dialect} dialect cannot say {pair.weight} weights with {pair.input or 'unquantized'} inputs; "
                          f"it can say {'; '.join(said)}")
-    group_size = _group_size(quantizer(model, module, "weight"))
-    shape = tuple(row["shape"])
-    parts = dialects.layout(pair.weight, shape, group_size)
-    input_scale = None
-    input_amax = amax.get(f"{module}.input_quantizer")
-    if pair.input is not None and not dialects.is_dynamic_input(pair) and not (input_amax is None and dialects.may_lack_input_scale(pair)):
-        input_scale = _input_scale(input_amax, module, pair.input)
-        parts["input_scale"] = ("float32", ())
-    names = dialects.NAMES[dialect]
-    tensors = {role: _info(f"{module}.{names[role].suffix}", *part) for role, part in parts.items()}
-    return Linear(module, row["weight"], pair, group_size, amax.get(f"{module}.weight_quantizer"), input_scale, tensors)
+    input_amax, input_scale = amax.get(f"{module}.input_quantizer"), None
+    needs = pair.input is not None and not dialects.is_dynamic_input(pair)
+    if needs and not (input_amax is None and dialect == "modelopt" and dialects.may_lack_input_scale(pair)):
+        input_scale = _input_scale(input_amax, module, pair.input or "")
+    form = Form(pair, tuple(row["shape"]), _group_size(quantizer(model, module, "weight")), input_scaled=input_scale is not None)
+    tensors = stored_tensors(module, form, dialect, dtype)
+    return Linear(module, row["weight"], form, amax.get(f"{module}.weight_quantizer"), input_scale, tensors)
+
+
+def stored_tensors(module: str, form: Form, dialect: str, dtype: str) -> dict[str, TensorInfo]:
+    """By role, what a quantized linear becomes in a dialect. ValueError names the module if its shape does not fit."""
+    names = dialects.names(dialect, form.pair)
+    try:
+        found = dialects.stored_layout(dialect, form, dtype)
+    except ValueError as error:
+        raise ValueError(f"{module}: {error}") from None
+    return {role: _info(f"{module}.{names[role].suffix}", *stored) for role, stored in found.items()}
 
 
 def _pair(model: Any, module: str) -> Pair:
@@ -146,7 +161,8 @@ def _input_scale(amax: np.ndarray | None, module: str, scheme: str) -> np.ndarra
     if amax is None:
         raise ValueError(f"{module}.input_quantizer was never calibrated: no batch of the forward loop reached it; "
                          f"call modelq.quantization.quantize with a forward_loop that runs the model on data")
-    largest = dialects.formats()[dialects.schemes()[scheme]["element"]]["max"]
+    largest = dialects.scale_divisor(scheme) if scheme in dialects.INTEGER_INPUTS else \
+        dialects.formats()[dialects.schemes()[scheme]["element"]]["max"]
     value = np.float32(amax.reshape(-1)[0]) or np.float32(largest)     # zero on all data: no scale may be 0
     return np.asarray(value / np.float32(dialects.scale_divisor(scheme)), dtype=np.float32)
 

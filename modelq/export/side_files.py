@@ -3,11 +3,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from modelq.checkpoint.base import Checkpoint, read_json_object
 
 SAMPLING = ("temperature", "top_k", "top_p")
+
+
+class ConfigFiles(NamedTuple):
+    """What a dialect says of an export: config.json's quantization_config, and files beside it by name."""
+    quantization: dict[str, Any]
+    others: dict[str, dict[str, Any]] = {}
 
 
 def write_json(path: Path, value: Any) -> None:
