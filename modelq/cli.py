@@ -1,6 +1,6 @@
-"""The command line: `modelq quantize | eval | inspect | formats`.
+"""The command line: `modelq quantize | eval | inspect | verify | formats`.
 
-Bad use and bad input end with exit code 2 and one line on stderr, Ctrl-C with 130, anything unforeseen with 1; MODELQ_DEBUG=1 adds the
+Exit code 0: fine; `verify` ends with 1 if it found something. Bad use and bad input end with exit code 2 and one line on stderr, Ctrl-C with 130, anything unforeseen with 1; MODELQ_DEBUG=1 adds the
 traceback. Reports go to stdout, --json prints them as one JSON object.
 """
 from __future__ import annotations
@@ -65,6 +65,12 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("source", **source)
     sub.add_argument("--json", action="store_true", help="print JSON")
 
+    sub = commands.add_parser("verify", help="would an engine load this export? exit code 1 if not")
+    sub.add_argument("directory", type=Path, metavar="DIR", help="an exported folder")
+    sub.add_argument("--engine", required=True, help="vllm, sglang, tensorrt-llm or transformers")
+    sub.add_argument("--source", metavar="SRC", help="the unquantized checkpoint: also report how far the dequantized weights are from it")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+
     sub = commands.add_parser("formats", help="the number formats and block schemes")
     sub.add_argument("--json", action="store_true", help="print JSON")
     return parser
@@ -77,16 +83,18 @@ def add_compute(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def run(args: argparse.Namespace) -> str:
+def run(args: argparse.Namespace) -> tuple[str, int]:
+    """What to print, and the exit code."""
     from modelq import commands
     from modelq.tables import wants_color
     if args.command == "quantize":
         if args.format and args.config:
             raise ValueError("give --format or --config, not both")
         args.format = args.format or "nvfp4"
-    function = {"quantize": commands.quantize, "eval": commands.evaluate, "inspect": commands.inspect, "formats": commands.formats}
+    function = {"quantize": commands.quantize, "eval": commands.evaluate, "inspect": commands.inspect,
+                "verify": commands.verify, "formats": commands.formats}
     report = function[args.command](args)
-    return json.dumps(report.data, default=str) if args.json else report.text(wants_color())
+    return json.dumps(report.data, default=str) if args.json else report.text(wants_color()), report.code
 
 
 def one_line(error: BaseException) -> str:
@@ -112,8 +120,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.showwarning = _show_warning
         warnings.simplefilter("ignore", DeprecationWarning)   # advice for those who write code
         try:
-            print(run(args), flush=True)
-            return 0
+            text, code = run(args)
+            print(text, flush=True)
+            return code
         except KeyboardInterrupt:
             complain("interrupted")
             return INTERRUPTED

@@ -18,9 +18,10 @@ PRESETS = {"nvfp4": "NVFP4_DEFAULT_CFG", "fp8": "FP8_DEFAULT_CFG"}
 
 @dataclass
 class Report:
-    """data: what --json prints; lines: what a person reads, tables being (header, rows)."""
+    """data: what --json prints; lines: what a person reads, tables being (header, rows); code: what the process ends with."""
     data: dict[str, Any]
     lines: list[str | tuple[list[str], list[list[Any]]]] = field(default_factory=list)
+    code: int = 0
 
     def text(self, color: bool) -> str:
         return "\n".join(line if isinstance(line, str) else table(*line, color=color) for line in self.lines)
@@ -160,6 +161,21 @@ def _scales(row: dict[str, Any]) -> str:
     texts = [f"{role}={scale['value']:.3g}" if scale["value"] is not None else f"{role} {scale['dtype']}{scale['shape']}"
              for role, scale in row["scales"].items()]
     return ", ".join(texts)
+
+
+# modelq verify -------------------------------------------------------------------------------------------------------------
+
+def verify(args: Namespace) -> Report:
+    from modelq.verify import ERROR, dequantized_errors, verify_checkpoint
+    findings = verify_checkpoint(args.directory, args.engine)
+    errors = sum(finding.level == ERROR for finding in findings)
+    data: dict[str, Any] = {"directory": str(args.directory), "engine": args.engine, "errors": errors, "findings": [f._asdict() for f in findings]}
+    lines: list[Any] = [str(finding) for finding in findings]
+    if args.source:
+        data["dequantized_errors"] = dequantized_errors(args.directory, args.source)
+        lines += [(["tensor", "error of the weights, relative"], [[name, error] for name, error in data["dequantized_errors"].items()]), ""]
+    verdict = f"{errors} errors, {len(findings) - errors} notes" if findings else "nothing found"
+    return Report(data, [*lines, f"{args.directory} for {args.engine}: {verdict}"], code=1 if errors else 0)
 
 
 # modelq formats ------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
 """Exports: a quantized model as a Hugging Face folder that vLLM, SGLang and TensorRT-LLM load."""
 from modelq.export.hf_checkpoint import export_hf_checkpoint
+from modelq.verify import verify_checkpoint
 
-__all__ = ["export_hf_checkpoint"]
+__all__ = ["export_hf_checkpoint", "verify_checkpoint"]

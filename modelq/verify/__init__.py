@@ -1,0 +1,65 @@
+"""Would an engine load this export, and compute what it stands for? Answered from the files alone, without the engine.
+
+The contracts are tables: layouts.py (tensors per dialect), engines.py (what each engine reads), rules.py (the checks).
+"""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from modelq.verify.engines import ENGINES
+from modelq.verify.findings import ERROR, NOTE, Finding
+from modelq.verify.opened import Export
+from modelq.verify.rules import RULES
+
+__all__ = ["ENGINES", "ERROR", "NOTE", "Finding", "dequantized_errors", "verify_checkpoint"]
+
+
+def verify_checkpoint(directory: str | Path, engine: str) -> list[Finding]:
+    """Everything in an exported folder that the engine ("vllm", "sglang", "tensorrt-llm", "transformers") would stumble over.
+
+    An empty list: nothing was found. Findings of level "note" do not keep the engine from loading it. ValueError: unknown engine,
+    or a file that is damaged; FileNotFoundError: no such folder.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"unknown engine {engine!r}; known are {', '.join(ENGINES)}")
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{directory}: no such folder")
+    export = Export.open(directory, engine)
+    try:
+        return list(_findings(export))
+    finally:
+        export.checkpoint.close()
+
+
+def _findings(export: Export) -> Any:
+    for rule in RULES:
+        if rule.engines and export.engine_name not in rule.engines or rule.dialects and export.dialect not in rule.dialects:
+            continue
+        found = list(rule.check(export))
+        yield from found
+        if rule.decisive and any(finding.level == ERROR for finding in found):
+            return
+
+
+def dequantized_errors(directory: str | Path, source: str | Path) -> dict[str, float]:
+    """Weight to the root mean square of (dequantized - original), as a share of the original's. Only of layers stored quantized.
+
+    Layers with a pre_quant_scale are left out: what they store is not the original weight.
+    """
+    import numpy as np
+
+    from modelq.checkpoint import open_checkpoint
+
+    errors = {}
+    with open_checkpoint(directory) as stored, open_checkpoint(source) as original:
+        for module, layer in getattr(stored, "layers", {}).items():
+            name = f"{module}.weight"
+            if any("pre_quant_scale" in tensor for tensor in layer.tensors.values()):
+                continue
+            was = original.read(name).astype(np.float32)
+            errors[name] = float(np.sqrt(np.square(stored.read(name).astype(np.float32) - was).mean() / np.square(was).mean()))
+            stored.release([name])
+            original.release([name])
+    return errors
