@@ -1,7 +1,7 @@
 """The command line: `modelq quantize | eval | inspect | verify | formats`.
 
-Exit code 0: fine; `verify` ends with 1 if it found something. Bad use and bad input end with exit code 2 and one line on stderr, Ctrl-C with 130, anything unforeseen with 1; MODELQ_DEBUG=1 adds the
-traceback. Reports go to stdout, --json prints them as one JSON object.
+Bad use and bad input end with exit code 2 and one line on stderr, Ctrl-C with 130, anything unforeseen with 1 (and so does `verify` if it
+found errors); MODELQ_DEBUG=1 adds the traceback. Reports go to stdout, --json prints them as one JSON object.
 """
 from __future__ import annotations
 

@@ -169,7 +169,8 @@ def verify(args: Namespace) -> Report:
     from modelq.verify import ERROR, dequantized_errors, verify_checkpoint
     findings = verify_checkpoint(args.directory, args.engine)
     errors = sum(finding.level == ERROR for finding in findings)
-    data: dict[str, Any] = {"directory": str(args.directory), "engine": args.engine, "errors": errors, "findings": [f._asdict() for f in findings]}
+    data: dict[str, Any] = {"directory": str(args.directory), "engine": args.engine, "errors": errors,
+                            "findings": [f._asdict() for f in findings]}
     lines: list[Any] = [str(finding) for finding in findings]
     if args.source:
         data["dequantized_errors"] = dequantized_errors(args.directory, args.source)

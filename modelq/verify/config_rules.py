@@ -19,7 +19,8 @@ def method(export: Export) -> Iterator[Finding]:
         if stored:
             yield Finding("method", CONFIG, f"is missing, but {stored[0].module} is stored quantized", "export again")
     elif export.dialect == "modelopt" and not export.engine.algorithms:
-        yield Finding("method", f"{CONFIG}.quant_method", f"{export.engine_name} does not read the modelopt dialect: it loads packed weights "
+        yield Finding("method", f"{CONFIG}.quant_method",
+                      f"{export.engine_name} does not read the modelopt dialect: it loads packed weights "
                       "without their scales, with no more than a warning", 'export with dialect="compressed-tensors"')
     elif export.dialect not in ("modelopt", "compressed-tensors", *export.engine.methods):
         yield Finding("method", f"{CONFIG}.quant_method", f"{export.engine_name} does not know {export.dialect!r}",
@@ -33,10 +34,12 @@ def algorithm(export: Export) -> Iterator[Finding]:
     elif export.dialect == "compressed-tensors":
         groups = export.stated.get("config_groups")
         if not isinstance(groups, dict) or not groups:
-            yield Finding("algorithm", f"{CONFIG}.config_groups", "there is no group, so nothing says how weights are stored", "export again")
+            yield Finding("algorithm", f"{CONFIG}.config_groups", "there is no group, so nothing says how weights are stored",
+                          "export again")
         for name, group in (groups or {}).items():
             if format_of(group, export.stated) not in export.engine.formats:
-                yield Finding("algorithm", f"{CONFIG}.config_groups.{name}", f"{export.engine_name} does not load {format_of(group, export.stated)}",
+                yield Finding("algorithm", f"{CONFIG}.config_groups.{name}",
+                              f"{export.engine_name} does not load {format_of(group, export.stated)}",
                               f"export with engine={export.engine_name!r}, which chooses a dialect that it reads")
 
 
@@ -44,9 +47,11 @@ def _algorithms(export: Export) -> Iterator[Finding]:
     said = export.stated.get("quant_algo")
     entries = [("quant_algo", said)]
     if said == MIXED:
-        entries = [(f"quantized_layers.{module}", entry.get("quant_algo")) for module, entry in (export.stated.get("quantized_layers") or {}).items()]
+        listed = export.stated.get("quantized_layers") or {}
+        entries = [(f"quantized_layers.{module}", entry.get("quant_algo")) for module, entry in listed.items()]
         if not entries:
-            yield Finding("algorithm", f"{_stated_file(export)}: quantized_layers", f"{MIXED} without it says nothing of any layer", "export again")
+            yield Finding("algorithm", f"{_stated_file(export)}: quantized_layers", f"{MIXED} without it says nothing of any layer",
+                          "export again")
     for where, name in entries:
         if name not in export.engine.algorithms:
             near = next((known for known in export.engine.algorithms if known.upper() == str(name).upper()), None)
@@ -72,7 +77,8 @@ def both_files(export: Export) -> Iterator[Finding]:
     for name, key in (("quant_algo", "quant_algo"), ("quantized_layers", "quantized_layers"), ("ignore", "exclude_modules")):
         ours, theirs = flat.get(name) or None, nested.get(key) or None
         if ours != theirs:
-            yield Finding("both_files", f"{NESTED_FILE}: {key}", f"differs from config.json's {name}, and engines differ in which they read first",
+            yield Finding("both_files", f"{NESTED_FILE}: {key}",
+                          f"differs from config.json's {name}, and engines differ in which they read first",
                           "export again")
 
 
@@ -99,7 +105,8 @@ def group_size(export: Export) -> Iterator[Finding]:
         stated = (layer.said or {}).get("group_size", said) or said
         fixed = 128 if export.engine_name == "tensorrt-llm" and layer.layout.name in ("W4A16_AWQ", "W4A8_AWQ") else layer.layout.group
         if fixed and stated != fixed:
-            yield Finding("group_size", f"{layer.module}: group_size", f"is {stated}, {layer.layout.name} has {fixed}", f"quantize with block_size {fixed}")
+            yield Finding("group_size", f"{layer.module}: group_size", f"is {stated}, {layer.layout.name} has {fixed}",
+                          f"quantize with block_size {fixed}")
 
 
 def awq_keys(export: Export) -> Iterator[Finding]:
@@ -107,7 +114,8 @@ def awq_keys(export: Export) -> Iterator[Finding]:
     for layer_name, entry in _awq_entries(export):
         for key, value in (("has_zero_point", False), ("pre_quant_scale", True)):
             if entry.get(key) is not value:
-                yield Finding("awq_keys", f"{NESTED_FILE}: {layer_name}{key}", f"is {entry.get(key)!r}, {entry['quant_algo']} needs {value!r}", "export again")
+                yield Finding("awq_keys", f"{NESTED_FILE}: {layer_name}{key}",
+                              f"is {entry.get(key)!r}, {entry['quant_algo']} needs {value!r}", "export again")
 
 
 def _awq_entries(export: Export) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -129,13 +137,16 @@ def mixed(export: Export) -> Iterator[Finding]:
             yield Finding("mixed", f"{where}.{module}", "no such layer is stored quantized", "export again")
     for layer in export.quantized:
         if layer.module not in listed:
-            yield Finding("mixed", layer.module, "is stored quantized, and quantized_layers does not list it: engines read it as bfloat16", "export again")
+            yield Finding("mixed", layer.module, "is stored quantized, and quantized_layers does not list it: engines read it as bfloat16",
+                          "export again")
     entries = [entry for entry in listed.values() if isinstance(entry, dict)]
     sizes = {entry.get("group_size") for entry in entries if entry.get("quant_algo") in NVFP4_ALGORITHMS}
     if len(sizes) > 1:
-        yield Finding("mixed", where, f"NVFP4 layers have the group sizes {sorted(map(str, sizes))}, engines take one", "quantize all with block_size 16")
+        yield Finding("mixed", where, f"NVFP4 layers have the group sizes {sorted(map(str, sizes))}, engines take one",
+                      "quantize all with block_size 16")
     if export.engine_name == "sglang" and not any(entry.get("quant_algo") in NVFP4_ALGORITHMS for entry in entries):
-        yield Finding("mixed", where, "no layer is NVFP4, and SGLang then takes the checkpoint for w4afp8", 'export with dialect="compressed-tensors"')
+        yield Finding("mixed", where, "no layer is NVFP4, and SGLang then takes the checkpoint for w4afp8",
+                      'export with dialect="compressed-tensors"')
 
 
 def one_format_per_group(export: Export) -> Iterator[Finding]:
@@ -147,20 +158,24 @@ def one_format_per_group(export: Export) -> Iterator[Finding]:
         kinds = {layer.layout.name if layer.stored_quantized and layer.layout else None for layer in layers}
         if len(kinds) > 1:
             odd = next(layer.module for layer in layers if not layer.stored_quantized or layer.layout != layers[0].layout)
-            yield Finding("one_format_per_group", odd, f"is stored unlike {', '.join(m for m in group if m != odd)}, and {export.engine_name} makes one product of them",
+            yield Finding("one_format_per_group", odd,
+                          f"is stored unlike {', '.join(m for m in group if m != odd)}, and {export.engine_name} makes one product of them",
                           "quantize all of them in one format, or none")
 
 
 # What the mixture-of-experts kernels take of the modelopt dialect, where that is less than what linears take.
-EXPERTS = {"vllm": ("FP8", "NVFP4", "W4A16_NVFP4", "MXFP8"), "tensorrt-llm": ("FP8", "NVFP4", "NVFP4_AWQ", "W4A16_AWQ", "W4A8_AWQ", "MXFP8", "W4A8_MXFP4_FP8")}
+EXPERTS = {"vllm": ("FP8", "NVFP4", "W4A16_NVFP4", "MXFP8"),
+           "tensorrt-llm": ("FP8", "NVFP4", "NVFP4_AWQ", "W4A16_AWQ", "W4A8_AWQ", "MXFP8", "W4A8_MXFP4_FP8")}
 
 
 def experts(export: Export) -> Iterator[Finding]:
     """An expert's format is one that the engine's fused kernels have; others stay uninitialised, some in silence."""
     known = EXPERTS.get(export.engine_name)
-    wrong = [layer for layer in export.quantized if ".experts." in layer.module and known and layer.layout and layer.layout.name not in known]
+    wrong = [layer for layer in export.quantized if ".experts." in layer.module
+             and known and layer.layout and layer.layout.name not in known]
     if wrong:
-        yield Finding("experts", wrong[0].module, f"{export.engine_name} has no experts in {wrong[0].layout.name if wrong[0].layout else None}, "
+        yield Finding("experts", wrong[0].module,
+                      f"{export.engine_name} has no experts in {wrong[0].layout.name if wrong[0].layout else None}, "
                       f"only in {', '.join(known or ())}", 'export with dialect="compressed-tensors", or "fp8" for blocks')
 
 
@@ -168,7 +183,8 @@ def exclusions(export: Export) -> Iterator[Finding]:
     """As this engine matches names, its patterns leave out every unquantized linear and no quantized one."""
     if export.dialect is None or export.dialect not in export.engine.matchers:
         return
-    key = "exclude_modules" if export.stated is export.nested else {"modelopt": "ignore", "compressed-tensors": "ignore"}.get(export.dialect, "modules_to_not_convert")
+    keys = {"modelopt": "ignore", "compressed-tensors": "ignore"}
+    key = "exclude_modules" if export.stated is export.nested else keys.get(export.dialect, "modules_to_not_convert")
     for layer in export.layers.values():
         if layer.stored_quantized and export.is_excluded(layer.module):
             yield Finding("exclusions", f"{_stated_file(export)}: {key}", f"a pattern matches {layer.module}, which is stored quantized",
@@ -188,16 +204,21 @@ def kv_cache(export: Export) -> Iterator[Finding]:
         name = export.stated.get("kv_cache_quant_algo")
     else:
         scheme = (export.flat or {}).get("kv_cache_scheme")
-        name = scheme if not isinstance(scheme, dict) else "FP8" if (scheme.get("num_bits"), scheme.get("type")) == (8, "float") else str(scheme)
+        name = scheme
+        if isinstance(scheme, dict):
+            name = "FP8" if (scheme.get("num_bits"), scheme.get("type")) == (8, "float") else str(scheme)
         if isinstance(scheme, dict):
             wanted = {"dynamic": False} | ({"strategy": "tensor", "symmetric": True} if export.dialect == "compressed-tensors" else {})
             for key, value in wanted.items():
                 if scheme.get(key) != value:
-                    yield Finding("kv_cache", f"{CONFIG}.kv_cache_scheme.{key}", f"is {scheme.get(key)!r}; without {value!r} vLLM keeps the cache in bfloat16",
+                    yield Finding("kv_cache", f"{CONFIG}.kv_cache_scheme.{key}",
+                                  f"is {scheme.get(key)!r}; without {value!r} vLLM keeps the cache in bfloat16",
                                   f"write {value!r}")
     if name and name not in export.engine.kv_cache:
-        yield Finding("kv_cache", f"{_stated_file(export)}: KV cache", f"{export.engine_name} has no {name} cache", "quantize with FP8_KV_CFG or NVFP4_KV_CFG, or without one")
+        yield Finding("kv_cache", f"{_stated_file(export)}: KV cache", f"{export.engine_name} has no {name} cache",
+                      "quantize with FP8_KV_CFG or NVFP4_KV_CFG, or without one")
     if not name and export.kv_scales():
-        yield Finding("kv_cache", next(iter(export.kv_scales())), "has k_scale or v_scale, and no config says that the cache is quantized", "export again", NOTE)
+        yield Finding("kv_cache", next(iter(export.kv_scales())), "has k_scale or v_scale, and no config says that the cache is quantized",
+                      "export again", NOTE)
     if name and export.nested is not None and not export.nested.get("kv_cache_quant_algo"):
         yield Finding("kv_cache", f"{NESTED_FILE}: kv_cache_quant_algo", "is null, config.json has a kv_cache_scheme", "export again")

@@ -81,7 +81,8 @@ COMPRESSED = {layout.name: layout for layout in (
     Layout("mxfp8-quantized group", (Part("weight", F8, "out,in"), Part("weight_scale", U8, "out,in/32", "exponent", 448)), group=32),
     Layout("mxfp4-pack-quantized group", (Part("weight_packed", U8, "out,in/2"), *MXFP4[1:]), group=32),
     *(Layout(f"pack-quantized {strategy}", (
-        Part("weight_packed", I32, "out,in/8"), Part("weight_scale", FLOAT, shape, "scale", 8), Part("weight_shape", "int64|int32", "2", "shape"),
+        Part("weight_packed", I32, "out,in/8"), Part("weight_scale", FLOAT, shape, "scale", 8),
+        Part("weight_shape", "int64|int32", "2", "shape"),
         Part("weight_zero_point", I32, f"out/8,{shape.split(',')[1]}", only="zeros"), _input(448)))
       for strategy, shape in (("group", "out,in/group"), ("channel", "out,1"))),
     Layout("int-quantized channel", (Part("weight", I8, "out,in"), Part("weight_scale", FLOAT, "out,1", "scale", 127), _input(127))),
@@ -93,7 +94,8 @@ NATIVE = {layout.name: layout for layout in (
     Layout("fp8", (Part("weight", F8, "out,in"), Part("weight_scale", FLOAT, SCALAR, "scale", 448, shared="rounded"), _input(448))),
     Layout("fp8 block", (Part("weight", F8, "out,in"), Part("weight_scale_inv", FLOAT, "out/rows,in/columns", "scale", 448))),
     Layout("mxfp8", (Part("weight", F8, "out,in"), Part("weight_scale_inv", U8, "out,in/32", "exponent", 448)), group=32),
-    Layout("awq", (Part("qweight", I32, "in,out/8"), Part("qzeros", I32, "in/group,out/8"), Part("scales", "float16", "in/group,out", "scale", 15))),
+    Layout("awq", (Part("qweight", I32, "in,out/8"), Part("qzeros", I32, "in/group,out/8"),
+                   Part("scales", "float16", "in/group,out", "scale", 15))),
     Layout("gptq", (Part("qweight", I32, "in/8,out"), Part("qzeros", I32, "in/group,out/8", "gptq zeros"),
                     Part("scales", "float16", "in/group,out", "scale", 8), Part("g_idx", I32, "in", "group index", only="optional"))),
 )}

@@ -48,7 +48,9 @@ class Layer:
         said, shape = self.said or {}, self.shape or (None, None)
         weights = said.get("weights") or said
         block = weights.get("block_structure") or weights.get("weight_block_size") or (128, 128)
-        group = (self.layout.group if self.layout else None) or weights.get("group_size") or (shape[1] if weights.get("group_size") == -1 else None)
+        group = (self.layout.group if self.layout else None) or weights.get("group_size")
+        if group == -1:      # one group as long as the row
+            group = shape[1]
         found = {"out": shape[0], "in": shape[1], "group": group, "rows": block[0], "columns": block[1]}
         return {name: int(size) for name, size in found.items() if size}
 

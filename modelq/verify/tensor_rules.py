@@ -23,7 +23,8 @@ def parts(export: Export) -> Iterator[Finding]:
         known = {part.suffix for part in layer.layout.parts} | {"bias", "k_bias", "v_bias"}     # these: kv_tensors
         for suffix in layer.parts.keys() - known:
             if export.engine.strict and (suffix, export.engine_name) not in TOLERATED:
-                yield Finding("parts", layer.parts[suffix].name, f"{layer.layout.name} has no {suffix}, and {export.engine_name} refuses a tensor "
+                yield Finding("parts", layer.parts[suffix].name,
+                              f"{layer.layout.name} has no {suffix}, and {export.engine_name} refuses a tensor "
                               "that it has no place for", "leave it out (a pre_quant_scale has to be folded into the layer before)")
 
 
@@ -101,11 +102,13 @@ def divisible(export: Export) -> Iterator[Finding]:
             continue
         rows, columns = layer.shape
         if columns % 128 and export.engine_name == "vllm":
-            yield Finding("divisible", layer.module, f"has {columns} columns; vLLM takes multiples of 128", "keep it unquantized, or quantize per channel")
+            yield Finding("divisible", layer.module, f"has {columns} columns; vLLM takes multiples of 128",
+                          "keep it unquantized, or quantize per channel")
         leaf = layer.module.rpartition(".")[2]
         last = leaf in ("v_proj", "up_proj", "w3") and export.engine_name != "sglang"
         if rows % 128 and leaf in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "w1", "w3") and not last:
-            yield Finding("divisible", layer.module, f"has {rows} rows and is fused with its siblings, which takes a multiple of 128", "quantize per channel")
+            yield Finding("divisible", layer.module, f"has {rows} rows and is fused with its siblings, which takes a multiple of 128",
+                          "quantize per channel")
 
 
 def smoothing(export: Export) -> Iterator[Finding]:
@@ -131,7 +134,8 @@ def kv_tensors(export: Export) -> Iterator[Finding]:
     """k_scale and v_scale come together, as one number each, where the engine looks; no engine reads the biases of an affine cache."""
     for name, info in export.checkpoint.tensors.items():
         if name.endswith((".k_bias", ".v_bias")):
-            yield Finding("kv_tensors", name, f"{export.engine_name} has no affine KV cache" + (", and ends with an AttributeError" if export.engine.strict else ""),
+            crash = ", and ends with an AttributeError" if export.engine.strict else ""
+            yield Finding("kv_tensors", name, f"{export.engine_name} has no affine KV cache{crash}",
                           "quantize with FP8_KV_CFG")
     for module, scales in export.kv_scales().items():
         for missing in [suffix for suffix in KV_SCALES if suffix not in scales]:
@@ -141,8 +145,10 @@ def kv_tensors(export: Export) -> Iterator[Finding]:
                 yield Finding("kv_tensors", info.name, f"is {info.dtype} {list(info.shape)}, one float32 is needed", AGAIN)
             inside = info.name.rpartition(".")[0].endswith(("k_proj", "v_proj"))
             if export.engine_name == "tensorrt-llm" and not inside:
-                yield Finding("kv_tensors", info.name, "TensorRT-LLM looks for it in k_proj and v_proj, and takes 1 otherwise", 'export with dialect="modelopt"')
+                yield Finding("kv_tensors", info.name, "TensorRT-LLM looks for it in k_proj and v_proj, and takes 1 otherwise",
+                              'export with dialect="modelopt"')
     scheme = (export.flat or {}).get("kv_cache_scheme") or (export.nested or {}).get("kv_cache_quant_algo")
     if scheme and not export.kv_scales():
-        yield Finding("kv_tensors", "k_scale, v_scale", "the KV cache is quantized, and there are none: engines take 1", "calibrate with a forward_loop",
+        yield Finding("kv_tensors", "k_scale, v_scale", "the KV cache is quantized, and there are none: engines take 1",
+                      "calibrate with a forward_loop",
                       NOTE if export.engine_name != "tensorrt-llm" else ERROR)

@@ -143,15 +143,21 @@ def shared(export: Export) -> Iterator[Finding]:
 
 
 def _shared(export: Export, layers: list[Layer], part: Part) -> Iterator[Finding]:
-    found = {layer.module: export.read(info) for layer in layers if part.shared and (info := layer.parts.get(part.suffix)) is not None}
-    first = next(iter(found.values()), None)
+    found = {layer.module: export.read(info).reshape(-1)
+             for layer in layers if part.shared and (info := layer.parts.get(part.suffix)) is not None}
+    if not found:
+        return
+    usual = max(found, key=lambda module: sum(np.array_equal(value, found[module]) for value in found.values()))
     for module, value in found.items():
-        if first is not None and not np.array_equal(value.reshape(-1), first.reshape(-1)):
-            rest = next(other for other in found if other != module)
+        if not np.array_equal(value, found[usual]):
+            rest = usual.rpartition(".")[2]
             if part.shared == "always":
-                problem = f"differs from {rest}'s, and {export.engine_name} takes one for both" if export.engine_name != "tensorrt-llm" else \
-                    f"differs from {rest}'s, TensorRT-LLM asserts that they are equal"
-                yield Finding("shared", f"{module}.{part.suffix}", problem, "export again: modelq shares it", ERROR)
+                yield Finding("shared", f"{module}.{part.suffix}", f"differs from {rest}'s, and {export.engine_name} wants them equal",
+                              "export again: modelq shares it", ERROR)
+            elif part.suffix == "input_scale" and ".experts." in module and export.dialect == "compressed-tensors":
+                yield Finding("shared", f"{module}.{part.suffix}", f"differs from {rest}'s, which {export.engine_name} refuses of experts",
+                              AGAIN)
             elif part.suffix == "weight_scale":
-                yield Finding("shared", f"{module}.{part.suffix}", f"differs from {rest}'s: {export.engine_name} rounds the smaller ones again",
+                yield Finding("shared", f"{module}.{part.suffix}",
+                              f"differs from {rest}'s: {export.engine_name} rounds the smaller ones again",
                               "nothing has to be done; per-channel scales avoid it", NOTE)
