@@ -19,8 +19,9 @@ from modelq import _core, streaming
 from modelq.algorithms import normalize_algorithm
 from modelq.inputs import Batch
 from modelq.progress import progress
-from modelq.quantizers import calibrator_of, found_values, needs_amax, set_found_values, weight_amax
+from modelq.quantizers import calibrator_of, found_values, needs_amax, set_found_values, stage_quantizers, weight_amax
 from modelq.rules import Slot
+from modelq.smoothing import as_loaded, own_weight
 
 if TYPE_CHECKING:
     from modelq.model import Model
@@ -96,7 +97,7 @@ def _collecting(model: Model, slots: Sequence[Slot]) -> Iterator[None]:
     for name, calibrator in calibrators.items():
         if calibrator.kind != "max":
             model.quantizers[name].bias = calibrator.compute_bias()
-        _take(model, name, _seen(name, calibrator))
+        _take(model, name, [_seen(name, calibrator)])
 
 
 def _weights(model: Model, modules: Sequence[dict[str, Any]], tensors: dict[str, np.ndarray] | None = None) -> None:
@@ -107,18 +108,22 @@ def _weights(model: Model, modules: Sequence[dict[str, Any]], tensors: dict[str,
         if setting is None or not setting.enable or not needs_amax(setting):
             continue
         tensor = tensors[module["weight"]] if tensors is not None else model.checkpoint.read(module["weight"])
-        amax = weight_amax(setting, streaming.as_loaded(model, tensor))
-        if not np.isfinite(amax).all():
+        found = weight_amax(setting, own_weight(model, module, as_loaded(model, tensor)))
+        if not all(amax is None or np.isfinite(amax).all() for amax in found):
             where = model.checkpoint.tensors[module["weight"]].file or model.checkpoint.path
             raise ValueError(f"{module['weight']} in {where}: NaN or infinity among its values: the checkpoint is damaged, or leave it "
                              f"out with {{'quantizer_name': '{module['name']}.*', 'enable': False}}")
-        _take(model, name, amax)
+        _take(model, name, found)
 
 
-def _take(model: Model, name: str, amax: np.ndarray) -> None:
-    if not np.any(amax):
-        warnings.warn(f"{name}: amax is zero: nothing but zeros was seen", stacklevel=2)
-    model.quantizers[name].amax = amax
+def _take(model: Model, name: str, found: Sequence[np.ndarray | None]) -> None:
+    """The amax of each stage of a quantizer."""
+    for stage, amax in zip(stage_quantizers(model.quantizers[name]), found):
+        if amax is None:
+            continue
+        if not np.any(amax):
+            warnings.warn(f"{name}: amax is zero: nothing but zeros was seen", stacklevel=2)
+        stage.amax = amax
 
 
 def _seen(name: str, calibrator: Any) -> np.ndarray:

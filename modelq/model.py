@@ -15,6 +15,7 @@ from modelq.inputs import IGNORED_ARGUMENTS, Batch, check_vocabulary, integer_ma
 from modelq.output import Output, Pass
 from modelq.quantizers import rotation_only
 from modelq.rules import Setting, Slot, default_setting
+from modelq.stated import stated_input_quantizers
 
 # In the order in which the reference lists them.
 ROLES = {"linear": ("input", "output", "weight"), "embedding": ("weight", "input", "output"), "attention": ("q_bmm", "k_bmm", "v_bmm")}
@@ -170,6 +171,8 @@ class Model:
         Without simulation only rotations stay, so that calibration sees what will be rounded."""
         active = {name: quantizer for name, quantizer in self.quantizers.items() if self.slots[name].role != "weight"}
         if self.simulate:
+            if not self.float32_weights:
+                active |= stated_input_quantizers(self)
             wanted = {name: q for name, q in active.items() if q.enabled or q.rotate or q.pre_quant_scale is not None}
         else:
             wanted = {name: rotation_only(q.rotate) for name, q in active.items() if q.rotate}

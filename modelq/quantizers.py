@@ -16,12 +16,54 @@ KV_BIAS = {-2: None, -4: None, "type": "static"}  # a bias per head and channel,
 _BLOCK_WORDS = ("type", "scale_bits", "scale_block_sizes", "four_over_six")
 
 
+class Sequential:
+    """Quantizers one after the other, as one: INT4 blocks, then FP8, say. What is asked of it, the first answers."""
+
+    def __init__(self, stages: tuple[Any, ...]):
+        self.stages = stages
+
+    def __call__(self, x: Any) -> Any:
+        for stage in self.stages:
+            x = stage(x)
+        return x
+
+    @property
+    def enabled(self) -> bool:
+        return all(stage.enabled for stage in self.stages)
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        for stage in self.stages:
+            stage.enabled = value
+
+    @property
+    def pre_quant_scale(self) -> Any:
+        return self.stages[0].pre_quant_scale
+
+    @pre_quant_scale.setter
+    def pre_quant_scale(self, value: Any) -> None:
+        self.stages[0].pre_quant_scale = value
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stages[0], name)
+
+
+def stage_quantizers(quantizer: Any) -> tuple[Any, ...]:
+    """The `_core.Quantizer`s that a quantizer is made of: one, as a rule."""
+    return quantizer.stages if isinstance(quantizer, Sequential) else (quantizer,)
+
+
 def make_quantizer(setting: Setting) -> Any:
-    """A `_core.Quantizer` that does what the setting says, switched as it says, without an amax (unless a constant one).
+    """A `_core.Quantizer` (or several as one `Sequential`) that does what the setting says, switched as it says, without an amax
+    (unless a constant one).
 
     ValueError names the quantizer, if the core has no such format. A disabled one may have any attributes: it is never asked.
     """
-    attributes = stages(setting)[0]
+    made = tuple(_make_stage(setting, attributes) for attributes in stages(setting))
+    return Sequential(made) if isinstance(setting.attributes, tuple) and len(made) > 1 else made[0]
+
+
+def _make_stage(setting: Setting, attributes: QuantizerAttributeConfig) -> Any:
     try:
         quantizer = _core_quantizer(attributes)
     except (ValueError, NotImplementedError) as error:
@@ -42,8 +84,12 @@ def _core_quantizer(attributes: QuantizerAttributeConfig) -> Any:
 
 
 def needs_amax(setting: Setting) -> bool:
-    """Whether calibration must find its amax: not for scales taken on the fly (dynamic, microscaling) nor for constant ones."""
-    attributes = stages(setting)[0]
+    """Whether calibration must find its amax (of any stage)."""
+    return any(_needs_amax(attributes) for attributes in stages(setting))
+
+
+def _needs_amax(attributes: QuantizerAttributeConfig) -> bool:
+    """Not for scales taken on the fly (dynamic, microscaling) nor for constant ones."""
     blocks = attributes.block_sizes or {}
     microscaling = blocks.get("type") == "dynamic" and blocks.get("scale_bits") == MICROSCALING
     constant = attributes.use_constant_amax or attributes.constant_amax is not None
@@ -81,22 +127,27 @@ def calibrator_of(setting: Setting) -> str:
     return "affine" if bias.get("method", "mean") == "mean" else "affine_max_min"
 
 
-def weight_amax(setting: Setting, weight: np.ndarray) -> np.ndarray:
-    """float32 amax of a [O, I] weight in the grain that the attributes ask for: one, per axis kept, or per static block."""
-    attributes = stages(setting)[0]
+def weight_amax(setting: Setting, weight: np.ndarray) -> list[np.ndarray | None]:
+    """float32 amax of a [O, I] weight for each stage (all look at the weight itself), None where a stage needs none."""
+    return [_stage_amax(attributes, weight) if _needs_amax(attributes) else None for attributes in stages(setting)]
+
+
+def _stage_amax(attributes: QuantizerAttributeConfig, weight: np.ndarray) -> np.ndarray:
+    """In the grain that the attributes ask for: one, per axis kept, or per static block."""
     blocks = block_extents(attributes)
     if blocks and (attributes.block_sizes or {}).get("type") != "dynamic":
         return _core.amax(weight, block=(blocks.get(-2, 1), blocks[-1]))
     return _core.amax(weight, axis=attributes.axis)
 
 
-def found_values(quantizer: Any) -> tuple[Any, Any]:
-    """What calibration found for a quantizer, to be put back by `set_found_values`."""
-    return quantizer.amax, quantizer.bias
+def found_values(quantizer: Any) -> list[tuple[Any, Any, Any]]:
+    """What calibration found for a quantizer, by stage, to be put back by `set_found_values`."""
+    return [(stage.amax, stage.bias, stage.pre_quant_scale) for stage in stage_quantizers(quantizer)]
 
 
-def set_found_values(quantizer: Any, values: tuple[Any, Any]) -> None:
-    quantizer.amax, quantizer.bias = values
+def set_found_values(quantizer: Any, values: list[tuple[Any, Any, Any]]) -> None:
+    for stage, (amax, bias, pre_quant_scale) in zip(stage_quantizers(quantizer), values):
+        stage.amax, stage.bias, stage.pre_quant_scale = amax, bias, pre_quant_scale
 
 
 def block_extents(attributes: QuantizerAttributeConfig) -> dict[int, int]:
@@ -118,7 +169,8 @@ def check_settings(settings: Iterable[Setting], head_dim: int) -> None:
 def _check_supported(setting: Setting) -> None:
     attributes = stages(setting)[0]
     unsupported = {
-        "a list of attributes (quantizers one after the other)": len(stages(setting)) > 1,
+        "a list of attributes (quantizers one after the other) for anything but a weight":
+        len(stages(setting)) > 1 and setting.slot.role != "weight",
         "a quantizer here": setting.slot.layer < 0 and (setting.slot.role == "output" or setting.slot.parent != "nn.Linear") and
         setting.slot.role != "weight",
         "rotate": bool(attributes.rotate) and setting.slot.parent != "Attention",

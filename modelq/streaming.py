@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from modelq import _core
-from modelq.groups import pair_of, stated_weight_amax
+from modelq.groups import pair_of
 from modelq.inputs import Batch
 from modelq.progress import progress
-from modelq.quantizers import block_extents
+from modelq.quantizers import block_extents, make_quantizer, set_found_values, stage_quantizers
 from modelq.rules import stages
+from modelq.smoothing import as_loaded, norm_scales, stated_weight, times_columns
+from modelq.stated import stated_weight_amax
 
 if TYPE_CHECKING:
     from modelq.model import Model
@@ -63,7 +65,7 @@ def head_tensors(model: Model) -> dict[str, np.ndarray]:
     return read(model, model.runtime.head_tensors(), model.head_modules)
 
 
-def read(model: Model, names: Iterable[str], modules: Iterable[dict[str, Any]]) -> dict[str, np.ndarray]:
+def read(model: Model, names: Iterable[str], modules: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
     """Arrays by tensor name; the weights of `modules` as their quantizers make them, if the model simulates quantization."""
     tensors = {name: model.checkpoint.read(name) for name in names}
     if model.simulate:
@@ -71,12 +73,10 @@ def read(model: Model, names: Iterable[str], modules: Iterable[dict[str, Any]]) 
             quantizer = model.quantizers.get(f"{module['name']}.weight_quantizer")
             if quantizer is not None and quantizer.enabled:
                 tensors[module["weight"]] = fake_quantize(model, module, tensors[module["weight"]])
+        if not model.float32_weights:
+            for name, scale in norm_scales(model, modules).items():
+                tensors[name] = times_columns(tensors[name], scale)
     return tensors
-
-
-def as_loaded(model: Model, tensor: np.ndarray) -> np.ndarray:
-    """A weight in the dtype in which it is quantized: the checkpoint's, or float32 if the model was loaded so."""
-    return tensor.astype(np.float32) if model.float32_weights and tensor.dtype != np.float32 else tensor
 
 
 def fake_quantize(model: Model, module: dict[str, Any], tensor: np.ndarray) -> np.ndarray:
@@ -84,9 +84,14 @@ def fake_quantize(model: Model, module: dict[str, Any], tensor: np.ndarray) -> n
     which multiplies by reciprocal scales where an export divides: one code apart on ties."""
     name = f"{module['name']}.weight_quantizer"
     quantizer = model.quantizers[name]
-    if model.float32_weights or quantizer.scheme is None:
+    if model.float32_weights:
         return quantizer(as_loaded(model, tensor))
-    block = block_extents(stages(model.settings[name])[0]).get(-1)
-    pair = pair_of(model, module["name"])
-    return _core.fake_quantize(tensor, pair.weight, amax=stated_weight_amax(model, module), block_size=block,
-                               name=module["weight"])
+    tensor, pair = stated_weight(model, module, tensor), pair_of(model, module["name"])
+    if pair is None or pair.weight is None:
+        plain = make_quantizer(model.settings[name])
+        set_found_values(plain, [(amax, None, None) for amax in stated_weight_amax(model, module)])
+        return plain(tensor)
+    schemes = [pair.weight] + [stage.scheme for stage in stage_quantizers(quantizer)[1:]]
+    for scheme, attributes, amax in zip(schemes, stages(model.settings[name]), stated_weight_amax(model, module)):
+        tensor = _core.fake_quantize(tensor, scheme, amax=amax, block_size=block_extents(attributes).get(-1), name=module["weight"])
+    return tensor

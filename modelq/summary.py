@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from modelq.attributes import QuantizerAttributeConfig
-from modelq.quantizers import KV_CAST_AMAX, MICROSCALING
+from modelq.quantizers import KV_CAST_AMAX, MICROSCALING, stage_quantizers
 from modelq.rules import Setting, describe_rule, stages
 
 if TYPE_CHECKING:
@@ -31,15 +31,24 @@ def print_quant_summary(model: Model, output_dir: str | Path | None = None) -> N
 
 def summary_lines(model: Model) -> list[str]:
     """Model Optimizer's lines, one per quantizer and the count at the end, and before it what stayed in high precision and why."""
-    lines = [f"{name:80} {describe_quantizer(model.settings[name], quantizer)}" for name, quantizer in model.quantizers.items()]
+    lines = [f"{name:80} {text}" for whole, quantizer in model.quantizers.items()
+             for name, text in describe_stages(whole, model.settings[whole], quantizer)]
     return [*lines, *high_precision_lines(model), *count_lines(model), f"{len(lines)} TensorQuantizers found in model"]
 
 
-def describe_quantizer(setting: Setting, quantizer: Any) -> str:
+def describe_stages(name: str, setting: Setting, quantizer: Any) -> list[tuple[str, str]]:
+    """A line for a quantizer, or one for each of several in a row."""
+    found = stage_quantizers(quantizer)
+    names = [name] if len(found) == 1 else [f"{name}.{stage}" for stage in range(len(found))]
+    return [(name, describe_quantizer(attributes, stage)) for name, attributes, stage in zip(names, stages(setting), found)]
+
+
+def describe_quantizer(attributes: QuantizerAttributeConfig, quantizer: Any) -> str:
     """As Model Optimizer prints a TensorQuantizer: bits, blocks or axis, amax, calibrator."""
     if not quantizer.enabled:
-        return "TensorQuantizer(disabled)"
-    attributes = stages(setting)[0]
+        smoothed = "" if quantizer.pre_quant_scale is None else f" pre_quant_scale={_short(quantizer.pre_quant_scale)}"
+        rotated = " rotated" if quantizer.rotate else ""
+        return f"TensorQuantizer(disabled{smoothed}{rotated})"
     words = [f"{'unsigned ' if attributes.unsigned else ''}{attributes.num_bits} bit"]
     words += ["narrow"] * attributes.narrow_range + ["fake"] * attributes.fake_quant
     if attributes.block_sizes is not None:
@@ -49,7 +58,9 @@ def describe_quantizer(setting: Setting, quantizer: Any) -> str:
     words.append(f"amax={_short_amax(attributes, quantizer)}")
     if quantizer.pre_quant_scale is not None:
         words.append(f"pre_quant_scale={_short(quantizer.pre_quant_scale)}")
-    return f"TensorQuantizer({' '.join(words)} calibrator=MaxCalibrator quant)"
+    words += ["rotated"] * bool(quantizer.rotate) + ["calibrator=MaxCalibrator"]
+    words += [f"bias={attributes.bias}"] * (attributes.bias is not None)
+    return f"TensorQuantizer({' '.join(words)} quant)"
 
 
 def _short_amax(attributes: QuantizerAttributeConfig, quantizer: Any) -> str:

@@ -374,7 +374,7 @@ def test_no_calibration_data(model, loop, words):
 
 
 @pytest.mark.parametrize("rule, words", [
-    ({"quantizer_name": "*weight_quantizer", "cfg": [{"num_bits": 4, "block_sizes": {-1: 128}}, {"num_bits": (4, 3)}]}, "list of attributes"),
+    ({"quantizer_name": "*input_quantizer", "cfg": [{"num_bits": 8}, {"num_bits": (4, 3)}]}, "list of attributes"),
     ({"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": (4, 3), "rotate": True}}, "rotate"),
     ({"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": (4, 3), "calibrator": "histogram"}}, "calibrator='histogram'"),
 ])

@@ -134,9 +134,26 @@ def algorithms(dialect: str) -> dict[Pair, str]:
 def pairs(dialect: str) -> dict[str, Pair]:
     """The dialect's algorithm names and what they mean (of dialects with a name for each pair)."""
     found: dict[str, Pair] = {}
-    for pair, algorithm in algorithms(dialect).items():
+    for pair, algorithm in [*algorithms(dialect).items(), *SMOOTHED.get(dialect, {}).items()]:
         found.setdefault(algorithm, pair)    # one name for a scheme with and without its inputs means with
     return found
+
+
+# dialect -> what a smoothed linear is called, where that matters; other pairs cannot be smoothed.
+SMOOTHED: dict[str, dict[Pair, str]] = {
+    "modelopt": {Pair("int4", None): "W4A16_AWQ", Pair("int4", "fp8"): "W4A8_AWQ", Pair("nvfp4", "nvfp4"): "NVFP4_AWQ",
+                 Pair("int8", "int8"): "W8A8_SQ_PER_CHANNEL"},
+}
+
+
+def algorithm(dialect: str, form: Form) -> str:
+    """The dialect's word for a linear. ValueError says what the dialect can say."""
+    words = SMOOTHED[dialect] if form.smoothed and dialect in SMOOTHED else algorithms(dialect)
+    if form.pair in words:
+        return words[form.pair]
+    said = sorted({f"{pair.weight} weights with {pair.input or 'unquantized'} inputs" for pair in words})
+    raise ValueError(f"the {dialect} dialect cannot say {form.pair.weight} weights with {form.pair.input or 'unquantized'} inputs"
+                     f"{' that are smoothed' if form.smoothed else ''}; it can say {'; '.join(said)}")
 
 
 def may_lack_input_scale(pair: Pair) -> bool:

@@ -155,9 +155,8 @@ def dequantized(form: Form, parts: dict[str, np.ndarray], dtype: str) -> np.ndar
     weight = _core.dequantize(parts, form.pair.weight, dtype=dtype, block_size=form.group_size)
     if not form.fp8_stage:
         return weight
-    second = _core.Quantizer(num_bits=(4, 3))
-    second.amax = parts["weight_scale_2"] * np.float32(dialects.scale_divisor("fp8"))
-    return second(weight)
+    amax = amax_of(np.float32(parts["weight_scale_2"]), np.float32(dialects.scale_divisor("fp8")))
+    return _core.fake_quantize(weight, "fp8", amax=amax)
 
 
 def _find_layers(inner: Checkpoint, said: Said) -> dict[str, QuantizedLayer]:

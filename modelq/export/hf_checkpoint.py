@@ -74,13 +74,16 @@ def _dtype_name(dtype: Any, config: dict[str, Any]) -> str:
 
 def _write_tensors(model: Any, plan: Plan, writer: Any) -> None:
     from modelq.progress import progress
-    from modelq.streaming import as_loaded
+    from modelq.smoothing import as_loaded, stated_weight, times_columns
 
     checkpoint = model.checkpoint
     for name in progress(plan.order, "export", unit="tensor"):
         array = checkpoint.read(name)
         if name in plan.linears:
-            _write_linear(plan.linears[name], as_loaded(model, array), writer, plan.dialect)
+            linear = plan.linears[name]
+            _write_linear(linear, stated_weight(model, linear.row, as_loaded(model, array)), writer, plan.dialect)
+        elif name in plan.norms:
+            writer.write(name, _cast(times_columns(array, plan.norms[name]), plan.copies[name].dtype))
         else:
             info = plan.copies[name]
             writer.write_pieces(name, (_cast(piece, info.dtype) for piece in _pieces(array, lambda: checkpoint.release([name]))))
@@ -94,8 +97,7 @@ def _write_linear(linear: Linear, weight: np.ndarray, writer: Any, dialect: str)
     from modelq import _core
 
     parts = dict(_core.quantize(weight, linear.pair.weight, amax=linear.amax, block_size=linear.group_size, name=linear.weight))
-    if linear.input_scale is not None:
-        parts["input_scale"] = linear.input_scale
+    parts |= linear.given
     for role, info in linear.tensors.items():
         writer.write(info.name, dialects.stored(dialect, linear.form, role, parts))
 

@@ -66,8 +66,8 @@ MIXED = "MIXED_PRECISION"
 
 def config_files(plan: Plan) -> ConfigFiles:
     """Both places where a Model Optimizer export says what it is."""
-    words, usual = dialects.algorithms(plan.dialect), dialects.pairs(plan.dialect)
-    layers = {linear.module: layer_entry(words[linear.pair], linear.group_size, linear.pair != usual[words[linear.pair]])
+    usual = dialects.pairs(plan.dialect)
+    layers = {linear.module: layer_entry(linear.algorithm, linear.group_size, linear.pair != usual[linear.algorithm])
               for linear in plan.linears.values()}
     nested = hf_quant_config(layers, plan.unquantized, plan.cache.algorithm, plan.cache.rotate)
     return ConfigFiles(quantization_config(nested), {"hf_quant_config.json": nested})

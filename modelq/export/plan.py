@@ -6,7 +6,7 @@ of formats that the dialect has no word for.
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,10 @@ from modelq.checkpoint import dialects
 from modelq.checkpoint.base import TensorInfo
 from modelq.checkpoint.dialects import Form, Pair
 from modelq.export.kv_cache import Cache, plan_cache
-from modelq.groups import pair_of, siblings, stated_amax
+from modelq.groups import pair_of, siblings
+from modelq.quantizers import stage_quantizers
+from modelq.smoothing import folding_norm, norm_scales, stated_scale
+from modelq.stated import stated_amax
 
 FLOATS = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 OWN_QUANTIZERS = ("linear", "embedding")      # kinds of modules that an export's config names when they stay unquantized
@@ -24,13 +27,22 @@ NOT_WRITTEN = (".rotary_emb.inv_freq",)      # buffers of old checkpoints that f
 
 @dataclass(frozen=True)
 class Linear:
-    """One quantized linear: what to read, how to quantize it, and the tensors it becomes, by role."""
-    module: str
-    weight: str
+    """One quantized linear: its row of model.modules, how its weight is quantized, the tensors it becomes by role, and those of
+    its parts that calibration gives (input_scale, pre_quant_scale, the scale of a second stage)."""
+    row: dict[str, Any]
     form: Form
+    algorithm: str
     amax: np.ndarray | None
-    input_scale: np.ndarray | None
+    given: dict[str, np.ndarray]
     tensors: dict[str, TensorInfo]
+
+    @property
+    def module(self) -> str:
+        return self.row["name"]
+
+    @property
+    def weight(self) -> str:
+        return self.row["weight"]
 
     @property
     def pair(self) -> Pair:
@@ -44,14 +56,15 @@ class Linear:
 @dataclass(frozen=True)
 class Plan:
     """linears (in the order of the model) by the name of the weight they replace; copies: source name to what is written, cast if
-    the dtype differs; order: all these source names as the checkpoint has them, which is how they are read and written; cache: what
-    comes behind them."""
+    the dtype differs; order: all these source names as the checkpoint has them, which is how they are read and written; norms: what
+    norms' weights are multiplied by; cache: what comes behind all these."""
     dialect: str
     linears: dict[str, Linear] = field(default_factory=dict)
     copies: dict[str, TensorInfo] = field(default_factory=dict)
     order: list[str] = field(default_factory=list)
     unquantized: list[str] = field(default_factory=list)
     unquantized_linears: list[str] = field(default_factory=list)
+    norms: dict[str, np.ndarray] = field(default_factory=dict)
     cache: Cache = Cache()
 
     @property
@@ -72,7 +85,7 @@ def make_plan(model: Any, dtype: str, dialect: str) -> Plan:
     if not quantized and cache.algorithm is None:
         raise ValueError("no layer of this model is quantized: call modelq.quantization.quantize(model, config, forward_loop) first")
     amax = stated_amax(model, [row["name"] for row in quantized])
-    plan = Plan(dialect, cache=cache)
+    plan = Plan(dialect, norms=norm_scales(model, quantized), cache=cache)
     for row in quantized:
         plan.linears[row["weight"]] = _plan_linear(model, row, amax, dialect, dtype)
     _check_siblings(model, {linear.module: linear.pair for linear in plan.linears.values()})
@@ -106,18 +119,42 @@ def _plan_linear(model: Any, row: Any, amax: dict[str, np.ndarray], dialect: str
     if row["weight"] != f"{module}.weight":
         raise ValueError(f"{module} has its weight from {row['weight']}: a checkpoint cannot hold it both quantized and not; "
                          f"add a rule that disables {module}'s quantizers")
-    pair = _pair(model, module)
-    if pair not in dialects.algorithms(dialect):
-        said = sorted({f"{p.weight} weights with {p.input or 'unquantized'} inputs" for p in dialects.algorithms(dialect)})
-        raise ValueError(f"{module}: the {dialect} dialect cannot say {pair.weight} weights with {pair.input or 'unquantized'} inputs; "
-                         f"it can say {'; '.join(said)}")
-    input_amax, input_scale = amax.get(f"{module}.input_quantizer"), None
-    needs = pair.input is not None and not dialects.is_dynamic_input(pair)
-    if needs and not (input_amax is None and dialect == "modelopt" and dialects.may_lack_input_scale(pair)):
-        input_scale = _input_scale(input_amax, module, pair.input or "")
-    form = Form(pair, tuple(row["shape"]), _group_size(quantizer(model, module, "weight")), input_scaled=input_scale is not None)
+    pair, weight = _pair(model, module), quantizer(model, module, "weight")
+    given = _given_parts(model, row, pair, amax, dialect)
+    form = Form(pair, tuple(row["shape"]), _group_size(weight), smoothed=stated_scale(model, row) is not None,
+                fp8_stage="weight_scale_2" in given, input_scaled="input_scale" in given)
+    try:
+        algorithm = dialects.algorithm(dialect, form)
+    except ValueError as error:
+        raise ValueError(f"{module}: {error}") from None
+    _check_stages(module, form, weight, dialect)
+    form = replace(form, smoothed="pre_quant_scale" in given)    # without what a norm takes up
     tensors = stored_tensors(module, form, dialect, dtype)
-    return Linear(module, row["weight"], form, amax.get(f"{module}.weight_quantizer"), input_scale, tensors)
+    return Linear(row, form, algorithm, amax.get(f"{module}.weight_quantizer"), given, tensors)
+
+
+def _check_stages(module: str, form: Form, weight: Any, dialect: str) -> None:
+    """Quantizers in a row are INT4, then FP8, beside FP8 inputs; there, a checkpoint asks for both."""
+    schemes = [stage.scheme for stage in stage_quantizers(weight)]
+    if schemes != ([form.pair.weight, "fp8"] if form.pair == Pair("int4", "fp8") else [schemes[0]]):
+        names = " then ".join(str(scheme) for scheme in schemes)
+        raise ValueError(f"{module}.weight_quantizer: {names} with {form.pair.input or 'unquantized'} inputs is no format of the {dialect} "
+                         "dialect: beside FP8 inputs it has int4 then fp8 (W4A8_AWQ_BETA_CFG), elsewhere single quantizers")
+
+
+def _given_parts(model: Any, row: dict[str, Any], pair: Pair, amax: dict[str, np.ndarray], dialect: str) -> dict[str, np.ndarray]:
+    from modelq.checkpoint.safetensors import numpy_dtype
+
+    module, given = row["name"], {}
+    input_amax = amax.get(f"{module}.input_quantizer")
+    lacks = input_amax is None and dialect == "modelopt" and dialects.may_lack_input_scale(pair)
+    if pair.input is not None and not dialects.is_dynamic_input(pair) and not lacks:
+        given["input_scale"] = _input_scale(input_amax, module, pair.input)
+    if (second := amax.get(f"{module}.weight_quantizer.1")) is not None:
+        given["weight_scale_2"] = _scale(second, "fp8")
+    if (scale := stated_scale(model, row)) is not None and folding_norm(model, row) is None:
+        given["pre_quant_scale"] = scale.astype(numpy_dtype(model.checkpoint.tensors[row["weight"]].dtype))
+    return given
 
 
 def stored_tensors(module: str, form: Form, dialect: str, dtype: str) -> dict[str, TensorInfo]:
@@ -161,6 +198,10 @@ def _input_scale(amax: np.ndarray | None, module: str, scheme: str) -> np.ndarra
     if amax is None:
         raise ValueError(f"{module}.input_quantizer was never calibrated: no batch of the forward loop reached it; "
                          f"call modelq.quantization.quantize with a forward_loop that runs the model on data")
+    return _scale(amax, scheme)
+
+
+def _scale(amax: np.ndarray, scheme: str) -> np.ndarray:
     largest = dialects.scale_divisor(scheme) if scheme in dialects.INTEGER_INPUTS else \
         dialects.formats()[dialects.schemes()[scheme]["element"]]["max"]
     value = np.float32(amax.reshape(-1)[0]) or np.float32(largest)     # zero on all data: no scale may be 0

@@ -1,0 +1,104 @@
+"""What an export states of its quantizers: shared absolute maxima, and input quantizers with shared scales.
+
+Engines fuse q/k/v and gate/up into one product and take one scale for all (TensorRT-LLM asserts that they are equal). So wherever an
+amax is a single number (the second level of NVFP4, a matrix of one FP8 block), siblings take the largest, in the export as in the
+simulation. Plain FP8 siblings keep their own, as in the reference.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from modelq.checkpoint import dialects
+from modelq.groups import pair_of, siblings
+from modelq.quantizers import make_quantizer, stage_quantizers, weight_amax
+from modelq.smoothing import as_loaded, folding_norm, is_resmoothed, stated_scale, stated_weight
+
+PLAIN_FP8 = "fp8"
+
+
+def stated_amax(model: Any, modules: Iterable[str]) -> dict[str, np.ndarray]:
+    """Name of the quantizer to float32 amax, for the enabled weight and input quantizers of these modules that have one; the second of
+    two quantizers in a row is named "<module>.weight_quantizer.1".
+
+    Siblings take one maximum where theirs is one number and their weights are not plain FP8; siblings of unlike schemes share
+    nothing. ValueError names a quantizer whose amax is not finite.
+    """
+    rows = {row["name"]: row for row in model.modules}
+    stated: dict[str, np.ndarray] = {}
+    for members in siblings(model, modules):
+        for find in (_input_amax, _weight_amax):
+            found = {name: (_kind(model, module, name), amax) for module in members for name, amax in find(model, rows[module]).items()}
+            for name, (kind, amax) in found.items():
+                same = [other for other_kind, other in found.values() if other_kind == kind]
+                shared = kind[0] not in (None, PLAIN_FP8) and all(other.size == 1 for other in same)
+                stated[name] = np.max([other.reshape(amax.shape) for other in same], axis=0) if shared else amax
+    return stated
+
+
+def stated_weight_amax(model: Any, module: dict[str, Any]) -> list[np.ndarray | None]:
+    """The amax of each stage of one module's weight quantizer as the export would state it."""
+    members = [row["name"] for row in model.modules if (row["layer"], row["site"]) == (module["layer"], module["site"])]
+    stated, name = stated_amax(model, members), f"{module['name']}.weight_quantizer"
+    return [stated.get(name if stage == 0 else f"{name}.{stage}") for stage in range(len(stage_quantizers(model.quantizers[name])))]
+
+
+def stated_input_quantizers(model: Any) -> dict[str, Any]:
+    """Input quantizers to take the place of smoothed linears' own: with the siblings' mean scale and largest amax, and without
+    the scale where a norm takes it up."""
+    smoothed = [row for row in model.modules if row["kind"] == "linear" and (row["layer"] >= 0 or row["site"]) and
+                getattr(model.quantizers.get(f"{row['name']}.input_quantizer"), "pre_quant_scale", None) is not None]
+    stated = stated_amax_of_inputs(model, [row["name"] for row in smoothed])
+    found = {}
+    for row in smoothed:
+        name = f"{row['name']}.input_quantizer"
+        found[name] = make_quantizer(model.settings[name])
+        found[name].amax = stated.get(name, model.quantizers[name].amax)
+        found[name].pre_quant_scale = stated_scale(model, row) if folding_norm(model, row) is None else None
+    return found
+
+
+def stated_amax_of_inputs(model: Any, modules: list[str]) -> dict[str, np.ndarray]:
+    stated = {}
+    for members in siblings(model, modules):
+        found = {name: amax for module in members for name, amax in _input_amax(model, {"name": module}).items()}
+        stated |= {name: np.max(list(found.values()), axis=0) for name in found}
+    return stated
+
+
+def _input_amax(model: Any, row: dict[str, Any]) -> dict[str, np.ndarray]:
+    name = f"{row['name']}.input_quantizer"
+    quantizer = model.quantizers.get(name)
+    if quantizer is None or not quantizer.enabled or quantizer.amax is None:
+        return {}
+    return {name: _checked(name, quantizer.amax)}
+
+
+def _weight_amax(model: Any, row: dict[str, Any]) -> dict[str, np.ndarray]:
+    """By stage. A weight that takes the siblings' mean scale is looked at anew."""
+    name = f"{row['name']}.weight_quantizer"
+    quantizer = model.quantizers.get(name)
+    if quantizer is None or not quantizer.enabled:
+        return {}
+    found: list[Any] = [stage.amax for stage in stage_quantizers(quantizer)]
+    if is_resmoothed(model, row):
+        tensor = stated_weight(model, row, as_loaded(model, model.checkpoint.read(row["weight"])))
+        found = [new if old is not None else None for old, new in zip(found, weight_amax(model.settings[name], tensor))]
+    names = [name] + [f"{name}.{stage}" for stage in range(1, len(found))]
+    return {name: _checked(name, amax) for name, amax in zip(names, found) if amax is not None}
+
+
+def _checked(name: str, amax: Any) -> np.ndarray:
+    amax = np.asarray(amax, dtype=np.float32)
+    if not np.isfinite(amax).all():
+        raise ValueError(f"{name}: the calibrated amax is not finite; look for inf or nan in the weights or the calibration data")
+    return amax
+
+
+def _kind(model: Any, module: str, name: str) -> tuple[Any, ...]:
+    """What an amax must have in common with another to be shared: the scheme of the weight beside it, its own, and its stage."""
+    pair, own = pair_of(model, module), name.removeprefix(f"{module}.")
+    kind = dialects.input_kind(model.quantizers[name]) if own == "input_quantizer" else own
+    return (pair.weight if pair is not None else kind), kind

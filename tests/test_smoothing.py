@@ -1,0 +1,96 @@
+"""AWQ's and SmoothQuant's layouts: with the reference's scales put in by hand, its exported bytes come out."""
+import copy
+import json
+from functools import cache
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import golden_data
+import modelq
+import modelq.quantization as mtq
+from golden_data import read_safetensors
+from modelq.export import export_hf_checkpoint
+from modelq.smoothing import as_loaded, own_weight, set_weight_amax, smooth
+from recover_scales import recover
+
+CONFIGS = ["INT4_AWQ_CFG", "W4A8_AWQ_BETA_CFG", "INT8_SMOOTHQUANT_CFG"]
+CASES = golden_data.cases("bfloat16", CONFIGS, names=["llama", "qwen3"], needs=["model.safetensors", "amax.safetensors"])
+SIBLINGS = [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")]
+F32 = np.float32
+
+
+def stored_scales(case):
+    suffix = ".input_quantizer.pre_quant_scale"
+    return {name.removesuffix(suffix): value for name, value in case.amax.items() if name.endswith(suffix)}
+
+
+def shared_scale(scales, module):
+    """The mean of the siblings' stored scales, in the model's dtype."""
+    parent, _, last = module.rpartition(".")
+    members = next((group for group in SIBLINGS if last in group), (last,))
+    mean = sum(scales[f"{parent}.{member}"] for member in members) / F32(len(members))
+    return mean.astype(ml_dtypes.bfloat16).astype(F32)
+
+
+@cache
+def smoothed_model(case):
+    """The golden model with the golden scales; weights by the scales as they were before rounding."""
+    config = {**copy.deepcopy(getattr(mtq, case.config)), "algorithm": "max"}
+    model = modelq.load(case.model.source, compute="bfloat16")
+    mtq.quantize(model, config, lambda model: [model(row[None]) for row in case.model.calib])
+    stored, source = stored_scales(case), read_safetensors(case.model.source)
+    for name, value in case.amax.items():
+        if name.endswith("input_quantizer.amax"):
+            model.quantizers[name.removesuffix(".amax")].amax = value
+    smooth(model, stored)
+    for module, scale in stored.items():
+        parts = (case.exported[f"{module}.{part}"] for part in ("weight", "weight_scale"))
+        factors = recover(source[f"{module}.weight"], scale, shared_scale(stored, module), *parts)
+        assert np.abs(factors * scale - 1).max() <= 1.001 * 2**-8, module     # half a step of bfloat16: it rounds to what is stored
+        model.quantizers[f"{module}.weight_quantizer"].pre_quant_scale = factors
+    for row in model.modules:
+        if row["name"] in stored:    # weights' amax anew; the inputs' stay the reference's
+            set_weight_amax(model, row, own_weight(model, row, as_loaded(model, model.checkpoint.read(row["weight"]))))
+    model.connect()
+    return model
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_weight_amax_of_smoothed_weights(case):
+    """Before siblings take their mean scale: of INT4 blocks, of the FP8 stage behind them, of INT8 rows."""
+    model = smoothed_model(case)
+    expected = {name: value for name, value in case.amax.items() if "weight_quantizer" in name and name.endswith("amax")}
+    assert len(expected) >= 14
+    different = total = worst = 0
+    for name, value in expected.items():
+        whole, _, stage = name.removesuffix(".amax").partition(".weight_quantizer")
+        quantizer = model.quantizers[f"{whole}.weight_quantizer"]
+        found = getattr(quantizer, "stages", (quantizer,))[int(stage[1:] or 0)].amax
+        errors = np.abs(found.reshape(-1) / value.reshape(-1) - 1)
+        different, total, worst = different + (errors > 0).sum(), total + value.size, max(worst, errors.max())
+    assert different <= 0.1 * total and worst <= 2**-7      # the bytes of siblings, smoothed twice, leave a last bit open
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_exported_bytes_equal_the_reference(case, tmp_path):
+    export_hf_checkpoint(smoothed_model(case), tmp_path / "out")
+    found, expected = read_safetensors(tmp_path / "out"), case.exported
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), name
+        assert found[name].tobytes() == tensor.tobytes(), name
+    for file, key in (("hf_quant_config.json", "quantization"), ("config.json", "quantization_config")):
+        ours, theirs = (json.loads((folder / file).read_text())[key] for folder in (tmp_path / "out", case.folder))
+        for said in (ours, theirs):
+            said.pop("producer", None)
+        assert json.dumps(ours) == json.dumps(theirs), file
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_reopened_export_computes_the_same_numbers(case, tmp_path):
+    model = smoothed_model(case)
+    export_hf_checkpoint(model, tmp_path / "out")
+    before, after = (np.asarray(m(case.model.calib[:2]).logits) for m in (model, modelq.load(tmp_path / "out", compute="bfloat16")))
+    assert np.array_equal(before, after)
