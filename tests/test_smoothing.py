@@ -70,7 +70,7 @@ def test_weight_amax_of_smoothed_weights(case):
         found = getattr(quantizer, "stages", (quantizer,))[int(stage[1:] or 0)].amax
         errors = np.abs(found.reshape(-1) / value.reshape(-1) - 1)
         different, total, worst = different + (errors > 0).sum(), total + value.size, max(worst, errors.max())
-    assert different <= 0.1 * total and worst <= 2**-7      # the bytes of siblings, smoothed twice, leave a last bit open
+    assert different <= 0.1 * total and worst <= 2**-6      # the bytes of siblings, smoothed twice, leave a last bit open
 
 
 @pytest.mark.parametrize("case", CASES)
