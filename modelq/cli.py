@@ -51,6 +51,8 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--batch-size", type=count, default=8, metavar="B", help="samples per batch (default 8)")
     sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to make")
     sub.add_argument("--overwrite", action="store_true", help="replace DIR if it is there")
+    sub.add_argument("--dialect", help="modelopt (default), compressed-tensors, autoawq, gptq or fp8: how the checkpoint is written")
+    sub.add_argument("--engine", help="vllm, sglang, tensorrt-llm or transformers: chooses the dialect, refuses what it does not load")
     add_compute(sub)
 
     sub = commands.add_parser("eval", help="perplexity on a text")

@@ -33,21 +33,23 @@ def quantize(args: Namespace) -> Report:
     config = read_config(args.config) if args.config else preset(args.format)
     import modelq
     from modelq.checkpoint.atomic import check_target
-    from modelq.export import export_hf_checkpoint
+    from modelq.export import check_exportable, export_hf_checkpoint
     from modelq.quantization import quantize as quantize_model
     from modelq.utils.dataset_utils import create_forward_loop, get_dataset_dataloader
     check_target(Path(os.path.realpath(args.out)), args.overwrite)   # before the work that would be in vain
     steps = Steps()
     with steps("load"):
         model = modelq.load(args.source, compute=args.compute, num_threads=args.threads)
+        dialect = check_exportable(model, config, args.dialect, args.engine)
         loader = get_dataset_dataloader(args.calib, model.tokenizer, args.batch_size, args.samples, args.seq_len)
     with steps("calibrate"):
         quantize_model(model, config, create_forward_loop(dataloader=loader))
     with steps("export"):
-        export_hf_checkpoint(model, args.out, overwrite=args.overwrite)
+        export_hf_checkpoint(model, args.out, overwrite=args.overwrite, dialect=dialect)
     before, after = stored_bytes(Path(model.checkpoint.path)), stored_bytes(args.out)
     on = sum(quantizer.enabled for quantizer in model.quantizers.values())
-    data = {"source": args.source, "out": str(args.out), "format": args.config or args.format, "calibration": str(args.calib),
+    data = {"source": args.source, "out": str(args.out), "format": args.config or args.format, "dialect": dialect,
+            "calibration": str(args.calib),
             "samples": loader.num_samples, "bytes_before": before, "bytes_after": after, "quantizers": on,
             "steps": [vars(step) for step in steps.done]}
     rows = [[step.name, f"{step.seconds:.1f} s", megabytes(step.peak_bytes)] for step in steps.done]

@@ -1,5 +1,6 @@
 """Exports: a quantized model as a Hugging Face folder that vLLM, SGLang and TensorRT-LLM load."""
+from modelq.export.check import check_exportable
 from modelq.export.hf_checkpoint import export_hf_checkpoint
 from modelq.verify import verify_checkpoint
 
-__all__ = ["export_hf_checkpoint", "verify_checkpoint"]
+__all__ = ["check_exportable", "export_hf_checkpoint", "verify_checkpoint"]

@@ -38,7 +38,7 @@ def export_hf_checkpoint(model: Any, export_dir: str | os.PathLike[str] | None =
     export_dir, dtype = _order(export_dir, dtype)
     if not hasattr(model, "checkpoint") or not hasattr(model, "quantizers"):
         raise TypeError(f"expected a model opened by modelq.load, got {type(model).__name__}")
-    dtype = _dtype_name(dtype, model.config)
+    dtype = export_dtype(dtype, model.config)
     if dialect not in dialects.NAMES:
         raise ValueError(f"unknown dialect {dialect!r}; known are {', '.join(dialects.NAMES)}")
     plan = make_plan(model, dtype, dialect)
@@ -64,7 +64,8 @@ def _order(export_dir: Any, dtype: Any) -> tuple[Any, Any]:
     return export_dir, dtype
 
 
-def _dtype_name(dtype: Any, config: dict[str, Any]) -> str:
+def export_dtype(dtype: Any, config: dict[str, Any]) -> str:
+    """The dtype of what an export leaves unquantized: the one asked for, or the config's."""
     given = dtype if dtype is not None else config.get("dtype") or config.get("torch_dtype") or "bfloat16"
     name = getattr(given, "__name__", None) or str(given).removeprefix("torch.")
     if name not in FLOATS:

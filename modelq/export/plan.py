@@ -119,18 +119,29 @@ def _plan_linear(model: Any, row: Any, amax: dict[str, np.ndarray], dialect: str
     if row["weight"] != f"{module}.weight":
         raise ValueError(f"{module} has its weight from {row['weight']}: a checkpoint cannot hold it both quantized and not; "
                          f"add a rule that disables {module}'s quantizers")
-    pair, weight = _pair(model, module), quantizer(model, module, "weight")
-    given = _given_parts(model, row, pair, amax, dialect)
-    form = Form(pair, tuple(row["shape"]), _group_size(weight), smoothed=stated_scale(model, row) is not None,
-                fp8_stage="weight_scale_2" in given, input_scaled="input_scale" in given)
+    form = planned_form(model, row)
+    given = _given_parts(model, row, form.pair, amax, dialect)
+    form = replace(form, input_scaled="input_scale" in given)
     try:
         algorithm = dialects.algorithm(dialect, form)
     except ValueError as error:
         raise ValueError(f"{module}: {error}") from None
-    _check_stages(module, form, weight, dialect)
+    _check_stages(module, form, quantizer(model, module, "weight"), dialect)
     form = replace(form, smoothed="pre_quant_scale" in given)    # without what a norm takes up
     tensors = stored_tensors(module, form, dialect, dtype)
     return Linear(row, form, algorithm, amax.get(f"{module}.weight_quantizer"), given, tensors)
+
+
+def planned_form(model: Any, row: dict[str, Any]) -> Form:
+    """What a quantized linear is, before anything is calibrated. ValueError: no checkpoint could hold it."""
+    weight = quantizer(model, row["name"], "weight")
+    return Form(_pair(model, row["name"]), tuple(row["shape"]), _group_size(weight), smoothed=stated_scale(model, row) is not None,
+                fp8_stage=len(stage_quantizers(weight)) > 1)
+
+
+def planned_forms(model: Any) -> dict[str, Form]:
+    """Module name to form, for every quantized module."""
+    return {row["name"]: planned_form(model, row) for row in _quantized_rows(model)}
 
 
 def _check_stages(module: str, form: Form, weight: Any, dialect: str) -> None:

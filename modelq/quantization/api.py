@@ -36,15 +36,20 @@ def quantize(model: Model, config: Any, forward_loop: Callable[..., Any] | None 
         raise ValueError(f"{model.checkpoint.path}: its weights are stored quantized already: load and quantize the original checkpoint")
     parsed = QuantizeConfig.parse(config)
     runnable_steps(parsed.algorithm)
-    settings, idle = apply_rules({name: default_setting(slot) for name, slot in model.slots.items()}, parsed.quant_cfg)
-    _refuse_nothing(settings, parsed.quant_cfg, idle)
-    check_settings(settings.values(), model.head_dim)
-    quantizers = {name: make_quantizer(setting) for name, setting in settings.items()}
+    settings, quantizers, idle = planned_quantizers(model, parsed)
     _warn_idle(idle)
     with _all_or_nothing(model):
         model.settings, model.quantizers, model.quantized = settings, quantizers, True
         run_calibration(model, parsed.algorithm, forward_loop)
     return model
+
+
+def planned_quantizers(model: Model, parsed: QuantizeConfig) -> tuple[dict[str, Setting], dict[str, Any], list[QuantizerCfgEntry]]:
+    """(settings and uncalibrated quantizers by name, the rules that fit nothing); whatever can be refused before any work is refused."""
+    settings, idle = apply_rules({name: default_setting(slot) for name, slot in model.slots.items()}, parsed.quant_cfg)
+    _refuse_nothing(settings, parsed.quant_cfg, idle)
+    check_settings(settings.values(), model.head_dim)
+    return settings, {name: make_quantizer(setting) for name, setting in settings.items()}, idle
 
 
 def calibrate(model: Model, algorithm: Any = "max", forward_loop: Callable[..., Any] | None = None) -> Model:

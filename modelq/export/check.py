@@ -1,0 +1,58 @@
+"""Whether a config could be exported, asked before the calibration that would be in vain."""
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+
+from modelq.config import QuantizeConfig
+from modelq.export.hf_checkpoint import export_dtype
+from modelq.export.plan import make_plan, planned_forms
+from modelq.quantization.api import planned_quantizers
+from modelq.quantizers import needs_amax, stage_quantizers
+from modelq.rules import stages
+
+SMOOTHING = ("smoothquant", "awq_lite", "awq_full")     # methods that give linears a pre_quant_scale
+
+
+def check_exportable(model_or_path: Any, config: Any, dialect: str | None = None, engine: str | None = None) -> str:
+    """The dialect that an export of this model, quantized by this config, would be written in.
+
+    model_or_path: a model from modelq.load, or what it takes; it is not changed, and no weight is read. dialect, engine: as for
+    `export_hf_checkpoint`. ValueError names the layer and what would work: a block size that does not divide it, a format that the
+    dialect cannot say or the engine does not load, siblings of unlike formats, a config that quantizes nothing.
+    """
+    from modelq.model import Model, load
+
+    model = model_or_path if isinstance(model_or_path, Model) else load(model_or_path)
+    if model.stored_layers:
+        raise ValueError(f"{model.checkpoint.path}: its weights are stored quantized already: load and quantize the original checkpoint")
+    probe = as_if_calibrated(model, QuantizeConfig.parse(config))
+    dtype = export_dtype(None, model.config)
+    if engine is not None:
+        from modelq.export.engines import resolve_dialect
+        from modelq.export.kv_cache import plan_cache
+        dialect = resolve_dialect(dialect, engine, planned_forms(probe), plan_cache(probe, dtype).algorithm)
+    dialect = dialect or "modelopt"
+    make_plan(probe, dtype, dialect)
+    return dialect
+
+
+def as_if_calibrated(model: Any, parsed: QuantizeConfig) -> Any:
+    """A stand-in for the model with this config's quantizers, every amax 1 and every smoothing scale 1."""
+    probe = copy.copy(model)
+    probe.settings, probe.quantizers, _ = planned_quantizers(model, parsed)
+    probe.quantized = True
+    for name, setting in probe.settings.items():
+        if setting.enable and needs_amax(setting):
+            for quantizer, attributes in zip(stage_quantizers(probe.quantizers[name]), stages(setting)):
+                quantizer.amax = np.float32(1) if attributes.constant_amax is None else quantizer.amax
+                if attributes.bias is not None:
+                    quantizer.bias = np.zeros(int(np.prod(setting.slot.shape)), np.float32)
+    if any(step["method"] in SMOOTHING for step in parsed.steps):
+        for row in model.modules:
+            setting = probe.settings.get(f"{row['name']}.weight_quantizer")
+            if row["kind"] == "linear" and setting is not None and setting.enable:
+                probe.quantizers[f"{row['name']}.input_quantizer"].pre_quant_scale = np.ones(row["shape"][1], np.float32)
+    return probe
