@@ -28,6 +28,7 @@ def recover(weight, stored, shared, packed, scale):
     best, best_score = np.zeros(weight.shape[1], F32), np.full(weight.shape[1], np.inf)
 
     def consider(factors):
+        factors = np.clip(factors, F32(1 - 2.0**-8) / stored, F32(1 + 2.0**-8) / stored)
         smoothed = (weight.astype(F32) * factors).astype(BF16)
         if not np.array_equal(stored, shared):
             smoothed = (smoothed.astype(F32) * stored / shared).astype(BF16)

@@ -7,6 +7,7 @@ import sys
 import textwrap
 from fnmatch import fnmatch
 
+import ml_dtypes
 import modelq
 import modelq.quantization as mtq
 import numpy as np
@@ -223,11 +224,16 @@ def test_a_sibling_left_alone_is_said(tmp_path):
     assert said["exclude_modules"] == ["lm_head", "model.embed_tokens", "model.layers.0.self_attn.v_proj"]
 
 
-def test_tied_head_cannot_be_quantized_alone(tmp_path):
+def test_a_tied_head_that_is_quantized_alone_gets_a_weight_of_its_own(tmp_path):
+    """Two different matrices are tied no longer, or engines would take the embedding for both."""
     model = stub(case_of("NVFP4_DEFAULT_CFG", "qwen3"))
-    model.quantizers["lm_head.weight_quantizer"] = model.quantizers["model.layers.0.mlp.up_proj.weight_quantizer"]
-    with pytest.raises(ValueError, match="lm_head has its weight from model.embed_tokens.weight"):
-        export_hf_checkpoint(model, tmp_path / "out")
+    for side in ("weight", "input"):
+        model.quantizers[f"lm_head.{side}_quantizer"] = model.quantizers[f"model.layers.0.mlp.up_proj.{side}_quantizer"]
+    export_hf_checkpoint(model, tmp_path / "out")
+    tensors = read_safetensors(tmp_path / "out")
+    assert tensors["lm_head.weight"].dtype == np.uint8 and tensors["model.embed_tokens.weight"].dtype == ml_dtypes.bfloat16
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    assert "lm_head" not in json.loads((tmp_path / "out" / "hf_quant_config.json").read_text())["quantization"]["exclude_modules"]
 
 
 @pytest.mark.parametrize("arguments, error, words", [

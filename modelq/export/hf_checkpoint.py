@@ -51,7 +51,8 @@ def export_hf_checkpoint(model: Any, export_dir: str | os.PathLike[str] | None =
         copy_side_files(model.checkpoint, folder)
         for name, content in files.others.items():
             write_json(folder / name, content)
-        write_json(folder / "config.json", patched_config(model.checkpoint, dtype, files.quantization))
+        config = patched_config(model.checkpoint, dtype, files.quantization)
+        write_json(folder / "config.json", config | ({"tie_word_embeddings": False} if plan.unties else {}))
     return Path(export_dir)
 
 
@@ -79,7 +80,7 @@ def _write_tensors(model: Any, plan: Plan, writer: Any) -> None:
 
     checkpoint = model.checkpoint
     for name in progress(plan.order, "export", unit="tensor"):
-        array = checkpoint.read(name)
+        array = checkpoint.read(plan.linears[name].weight if name in plan.linears else name)
         if name in plan.linears:
             linear = plan.linears[name]
             _write_linear(linear, stated_weight(model, linear.row, as_loaded(model, array)), writer, plan.dialect)
@@ -89,7 +90,7 @@ def _write_tensors(model: Any, plan: Plan, writer: Any) -> None:
             info = plan.copies[name]
             writer.write_pieces(name, (_cast(piece, info.dtype) for piece in _pieces(array, lambda: checkpoint.release([name]))))
         del array
-        checkpoint.release([name])
+        checkpoint.release([plan.linears[name].weight if name in plan.linears else name])
     for name, array in plan.cache.tensors.items():
         writer.write(name, array)
 

@@ -55,8 +55,8 @@ class Linear:
 
 @dataclass(frozen=True)
 class Plan:
-    """linears (in the order of the model) by the name of the weight they replace; copies: source name to what is written, cast if
-    the dtype differs; order: all these source names as the checkpoint has them, which is how they are read and written; norms: what
+    """linears (in the order of the model) by the name that their weight has of old; copies: source name to what is written, cast if
+    the dtype differs; order: all these names as the checkpoint has them, which is how they are read and written; norms: what
     norms' weights are multiplied by; cache: what comes behind all these."""
     dialect: str
     linears: dict[str, Linear] = field(default_factory=dict)
@@ -66,6 +66,12 @@ class Plan:
     unquantized_linears: list[str] = field(default_factory=list)
     norms: dict[str, np.ndarray] = field(default_factory=dict)
     cache: Cache = Cache()
+
+    @property
+    def unties(self) -> bool:
+        """Whether a linear's weight becomes its own that was another module's before: a quantized lm_head beside an embedding that is
+        not."""
+        return any(linear.weight != name for name, linear in self.linears.items())
 
     @property
     def tensors(self) -> list[TensorInfo]:
@@ -87,7 +93,7 @@ def make_plan(model: Any, dtype: str, dialect: str) -> Plan:
     amax = stated_amax(model, [row["name"] for row in quantized])
     plan = Plan(dialect, norms=norm_scales(model, quantized), cache=cache)
     for row in quantized:
-        plan.linears[row["weight"]] = _plan_linear(model, row, amax, dialect, dtype)
+        plan.linears[f"{row['name']}.weight"] = _plan_linear(model, row, amax, dialect, dtype)
     _check_siblings(model, {linear.module: linear.pair for linear in plan.linears.values()})
     tied = bool(model.config.get("tie_word_embeddings"))
     for name, info in model.checkpoint.tensors.items():
@@ -96,6 +102,7 @@ def make_plan(model: Any, dtype: str, dialect: str) -> Plan:
         plan.order.append(name)
         if name not in plan.linears:
             plan.copies[name] = _as_written(info, dtype)
+        plan.order.extend(key for key, linear in plan.linears.items() if linear.weight == name != key)
     names = {row["name"] for row in quantized}
     plan.unquantized.extend(row["name"] for row in model.modules if row["name"] not in names and row["kind"] in OWN_QUANTIZERS)
     plan.unquantized_linears.extend(row["name"] for row in model.modules if row["name"] not in names and row["kind"] == "linear")
@@ -116,9 +123,6 @@ def _quantized_rows(model: Any) -> list[Any]:
 
 def _plan_linear(model: Any, row: Any, amax: dict[str, np.ndarray], dialect: str, dtype: str) -> Linear:
     module = row["name"]
-    if row["weight"] != f"{module}.weight":
-        raise ValueError(f"{module} has its weight from {row['weight']}: a checkpoint cannot hold it both quantized and not; "
-                         f"add a rule that disables {module}'s quantizers")
     form = planned_form(model, row)
     given = _given_parts(model, row, form.pair, amax, dialect)
     form = replace(form, input_scaled="input_scale" in given)
@@ -134,8 +138,11 @@ def _plan_linear(model: Any, row: Any, amax: dict[str, np.ndarray], dialect: str
 
 def planned_form(model: Any, row: dict[str, Any]) -> Form:
     """What a quantized linear is, before anything is calibrated. ValueError: no checkpoint could hold it."""
-    weight = quantizer(model, row["name"], "weight")
-    return Form(_pair(model, row["name"]), tuple(row["shape"]), _group_size(weight), smoothed=stated_scale(model, row) is not None,
+    weight, pair = quantizer(model, row["name"], "weight"), _pair(model, row["name"])
+    if dialects.schemes()[pair.weight]["packing"] == "row_pairs" and row["shape"][0] % 2:
+        raise ValueError(f"{row['name']}: {row['shape'][0]} rows: {pair.weight} packs rows in pairs; leave it in high precision with "
+                         f"{{'quantizer_name': '{row['name']}.*', 'enable': False}}")
+    return Form(pair, tuple(row["shape"]), _group_size(weight), smoothed=stated_scale(model, row) is not None,
                 fp8_stage=len(stage_quantizers(weight)) > 1)
 
 
