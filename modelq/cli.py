@@ -1,4 +1,4 @@
-"""The command line: `modelq quantize | eval | inspect | verify | formats`.
+"""The command line: `modelq quantize | eval | inspect | convert | verify | formats`.
 
 Bad use and bad input end with exit code 2 and one line on stderr, Ctrl-C with 130, anything unforeseen with 1 (and so does `verify` if it
 found errors); MODELQ_DEBUG=1 adds the traceback. Reports go to stdout, --json prints them as one JSON object.
@@ -67,6 +67,14 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("source", **source)
     sub.add_argument("--json", action="store_true", help="print JSON")
 
+    sub = commands.add_parser("convert", help="write an exported folder in another dialect, without the original weights")
+    sub.add_argument("directory", type=Path, metavar="DIR", help="an exported folder")
+    sub.add_argument("--dialect", help="modelopt, compressed-tensors, autoawq, gptq or fp8")
+    sub.add_argument("--engine", help="the dialect that vllm, sglang, tensorrt-llm or transformers loads")
+    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to make")
+    sub.add_argument("--overwrite", action="store_true", help="replace it if it is there")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+
     sub = commands.add_parser("verify", help="would an engine load this export? exit code 1 if not")
     sub.add_argument("directory", type=Path, metavar="DIR", help="an exported folder")
     sub.add_argument("--engine", required=True, help="vllm, sglang, tensorrt-llm or transformers")
@@ -94,7 +102,7 @@ def run(args: argparse.Namespace) -> tuple[str, int]:
             raise ValueError("give --format or --config, not both")
         args.format = args.format or "nvfp4"
     function = {"quantize": commands.quantize, "eval": commands.evaluate, "inspect": commands.inspect,
-                "verify": commands.verify, "formats": commands.formats}
+                "convert": commands.convert, "verify": commands.verify, "formats": commands.formats}
     report = function[args.command](args)
     return json.dumps(report.data, default=str) if args.json else report.text(wants_color()), report.code
 

@@ -165,6 +165,17 @@ def _scales(row: dict[str, Any]) -> str:
     return ", ".join(texts)
 
 
+# modelq convert ------------------------------------------------------------------------------------------------------------
+
+def convert(args: Namespace) -> Report:
+    from modelq.export import convert_checkpoint
+    if not args.dialect and not args.engine:
+        raise ValueError("give --dialect or --engine")
+    out = convert_checkpoint(args.directory, args.out, args.dialect, args.engine, overwrite=args.overwrite)
+    data = {"directory": str(args.directory), "out": str(out), "dialect": args.dialect, "engine": args.engine}
+    return Report(data, [f"{out}: {args.directory} for {args.engine or args.dialect}"])
+
+
 # modelq verify -------------------------------------------------------------------------------------------------------------
 
 def verify(args: Namespace) -> Report:

@@ -70,7 +70,7 @@ class Model:
         self._recorded: list[Batch] | None = None
         self._open: list[weakref.ref[Output]] = []
         self._connected: set[str] = set()
-        self.stored_layers: dict[str, Any] = getattr(checkpoint, "layers", {})
+        self.stored_layers: dict[str, Any] = {} if getattr(checkpoint, "is_source", False) else getattr(checkpoint, "layers", {})
         if self.stored_layers or getattr(checkpoint, "cache", None) is not None:
             from modelq.reopened import restore_quantizers
             restore_quantizers(self)

@@ -86,6 +86,11 @@ class QuantizedCheckpoint(Checkpoint):
         super().__init__(inner.path, {k: v for k, v in inner.config.items() if k != "quantization_config"}, tensors)
         self.side_files = inner.side_files
 
+    @property
+    def is_source(self) -> bool:
+        """Whether it is the form in which models are published (FP8 in blocks, inputs as they are), to be quantized as if it were not."""
+        return self.said.dialect == "fp8" and all(layer.input_scheme is None for layer in self.layers.values())
+
     def read(self, name: str) -> np.ndarray:
         """The tensor; a quantized weight as element x scale in float32, rounded to the model's dtype."""
         module = name.removesuffix(".weight")

@@ -87,8 +87,9 @@ def _write_tensors(model: Any, plan: Plan, writer: Any) -> None:
         elif name in plan.norms:
             writer.write(name, _cast(times_columns(array, plan.norms[name]), plan.copies[name].dtype))
         else:
-            info = plan.copies[name]
-            writer.write_pieces(name, (_cast(piece, info.dtype) for piece in _pieces(array, lambda: checkpoint.release([name]))))
+            del array
+            copy_tensor(checkpoint, name, plan.copies[name].dtype, writer)
+            continue
         del array
         checkpoint.release([plan.linears[name].weight if name in plan.linears else name])
     for name, array in plan.cache.tensors.items():
@@ -102,6 +103,14 @@ def _write_linear(linear: Linear, weight: np.ndarray, writer: Any, dialect: str)
     parts |= linear.given
     for role, info in linear.tensors.items():
         writer.write(info.name, dialects.stored(dialect, linear.form, role, parts))
+
+
+def copy_tensor(checkpoint: Any, name: str, dtype: str, writer: Any) -> None:
+    """Write one tensor as it is, or cast."""
+    array = checkpoint.read(name)
+    writer.write_pieces(name, (_cast(piece, dtype) for piece in _pieces(array, lambda: checkpoint.release([name]))))
+    del array
+    checkpoint.release([name])
 
 
 def _pieces(array: np.ndarray, release: Callable[[], None]) -> Iterator[np.ndarray]:
