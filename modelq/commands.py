@@ -45,7 +45,7 @@ def quantize(args: Namespace) -> Report:
     with steps("calibrate"):
         quantize_model(model, config, create_forward_loop(dataloader=loader))
     with steps("export"):
-        export_hf_checkpoint(model, args.out, overwrite=args.overwrite, dialect=dialect)
+        export_hf_checkpoint(model, args.out, overwrite=args.overwrite, dialect=args.dialect, engine=args.engine)
     before, after = stored_bytes(Path(model.checkpoint.path)), stored_bytes(args.out)
     on = sum(quantizer.enabled for quantizer in model.quantizers.values())
     data = {"source": args.source, "out": str(args.out), "format": args.config or args.format, "dialect": dialect,

@@ -19,13 +19,14 @@ from modelq.smoothing import as_loaded, folding_norm, is_resmoothed, stated_scal
 PLAIN_FP8 = "fp8"
 
 
-def stated_amax(model: Any, modules: Iterable[str]) -> dict[str, np.ndarray]:
+def stated_amax(model: Any, modules: Iterable[str], share_all: bool = False) -> dict[str, np.ndarray]:
     """Name of the quantizer to float32 amax, for the enabled weight and input quantizers of these modules that have one; the second of
     two quantizers in a row is named "<module>.weight_quantizer.1".
 
     Siblings take one maximum where theirs is one number and their weights are not plain FP8; siblings of unlike schemes share
-    nothing. ValueError names a quantizer whose amax is not finite.
+    nothing. share_all: plain FP8 siblings share too. ValueError names a quantizer whose amax is not finite.
     """
+    own = (None,) if share_all else (None, PLAIN_FP8)
     rows = {row["name"]: row for row in model.modules}
     stated: dict[str, np.ndarray] = {}
     for members in siblings(model, modules):
@@ -33,7 +34,7 @@ def stated_amax(model: Any, modules: Iterable[str]) -> dict[str, np.ndarray]:
             found = {name: (_kind(model, module, name), amax) for module in members for name, amax in find(model, rows[module]).items()}
             for name, (kind, amax) in found.items():
                 same = [other for other_kind, other in found.values() if other_kind == kind]
-                shared = kind[0] not in (None, PLAIN_FP8) and all(other.size == 1 for other in same)
+                shared = kind[0] not in own and all(other.size == 1 for other in same)
                 stated[name] = np.max([other.reshape(amax.shape) for other in same], axis=0) if shared else amax
     return stated
 

@@ -156,23 +156,6 @@ def algorithm(dialect: str, form: Form) -> str:
                      f"{' that are smoothed' if form.smoothed else ''}; it can say {'; '.join(said)}")
 
 
-# dialect -> what a smoothed linear is called, where that matters; other pairs cannot be smoothed.
-SMOOTHED: dict[str, dict[Pair, str]] = {
-    "modelopt": {Pair("int4", None): "W4A16_AWQ", Pair("int4", "fp8"): "W4A8_AWQ", Pair("nvfp4", "nvfp4"): "NVFP4_AWQ",
-                 Pair("int8", "int8"): "W8A8_SQ_PER_CHANNEL"},
-}
-
-
-def algorithm(dialect: str, form: Form) -> str:
-    """The dialect's word for a linear. ValueError says what the dialect can say."""
-    words = SMOOTHED[dialect] if form.smoothed and dialect in SMOOTHED else algorithms(dialect)
-    if form.pair in words:
-        return words[form.pair]
-    said = sorted({f"{pair.weight} weights with {pair.input or 'unquantized'} inputs" for pair in words})
-    raise ValueError(f"the {dialect} dialect cannot say {form.pair.weight} weights with {form.pair.input or 'unquantized'} inputs"
-                     f"{' that are smoothed' if form.smoothed else ''}; it can say {'; '.join(said)}")
-
-
 def may_lack_input_scale(pair: Pair) -> bool:
     """Whether a checkpoint may leave a static input scale out: beside weights that need no calibration, runs without any are usual."""
     return pair.input == "fp8" and schemes()[pair.weight]["scale"] == "e8m0"

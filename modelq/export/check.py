@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from modelq.config import QuantizeConfig
+from modelq.export.engines import choose_dialect
 from modelq.export.hf_checkpoint import export_dtype
-from modelq.export.plan import make_plan, planned_forms
+from modelq.export.plan import make_plan
 from modelq.quantization.api import planned_quantizers
 from modelq.quantizers import needs_amax, stage_quantizers
 from modelq.rules import stages
@@ -30,11 +31,7 @@ def check_exportable(model_or_path: Any, config: Any, dialect: str | None = None
         raise ValueError(f"{model.checkpoint.path}: its weights are stored quantized already: load and quantize the original checkpoint")
     probe = as_if_calibrated(model, QuantizeConfig.parse(config))
     dtype = export_dtype(None, model.config)
-    if engine is not None:
-        from modelq.export.engines import resolve_dialect
-        from modelq.export.kv_cache import plan_cache
-        dialect = resolve_dialect(dialect, engine, planned_forms(probe), plan_cache(probe, dtype).algorithm)
-    dialect = dialect or "modelopt"
+    dialect = choose_dialect(probe, dtype, dialect, engine)
     make_plan(probe, dtype, dialect)
     return dialect
 

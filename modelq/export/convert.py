@@ -50,7 +50,7 @@ def convert_checkpoint(directory: str | os.PathLike[str], out: str | os.PathLike
     """
     from modelq.checkpoint import open_checkpoint
     from modelq.checkpoint.writer import ShardedWriter, atomic_directory
-    from modelq.export.engines import resolve_dialect
+    from modelq.export.engines import check_written, resolve_dialect
 
     with open_checkpoint(Path(directory)) as source:
         if not getattr(source, "layers", None):
@@ -66,6 +66,8 @@ def convert_checkpoint(directory: str | os.PathLike[str], out: str | os.PathLike
             for name, content in files.others.items():
                 write_json(folder / name, content)
             write_json(folder / "config.json", patched_config(source, _dtype(source), files.quantization))
+            if engine is not None:
+                check_written(folder, engine)
     return Path(out)
 
 
@@ -131,9 +133,8 @@ def _write_tensors(source: Any, plan: Plan, writer: Any) -> None:
 def _cache_algorithm(source: Any) -> str | None:
     if source.cache is None:
         return None
-    affine = bool(source.cache.biases)
-    return next(word for word, scheme in ALGORITHMS.items() if scheme == source.cache.scheme and word.endswith("AFFINE") == affine) \
-        if source.cache.scheme != "fp8" else "FP8"
+    named = {(scheme, word.endswith("AFFINE")): word for word, scheme in ALGORITHMS.items()}
+    return named.get((source.cache.scheme, bool(source.cache.biases))) or named[source.cache.scheme, False]
 
 
 def _cache(source: Any, dialect: str) -> Cache:

@@ -22,7 +22,8 @@ WRITERS = {"modelopt": modelopt.config_files, "compressed-tensors": compressed_t
 
 
 def export_hf_checkpoint(model: Any, export_dir: str | os.PathLike[str] | None = None, dtype: Any = None, *,
-                         max_shard_size: int | str = "10GB", overwrite: bool = False, dialect: str = "modelopt") -> Path:
+                         max_shard_size: int | str = "10GB", overwrite: bool = False, dialect: str | None = None,
+                         engine: str | None = None) -> Path:
     """Write a quantized model as a Hugging Face checkpoint folder; returns the folder.
 
     model: what modelq.quantization.quantize returned. export_dir: the folder to make; it must not exist, or be empty, unless
@@ -31,18 +32,22 @@ def export_hf_checkpoint(model: Any, export_dir: str | os.PathLike[str] | None =
     transformers does not, and would load codes without their scales), "compressed-tensors" (vLLM, SGLang, transformers), "autoawq" or
     "gptq" (INT4 weights, with float16 scales), "fp8" (FP8 weights in blocks of 128 x 128 as DeepSeek's, and mxfp8).
 
+    engine: "vllm", "sglang", "tensorrt-llm" or "transformers": choose the dialect that it loads, or check the one given; linears that it
+    fuses then share FP8 scales too (the engine would round their weights anew to the larger one). What is written is verified.
+
     The folder is complete or not there: it is written beside its place, synced and renamed. Memory stays at one tensor.
     ValueError before any byte is written: nothing is quantized, a layer was never calibrated, the dialect has no word for a
-    layer's format. FileExistsError: the folder is there. OSError: the disk is full; what was there before is left as it was.
+    layer's format, the engine does not load it. FileExistsError: the folder is there. OSError: the disk is full; what was there before
+    is left as it was.
     """
     export_dir, dtype = _order(export_dir, dtype)
     if not hasattr(model, "checkpoint") or not hasattr(model, "quantizers"):
         raise TypeError(f"expected a model opened by modelq.load, got {type(model).__name__}")
     dtype = export_dtype(dtype, model.config)
-    if dialect not in dialects.NAMES:
-        raise ValueError(f"unknown dialect {dialect!r}; known are {', '.join(dialects.NAMES)}")
-    plan = make_plan(model, dtype, dialect)
-    files = WRITERS[dialect](plan)
+    from modelq.export.engines import check_written
+
+    plan = _plan(model, dtype, dialect, engine)
+    files = WRITERS[plan.dialect](plan)
     from modelq.checkpoint.writer import ShardedWriter, atomic_directory
 
     with atomic_directory(Path(export_dir), overwrite=overwrite) as folder:
@@ -53,7 +58,18 @@ def export_hf_checkpoint(model: Any, export_dir: str | os.PathLike[str] | None =
             write_json(folder / name, content)
         config = patched_config(model.checkpoint, dtype, files.quantization)
         write_json(folder / "config.json", config | ({"tie_word_embeddings": False} if plan.unties else {}))
+        if engine is not None:
+            check_written(folder, engine)
     return Path(export_dir)
+
+
+def _plan(model: Any, dtype: str, dialect: str | None, engine: str | None) -> Plan:
+    from modelq.export.engines import ENGINES, NEEDS_PRE_QUANT_SCALE, choose_dialect
+
+    chosen = choose_dialect(model, dtype, dialect, engine)
+    if engine is None:
+        return make_plan(model, dtype, chosen)
+    return make_plan(model, dtype, chosen, share_all=ENGINES[engine].fuses, smoothed_words=NEEDS_PRE_QUANT_SCALE.get(engine, ()))
 
 
 def _order(export_dir: Any, dtype: Any) -> tuple[Any, Any]:

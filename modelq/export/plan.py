@@ -81,8 +81,12 @@ class Plan:
         return weights + [_info(name, array.dtype.name, array.shape) for name, array in self.cache.tensors.items()]
 
 
-def make_plan(model: Any, dtype: str, dialect: str) -> Plan:
-    """ValueError names the layer and what would work; see the module."""
+def make_plan(model: Any, dtype: str, dialect: str, share_all: bool = False, smoothed_words: tuple[str, ...] = ()) -> Plan:
+    """ValueError names the layer and what would work; see the module.
+
+    share_all: siblings share plain FP8 scales too. smoothed_words: algorithms whose linears need a pre_quant_scale where they have no
+    siblings, of ones if they are not smoothed.
+    """
     if getattr(model, "stored_layers", None):
         raise ValueError(f"{model.checkpoint.path}: the model was opened from a quantized export, which is what an export would be: copy "
                          f"that folder, or quantize the original checkpoint")
@@ -90,10 +94,10 @@ def make_plan(model: Any, dtype: str, dialect: str) -> Plan:
     cache = plan_cache(model, dtype, dialect)
     if not quantized and cache.algorithm is None:
         raise ValueError("no layer of this model is quantized: call modelq.quantization.quantize(model, config, forward_loop) first")
-    amax = stated_amax(model, [row["name"] for row in quantized])
+    amax = stated_amax(model, [row["name"] for row in quantized], share_all)
     plan = Plan(dialect, norms=norm_scales(model, quantized), cache=cache)
     for row in quantized:
-        plan.linears[f"{row['name']}.weight"] = _plan_linear(model, row, amax, dialect, dtype)
+        plan.linears[f"{row['name']}.weight"] = _plan_linear(model, row, amax, dialect, dtype, smoothed_words)
     _check_siblings(model, {linear.module: linear.pair for linear in plan.linears.values()})
     tied = bool(model.config.get("tie_word_embeddings"))
     for name, info in model.checkpoint.tensors.items():
@@ -121,7 +125,7 @@ def _quantized_rows(model: Any) -> list[Any]:
     return [row for row in model.modules if enabled(row)]
 
 
-def _plan_linear(model: Any, row: Any, amax: dict[str, np.ndarray], dialect: str, dtype: str) -> Linear:
+def _plan_linear(model: Any, row: Any, amax: dict[str, np.ndarray], dialect: str, dtype: str, smoothed_words: tuple[str, ...]) -> Linear:
     module = row["name"]
     form = planned_form(model, row)
     given = _given_parts(model, row, form.pair, amax, dialect)
@@ -131,6 +135,8 @@ def _plan_linear(model: Any, row: Any, amax: dict[str, np.ndarray], dialect: str
     except ValueError as error:
         raise ValueError(f"{module}: {error}") from None
     _check_stages(module, form, quantizer(model, module, "weight"), dialect)
+    if algorithm in smoothed_words and not form.smoothed and not _has_siblings(model, row):
+        given["pre_quant_scale"] = np.ones(form.shape[1], _weight_dtype(model, row))
     form = replace(form, smoothed="pre_quant_scale" in given)    # without what a norm takes up
     tensors = stored_tensors(module, form, dialect, dtype)
     return Linear(row, form, algorithm, amax.get(f"{module}.weight_quantizer"), given, tensors)
@@ -161,8 +167,6 @@ def _check_stages(module: str, form: Form, weight: Any, dialect: str) -> None:
 
 
 def _given_parts(model: Any, row: dict[str, Any], pair: Pair, amax: dict[str, np.ndarray], dialect: str) -> dict[str, np.ndarray]:
-    from modelq.checkpoint.safetensors import numpy_dtype
-
     module, given = row["name"], {}
     input_amax = amax.get(f"{module}.input_quantizer")
     lacks = input_amax is None and dialect == "modelopt" and dialects.may_lack_input_scale(pair)
@@ -171,8 +175,19 @@ def _given_parts(model: Any, row: dict[str, Any], pair: Pair, amax: dict[str, np
     if (second := amax.get(f"{module}.weight_quantizer.1")) is not None:
         given["weight_scale_2"] = _scale(second, "fp8")
     if (scale := stated_scale(model, row)) is not None and folding_norm(model, row) is None:
-        given["pre_quant_scale"] = scale.astype(numpy_dtype(model.checkpoint.tensors[row["weight"]].dtype))
+        given["pre_quant_scale"] = scale.astype(_weight_dtype(model, row))
     return given
+
+
+def _weight_dtype(model: Any, row: dict[str, Any]) -> np.dtype:
+    from modelq.checkpoint.safetensors import numpy_dtype
+
+    return numpy_dtype(model.checkpoint.tensors[row["weight"]].dtype)
+
+
+def _has_siblings(model: Any, row: dict[str, Any]) -> bool:
+    return any(other["kind"] == "linear" and other["name"] != row["name"] and (other["layer"], other["site"]) == (row["layer"], row["site"])
+               for other in model.modules)
 
 
 def stored_tensors(module: str, form: Form, dialect: str, dtype: str) -> dict[str, TensorInfo]:

@@ -72,7 +72,8 @@ def siblings(modules: Iterable[str]) -> list[list[str]]:
 
 
 FLOAT8 = ("float-quantized tensor", "float-quantized channel", "float-quantized block")
-INTEGERS = ("pack-quantized group", "pack-quantized channel", "int-quantized channel", "int-quantized tensor")
+INTEGERS = ("pack-quantized group", "pack-quantized channel", "pack-quantized 8-bit group", "pack-quantized 8-bit channel",
+            "int-quantized channel", "int-quantized tensor")
 NVFP4, MXFP8, MXFP4 = "nvfp4-pack-quantized tensor_group", "mxfp8-quantized group", "mxfp4-pack-quantized group"
 
 ENGINES = {

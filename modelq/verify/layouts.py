@@ -80,11 +80,12 @@ COMPRESSED = {layout.name: layout for layout in (
     Layout("nvfp4-pack-quantized tensor_group", PACKED_NVFP4, group=16),
     Layout("mxfp8-quantized group", (Part("weight", F8, "out,in"), Part("weight_scale", U8, "out,in/32", "exponent", 448)), group=32),
     Layout("mxfp4-pack-quantized group", (Part("weight_packed", U8, "out,in/2"), *MXFP4[1:]), group=32),
-    *(Layout(f"pack-quantized {strategy}", (
-        Part("weight_packed", I32, "out,in/8"), Part("weight_scale", FLOAT, shape, "scale", 8),
+    *(Layout(f"pack-quantized{wide} {strategy}", (
+        Part("weight_packed", I32, f"out,in/{per_word}"), Part("weight_scale", FLOAT, shape, "scale", top),
         Part("weight_shape", "int64|int32", "2", "shape"),
-        Part("weight_zero_point", I32, f"out/8,{shape.split(',')[1]}", only="zeros"), _input(448)))
-      for strategy, shape in (("group", "out,in/group"), ("channel", "out,1"))),
+        Part("weight_zero_point", I32, f"out/{per_word},{shape.split(',')[1]}", only="zeros"), _input(448)))
+      for strategy, shape in (("group", "out,in/group"), ("channel", "out,1"))
+      for wide, per_word, top in (("", 8, 8), (" 8-bit", 4, 128))),
     Layout("int-quantized channel", (Part("weight", I8, "out,in"), Part("weight_scale", FLOAT, "out,1", "scale", 127), _input(127))),
     Layout("int-quantized tensor", (Part("weight", I8, "out,in"), Part("weight_scale", FLOAT, SCALAR, "scale", 127, shared="rounded"),
                                     _input(127))),

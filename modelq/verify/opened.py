@@ -172,8 +172,10 @@ class Export:
 
 
 def format_of(group: dict[str, Any], stated: dict[str, Any]) -> str:
-    """compressed-tensors' "format strategy" of a config group."""
-    return f"{group.get('format') or stated.get('format')} {(group.get('weights') or {}).get('strategy')}"
+    """compressed-tensors' "format strategy" of a config group; packed integers of 8 bits say so."""
+    weights, word = group.get("weights") or {}, group.get("format") or stated.get("format")
+    wide = " 8-bit" if word == "pack-quantized" and weights.get("num_bits") == 8 else ""
+    return f"{word}{wide} {weights.get('strategy')}"
 
 
 def _group_of(module: str, stated: dict[str, Any]) -> dict[str, Any] | None:
