@@ -8,7 +8,10 @@
 enum {
     MQ_FAMILY_QKV_BIAS = 1 << 0,   /* q, k and v have a bias, whatever the config says (Qwen2) */
     MQ_FAMILY_BIAS_KEYS = 1 << 1,  /* attention_bias and mlp_bias of the config decide */
-    MQ_FAMILY_QK_NORM = 1 << 2     /* RMS norm over each head of q and k, before rope (Qwen3) */
+    MQ_FAMILY_QK_NORM = 1 << 2,    /* RMS norm over each head of q and k, before rope (Qwen3) */
+    MQ_FAMILY_MOE = 1 << 3,        /* layers may have a router and experts in the place of the MLP */
+    MQ_FAMILY_BLOCK_SPARSE = 1 << 4, /* their tensors are named block_sparse_moe, w1, w3, w2 (Mixtral) */
+    MQ_FAMILY_ROUTER_F32 = 1 << 5  /* the experts' shares of a token are not rounded to the model's dtype (Mixtral) */
 };
 
 typedef struct mq_family {
@@ -20,14 +23,16 @@ typedef enum mq_module_kind {
     MQ_MODULE_LINEAR,
     MQ_MODULE_EMBEDDING,
     MQ_MODULE_NORM,
-    MQ_MODULE_ATTENTION
+    MQ_MODULE_ATTENTION,
+    MQ_MODULE_ROUTER,
+    MQ_MODULE_EXPERTS
 } mq_module_kind;
 
 /* What a module does in its layer. */
 typedef enum mq_role {
     MQ_ROLE_ATTENTION, MQ_ROLE_Q, MQ_ROLE_K, MQ_ROLE_V, MQ_ROLE_O, MQ_ROLE_Q_NORM, MQ_ROLE_K_NORM,
-    MQ_ROLE_GATE, MQ_ROLE_UP, MQ_ROLE_DOWN, MQ_ROLE_INPUT_NORM, MQ_ROLE_POST_NORM,
-    MQ_ROLE_EMBED, MQ_ROLE_FINAL_NORM, MQ_ROLE_HEAD, MQ_ROLE_COUNT
+    MQ_ROLE_GATE, MQ_ROLE_UP, MQ_ROLE_DOWN, MQ_ROLE_ROUTER, MQ_ROLE_EXPERTS, MQ_ROLE_INPUT_NORM,
+    MQ_ROLE_POST_NORM, MQ_ROLE_EMBED, MQ_ROLE_FINAL_NORM, MQ_ROLE_HEAD, MQ_ROLE_COUNT
 } mq_role;
 
 typedef enum mq_dim {
@@ -37,7 +42,9 @@ typedef enum mq_dim {
     MQ_DIM_Q,
     MQ_DIM_KV,
     MQ_DIM_HEAD,
-    MQ_DIM_KV_HEADS
+    MQ_DIM_KV_HEADS,
+    MQ_DIM_EXPERTS,   /* how many there are */
+    MQ_DIM_EXPERT     /* intermediate size of one */
 } mq_dim;
 typedef enum mq_condition {
     MQ_IF_ALWAYS,
@@ -45,9 +52,14 @@ typedef enum mq_condition {
     MQ_IF_QKV_BIAS,
     MQ_IF_O_BIAS,
     MQ_IF_MLP_BIAS,
-    MQ_IF_QK_NORM
+    MQ_IF_QK_NORM,
+    MQ_IF_DENSE,             /* the layer has an MLP */
+    MQ_IF_MOE,               /* the layer has experts */
+    MQ_IF_MOE_MLP,           /* it has, named as in Qwen */
+    MQ_IF_MOE_BLOCK_SPARSE   /* it has, named as in Mixtral */
 } mq_condition;
 
+/* name and site may hold one #, which stands for the number of an expert. */
 typedef struct mq_layer_module {
     mq_role role;
     mq_module_kind kind;
@@ -63,6 +75,7 @@ const char *mq_module_kind_name(mq_module_kind kind);
 const char *mq_family_flag_name(unsigned flag);      /* of one bit; NULL beyond the last */
 
 int64_t mq_dim_of(const mq_config *config, mq_dim dim);
-int mq_condition_holds(const mq_family *family, const mq_config *config, mq_condition condition);
+/* moe: whether it is about a layer with experts. */
+int mq_condition_holds(const mq_family *family, const mq_config *config, int moe, mq_condition condition);
 
 #endif

@@ -88,6 +88,15 @@ static int check_rope(const mq_config *config, mq_error *err)
     return MQ_OK;
 }
 
+static int check_experts(const mq_config *config, mq_error *err)
+{
+    int rc = check_range("num_experts", config->num_experts, 0, MQ_MAX_EXPERTS, err);
+    if (rc != MQ_OK || config->num_experts == 0) return rc;
+    rc = check_range("num_experts_per_tok", config->num_experts_per_tok, 1, config->num_experts, err);
+    if (rc == MQ_OK) rc = check_range("moe_intermediate_size", config->moe_intermediate_size, 1, 1 << 24, err);
+    return rc;
+}
+
 int mq_config_finish(mq_config *config, mq_error *err)
 {
     for (size_t i = 0; i < MQ_COUNT(keys); i++) {
@@ -99,8 +108,10 @@ int mq_config_finish(mq_config *config, mq_error *err)
     if (config->num_key_value_heads == 0) config->num_key_value_heads = config->num_attention_heads;
     if (config->head_dim == 0 && config->num_attention_heads > 0)
         config->head_dim = config->hidden_size / config->num_attention_heads;
+    if (config->moe_intermediate_size == 0) config->moe_intermediate_size = config->intermediate_size;
     int rc = check_sizes(config, err);
     if (rc == MQ_OK) rc = check_rope(config, err);
+    if (rc == MQ_OK) rc = check_experts(config, err);
     if (rc != MQ_OK) return rc;
     if (config->num_attention_heads % config->num_key_value_heads != 0)
         return mq_fail(err, MQ_ERR_VALUE,

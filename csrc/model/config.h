@@ -18,6 +18,7 @@ typedef struct mq_config {
 } mq_config;
 
 #define MQ_REQUIRED INT64_MIN
+enum { MQ_MAX_EXPERTS = 4096 };
 
 typedef enum mq_config_type { MQ_CONFIG_IS_INT, MQ_CONFIG_IS_REAL, MQ_CONFIG_IS_NAME } mq_config_type;
 

@@ -1,4 +1,5 @@
-/* x += attention(norm(x)); x += mlp(norm(x)): the pre-norm decoder layer that the families of archs.def share. Every
+/* x += attention(norm(x)); x += mlp(norm(x)): the pre-norm decoder layer that the families of archs.def share; with
+ * experts, the second half is a choice of experts for each row, and then each expert's part (run_experts.c). Every
  * step is an operation of ops.h; this file says in which order, and where quantizers and calibrators look on. */
 #include "model/layer.h"
 
@@ -18,6 +19,7 @@ typedef struct pass {
     const mq_layer_context *context;
     mq_error *err;
     int64_t first, rows;            /* rows of the run */
+    const uint8_t *count_mask;      /* of these rows; NULL = all count */
     void *quantized, *temporary;
     const mq_quantizer *applied;    /* whose result quantized holds, of the input now in use */
 } pass;
@@ -29,9 +31,8 @@ static mq_row_sizes sizes_of(const pass *pass, int64_t width)
 
 static int collect(pass *pass, mq_point *point, const void *x, int64_t width)
 {
-    const uint8_t *mask = pass->context->count_mask;
     mq_calib_rows rows = {.x = x, .dtype = pass->context->dtype, .rows = pass->rows, .width = width, .ld = width,
-                          .mask = mask ? mask + pass->first : NULL, .chunk = pass->first};
+                          .mask = pass->count_mask, .chunk = pass->first};
     return mq_point_collect(point, &rows, pass->err);
 }
 
@@ -233,17 +234,74 @@ static int mlp_half(pass *pass, void *hidden, const mq_scratch *scratch)
     return run_residual(pass, MQ_ROLE_DOWN, hidden, scratch->gate);
 }
 
+static int route_half(pass *pass, const void *hidden, const mq_scratch *scratch)
+{
+    const mq_config *config = pass->context->config;
+    mq_row_sizes sizes = sizes_of(pass, config->hidden_size);
+    mq_route_sizes route = {
+        .rows = pass->rows, .experts = pass->layer->experts, .first = pass->first, .dtype = pass->context->dtype,
+        .normalize = config->norm_topk_prob != 0, .rounded = pass->context->round_routes,
+    };
+    mq_rmsnorm_forward(scratch->mlp_normed, hidden, pass->layer->norms[MQ_ROLE_POST_NORM], config->rms_norm_eps,
+                       &sizes);
+    mq_linear_forward(scratch->router, scratch->mlp_normed, &pass->layer->linears[MQ_ROLE_ROUTER].weight, 0, &sizes);
+    mq_route_forward(pass->context->routes, scratch->router, &route);
+    return MQ_OK;
+}
+
+static void enter_rows(pass *pass, int64_t first, int64_t rows)
+{
+    const uint8_t *mask = pass->context->count_mask;
+    pass->first = first;
+    pass->rows = rows;
+    pass->count_mask = mask ? mask + first : NULL;
+}
+
 int mq_layer_forward(mq_layer *layer, const mq_layer_context *context, const mq_unit *unit, void *hidden,
                      const mq_scratch *scratch, mq_error *err)
 {
-    pass pass = {.layer = layer, .context = context, .err = err, .first = unit->first, .rows = unit->rows};
+    pass pass = {.layer = layer, .context = context, .err = err};
     size_t stride = (size_t)context->config->hidden_size * mq_dtype_size(context->dtype);
+    enter_rows(&pass, unit->first, unit->rows);
     int rc = attention_half(&pass, unit, hidden, scratch);
     for (int64_t done = 0; rc == MQ_OK && done < unit->rows; done += MLP_ROWS) {
-        pass.first = unit->first + done;
-        pass.rows = MQ_MIN((int64_t)MLP_ROWS, unit->rows - done);
-        rc = mlp_half(&pass, (char *)hidden + (size_t)done * stride, scratch);
+        void *piece = (char *)hidden + (size_t)done * stride;
+        enter_rows(&pass, unit->first + done, MQ_MIN((int64_t)MLP_ROWS, unit->rows - done));
+        rc = layer->experts > 0 ? route_half(&pass, piece, scratch) : mlp_half(&pass, piece, scratch);
     }
+    return rc;
+}
+
+/* temporary (rows, C) = the loaded expert of normed (rows, C). */
+static int run_expert(pass *pass, const mq_scratch *scratch)
+{
+    mq_linear *gate = &pass->layer->linears[MQ_ROLE_GATE], *up = &pass->layer->linears[MQ_ROLE_UP];
+    mq_row_sizes sizes = sizes_of(pass, gate->cols), inner = sizes_of(pass, gate->rows);
+    int rc = collect(pass, &gate->input, scratch->mlp_normed, gate->cols);
+    if (rc != MQ_OK) return rc;
+    const void *in = quantized_input(pass, gate, scratch->mlp_normed);
+    mq_linear_forward(scratch->gate, in, &gate->weight, 0, &sizes);
+    mq_linear_forward(scratch->up, in, &up->weight, 0, &sizes);
+    mq_swiglu_forward(scratch->gate, scratch->up, &inner);
+    pass->applied = NULL;
+    return run_linear(pass, MQ_ROLE_DOWN, scratch->mlp_temporary, scratch->gate);
+}
+
+int mq_layer_expert(mq_layer *layer, const mq_layer_context *context, const mq_expert_rows *rows,
+                    const mq_scratch *scratch, mq_error *err)
+{
+    pass pass = {.layer = layer, .context = context, .err = err, .first = rows->position, .rows = rows->count,
+                 .quantized = scratch->mlp_quantized, .temporary = scratch->mlp_temporary};
+    mq_row_sizes sizes = sizes_of(&pass, context->config->hidden_size);
+    if (context->count_mask != NULL) {
+        pass.count_mask = scratch->count_mask;
+        for (int64_t i = 0; i < rows->count; i++) scratch->count_mask[i] = context->count_mask[rows->tokens[i]];
+    }
+    mq_gather_forward(scratch->mlp_normed, rows->hidden, rows->tokens, &sizes);
+    mq_rmsnorm_forward(scratch->mlp_normed, scratch->mlp_normed, layer->norms[MQ_ROLE_POST_NORM],
+                       context->config->rms_norm_eps, &sizes);
+    int rc = run_expert(&pass, scratch);
+    if (rc == MQ_OK) mq_scatter_forward(rows->sums, scratch->mlp_temporary, rows->tokens, rows->shares, &sizes);
     return rc;
 }
 
@@ -258,7 +316,8 @@ static void *carve(const mq_scratch *scratch, size_t *used, int64_t count, size_
 size_t mq_scratch_init(mq_scratch *scratch, const mq_layer_context *context, int64_t rows, int64_t tokens)
 {
     const mq_config *config = context->config;
-    int64_t hidden = config->hidden_size, inner = config->intermediate_size, mlp_rows = MQ_MIN(rows, (int64_t)MLP_ROWS);
+    int64_t hidden = config->hidden_size, mlp_rows = MQ_MIN(rows, (int64_t)MLP_ROWS);
+    int64_t inner = MQ_MAX(config->intermediate_size, config->num_experts > 0 ? config->moe_intermediate_size : 0);
     int64_t q_width = config->num_attention_heads * config->head_dim, widest = MQ_MAX(hidden, q_width);
     int64_t kv_width = config->num_key_value_heads * config->head_dim;
     mq_attention_args args = attention_args(context, 0, tokens);
@@ -276,6 +335,9 @@ size_t mq_scratch_init(mq_scratch *scratch, const mq_layer_context *context, int
     scratch->up = carve(scratch, &mlp, mlp_rows * inner, size);
     scratch->mlp_quantized = carve(scratch, &mlp, mlp_rows * MQ_MAX(hidden, inner), size);
     scratch->mlp_temporary = carve(scratch, &mlp, mlp_rows * hidden, size);
+    scratch->router = carve(scratch, &mlp, mlp_rows * config->num_experts, size);
+    scratch->count_mask = carve(scratch, &mlp, config->num_experts > 0 ? mlp_rows : 0, 1);
+    scratch->mlp_rows = mlp_rows;
     scratch->nbytes = MQ_MAX(attention, mlp);
     return scratch->nbytes;
 }
@@ -294,7 +356,7 @@ int mq_layer_check(const mq_layer *layer, const mq_config *config, mq_error *err
     int rc = MQ_OK;
     for (int role = 0; rc == MQ_OK && role < MQ_ROLE_COUNT; role++) {
         const mq_linear *linear = &layer->linears[role];
-        if (linear->cols == 0) continue;
+        if (linear->cols == 0 || role == MQ_ROLE_ROUTER) continue;
         rc = check_point(&linear->input, linear->cols, linear->name, "input_quantizer", err);
         if (rc == MQ_OK) rc = check_point(&linear->output, linear->rows, linear->name, "output_quantizer", err);
     }
@@ -310,7 +372,7 @@ size_t mq_layer_points(mq_layer *layer, mq_point **out)
 {
     size_t count = 0;
     for (int role = 0; role < MQ_ROLE_COUNT; role++) {
-        if (layer->linears[role].cols == 0) continue;
+        if (layer->linears[role].cols == 0 || role == MQ_ROLE_ROUTER) continue;
         out[count++] = &layer->linears[role].input;
         out[count++] = &layer->linears[role].output;
     }

@@ -28,10 +28,12 @@ typedef struct mq_linear {
 } mq_linear;
 
 typedef struct mq_layer {
-    mq_linear linears[MQ_ROLE_COUNT];   /* by role; cols 0 = the layer has none */
+    mq_linear linears[MQ_ROLE_COUNT];   /* by role; cols 0 = the layer has none. Gate, up and down of a layer with
+                                         * experts are those of the expert at work; gate's points serve up too */
     float *norms[MQ_ROLE_COUNT];        /* by role, NULL while not loaded or not there */
     mq_point q, k, v;                   /* attention.q_bmm_quantizer and so on */
     const char *attention_name;
+    int64_t experts;                    /* 0 = the layer has an MLP */
     int64_t window;                     /* tokens a query sees, 0 = all before it */
     int loaded;
     _Atomic int busy;                   /* a run is inside, or weights are being exchanged */
@@ -54,6 +56,9 @@ typedef struct mq_scratch {
     size_t nbytes;
     void *normed, *q, *k, *v, *mixed, *quantized, *temporary, *attention;   /* attention half */
     void *mlp_normed, *gate, *up, *mlp_quantized, *mlp_temporary;           /* MLP half: the same memory */
+    void *router;                   /* logits of the experts */
+    uint8_t *count_mask;            /* of rows gathered for an expert */
+    int64_t mlp_rows;               /* that the MLP half has room for */
 } mq_scratch;
 
 /* What is the same for all units of a run. */
@@ -64,15 +69,32 @@ typedef struct mq_layer_context {
     const mq_sequence *sequences;
     const uint8_t *key_mask;            /* by row of the run: 0 = padding, hidden from attention; NULL = none */
     const uint8_t *count_mask;          /* by row of the run: 0 = counts in no statistic; NULL = all count */
+    const mq_routes *routes;            /* of all rows of the run: where a layer with experts writes its choice */
+    int round_routes;                   /* the shares are rounded to dtype */
 } mq_layer_context;
 
 /* Bytes of one worker's scratch for units of up to `rows` rows and sequences of up to `tokens`; mq_scratch_init cuts
  * scratch->memory (of that size) into its buffers. */
 size_t mq_scratch_init(mq_scratch *scratch, const mq_layer_context *context, int64_t rows, int64_t tokens);
 
-/* hidden (rows of the unit, C), in place. */
+/* hidden (rows of the unit, C), in place. Of a layer with experts this is the attention half, and the choice of
+ * experts for every row. */
 int mq_layer_forward(mq_layer *layer, const mq_layer_context *context, const mq_unit *unit, void *hidden,
                      const mq_scratch *scratch, mq_error *err);
+
+/* Rows of the run that go to one expert, no more than scratch has room for. */
+typedef struct mq_expert_rows {
+    const void *hidden;                 /* (rows of the run, C), behind the attention half */
+    void *sums;                         /* (rows of the run, C): what the experts add up to */
+    const int64_t *tokens;              /* (count): rows of the run, each once */
+    const float *shares;                /* (count) */
+    int64_t count;
+    int64_t position;                   /* of the first in the order of all experts' rows */
+} mq_expert_rows;
+
+/* sums[token] += share * expert(norm(hidden[token])), by the expert whose weights are loaded. */
+int mq_layer_expert(mq_layer *layer, const mq_layer_context *context, const mq_expert_rows *rows,
+                    const mq_scratch *scratch, mq_error *err);
 
 /* Whether every quantizer of the layer can be applied to what it will see. */
 int mq_layer_check(const mq_layer *layer, const mq_config *config, mq_error *err);

@@ -24,6 +24,28 @@ void mq_rmsnorm_forward(void *out, const void *in, const float *weight, double e
 /* gate (N, F) = silu(gate) * up. Shazeer 2020, "GLU variants improve transformer". */
 void mq_swiglu_forward(void *gate, const void *up, const mq_row_sizes *sizes);
 
+/* The experts of each row and what share each has in the result: softmax over all experts, then the top_k largest
+ * (the earlier one first where equal); Shazeer et al. 2017. normalize: the shares are divided by their sum. rounded:
+ * they are rounded to dtype. */
+typedef struct mq_routes {
+    int32_t *experts;   /* (N, top_k) */
+    float *shares;      /* (N, top_k) */
+    int64_t top_k;
+} mq_routes;
+typedef struct mq_route_sizes {
+    int64_t rows, experts, first;   /* first: row of routes where the first one goes */
+    mq_dtype dtype;
+    int normalize, rounded;
+} mq_route_sizes;
+/* logits (N, experts). */
+void mq_route_forward(const mq_routes *routes, const void *logits, const mq_route_sizes *sizes);
+
+/* out (N, C) = in[index (N)]. */
+void mq_gather_forward(void *out, const void *in, const int64_t *index, const mq_row_sizes *sizes);
+/* out[index (N)] += share (N) * in (N, C), rounded after each step; no index twice. */
+void mq_scatter_forward(void *out, const void *in, const int64_t *index, const float *shares,
+                        const mq_row_sizes *sizes);
+
 /* x (N, C) += y. */
 void mq_add_forward(void *x, const void *y, const mq_row_sizes *sizes);
 

@@ -95,7 +95,7 @@ int mq_run_init(mq_run *run, mq_runtime *runtime, const mq_batch_input *batches,
     memset(run, 0, sizeof *run);
     run->runtime = runtime;
     run->count_padding = count_padding;
-    run->next_layer = -1;
+    run->next_layer = run->dispatch.layer = -1;
     if (count <= 0) return mq_fail(err, MQ_ERR_VALUE, "there are no batches to run");
     int rc = count_rows(run, batches, count, err);
     for (int64_t i = 0; i < count; i++) masked |= batches[i].mask != NULL;
@@ -120,6 +120,7 @@ static void free_scratch(mq_run *run)
 void mq_run_free(mq_run *run)
 {
     free_scratch(run);
+    mq_dispatch_free(&run->dispatch);
     mq_rope_table_free(&run->rope);
     mq_free(run->batches);
     mq_free(run->sequences);
@@ -137,21 +138,22 @@ size_t mq_run_nbytes(const mq_run *run)
     size_t total = rows * (width + sizeof *run->ids + (run->mask ? 1 : 0)) + mq_rope_table_nbytes(&run->rope);
     total += (size_t)run->sequence_count * (sizeof *run->sequences + sizeof *run->units);
     for (int i = 0; i < run->workers; i++) total += run->scratch[i].nbytes;
-    return total;
+    return total + mq_dispatch_nbytes(run);
 }
 
-static mq_layer_context context_of(const mq_run *run)
+mq_layer_context mq_run_context(const mq_run *run)
 {
     return (mq_layer_context){
         .config = &run->runtime->config, .dtype = run->runtime->dtype, .rope = &run->rope, .sequences = run->sequences,
-        .key_mask = run->mask, .count_mask = run->count_padding ? NULL : run->mask,
+        .key_mask = run->mask, .count_mask = run->count_padding ? NULL : run->mask, .routes = &run->dispatch.routes,
+        .round_routes = run->runtime->dtype == MQ_BF16 && !(run->runtime->family->flags & MQ_FAMILY_ROUTER_F32),
     };
 }
 
 int mq_run_reserve(mq_run *run, mq_error *err)
 {
     int wanted = mq_pool_max_threads();
-    mq_layer_context context = context_of(run);
+    mq_layer_context context = mq_run_context(run);
     mq_scratch probe = {0};
     size_t nbytes = mq_scratch_init(&probe, &context, run->largest_unit, run->longest);
     if (run->workers == wanted && run->scratch[0].nbytes >= nbytes) return MQ_OK;
@@ -178,19 +180,20 @@ int mq_run_embed(mq_run *run, const mq_named_tensor *tensors, size_t count, mq_e
     if (weight == NULL) return err->code;
     mq_embed_forward(run->hidden, run->ids, weight, &sizes);
     run->next_layer = 0;
+    run->dispatch.layer = -1;
     return MQ_OK;
 }
 
-typedef struct layer_job {
+typedef struct step_job {
     mq_run *run;
-    mq_layer *layer;
-    mq_layer_context context;
+    mq_step_fn step;
+    void *context;
     _Atomic int rc;               /* the first failure */
     pthread_mutex_t mutex;
     mq_error *err;
-} layer_job;
+} step_job;
 
-static void note_failure(layer_job *job, int rc, const mq_error *err)
+static void note_failure(step_job *job, int rc, const mq_error *err)
 {
     int expected = MQ_OK;
     pthread_mutex_lock(&job->mutex);
@@ -201,39 +204,42 @@ static void note_failure(layer_job *job, int rc, const mq_error *err)
     pthread_mutex_unlock(&job->mutex);
 }
 
-static void run_unit(layer_job *job, const mq_unit *unit, int worker)
+static void run_step(step_job *job, int64_t index, int worker)
 {
     mq_run *run = job->run;
-    size_t stride = (size_t)run->runtime->config.hidden_size * mq_dtype_size(run->runtime->dtype);
     mq_error err = {.code = MQ_OK, .text = ""};
     int rc = MQ_OK;
     if (atomic_load_explicit(&job->rc, memory_order_relaxed) != MQ_OK) return;
     /* Worker 0 is the thread that called: the only one that may talk to the caller. */
     if (worker == 0 && run->poll != NULL) rc = run->poll(run->poll_context);
     if (worker >= run->workers) rc = mq_fail(&err, MQ_ERR_STATE, "the thread pool grew during a run");
-    if (rc == MQ_OK)
-        rc = mq_layer_forward(job->layer, &job->context, unit, run->hidden + (size_t)unit->first * stride,
-                              &run->scratch[worker], &err);
+    if (rc == MQ_OK) rc = job->step(run, job->context, index, &run->scratch[worker], &err);
     if (rc != MQ_OK) note_failure(job, rc, &err);
 }
 
-static void run_units(void *argument, int64_t begin, int64_t end, int worker)
+static void run_range(void *argument, int64_t begin, int64_t end, int worker)
 {
-    layer_job *job = argument;
-    for (int64_t i = begin; i < end; i++) run_unit(job, &job->run->units[i], worker);
+    for (int64_t i = begin; i < end; i++) run_step(argument, i, worker);
 }
 
-/* Every worker takes units of its own as long as there is one for each; the rest go one by one, each over all. */
-static int run_all_units(mq_run *run, mq_layer *layer, mq_error *err)
+int mq_run_steps(mq_run *run, int64_t count, mq_step_fn step, void *context, mq_error *err)
 {
-    layer_job job = {.run = run, .layer = layer, .context = context_of(run), .err = err};
-    int64_t threads = mq_pool_threads(), shared = run->unit_count / threads * threads;
+    step_job job = {.run = run, .step = step, .context = context, .err = err};
+    int64_t threads = mq_pool_threads(), shared = count / threads * threads;
     if (pthread_mutex_init(&job.mutex, NULL) != 0) return mq_fail_memory(err, "a lock", sizeof job.mutex);
-    if (threads > 1) mq_parallel_for(shared, 1, run_units, &job);
+    if (threads > 1) mq_parallel_for(shared, 1, run_range, &job);
     else shared = 0;
-    for (int64_t i = shared; i < run->unit_count; i++) run_unit(&job, &run->units[i], 0);
+    for (int64_t i = shared; i < count; i++) run_step(&job, i, 0);
     pthread_mutex_destroy(&job.mutex);
     return atomic_load(&job.rc);
+}
+
+static int forward_unit(mq_run *run, void *layer, int64_t index, const mq_scratch *scratch, mq_error *err)
+{
+    const mq_unit *unit = &run->units[index];
+    mq_layer_context context = mq_run_context(run);
+    size_t stride = (size_t)run->runtime->config.hidden_size * mq_dtype_size(run->runtime->dtype);
+    return mq_layer_forward(layer, &context, unit, run->hidden + (size_t)unit->first * stride, scratch, err);
 }
 
 static int check_order(const mq_run *run, int64_t layer, mq_error *err)
@@ -245,6 +251,9 @@ static int check_order(const mq_run *run, int64_t layer, mq_error *err)
     if (run->next_layer != layer)
         return mq_fail(err, MQ_ERR_STATE, "layer %lld: the next layer is %lld", (long long)layer,
                        (long long)run->next_layer);
+    if (run->dispatch.layer == layer)
+        return mq_fail(err, MQ_ERR_STATE, "layer %lld: its expert %lld comes next", (long long)layer,
+                       (long long)run->dispatch.next);
     if (!run->runtime->layers[layer].loaded)
         return mq_fail(err, MQ_ERR_STATE, "layer %lld is not loaded", (long long)layer);
     return MQ_OK;
@@ -260,11 +269,14 @@ int mq_run_layer(mq_run *run, int64_t index, mq_error *err)
     size_t count = mq_layer_points(layer, points);
     rc = mq_layer_check(layer, &run->runtime->config, err);
     if (rc == MQ_OK) rc = mq_run_reserve(run, err);
+    if (rc == MQ_OK && layer->experts > 0) rc = mq_dispatch_begin(run, err);
     if (rc == MQ_OK) rc = mq_points_begin(points, count, err);
     if (rc != MQ_OK) return rc;
-    rc = run_all_units(run, layer, err);
+    rc = mq_run_steps(run, run->unit_count, forward_unit, layer, err);
     int ended = mq_points_end(points, count, rc == MQ_OK, err);
     if (rc == MQ_OK) rc = ended;
-    run->next_layer = rc == MQ_OK ? index + 1 : -1;
+    if (rc != MQ_OK) run->next_layer = -1;
+    else if (layer->experts > 0) mq_dispatch_rows(run, index);
+    else run->next_layer = index + 1;
     return rc;
 }

@@ -13,6 +13,18 @@ typedef struct mq_batch {
     int64_t first;               /* row of the run of its first token */
 } mq_batch;
 
+/* Between the attention half of a layer with experts and the last of these: which rows go to which expert. */
+typedef struct mq_dispatch {
+    int64_t layer;               /* -1: no experts are to come */
+    int64_t next;                /* the expert that comes next */
+    mq_routes routes;            /* of every row */
+    int64_t *start;              /* (experts + 1): of each expert's rows in tokens and shares */
+    int64_t *tokens;             /* (rows * top_k): rows of the run, ascending within an expert */
+    float *shares;               /* (rows * top_k) */
+    int64_t *counted;            /* (experts): rows that are no padding */
+    void *sums;                  /* (rows, C) */
+} mq_dispatch;
+
 typedef struct mq_run {
     mq_runtime *runtime;         /* not owned */
     mq_batch *batches;
@@ -23,6 +35,7 @@ typedef struct mq_run {
     uint8_t *mask;               /* (rows), NULL = no padding */
     int count_padding;           /* padding counts in statistics too */
     char *hidden;                /* (rows, C) of runtime->dtype */
+    mq_dispatch dispatch;
     mq_rope_table rope;
     mq_scratch *scratch;         /* one per worker */
     int workers;
@@ -44,7 +57,11 @@ void mq_run_free(mq_run *run);
 size_t mq_run_nbytes(const mq_run *run);
 
 int mq_run_embed(mq_run *run, const mq_named_tensor *tensors, size_t count, mq_error *err);
+/* A layer with experts is done when every expert that has rows (dispatch.start) came after it, in order. */
 int mq_run_layer(mq_run *run, int64_t layer, mq_error *err);
+/* All rows of one expert; tensors: its own. */
+int mq_run_expert(mq_run *run, int64_t layer, int64_t expert, const mq_named_tensor *tensors, size_t count,
+                  mq_error *err);
 
 /* Statistics of what reaches lm_head (final norm of the hidden states). */
 int mq_run_finish(mq_run *run, const mq_named_tensor *tensors, size_t count, mq_error *err);
@@ -62,5 +79,17 @@ int mq_run_loss(mq_run *run, const int32_t *labels, const mq_named_tensor *tenso
 
 /* Scratch for every worker that the pool has now. */
 int mq_run_reserve(mq_run *run, mq_error *err);
+
+/* step for each of 0..count: every worker takes steps of its own as long as there is one for each; the rest go one by
+ * one, each over all workers. Returns the first failure. */
+typedef int (*mq_step_fn)(mq_run *run, void *context, int64_t index, const mq_scratch *scratch, mq_error *err);
+int mq_run_steps(mq_run *run, int64_t count, mq_step_fn step, void *context, mq_error *err);
+mq_layer_context mq_run_context(const mq_run *run);
+
+/* run_experts.c: begin makes room, dispatch sorts the rows by expert. */
+int mq_dispatch_begin(mq_run *run, mq_error *err);
+void mq_dispatch_rows(mq_run *run, int64_t layer);
+void mq_dispatch_free(mq_dispatch *dispatch);
+size_t mq_dispatch_nbytes(const mq_run *run);
 
 #endif

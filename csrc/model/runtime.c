@@ -17,33 +17,72 @@ static void add_outer(mq_runtime *runtime, mq_role role, mq_module_kind kind, co
                       int64_t cols)
 {
     mq_module *module = &runtime->modules[runtime->module_count++];
-    *module = (mq_module){.role = role, .kind = kind, .layer = -1, .shape = {rows, cols}, .ndim = cols > 0 ? 2 : 1};
+    *module = (mq_module){.role = role, .kind = kind, .layer = -1, .expert = -1, .shape = {rows, cols},
+                          .ndim = cols > 0 ? 2 : 1};
     set_name(module->name, "", name, "");
     set_name(module->weight, "", name, ".weight");
 }
 
-static void add_layer_module(mq_runtime *runtime, int64_t index, const mq_layer_module *row)
+/* prefix, then text with the number of the expert in the place of #, then suffix. */
+static void set_expert_name(char *out, const char *prefix, const char *text, int64_t expert, const char *suffix)
+{
+    const char *mark = strchr(text, '#');
+    if (mark == NULL) set_name(out, prefix, text, suffix);
+    else snprintf(out, MQ_NAME_SIZE, "%s%.*s%d%s%s", prefix, (int)(mark - text), text, (int)expert, mark + 1, suffix);
+}
+
+static void add_layer_module(mq_runtime *runtime, int64_t index, const mq_layer_module *row, int64_t expert)
 {
     const mq_config *config = &runtime->config;
     mq_module *module = &runtime->modules[runtime->module_count++];
     char prefix[32];
     snprintf(prefix, sizeof prefix, "model.layers.%d.", (int)index);
     *module = (mq_module){
-        .role = row->role, .kind = row->kind, .layer = index, .ndim = row->cols == MQ_DIM_NONE ? 1 : 2,
+        .role = row->role, .kind = row->kind, .layer = index, .expert = expert,
+        .ndim = row->cols == MQ_DIM_NONE ? 1 : 2,
         .shape = {mq_dim_of(config, row->rows), mq_dim_of(config, row->cols)},
     };
-    set_name(module->name, prefix, row->name, "");
-    if (*row->site) set_name(module->site, prefix, row->site, "");
-    if (row->kind != MQ_MODULE_ATTENTION) set_name(module->weight, prefix, row->name, ".weight");
-    if (mq_condition_holds(runtime->family, config, row->bias)) set_name(module->bias, prefix, row->name, ".bias");
+    set_expert_name(module->name, prefix, row->name, expert, "");
+    if (*row->site) set_expert_name(module->site, prefix, row->site, expert, "");
+    if (row->kind != MQ_MODULE_ATTENTION && row->kind != MQ_MODULE_EXPERTS)
+        set_expert_name(module->weight, prefix, row->name, expert, ".weight");
+    if (mq_condition_holds(runtime->family, config, 0, row->bias)) set_name(module->bias, prefix, row->name, ".bias");
 }
 
-static int add_modules(mq_runtime *runtime, mq_error *err)
+static int is_expert(const mq_layer_module *row)
+{
+    return strchr(row->name, '#') != NULL;
+}
+
+/* The rows of one layer, those of experts once for each expert. Only counts if there is no memory yet. */
+static size_t add_layer(mq_runtime *runtime, int64_t index, int moe)
+{
+    size_t rows, count = 0;
+    const mq_layer_module *table = mq_layer_modules(&rows);
+    for (size_t i = 0, step; i < rows; i += step) {
+        int64_t times = is_expert(&table[i]) ? runtime->config.num_experts : 1;
+        step = is_expert(&table[i]) ? MQ_EXPERT_LINEARS : 1;
+        if (!mq_condition_holds(runtime->family, &runtime->config, moe, table[i].present)) continue;
+        count += (size_t)times * step;
+        for (int64_t expert = 0; runtime->modules != NULL && expert < times; expert++)
+            for (size_t j = 0; j < step; j++)
+                add_layer_module(runtime, index, &table[i + j], is_expert(&table[i]) ? expert : -1);
+    }
+    return count;
+}
+
+static int has_experts(const mq_runtime *runtime, const mq_per_layer *layers, int64_t index)
+{
+    if (runtime->config.num_experts == 0 || !(runtime->family->flags & MQ_FAMILY_MOE)) return 0;
+    return layers->experts == NULL || layers->experts[index] != 0;
+}
+
+static int add_modules(mq_runtime *runtime, const mq_per_layer *layers, mq_error *err)
 {
     const mq_config *config = &runtime->config;
-    size_t rows, total;
-    const mq_layer_module *table = mq_layer_modules(&rows);
-    total = (size_t)config->num_hidden_layers * rows + 3;
+    size_t total = 3;
+    for (int64_t i = 0; i < config->num_hidden_layers; i++)
+        total += add_layer(runtime, i, has_experts(runtime, layers, i));
     runtime->modules = mq_alloc_array(total, sizeof *runtime->modules);
     runtime->by_name = mq_alloc_array(total, sizeof *runtime->by_name);
     runtime->layer_start = mq_alloc_array((size_t)config->num_hidden_layers + 1, sizeof *runtime->layer_start);
@@ -53,8 +92,7 @@ static int add_modules(mq_runtime *runtime, mq_error *err)
               config->hidden_size);
     for (int64_t i = 0; i < config->num_hidden_layers; i++) {
         runtime->layer_start[i] = runtime->module_count;
-        for (size_t j = 0; j < rows; j++)
-            if (mq_condition_holds(runtime->family, config, table[j].present)) add_layer_module(runtime, i, &table[j]);
+        add_layer(runtime, i, has_experts(runtime, layers, i));
     }
     runtime->layer_start[config->num_hidden_layers] = runtime->module_count;
     add_outer(runtime, MQ_ROLE_FINAL_NORM, MQ_MODULE_NORM, "model.norm", config->hidden_size, 0);
@@ -70,12 +108,28 @@ static int by_name(const void *a, const void *b)
     return strcmp((*(const mq_module *const *)a)->name, (*(const mq_module *const *)b)->name);
 }
 
+static int output_site(const mq_module *module)
+{
+    return MQ_ROLE_COUNT + (int)module->role;
+}
+
 /* Input points of linears with one site string get one number; every other point has its own. */
 static int site_of(const mq_runtime *runtime, const mq_module *module)
 {
     const mq_module *other = &runtime->modules[runtime->layer_start[module->layer]];
     while (strcmp(other->site, module->site) != 0) other++;
     return (int)other->role;
+}
+
+/* Every expert has the same place, and the name that their quantizers share. */
+static void bind_linear(mq_runtime *runtime, const mq_module *module)
+{
+    if (module->expert > 0) return;
+    mq_layer *layer = &runtime->layers[module->layer];
+    layer->linears[module->role] = (mq_linear){
+        .rows = module->shape[0], .cols = module->shape[1], .name = module->name, .output.site = output_site(module),
+        .input.site = module->kind == MQ_MODULE_LINEAR ? site_of(runtime, module) : output_site(module),
+    };
 }
 
 static void bind_layers(mq_runtime *runtime, const int64_t *windows)
@@ -87,11 +141,8 @@ static void bind_layers(mq_runtime *runtime, const int64_t *windows)
         mq_layer *layer = &runtime->layers[module->layer];
         layer->window = windows ? windows[module->layer] : runtime->config.sliding_window;
         if (module->kind == MQ_MODULE_ATTENTION) layer->attention_name = module->name;
-        if (module->kind != MQ_MODULE_LINEAR) continue;
-        layer->linears[module->role] = (mq_linear){
-            .rows = module->shape[0], .cols = module->shape[1], .name = module->name,
-            .input.site = site_of(runtime, module), .output.site = MQ_ROLE_COUNT + (int)module->role,
-        };
+        if (module->kind == MQ_MODULE_EXPERTS) layer->experts = runtime->config.num_experts;
+        if (module->kind == MQ_MODULE_LINEAR || module->kind == MQ_MODULE_ROUTER) bind_linear(runtime, module);
     }
     for (int64_t i = 0; i < runtime->config.num_hidden_layers; i++) {
         mq_layer *layer = &runtime->layers[i];
@@ -103,7 +154,7 @@ static void bind_layers(mq_runtime *runtime, const int64_t *windows)
 }
 
 int mq_runtime_init(mq_runtime *runtime, const mq_family *family, const mq_config *config, mq_dtype dtype,
-                    const int64_t *windows, mq_error *err)
+                    const mq_per_layer *per_layer, mq_error *err)
 {
     size_t layers = (size_t)config->num_hidden_layers;
     memset(runtime, 0, sizeof *runtime);
@@ -111,11 +162,11 @@ int mq_runtime_init(mq_runtime *runtime, const mq_family *family, const mq_confi
     runtime->config = *config;
     runtime->dtype = dtype;
     runtime->gemm = dtype == MQ_BF16 ? MQ_GEMM_BF16 : MQ_GEMM_F32;
-    int rc = add_modules(runtime, err);
+    int rc = add_modules(runtime, per_layer, err);
     if (rc != MQ_OK) goto done;
     runtime->layers = mq_alloc_zeroed(layers * sizeof *runtime->layers);
     if (runtime->layers == NULL) rc = mq_fail_memory(err, "the layers", layers * sizeof *runtime->layers);
-    else bind_layers(runtime, windows);
+    else bind_layers(runtime, per_layer->windows);
 done:
     if (rc != MQ_OK) mq_runtime_free(runtime);
     return rc;
@@ -154,7 +205,11 @@ static mq_point *point_of(mq_runtime *runtime, const mq_module *module, const ch
     if (module->role == MQ_ROLE_HEAD) return strcmp(what, "input_quantizer") == 0 ? &runtime->head_input : NULL;
     if (module->layer < 0) return NULL;
     mq_layer *layer = &runtime->layers[module->layer];
-    if (module->kind == MQ_MODULE_LINEAR) {
+    if (module->kind == MQ_MODULE_EXPERTS) {
+        if (strcmp(what, "gate_up_proj_input_quantizer") == 0) return &layer->linears[MQ_ROLE_GATE].input;
+        if (strcmp(what, "down_proj_input_quantizer") == 0) return &layer->linears[MQ_ROLE_DOWN].input;
+    }
+    if (module->kind == MQ_MODULE_LINEAR && module->expert < 0) {
         if (strcmp(what, "input_quantizer") == 0) return &layer->linears[module->role].input;
         if (strcmp(what, "output_quantizer") == 0) return &layer->linears[module->role].output;
     }
@@ -238,16 +293,20 @@ static int load_module(mq_runtime *runtime, const mq_module *module, const mq_na
     return mq_linear_load(&linear->weight, weight, runtime->gemm, module->weight, err);
 }
 
-/* Every given tensor must be one that the layer has: a surplus one is a mistake that would go unnoticed. */
-static int check_names(const mq_runtime *runtime, int64_t layer, const mq_named_tensor *tensors, size_t count,
-                       mq_error *err)
+static int has_tensor(const mq_module *module, int64_t expert, const char *name)
+{
+    return module->expert == expert && (strcmp(name, module->weight) == 0 || strcmp(name, module->bias) == 0);
+}
+
+/* Every given tensor must be one that the layer, or the expert, has: a surplus one is a mistake that would go
+ * unnoticed. */
+static int check_names(const mq_runtime *runtime, int64_t layer, int64_t expert, const mq_named_tensor *tensors,
+                       size_t count, mq_error *err)
 {
     for (size_t i = 0; i < count; i++) {
         int known = 0;
-        for (size_t j = runtime->layer_start[layer]; j < runtime->layer_start[layer + 1] && !known; j++) {
-            const mq_module *module = &runtime->modules[j];
-            known = strcmp(tensors[i].name, module->weight) == 0 || strcmp(tensors[i].name, module->bias) == 0;
-        }
+        for (size_t j = runtime->layer_start[layer]; j < runtime->layer_start[layer + 1] && !known; j++)
+            known = has_tensor(&runtime->modules[j], expert, tensors[i].name);
         if (!known) return mq_fail(err, MQ_ERR_VALUE, "%s is not a tensor of layer %d", tensors[i].name, (int)layer);
     }
     return MQ_OK;
@@ -256,15 +315,40 @@ static int check_names(const mq_runtime *runtime, int64_t layer, const mq_named_
 int mq_runtime_load_layer(mq_runtime *runtime, int64_t index, const mq_named_tensor *tensors, size_t count,
                           mq_error *err)
 {
-    int rc = check_names(runtime, index, tensors, count, err);
+    int rc = check_names(runtime, index, -1, tensors, count, err);
     mq_runtime_drop_layer(runtime, index);
     for (size_t i = runtime->layer_start[index]; rc == MQ_OK && i < runtime->layer_start[index + 1]; i++) {
         const mq_module *module = &runtime->modules[i];
-        if (module->weight[0] != '\0') rc = load_module(runtime, module, tensors, count, err);
+        if (module->weight[0] != '\0' && module->expert < 0) rc = load_module(runtime, module, tensors, count, err);
     }
     if (rc != MQ_OK) mq_runtime_drop_layer(runtime, index);
     else runtime->layers[index].loaded = 1;
     return rc;
+}
+
+const mq_module *mq_runtime_expert(const mq_runtime *runtime, int64_t layer, int64_t expert)
+{
+    const mq_module *module = &runtime->modules[runtime->layer_start[layer]];
+    while (module->expert < 0) module++;
+    return module + expert * MQ_EXPERT_LINEARS;
+}
+
+int mq_runtime_load_expert(mq_runtime *runtime, int64_t layer, int64_t expert, const mq_named_tensor *tensors,
+                           size_t count, mq_error *err)
+{
+    int rc = check_names(runtime, layer, expert, tensors, count, err);
+    const mq_module *module = mq_runtime_expert(runtime, layer, expert);
+    mq_runtime_drop_expert(runtime, layer);
+    for (int i = 0; rc == MQ_OK && i < MQ_EXPERT_LINEARS; i++)
+        rc = load_module(runtime, &module[i], tensors, count, err);
+    if (rc != MQ_OK) mq_runtime_drop_expert(runtime, layer);
+    return rc;
+}
+
+void mq_runtime_drop_expert(mq_runtime *runtime, int64_t layer)
+{
+    static const mq_role roles[MQ_EXPERT_LINEARS] = {MQ_ROLE_GATE, MQ_ROLE_UP, MQ_ROLE_DOWN};
+    for (int i = 0; i < MQ_EXPERT_LINEARS; i++) mq_linear_free(&runtime->layers[layer].linears[roles[i]].weight);
 }
 
 void mq_runtime_drop_layer(mq_runtime *runtime, int64_t index)

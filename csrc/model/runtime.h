@@ -13,6 +13,7 @@ typedef struct mq_module {
     mq_role role;
     mq_module_kind kind;
     int64_t layer;                                 /* -1: outside the layers */
+    int64_t expert;                                /* -1: of none */
     int64_t shape[2];
     int ndim;                                      /* of shape */
 } mq_module;
@@ -30,9 +31,14 @@ typedef struct mq_runtime {
     mq_point head_input;          /* of lm_head */
 } mq_runtime;
 
-/* windows: attention window of each layer, or NULL for config.sliding_window everywhere. */
+/* What differs from layer to layer; each an array or NULL. */
+typedef struct mq_per_layer {
+    const int64_t *windows;       /* attention window; NULL = config.sliding_window everywhere */
+    const int64_t *experts;       /* 0 = an MLP; NULL = experts everywhere if config.num_experts says so */
+} mq_per_layer;
+
 int mq_runtime_init(mq_runtime *runtime, const mq_family *family, const mq_config *config, mq_dtype dtype,
-                    const int64_t *windows, mq_error *err);
+                    const mq_per_layer *layers, mq_error *err);
 void mq_runtime_free(mq_runtime *runtime);
 
 /* NULL if there is no module, or no point, of that name. */
@@ -44,10 +50,18 @@ typedef struct mq_named_tensor {
     mq_tensor tensor;
 } mq_named_tensor;
 
-/* Exactly the tensors that layer needs, by name. The old weights are dropped first. */
+/* Exactly the tensors that layer needs, by name, its experts' left out. The old weights are dropped first. */
 int mq_runtime_load_layer(mq_runtime *runtime, int64_t layer, const mq_named_tensor *tensors, size_t count,
                           mq_error *err);
 void mq_runtime_drop_layer(mq_runtime *runtime, int64_t layer);
+
+/* The modules of one expert, MQ_EXPERT_LINEARS of them. */
+enum { MQ_EXPERT_LINEARS = 3 };
+const mq_module *mq_runtime_expert(const mq_runtime *runtime, int64_t layer, int64_t expert);
+/* Exactly the tensors of one expert; they take the place of another's. drop frees them. */
+int mq_runtime_load_expert(mq_runtime *runtime, int64_t layer, int64_t expert, const mq_named_tensor *tensors,
+                           size_t count, mq_error *err);
+void mq_runtime_drop_expert(mq_runtime *runtime, int64_t layer);
 
 /* A module outside the layers, or NULL. */
 const mq_module *mq_runtime_outer(const mq_runtime *runtime, mq_role role);

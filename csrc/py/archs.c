@@ -32,12 +32,21 @@ static PyObject *flag_list(unsigned flags)
 static int may_hold(const mq_family *family, mq_condition condition)
 {
     static const mq_config all = {.attention_bias = 1, .mlp_bias = 1};
-    return mq_condition_holds(family, &all, condition);
+    int moe = (family->flags & MQ_FAMILY_MOE) != 0;
+    return mq_condition_holds(family, &all, 0, condition) || (moe && mq_condition_holds(family, &all, 1, condition));
+}
+
+static int has_tensors(const mq_layer_module *row)
+{
+    return row->kind != MQ_MODULE_ATTENTION && row->kind != MQ_MODULE_EXPERTS;
 }
 
 static int add_template(PyObject *list, const char *name, const char *suffix)
 {
-    return append(list, PyUnicode_FromFormat("model.layers.{layer}.%s.%s", name, suffix));
+    const char *mark = strchr(name, '#');
+    if (mark == NULL) return append(list, PyUnicode_FromFormat("model.layers.{layer}.%s.%s", name, suffix));
+    return append(list, PyUnicode_FromFormat("model.layers.{layer}.%.*s{expert}%s.%s", (int)(mark - name), name,
+                                             mark + 1, suffix));
 }
 
 /* Every tensor that a model of the family may have. */
@@ -47,7 +56,7 @@ static PyObject *tensor_list(const mq_family *family)
     const mq_layer_module *table = mq_layer_modules(&count);
     PyObject *list = Py_BuildValue("[sss]", "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight");
     for (size_t i = 0; list != NULL && i < count; i++) {
-        if (table[i].kind == MQ_MODULE_ATTENTION || !may_hold(family, table[i].present)) continue;
+        if (!has_tensors(&table[i]) || !may_hold(family, table[i].present)) continue;
         if (add_template(list, table[i].name, "weight") < 0 ||
             (may_hold(family, table[i].bias) && add_template(list, table[i].name, "bias") < 0))
             Py_CLEAR(list);
@@ -85,8 +94,8 @@ static PyObject *family_dict(const mq_family *family)
 PyDoc_STRVAR(archs_doc,
 "archs()\n--\n\n"
 "The model families: [{'family', 'model_types', 'architectures', 'flags', 'tensors', 'config_keys'}].\n\n"
-"tensors: names of all tensors a model may have, {layer} standing for the number. config_keys: {flat key of\n"
-"Runtime's config: its default, None where it must be given}.");
+"tensors: names of all tensors a model may have, {layer} and {expert} standing for numbers.\n"
+"config_keys: {flat key of Runtime's config: its default, None where it must be given}.");
 
 static PyObject *archs(PyObject *module, PyObject *unused)
 {

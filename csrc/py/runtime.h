@@ -39,6 +39,9 @@ PyObject *mq_as_booleans(PyObject *object);
 int mq_layer_enter(RuntimeObject *runtime, int64_t layer);
 void mq_layer_leave(RuntimeObject *runtime, int64_t layer);
 
+/* IndexError if the layer has no such expert. */
+int mq_check_expert(RuntimeObject *runtime, int64_t layer, int64_t expert);
+
 /* Takes or gives back a busy flag; enter raises RuntimeError if it is taken. */
 int mq_enter(_Atomic int *busy, const char *what);
 void mq_leave(_Atomic int *busy);

@@ -219,31 +219,94 @@ static PyObject *run_finish(PyObject *self, PyObject *dict)
 PyDoc_STRVAR(layer_doc,
 "layer($self, layer)\n--\n\n"
 "All batches through one layer, which must be loaded and the next in order.\n\n"
+"Of a layer with experts this is the first half: it returns int64 [experts, 2], how many tokens go to each expert,\n"
+"all of them and those that are no padding; then `expert` is to be called for each that has any. Else it returns\n"
+"None.\n\n"
 "Calibrators at its points collect once it is done. RuntimeError for a wrong order; after an error or Ctrl-C the\n"
 "hidden states are lost, and embed starts again.");
+
+/* int64 [experts, 2] of the layer whose experts come next, None if there is none such. */
+static PyObject *expert_tokens(RunObject *self)
+{
+    const mq_dispatch *dispatch = &self->run.dispatch;
+    int64_t shape[2] = {self->runtime->runtime.config.num_experts, 2};
+    mq_tensor view;
+    if (dispatch->layer < 0) return Py_NewRef(Py_None);
+    PyObject *array = mq_new_array(mq_state_of_object((PyObject *)self), MQ_I64, 2, shape, &view);
+    int64_t *out = array ? view.data : NULL;
+    for (int64_t i = 0; array != NULL && i < shape[0]; i++) {
+        out[2 * i] = dispatch->start[i + 1] - dispatch->start[i];
+        out[2 * i + 1] = dispatch->counted[i];
+    }
+    return array;
+}
+
+static int check_layer(RunObject *self, long long layer)
+{
+    long long layers = self->runtime->runtime.config.num_hidden_layers;
+    if (layer == -1 && PyErr_Occurred()) return -1;
+    if (layer >= 0 && layer < layers) return 0;
+    PyErr_Format(PyExc_IndexError, "layer %lld of a model of %lld layers", layer, layers);
+    return -1;
+}
+
+/* The run and one layer of its runtime, for one call. */
+static int enter_layer(RunObject *self, int64_t layer)
+{
+    if (mq_enter(&self->busy, "the Run") < 0) return -1;
+    if (mq_layer_enter(self->runtime, layer) == 0) return 0;
+    mq_leave(&self->busy);
+    return -1;
+}
+
+static void leave_layer(RunObject *self, int64_t layer)
+{
+    mq_layer_leave(self->runtime, layer);
+    mq_leave(&self->busy);
+}
 
 static PyObject *run_layer(PyObject *self, PyObject *argument)
 {
     RunObject *object = (RunObject *)self;
-    mq_runtime *runtime = &object->runtime->runtime;
     long long layer = PyLong_AsLongLong(argument);
     mq_error err;
     int rc;
-    if (layer == -1 && PyErr_Occurred()) return NULL;
-    if (layer < 0 || layer >= runtime->config.num_hidden_layers)
-        return PyErr_Format(PyExc_IndexError, "layer %lld of a model of %lld layers", layer,
-                            (long long)runtime->config.num_hidden_layers);
-    if (mq_enter(&object->busy, "the Run") < 0) return NULL;
-    if (mq_layer_enter(object->runtime, layer) < 0) {
-        mq_leave(&object->busy);
-        return NULL;
-    }
+    if (check_layer(object, layer) < 0 || enter_layer(object, layer) < 0) return NULL;
     Py_BEGIN_ALLOW_THREADS
     rc = mq_run_layer(&object->run, layer, &err);
     Py_END_ALLOW_THREADS
-    mq_layer_leave(object->runtime, layer);
-    mq_leave(&object->busy);
-    return rc == MQ_OK ? Py_NewRef(Py_None) : mq_raise(&err);
+    PyObject *result = rc == MQ_OK ? expert_tokens(object) : mq_raise(&err);
+    leave_layer(object, layer);
+    return result;
+}
+
+PyDoc_STRVAR(expert_doc,
+"expert($self, layer, expert, tensors, /)\n--\n\n"
+"The tokens of one expert, after layer(layer), which must still be loaded; experts in order, those without tokens\n"
+"may be left out. With the last that has tokens the layer is done. tensors: those of\n"
+"Runtime.expert_tensors(layer, expert), in memory only meanwhile. Errors as in `layer` and `Runtime.load_layer`.");
+
+static PyObject *run_expert(PyObject *self, PyObject *args)
+{
+    RunObject *object = (RunObject *)self;
+    long long layer, expert;
+    PyObject *dict;
+    mq_tensor_map map;
+    mq_error err;
+    int rc = -1;
+    if (!PyArg_ParseTuple(args, "LLO:expert", &layer, &expert, &dict) || check_layer(object, layer) < 0 ||
+        mq_check_expert(object->runtime, layer, expert) < 0)
+        return NULL;
+    if (mq_tensor_map_init(&map, mq_state_of_object(self), dict) < 0) return NULL;
+    if (enter_layer(object, layer) < 0) goto done;
+    Py_BEGIN_ALLOW_THREADS
+    rc = mq_run_expert(&object->run, layer, expert, map.tensors, map.count, &err);
+    Py_END_ALLOW_THREADS
+    leave_layer(object, layer);
+    if (rc != MQ_OK) mq_raise(&err);
+done:
+    mq_tensor_map_free(&map);
+    return rc == MQ_OK ? Py_NewRef(Py_None) : NULL;
 }
 
 static int parse_batch(const RunObject *self, PyObject *argument, int64_t *out)
@@ -407,6 +470,7 @@ static PyObject *run_next_layer(PyObject *self, void *unused)
 static PyMethodDef methods[] = {
     {"embed", run_embed, METH_O, embed_doc},
     {"layer", run_layer, METH_O, layer_doc},
+    {"expert", run_expert, METH_VARARGS, expert_doc},
     {"finish", run_finish, METH_O, finish_doc},
     {"hidden", run_hidden, METH_O, hidden_doc},
     {"logits", run_logits, METH_VARARGS, logits_doc},

@@ -11,7 +11,9 @@ PyDoc_STRVAR(
     "Runtime(family, config, compute='bfloat16')\n--\n\n"
     "A model of one of the families of archs(), without its weights.\n\n"
     "config: a dict with the flat keys that archs() lists as config_keys (others are ignored), and optionally\n"
-    "layer_windows, the attention window of each layer (0 = unlimited). compute: 'bfloat16' (activations between "
+    "layer_windows, the attention window of each layer (0 = unlimited), and layer_experts, which layers have "
+    "experts\n"
+    "(all, if there are experts and it is not given). compute: 'bfloat16' (activations between "
     "operations\n"
     "are rounded to bfloat16, as a transformers model in bfloat16 does) or 'float32'.");
 
@@ -79,26 +81,26 @@ static int read_config(PyObject *dict, mq_config *config)
 }
 
 /* *out: layers numbers to be freed with mq_free, or NULL if the config does not say. */
-static int read_windows(PyObject *dict, int64_t layers, int64_t **out)
+static int read_per_layer(PyObject *dict, const char *key, int64_t layers, int64_t **out)
 {
-    PyObject *given = lookup(dict, "layer_windows");
+    PyObject *given = lookup(dict, key);
     *out = NULL;
     if (given == NULL) return PyErr_Occurred() ? -1 : 0;
-    PyObject *items = PySequence_Fast(given, "config: layer_windows must be a sequence");
+    PyObject *items = PySequence_Fast(given, "config: layer_windows and layer_experts must be sequences");
     Py_DECREF(given);
     if (items == NULL) return -1;
-    int64_t *windows = mq_alloc_array((size_t)layers, sizeof *windows);
-    if (windows == NULL) PyErr_NoMemory();
+    int64_t *values = mq_alloc_array((size_t)layers, sizeof *values);
+    if (values == NULL) PyErr_NoMemory();
     else if (PySequence_Fast_GET_SIZE(items) != (Py_ssize_t)layers)
-        PyErr_Format(PyExc_ValueError, "config: layer_windows has %zd entries for %lld layers",
+        PyErr_Format(PyExc_ValueError, "config: %s has %zd entries for %lld layers", key,
                      PySequence_Fast_GET_SIZE(items), (long long)layers);
     for (int64_t i = 0; i < layers && !PyErr_Occurred(); i++) {
-        windows[i] = PyLong_AsLongLong(PySequence_Fast_GET_ITEM(items, i));
-        if (!PyErr_Occurred() && (windows[i] < 0 || windows[i] > INT32_MAX))
-            PyErr_Format(PyExc_ValueError, "config: layer_windows[%lld] is out of range", (long long)i);
+        values[i] = PyLong_AsLongLong(PySequence_Fast_GET_ITEM(items, i));
+        if (!PyErr_Occurred() && (values[i] < 0 || values[i] > INT32_MAX))
+            PyErr_Format(PyExc_ValueError, "config: %s[%lld] is out of range", key, (long long)i);
     }
     Py_DECREF(items);
-    *out = windows;
+    *out = values;
     return PyErr_Occurred() ? -1 : 0;
 }
 
@@ -113,17 +115,20 @@ static int init_runtime(RuntimeObject *self, const mq_family *family, PyObject *
 {
     mq_config config;
     mq_error err;
-    int64_t *windows = NULL;
+    int64_t *windows = NULL, *experts = NULL;
     if (read_config(dict, &config) < 0) return -1;
-    if (read_windows(dict, config.num_hidden_layers, &windows) == 0) {
+    if (read_per_layer(dict, "layer_windows", config.num_hidden_layers, &windows) == 0 &&
+        read_per_layer(dict, "layer_experts", config.num_hidden_layers, &experts) == 0) {
+        mq_per_layer layers = {.windows = windows, .experts = experts};
         self->calibrators = PyDict_New();
         self->quantizers = PyDict_New();
         if (self->calibrators != NULL && self->quantizers != NULL) {
-            if (mq_runtime_init(&self->runtime, family, &config, dtype, windows, &err) == MQ_OK) self->ready = 1;
+            if (mq_runtime_init(&self->runtime, family, &config, dtype, &layers, &err) == MQ_OK) self->ready = 1;
             else mq_raise(&err);
         }
     }
     mq_free(windows);
+    mq_free(experts);
     return self->ready ? 0 : -1;
 }
 
@@ -183,10 +188,11 @@ static PyObject *module_dict(const mq_module *module)
     PyObject *shape = module->ndim == 1
                           ? Py_BuildValue("(L)", (long long)module->shape[0])
                           : Py_BuildValue("(LL)", (long long)module->shape[0], (long long)module->shape[1]);
-    return Py_BuildValue("{s:s,s:s,s:L,s:N,s:N,s:N,s:N}", "name", module->name, "kind",
+    PyObject *expert = module->expert < 0 ? Py_NewRef(Py_None) : PyLong_FromLongLong(module->expert);
+    return Py_BuildValue("{s:s,s:s,s:L,s:N,s:N,s:N,s:N,s:N}", "name", module->name, "kind",
                          mq_module_kind_name(module->kind), "layer", (long long)module->layer, "shape", shape,
                          "weight", text_or_none(module->weight), "bias", text_or_none(module->bias), "site",
-                         text_or_none(module->site));
+                         text_or_none(module->site), "expert", expert);
 }
 
 static PyObject *runtime_modules(PyObject *self, void *unused)
@@ -211,11 +217,13 @@ static int append_text(PyObject *list, const char *text)
     return rc;
 }
 
-static PyObject *tensor_names(const mq_module *modules, size_t count)
+static PyObject *tensor_names(const mq_module *modules, size_t count, int64_t expert)
 {
     PyObject *list = PyList_New(0);
     for (size_t i = 0; list != NULL && i < count; i++)
-        if (append_text(list, modules[i].weight) < 0 || append_text(list, modules[i].bias) < 0) Py_CLEAR(list);
+        if (modules[i].expert == expert &&
+            (append_text(list, modules[i].weight) < 0 || append_text(list, modules[i].bias) < 0))
+            Py_CLEAR(list);
     return list;
 }
 
@@ -231,7 +239,7 @@ static int parse_layer(PyObject *self, PyObject *object, int64_t *out)
 
 PyDoc_STRVAR(layer_tensors_doc,
 "layer_tensors($self, layer)\n--\n\n"
-"Names of the tensors that load_layer(layer, ...) needs.");
+"Names of the tensors that load_layer(layer, ...) needs: those of its experts left out.");
 
 static PyObject *runtime_layer_tensors(PyObject *self, PyObject *argument)
 {
@@ -239,7 +247,31 @@ static PyObject *runtime_layer_tensors(PyObject *self, PyObject *argument)
     int64_t layer;
     if (parse_layer(self, argument, &layer) < 0) return NULL;
     return tensor_names(runtime->modules + runtime->layer_start[layer],
-                        runtime->layer_start[layer + 1] - runtime->layer_start[layer]);
+                        runtime->layer_start[layer + 1] - runtime->layer_start[layer], -1);
+}
+
+PyDoc_STRVAR(experts_doc, "experts($self, layer)\n--\n\nHow many experts a layer has; 0 where it has an MLP.");
+
+static PyObject *runtime_experts(PyObject *self, PyObject *argument)
+{
+    int64_t layer;
+    if (parse_layer(self, argument, &layer) < 0) return NULL;
+    return PyLong_FromLongLong(runtime_of(self)->layers[layer].experts);
+}
+
+PyDoc_STRVAR(expert_tensors_doc,
+"expert_tensors($self, layer, expert, /)\n--\n\n"
+"Names of the tensors that Run.expert(layer, expert, ...) needs.");
+
+static PyObject *runtime_expert_tensors(PyObject *self, PyObject *args)
+{
+    PyObject *index;
+    int64_t layer;
+    long long expert;
+    if (!PyArg_ParseTuple(args, "OL:expert_tensors", &index, &expert) || parse_layer(self, index, &layer) < 0)
+        return NULL;
+    if (mq_check_expert((RuntimeObject *)self, layer, expert) < 0) return NULL;
+    return tensor_names(mq_runtime_expert(runtime_of(self), layer, expert), MQ_EXPERT_LINEARS, expert);
 }
 
 PyDoc_STRVAR(embed_tensors_doc, "embed_tensors($self)\n--\n\nNames of the tensors that Run.embed needs.");
@@ -247,7 +279,7 @@ PyDoc_STRVAR(embed_tensors_doc, "embed_tensors($self)\n--\n\nNames of the tensor
 static PyObject *runtime_embed_tensors(PyObject *self, PyObject *unused)
 {
     (void)unused;
-    return tensor_names(mq_runtime_outer(runtime_of(self), MQ_ROLE_EMBED), 1);
+    return tensor_names(mq_runtime_outer(runtime_of(self), MQ_ROLE_EMBED), 1, -1);
 }
 
 PyDoc_STRVAR(head_tensors_doc, "head_tensors($self)\n--\n\nNames of the tensors that Run.logits and Run.loss need.");
@@ -255,7 +287,7 @@ PyDoc_STRVAR(head_tensors_doc, "head_tensors($self)\n--\n\nNames of the tensors 
 static PyObject *runtime_head_tensors(PyObject *self, PyObject *unused)
 {
     (void)unused;
-    return tensor_names(mq_runtime_outer(runtime_of(self), MQ_ROLE_FINAL_NORM), 2);
+    return tensor_names(mq_runtime_outer(runtime_of(self), MQ_ROLE_FINAL_NORM), 2, -1);
 }
 
 PyDoc_STRVAR(load_layer_doc,
@@ -345,6 +377,15 @@ void mq_layer_leave(RuntimeObject *self, int64_t layer)
     mq_leave(busy_of(self, layer));
 }
 
+int mq_check_expert(RuntimeObject *self, int64_t layer, int64_t expert)
+{
+    int64_t experts = self->runtime.layers[layer].experts;
+    if (expert >= 0 && expert < experts) return 0;
+    PyErr_Format(PyExc_IndexError, "expert %lld of layer %lld, which has %lld", (long long)expert, (long long)layer,
+                 (long long)experts);
+    return -1;
+}
+
 static mq_point *find_point(PyObject *self, PyObject *name, int64_t *layer)
 {
     const char *text = PyUnicode_AsUTF8(name);
@@ -353,8 +394,8 @@ static mq_point *find_point(PyObject *self, PyObject *name, int64_t *layer)
     mq_point *point = mq_runtime_point(runtime_of(self), text, layer);
     if (point == NULL)
         PyErr_Format(PyExc_KeyError,
-                     "%s: no such quantizer; expected <linear>.input_quantizer, <linear>.output_quantizer or "
-                     "<attention>.{q,k,v}_bmm_quantizer",
+                     "%s: no such quantizer; expected <linear>.input_quantizer, <linear>.output_quantizer, "
+                     "<attention>.{q,k,v}_bmm_quantizer or <experts>.{gate_up,down}_proj_input_quantizer",
                      text);
     return point;
 }
@@ -418,6 +459,8 @@ static PyObject *runtime_set_calibrator(PyObject *self, PyObject *args)
 
 static PyMethodDef methods[] = {
     {"layer_tensors", runtime_layer_tensors, METH_O, layer_tensors_doc},
+    {"experts", runtime_experts, METH_O, experts_doc},
+    {"expert_tensors", runtime_expert_tensors, METH_VARARGS, expert_tensors_doc},
     {"embed_tensors", runtime_embed_tensors, METH_NOARGS, embed_tensors_doc},
     {"head_tensors", runtime_head_tensors, METH_NOARGS, head_tensors_doc},
     {"load_layer", runtime_load_layer, METH_VARARGS, load_layer_doc},
@@ -476,7 +519,7 @@ static PyObject *runtime_config(PyObject *self, void *unused)
 
 static PyGetSetDef properties[] = {
     {"modules", runtime_modules, NULL,
-     "Modules in the order of named_modules: name, kind, layer, shape, weight, bias, site.", NULL},
+     "Modules in the order of named_modules: name, kind, layer, shape, weight, bias, site, expert.", NULL},
     {"family", runtime_family, NULL, "The row of archs() this model is.", NULL},
     {"compute", runtime_compute, NULL, "'bfloat16' or 'float32'.", NULL},
     {"layers", runtime_layers, NULL, "Number of decoder layers.", NULL},

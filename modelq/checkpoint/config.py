@@ -19,15 +19,21 @@ _ABSENT: dict[str, dict[str, Any]] = {
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
     "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096},
     "qwen3": {"num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128},
+    "qwen3_moe": {"num_key_value_heads": 4, "sliding_window": 4096, "num_experts_per_tok": 8, "num_experts": 128,
+                  "moe_intermediate_size": 768},
+    "mixtral": {"num_key_value_heads": 8, "sliding_window": None, "num_experts_per_tok": 2, "num_local_experts": 8,
+                "rms_norm_eps": 1e-5, "rope_theta": 1e6},
 }
-_HAS_BIAS_KEYS = {"llama": ("attention_bias", "mlp_bias"), "qwen3": ("attention_bias",)}
+_HAS_BIAS_KEYS = {"llama": ("attention_bias", "mlp_bias"), "qwen3": ("attention_bias",), "qwen3_moe": ("attention_bias",)}
+_WINDOW_IN_ALL_LAYERS = ("mistral", "mixtral", "qwen3_moe")
+_WINDOW_SWITCHED = ("qwen2", "qwen3", "qwen3_moe")    # by use_sliding_window
 
 
 def runtime_config(hf_config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """(family, flat config) for _core.Runtime.
 
     The flat dict has the keys of the family's row in _core.archs() ("config_keys"), and layer_windows (tokens that each layer's
-    queries see, 0 for all) if the layers differ. ValueError names the key and the value that cannot be computed.
+    queries see, 0 for all) and layer_experts (whether it has experts) if the layers differ. ValueError names the key and the value that cannot be computed.
     """
     row, model_type = _family(hf_config)
     config = _Config(hf_config, _ABSENT.get(model_type, {}))
@@ -40,11 +46,14 @@ def runtime_config(hf_config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         flat[key] = key in _HAS_BIAS_KEYS.get(model_type, ()) and config.boolean(key, False)
     flat["hidden_act"] = config.word("hidden_act", "silu", _ACTIVATIONS)
     flat.update(_rope(config))
+    layer_experts = _experts(config, row, flat)
     windows = _windows(config, model_type, flat["num_hidden_layers"])
     flat["sliding_window"] = windows[0] if len(set(windows)) == 1 else 0
     known = {key: value for key, value in flat.items() if key in row["config_keys"]}
     if len(set(windows)) > 1:
         known["layer_windows"] = windows
+    if len(set(layer_experts)) > 1:
+        known["layer_experts"] = layer_experts
     return row["family"], known
 
 
@@ -145,15 +154,38 @@ def _rope(config: _Config) -> dict[str, Any]:
     return flat
 
 
+def _experts(config: _Config, row: Mapping[str, Any], flat: dict[str, Any]) -> list[bool]:
+    """Which layers have experts, and in `flat` how many, of what size, and how a token's experts share in the result."""
+    layers = flat["num_hidden_layers"]
+    if "moe" not in row["flags"]:
+        return [False] * layers
+    dense = config.get("mlp_only_layers", [])
+    if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
+        raise ValueError(f"config.json: mlp_only_layers is {dense!r}, expected a list of integers")
+    step = config.integer("decoder_sparse_step", 1)
+    found = [layer not in dense and (layer + 1) % step == 0 for layer in range(layers)]
+    if config.get("num_local_experts") == 0 or config.values.get("num_experts") == 0:
+        found = [False] * layers
+    if any(found):
+        # transformers 5 writes num_local_experts for every family
+        given = "num_local_experts" if "num_local_experts" in config.values else "num_experts"
+        flat["num_experts"] = config.integer(given if given in config.values else next(key for key in (
+            "num_experts", "num_local_experts") if key in config.absent))
+        flat["num_experts_per_tok"] = config.integer("num_experts_per_tok")
+        flat["moe_intermediate_size"] = config.integer("moe_intermediate_size", flat["intermediate_size"])
+        flat["norm_topk_prob"] = row["family"] == "mixtral" or config.boolean("norm_topk_prob", False)
+    return found
+
+
 def _windows(config: _Config, model_type: str, layers: int) -> list[int]:
     """How many tokens each layer's queries see, 0 for all."""
     if "sliding_window" not in _ABSENT.get(model_type, {}):
         return [0] * layers
     window = config.integer("sliding_window", None) or 0
-    if model_type == "mistral":
-        return [window] * layers
-    if not config.boolean("use_sliding_window", False):
+    if model_type in _WINDOW_SWITCHED and not config.boolean("use_sliding_window", False):
         window = 0
+    if model_type in _WINDOW_IN_ALL_LAYERS:
+        return [window] * layers
     first = config.get("max_window_layers", 28)
     if type(first) is not int:
         raise ValueError(f"config.json: max_window_layers is {first!r}, expected an integer")

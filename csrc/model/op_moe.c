@@ -1,0 +1,130 @@
+#include <math.h>
+#include <string.h>
+
+#include "core/pool.h"
+#include "kernels/row_ops.h"
+#include "model/ops.h"
+
+enum { COLUMNS = 256 };      /* of a row scaled at a time */
+static const float TAKEN = -1.0f;   /* in the place of a probability */
+
+typedef struct route_job {
+    const mq_routes *routes;
+    const char *logits;
+    const mq_route_sizes *sizes;
+} route_job;
+
+/* scores (n): logits to probabilities. */
+static void softmax(float *scores, int64_t n)
+{
+    float largest = mq_row_ops_table()->max(scores, n), sum = 0.0f;
+    for (int64_t i = 0; i < n; i++) {
+        scores[i] = expf(scores[i] - largest);
+        sum += scores[i];
+    }
+    for (int64_t i = 0; i < n; i++) scores[i] /= sum;
+}
+
+/* The largest that is not taken, the first of equals; with NaN among them, any that is not taken. */
+static int64_t take_largest(float *scores, int64_t n, float *value)
+{
+    int64_t best = 0;
+    while (scores[best] == TAKEN) best++;
+    for (int64_t i = best + 1; i < n; i++)
+        if (scores[i] > scores[best]) best = i;
+    *value = scores[best];
+    scores[best] = TAKEN;
+    return best;
+}
+
+static void route_row(const route_job *job, int64_t row)
+{
+    const mq_route_sizes *sizes = job->sizes;
+    const mq_typed_row_ops *kernels = mq_row_ops_of(sizes->dtype);
+    const int64_t top_k = job->routes->top_k, at = (sizes->first + row) * top_k;
+    int32_t *experts = job->routes->experts + at;
+    float *shares = job->routes->shares + at, scores[MQ_MAX_EXPERTS], sum = 0.0f;
+    kernels->to_f32(scores, job->logits + (size_t)(row * sizes->experts) * mq_dtype_size(sizes->dtype), sizes->experts);
+    softmax(scores, sizes->experts);
+    for (int64_t i = 0; i < top_k; i++) {
+        experts[i] = (int32_t)take_largest(scores, sizes->experts, &shares[i]);
+        sum += shares[i];
+    }
+    for (int64_t i = 0; i < top_k && sizes->normalize; i++) shares[i] /= sum;
+    if (!sizes->rounded) return;
+    kernels->from_f32(scores, shares, top_k);
+    kernels->to_f32(shares, scores, top_k);
+}
+
+static void route_rows(void *argument, int64_t begin, int64_t end, int worker)
+{
+    (void)worker;
+    for (int64_t i = begin; i < end; i++) route_row(argument, i);
+}
+
+void mq_route_forward(const mq_routes *routes, const void *logits, const mq_route_sizes *sizes)
+{
+    route_job job = {.routes = routes, .logits = logits, .sizes = sizes};
+    mq_parallel_for(sizes->rows, mq_row_grain(sizes->experts * routes->top_k), route_rows, &job);
+}
+
+/* Rows of one matrix that belong to rows `index` of another. */
+typedef struct indexed_job {
+    char *out;
+    const char *in;
+    const int64_t *index;
+    const float *shares;
+    size_t size, stride;
+    int64_t width;
+    const mq_typed_row_ops *kernels;
+} indexed_job;
+
+static void gather_rows(void *argument, int64_t begin, int64_t end, int worker)
+{
+    const indexed_job *job = argument;
+    (void)worker;
+    for (int64_t i = begin; i < end; i++)
+        memcpy(job->out + (size_t)i * job->stride, job->in + (size_t)job->index[i] * job->stride, job->stride);
+}
+
+static void scatter_row(const indexed_job *job, int64_t row)
+{
+    const char *in = job->in + (size_t)row * job->stride;
+    char *out = job->out + (size_t)job->index[row] * job->stride;
+    for (int64_t first = 0; first < job->width; first += COLUMNS) {
+        const int64_t n = MQ_MIN((int64_t)COLUMNS, job->width - first);
+        float values[COLUMNS], rounded[COLUMNS];
+        job->kernels->to_f32(values, in + (size_t)first * job->size, n);
+        for (int64_t j = 0; j < n; j++) values[j] *= job->shares[row];
+        job->kernels->from_f32(rounded, values, n);
+        job->kernels->add(out + (size_t)first * job->size, rounded, n);
+    }
+}
+
+static void scatter_rows(void *argument, int64_t begin, int64_t end, int worker)
+{
+    (void)worker;
+    for (int64_t i = begin; i < end; i++) scatter_row(argument, i);
+}
+
+static void run_indexed(indexed_job *job, const mq_row_sizes *sizes, mq_range_fn fn)
+{
+    job->size = mq_dtype_size(sizes->dtype);
+    job->stride = (size_t)sizes->width * job->size;
+    job->width = sizes->width;
+    job->kernels = mq_row_ops_of(sizes->dtype);
+    mq_parallel_for(sizes->rows, mq_row_grain(sizes->width), fn, job);
+}
+
+void mq_gather_forward(void *out, const void *in, const int64_t *index, const mq_row_sizes *sizes)
+{
+    indexed_job job = {.out = out, .in = in, .index = index};
+    run_indexed(&job, sizes, gather_rows);
+}
+
+void mq_scatter_forward(void *out, const void *in, const int64_t *index, const float *shares,
+                        const mq_row_sizes *sizes)
+{
+    indexed_job job = {.out = out, .in = in, .index = index, .shares = shares};
+    run_indexed(&job, sizes, scatter_rows);
+}
