@@ -17,10 +17,11 @@ import numpy as np
 
 from modelq import _core, streaming
 from modelq.algorithms import normalize_algorithm
+from modelq.experts import PARENT, joined_amax, place_of
 from modelq.inputs import Batch
 from modelq.progress import progress
 from modelq.quantizers import calibrator_of, found_values, needs_amax, set_found_values, stage_quantizers, weight_amax
-from modelq.rules import Slot
+from modelq.rules import Setting, Slot
 from modelq.smoothing import as_loaded, own_weight
 
 if TYPE_CHECKING:
@@ -65,22 +66,25 @@ def runnable_steps(algorithm: Any) -> list[dict[str, Any]]:
 def _calibrate_max(model: Model, batches: Sequence[Batch], step: dict[str, Any]) -> None:
     """The largest magnitude seen, of every weight and of every activation that needs it."""
     slots = _activation_slots(model)
+    model.unseen_experts = {}
     wants_head = any(slot.layer < 0 and slot.parent == "nn.Linear" for slot in slots)
     last = model.num_layers - 1 if wants_head else max((slot.layer for slot in slots), default=-1)
     run = streaming.start(model, batches) if slots else None
     for modules in (model.embedding_modules, model.head_modules):
         _weights(model, modules)
     for layer in progress(range(model.num_layers), "calibrate"):
-        modules = model.modules_of(layer)
         if run is not None and layer <= last:
             with _collecting(model, [slot for slot in slots if slot.layer == layer]):
-                streaming.run_layer(model, run, layer, look=partial(_weights, model, modules))
+                tokens = streaming.run_layer(model, run, layer, look=partial(_weights, model))
+            _note_unseen(model, layer, tokens)
         else:
-            _weights(model, modules)
-            model.checkpoint.release(model.runtime.layer_tensors(layer))
+            for names, modules in streaming.parts(model, layer):
+                _weights(model, modules)
+                model.checkpoint.release(names)
     if run is not None and wants_head:
         with _collecting(model, [slot for slot in slots if slot.layer < 0]):
             run.finish(streaming.head_tensors(model))
+    _warn_unseen(model)
 
 
 @contextmanager
@@ -102,18 +106,42 @@ def _collecting(model: Model, slots: Sequence[Slot]) -> Iterator[None]:
 
 def _weights(model: Model, modules: Sequence[dict[str, Any]], tensors: dict[str, np.ndarray] | None = None) -> None:
     """The amax of every weight quantizer of these modules that needs one. tensors: what was read already."""
+    sharing: dict[str, list[dict[str, Any]]] = {}
     for module in modules:
-        name = f"{module['name']}.weight_quantizer"
+        sharing.setdefault(place_of(model, f"{module['name']}.weight_quantizer").name, []).append(module)
+    for name, members in sharing.items():
         setting = model.settings.get(name)
-        if setting is None or not setting.enable or not needs_amax(setting):
-            continue
-        tensor = tensors[module["weight"]] if tensors is not None else model.checkpoint.read(module["weight"])
-        found = weight_amax(setting, own_weight(model, module, as_loaded(model, tensor)))
-        if not all(amax is None or np.isfinite(amax).all() for amax in found):
-            where = model.checkpoint.tensors[module["weight"]].file or model.checkpoint.path
-            raise ValueError(f"{module['weight']} in {where}: NaN or infinity among its values: the checkpoint is damaged, or leave it "
-                             f"out with {{'quantizer_name': '{module['name']}.*', 'enable': False}}")
-        _take(model, name, found)
+        if setting is not None and setting.enable and needs_amax(setting):
+            found = [_weight(model, setting, module, tensors) for module in members]
+            _take(model, name, [joined_amax(parts) for parts in zip(*found)])
+
+
+def _weight(model: Model, setting: Setting, module: dict[str, Any], tensors: dict[str, np.ndarray] | None) -> Sequence[np.ndarray | None]:
+    tensor = tensors[module["weight"]] if tensors is not None else model.checkpoint.read(module["weight"])
+    found = weight_amax(setting, own_weight(model, module, as_loaded(model, tensor)))
+    if not all(amax is None or np.isfinite(amax).all() for amax in found):
+        where = model.checkpoint.tensors[module["weight"]].file or model.checkpoint.path
+        raise ValueError(f"{module['weight']} in {where}: NaN or infinity among its values: the checkpoint is damaged, or leave it "
+                         f"out with {{'quantizer_name': '{module['name']}.*', 'enable': False}}")
+    return found
+
+
+def _note_unseen(model: Model, layer: int, tokens: np.ndarray | None) -> None:
+    """Remember which experts of a layer no token reached, if they are quantized."""
+    if tokens is None or not any(slot.parent == PARENT and slot.layer == layer and model.settings[name].enable
+                                 for name, slot in model.slots.items()):
+        return
+    unseen = np.flatnonzero(tokens[:, 1] == 0).tolist()
+    if unseen:
+        model.unseen_experts[layer] = unseen
+
+
+def _warn_unseen(model: Model) -> None:
+    if model.unseen_experts:
+        layers = list(model.unseen_experts.items())
+        said = "; ".join(f"layer {layer}: {len(unseen)} of {model.runtime.experts(layer)}" for layer, unseen in layers[:8])
+        warnings.warn(f"experts that saw no token ({said}{'; ...' if len(layers) > 8 else ''}): they are calibrated from their weights "
+                      f"alone; more or longer calibration texts reach more of them (print_quant_summary names them)", stacklevel=3)
 
 
 def _take(model: Model, name: str, found: Sequence[np.ndarray | None]) -> None:

@@ -7,15 +7,14 @@ from typing import Any
 
 from modelq.checkpoint import dialects
 from modelq.checkpoint.dialects import Pair
+from modelq.experts import quantizer_of
 
 
-def siblings(model: Any, modules: Iterable[str]) -> list[list[str]]:
+def siblings(rows: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """The modules that read the same input, by the layer and site that the runtime gives them."""
-    wanted = set(modules)
-    sites: dict[tuple[Any, Any], list[str]] = {}
-    for row in model.modules:
-        if row["name"] in wanted:
-            sites.setdefault((row["layer"], row["site"]), []).append(row["name"])
+    sites: dict[tuple[Any, Any], list[dict[str, Any]]] = {}
+    for row in rows:
+        sites.setdefault((row["layer"], row["site"]), []).append(row)
     return list(sites.values())
 
 
@@ -25,7 +24,7 @@ def pair_of(model: Any, module: str) -> Pair | None:
     The same settings of a weight can mean another row of the table beside other inputs: NVFP4 weights beside FP8 inputs have a second
     level that leaves the blocks' scales their whole range.
     """
-    weight, side = (model.quantizers.get(f"{module}.{what}_quantizer") for what in ("weight", "input"))
+    weight, side = (quantizer_of(model, f"{module}.{what}_quantizer") for what in ("weight", "input"))
     if weight is None or not weight.enabled:
         return None
     kind = dialects.input_kind(side) if side is not None and side.enabled else None

@@ -11,6 +11,7 @@ import numpy as np
 
 from modelq import _core
 from modelq.checkpoint.config import runtime_config
+from modelq.experts import expert_places, expert_slots
 from modelq.inputs import IGNORED_ARGUMENTS, Batch, check_vocabulary, integer_matrix, make_batch
 from modelq.output import Output, Pass
 from modelq.quantizers import rotation_only
@@ -47,8 +48,9 @@ class Model:
     """A language model without PyTorch.
 
     config: config.json as a dictionary. checkpoint: the open files. runtime: the C forward. modules: one dictionary per module in
-    the order of the model (name, kind, layer, shape, weight, bias, site). quantizers: full name
+    the order of the model (name, kind, layer, shape, weight, bias, site, expert). quantizers: full name
     ("model.layers.0.mlp.up_proj.weight_quantizer") to `_core.Quantizer`; settings: the same names to what the rules said.
+    places: where the quantizers of experts' linears are. unseen_experts: by layer, those that no token of the calibration reached.
     stored_layers: modules whose weights the checkpoint holds quantized already (an export opened again), and how.
     """
 
@@ -60,6 +62,11 @@ class Model:
         self.modules: list[dict[str, Any]] = list(self.runtime.modules)
         self.num_layers: int = self.runtime.layers
         self.vocab_size: int = self.runtime.config["vocab_size"]
+        self._parts: dict[tuple[int, int | None], list[dict[str, Any]]] = {}
+        for module in self.modules:
+            self._parts.setdefault((module["layer"], module["expert"]), []).append(module)
+        self.places = expert_places(self.modules)
+        self.unseen_experts: dict[int, list[int]] = {}
         self.slots = {slot.name: slot for slot in _slots(self.modules)}
         self.settings: dict[str, Setting] = {name: default_setting(slot) for name, slot in self.slots.items()}
         self.quantizers: dict[str, Any] = {}
@@ -77,8 +84,9 @@ class Model:
 
     # Structure ---------------------------------------------------------------------------------------------------------
 
-    def modules_of(self, layer: int) -> list[dict[str, Any]]:
-        return [module for module in self.modules if module["layer"] == layer]
+    def modules_of(self, layer: int, expert: int | None = None) -> list[dict[str, Any]]:
+        """The modules of a layer without those of its experts, or of one expert."""
+        return self._parts.get((layer, expert), [])
 
     @property
     def embedding_modules(self) -> list[dict[str, Any]]:
@@ -246,12 +254,18 @@ def _runtime_of(checkpoint: Any, compute: str) -> Any:
 def _slots(modules: list[dict[str, Any]]) -> Iterator[Slot]:
     """Every place for a quantizer, a module's own after those of the modules inside it."""
     waiting: list[dict[str, Any]] = []
+    experts: dict[int, list[dict[str, Any]]] = {}
+    for module in modules:
+        if module["expert"] is not None:
+            experts.setdefault(module["layer"], []).append(module)
     for module in [*modules, {"name": "", "kind": "end"}]:
         while waiting and not module["name"].startswith(waiting[-1]["name"] + "."):
             yield from _slots_of(waiting.pop())
         if module["kind"] == "attention":
             waiting.append(module)
-        elif module["kind"] in ROLES:
+        elif module["kind"] == "experts":
+            yield from expert_slots(module, experts[module["layer"]])
+        elif module["kind"] in ROLES and module["expert"] is None:
             yield from _slots_of(module)
 
 

@@ -10,6 +10,7 @@ from modelq import _core
 from modelq.attributes import QuantizerAttributeConfig
 from modelq.checkpoint.kv_cache import SCALE_DIVISOR
 from modelq.checkpoint.quantized import amax_of
+from modelq.experts import place_of
 from modelq.quantizers import KV_BIAS, make_quantizer
 from modelq.rules import Setting
 
@@ -25,9 +26,9 @@ def restore_quantizers(model: Model) -> None:
     amax, smoothing = {}, {}
     for module, stored in model.stored_layers.items():
         if stored.form.smoothed:
-            smoothing[f"{module}.input_quantizer"] = model.checkpoint.pre_quant_scale(module)
+            smoothing[place_of(model, f"{module}.input_quantizer").name] = model.checkpoint.pre_quant_scale(module)
         if stored.input_scheme is not None:
-            name = f"{module}.input_quantizer"
+            name = place_of(model, f"{module}.input_quantizer").name
             settings[name] = replace(settings[name], attributes=input_attributes(stored.input_scheme), enable=True)
             amax[name] = model.checkpoint.input_amax(module)
     cache = getattr(model.checkpoint, "cache", None)

@@ -26,7 +26,8 @@ _PER_EXPERT = re.compile(r"(weight_quantizer|input_quantizer)s?\.\d+(?=$|\.)")
 @dataclass(frozen=True)
 class Slot:
     """A place for a quantizer. role: weight, input, output, q_bmm, k_bmm, v_bmm; parent: the class of its module;
-    shape: of the weight it belongs to, [out, in], None for attention."""
+    shape: of the weight it belongs to, [out, in], None for attention; aliases: groups of other names, a rule that fits all names of
+    one group means this place."""
 
     name: str
     module: str
@@ -34,6 +35,7 @@ class Slot:
     parent: str
     shape: tuple[int, ...] | None = None
     layer: int = -1
+    aliases: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,11 @@ def matches(pattern: str | Callable[[str], bool], name: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(_PER_EXPERT.sub(r"\1", name), pattern)
 
 
+def fits(pattern: str | Callable[[str], bool], slot: Slot) -> bool:
+    """Whether a slot is meant, by its name or an alias."""
+    return matches(pattern, slot.name) or any(all(matches(pattern, name) for name in group) for group in slot.aliases)
+
+
 def apply_rules(settings: dict[str, Setting], rules: Iterable[QuantizerCfgEntry]) -> tuple[dict[str, Setting], list[QuantizerCfgEntry]]:
     """(the new settings, the rules whose pattern fitted no name). The given settings stay as they are."""
     result, idle = dict(settings), []
@@ -66,7 +73,7 @@ def apply_rules(settings: dict[str, Setting], rules: Iterable[QuantizerCfgEntry]
         if rule.parent_class is not None and rule.parent_class not in PARENT_CLASSES:
             raise ValueError(f"quant_cfg rule {rule.quantizer_name!r}: unknown parent_class {rule.parent_class!r}: known are "
                              f"{', '.join(PARENT_CLASSES)}")
-        hit = [name for name in result if matches(rule.quantizer_name, name)
+        hit = [name for name in result if fits(rule.quantizer_name, result[name].slot)
                and rule.parent_class in (None, result[name].slot.parent)]
         for name in hit:
             result[name] = _apply(result[name], rule)

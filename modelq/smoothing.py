@@ -97,10 +97,13 @@ def stated_scale(model: Any, row: dict[str, Any]) -> np.ndarray | None:
 
     ValueError if only some of the siblings are smoothed.
     """
+    own = own_scale(model, row["name"])
+    if own is None:
+        return None
     members = _group(model, row)
     scales = [own_scale(model, other["name"]) for other in members]
-    if own_scale(model, row["name"]) is None or len(members) == 1:
-        return own_scale(model, row["name"])
+    if len(members) == 1:
+        return own
     if any(scale is None for scale in scales):
         bare = next(other["name"] for other, scale in zip(members, scales) if scale is None)
         raise ValueError(f"{bare} is not smoothed, but {row['name']}, which reads the same input, is: engines fuse them, so smooth both or "
@@ -116,11 +119,11 @@ def is_resmoothed(model: Any, row: dict[str, Any]) -> bool:
 
 def folding_norm(model: Any, row: dict[str, Any]) -> dict[str, Any] | None:
     """The norm whose weight takes up the scale of this linear's input in an export, or None where the scale is stored beside it."""
+    if own_scale(model, row["name"]) is None:
+        return None
     members, pair = _group(model, row), pair_of(model, row["name"])
     readers = [other for other in model.modules if _reads_with(row, other) and other["kind"] == "linear"]
     if pair is None or pair.weight not in FOLDED_WEIGHTS or len(members) < 2 or len(members) < len(readers):
-        return None
-    if own_scale(model, row["name"]) is None:
         return None
     return next((other for other in model.modules if _reads_with(row, other) and other["kind"] == "norm"), None)
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from modelq.checkpoint import dialects
+from modelq.experts import own_part, place_of, quantizer_of
 from modelq.groups import pair_of, siblings
 from modelq.quantizers import make_quantizer, stage_quantizers, weight_amax
 from modelq.smoothing import as_loaded, folding_norm, is_resmoothed, stated_scale, stated_weight
@@ -19,31 +20,31 @@ from modelq.smoothing import as_loaded, folding_norm, is_resmoothed, stated_scal
 PLAIN_FP8 = "fp8"
 
 
-def stated_amax(model: Any, modules: Iterable[str], share_all: bool = False) -> dict[str, np.ndarray]:
+def stated_amax(model: Any, rows: Iterable[dict[str, Any]], share_all: bool = False) -> dict[str, np.ndarray]:
     """Name of the quantizer to float32 amax, for the enabled weight and input quantizers of these modules that have one; the second of
     two quantizers in a row is named "<module>.weight_quantizer.1".
 
     Siblings take one maximum where theirs is one number and their weights are not plain FP8; siblings of unlike schemes share
-    nothing. share_all: plain FP8 siblings share too. ValueError names a quantizer whose amax is not finite.
+    nothing, nor do gate and up of an expert, which have one quantizer anyway. share_all: plain FP8 siblings share too. ValueError
+    names a quantizer whose amax is not finite.
     """
     own = (None,) if share_all else (None, PLAIN_FP8)
-    rows = {row["name"]: row for row in model.modules}
     stated: dict[str, np.ndarray] = {}
-    for members in siblings(model, modules):
+    for members in siblings(rows):
         for find in (_input_amax, _weight_amax):
-            found = {name: (_kind(model, module, name), amax) for module in members for name, amax in find(model, rows[module]).items()}
+            found = {name: (_kind(model, row["name"], name), amax) for row in members for name, amax in find(model, row).items()}
             for name, (kind, amax) in found.items():
                 same = [other for other_kind, other in found.values() if other_kind == kind]
-                shared = kind[0] not in own and all(other.size == 1 for other in same)
+                shared = kind[0] not in own and place_of(model, name).parts == 1 and all(other.size == 1 for other in same)
                 stated[name] = np.max([other.reshape(amax.shape) for other in same], axis=0) if shared else amax
     return stated
 
 
 def stated_weight_amax(model: Any, module: dict[str, Any]) -> list[np.ndarray | None]:
     """The amax of each stage of one module's weight quantizer as the export would state it."""
-    members = [row["name"] for row in model.modules if (row["layer"], row["site"]) == (module["layer"], module["site"])]
+    members = [row for row in model.modules_of(module["layer"], module["expert"]) if row["site"] == module["site"]]
     stated, name = stated_amax(model, members), f"{module['name']}.weight_quantizer"
-    return [stated.get(name if stage == 0 else f"{name}.{stage}") for stage in range(len(stage_quantizers(model.quantizers[name])))]
+    return [stated.get(name if stage == 0 else f"{name}.{stage}") for stage in range(len(stage_quantizers(quantizer_of(model, name))))]
 
 
 def stated_input_quantizers(model: Any) -> dict[str, Any]:
@@ -51,7 +52,7 @@ def stated_input_quantizers(model: Any) -> dict[str, Any]:
     the scale where a norm takes it up."""
     smoothed = [row for row in model.modules if row["kind"] == "linear" and (row["layer"] >= 0 or row["site"]) and
                 getattr(model.quantizers.get(f"{row['name']}.input_quantizer"), "pre_quant_scale", None) is not None]
-    stated = stated_amax_of_inputs(model, [row["name"] for row in smoothed])
+    stated = stated_amax_of_inputs(model, smoothed)
     found = {}
     for row in smoothed:
         name = f"{row['name']}.input_quantizer"
@@ -61,17 +62,17 @@ def stated_input_quantizers(model: Any) -> dict[str, Any]:
     return found
 
 
-def stated_amax_of_inputs(model: Any, modules: list[str]) -> dict[str, np.ndarray]:
+def stated_amax_of_inputs(model: Any, rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
     stated = {}
-    for members in siblings(model, modules):
-        found = {name: amax for module in members for name, amax in _input_amax(model, {"name": module}).items()}
+    for members in siblings(rows):
+        found = {name: amax for row in members for name, amax in _input_amax(model, row).items()}
         stated |= {name: np.max(list(found.values()), axis=0) for name in found}
     return stated
 
 
 def _input_amax(model: Any, row: dict[str, Any]) -> dict[str, np.ndarray]:
     name = f"{row['name']}.input_quantizer"
-    quantizer = model.quantizers.get(name)
+    quantizer = quantizer_of(model, name)
     if quantizer is None or not quantizer.enabled or quantizer.amax is None:
         return {}
     return {name: _checked(name, quantizer.amax)}
@@ -80,10 +81,10 @@ def _input_amax(model: Any, row: dict[str, Any]) -> dict[str, np.ndarray]:
 def _weight_amax(model: Any, row: dict[str, Any]) -> dict[str, np.ndarray]:
     """By stage. A weight that takes the siblings' mean scale is looked at anew."""
     name = f"{row['name']}.weight_quantizer"
-    quantizer = model.quantizers.get(name)
+    quantizer = quantizer_of(model, name)
     if quantizer is None or not quantizer.enabled:
         return {}
-    found: list[Any] = [stage.amax for stage in stage_quantizers(quantizer)]
+    found: list[Any] = [own_part(model, name, stage.amax) for stage in stage_quantizers(quantizer)]
     if is_resmoothed(model, row):
         tensor = stated_weight(model, row, as_loaded(model, model.checkpoint.read(row["weight"])))
         found = [new if old is not None else None for old, new in zip(found, weight_amax(model.settings[name], tensor))]
@@ -101,5 +102,5 @@ def _checked(name: str, amax: Any) -> np.ndarray:
 def _kind(model: Any, module: str, name: str) -> tuple[Any, ...]:
     """What an amax must have in common with another to be shared: the scheme of the weight beside it, its own, and its stage."""
     pair, own = pair_of(model, module), name.removeprefix(f"{module}.")
-    kind = dialects.input_kind(model.quantizers[name]) if own == "input_quantizer" else own
+    kind = dialects.input_kind(quantizer_of(model, name)) if own == "input_quantizer" else own
     return (pair.weight if pair is not None else kind), kind

@@ -5,12 +5,13 @@ fake-quantized on the way where their quantizer is on, and their pages are given
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from modelq import _core
+from modelq.experts import own_part, place_of, quantizer_of
 from modelq.groups import pair_of
 from modelq.inputs import Batch
 from modelq.progress import progress
@@ -42,19 +43,47 @@ def start(model: Model, batches: Sequence[Batch]) -> Any:
     return run
 
 
-def run_layer(model: Model, run: Any, layer: int, look: Callable[[dict[str, np.ndarray]], None] | None = None) -> None:
-    """All batches through one layer. look() is shown the layer's tensors first."""
+Look = Callable[[Sequence[dict[str, Any]], dict[str, np.ndarray]], None]
+
+
+def run_layer(model: Model, run: Any, layer: int, look: Look | None = None) -> np.ndarray | None:
+    """All batches through one layer, expert by expert where it has any. look(modules, tensors) is shown the tensors of each part before
+    they are used. Returns how many tokens went to each expert: int64 [experts, 2], all of them and those that are no padding."""
     names = model.runtime.layer_tensors(layer)
     try:
         tensors = read(model, names, model.modules_of(layer))
         if look is not None:
-            look(tensors)
+            look(model.modules_of(layer), tensors)
         model.runtime.load_layer(layer, tensors)
         del tensors
-        run.layer(layer)
+        tokens: np.ndarray | None = run.layer(layer)
+        for expert, count in enumerate(() if tokens is None else tokens[:, 0].tolist()):
+            if count or look is not None:
+                _run_expert(model, run if count else None, layer, expert, look)
     finally:
         model.runtime.drop_layer(layer)
         model.checkpoint.release(names)
+    return tokens
+
+
+def _run_expert(model: Model, run: Any, layer: int, expert: int, look: Look | None) -> None:
+    """One expert's tokens; run None: there are none."""
+    names = model.runtime.expert_tensors(layer, expert)
+    try:
+        tensors = read(model, names, model.modules_of(layer, expert))
+        if look is not None:
+            look(model.modules_of(layer, expert), tensors)
+        if run is not None:
+            run.expert(layer, expert, tensors)
+    finally:
+        model.checkpoint.release(names)
+
+
+def parts(model: Model, layer: int) -> Iterator[tuple[list[str], list[dict[str, Any]]]]:
+    """(tensors, modules) of a layer's parts: what its tokens share, then each expert."""
+    yield model.runtime.layer_tensors(layer), model.modules_of(layer)
+    for expert in range(model.runtime.experts(layer)):
+        yield model.runtime.expert_tensors(layer, expert), model.modules_of(layer, expert)
 
 
 def embed_tensors(model: Model) -> dict[str, np.ndarray]:
@@ -70,7 +99,7 @@ def read(model: Model, names: Iterable[str], modules: Sequence[dict[str, Any]]) 
     tensors = {name: model.checkpoint.read(name) for name in names}
     if model.simulate:
         for module in modules:
-            quantizer = model.quantizers.get(f"{module['name']}.weight_quantizer")
+            quantizer = quantizer_of(model, f"{module['name']}.weight_quantizer")
             if quantizer is not None and quantizer.enabled:
                 tensors[module["weight"]] = fake_quantize(model, module, tensors[module["weight"]])
         if not model.float32_weights:
@@ -83,15 +112,19 @@ def fake_quantize(model: Model, module: dict[str, Any], tensor: np.ndarray) -> n
     """The values that the exported weight will dequantize to. A model loaded as float32 follows the reference's simulation instead,
     which multiplies by reciprocal scales where an export divides: one code apart on ties."""
     name = f"{module['name']}.weight_quantizer"
-    quantizer = model.quantizers[name]
+    quantizer, setting = quantizer_of(model, name), model.settings[place_of(model, name).name]
     if model.float32_weights:
+        if place_of(model, name).parts > 1:
+            found = [own_part(model, name, stage.amax) for stage in stage_quantizers(quantizer)]
+            quantizer = make_quantizer(setting)
+            set_found_values(quantizer, [(amax, None, None) for amax in found])
         return quantizer(as_loaded(model, tensor))
     tensor, pair = stated_weight(model, module, tensor), pair_of(model, module["name"])
     if pair is None or pair.weight is None:
-        plain = make_quantizer(model.settings[name])
+        plain = make_quantizer(setting)
         set_found_values(plain, [(amax, None, None) for amax in stated_weight_amax(model, module)])
         return plain(tensor)
     schemes = [pair.weight] + [stage.scheme for stage in stage_quantizers(quantizer)[1:]]
-    for scheme, attributes, amax in zip(schemes, stages(model.settings[name]), stated_weight_amax(model, module)):
+    for scheme, attributes, amax in zip(schemes, stages(setting), stated_weight_amax(model, module)):
         tensor = _core.fake_quantize(tensor, scheme, amax=amax, block_size=block_extents(attributes).get(-1), name=module["weight"])
     return tensor

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from modelq.attributes import QuantizerAttributeConfig
+from modelq.experts import place_of
 from modelq.quantizers import KV_CAST_AMAX, MICROSCALING, stage_quantizers
 from modelq.rules import Setting, describe_rule, stages
 
@@ -33,7 +34,8 @@ def summary_lines(model: Model) -> list[str]:
     """Model Optimizer's lines, one per quantizer and the count at the end, and before it what stayed in high precision and why."""
     lines = [f"{name:80} {text}" for whole, quantizer in model.quantizers.items()
              for name, text in describe_stages(whole, model.settings[whole], quantizer)]
-    return [*lines, *high_precision_lines(model), *count_lines(model), f"{len(lines)} TensorQuantizers found in model"]
+    reports = [*high_precision_lines(model), *unseen_lines(model), *count_lines(model)]
+    return [*lines, *reports, f"{len(lines)} TensorQuantizers found in model"]
 
 
 def describe_stages(name: str, setting: Setting, quantizer: Any) -> list[tuple[str, str]]:
@@ -94,7 +96,7 @@ def why_high_precision(model: Model, module: dict[str, Any]) -> str | None:
     """Why a module's weight is not quantized; None if it is."""
     if module["name"] in model.stored_layers:
         return None
-    setting = model.settings.get(f"{module['name']}.weight_quantizer")
+    setting = model.settings.get(place_of(model, f"{module['name']}.weight_quantizer").name)
     if setting is None:
         return f"{module['kind']}: not a kind that is quantized"
     if setting.enable and model.quantized:
@@ -105,9 +107,23 @@ def why_high_precision(model: Model, module: dict[str, Any]) -> str | None:
 
 
 def _which(layers: list[int], total: int) -> str:
+    layers = sorted(set(layers))
     if layers[0] < 0 or len(layers) == total:
         return ""
     return f" (layers {', '.join(map(str, layers))})" if len(layers) <= 8 else f" ({len(layers)} of {total} layers)"
+
+
+def unseen_lines(model: Model) -> list[str]:
+    """The experts that calibration reached with no token."""
+    if not model.unseen_experts:
+        return []
+    return ["", "Experts that saw no token, calibrated from their weights alone:"] + [
+        f"  {container['name']:78} {len(unseen)} of {container['shape'][0]}: {_numbers(unseen)}"
+        for container in model.modules if container["kind"] == "experts" and (unseen := model.unseen_experts.get(container["layer"]))]
+
+
+def _numbers(experts: list[int]) -> str:
+    return ", ".join(map(str, experts[:8])) + (", ..." if len(experts) > 8 else "")
 
 
 def count_lines(model: Model) -> list[str]:
@@ -116,5 +132,5 @@ def count_lines(model: Model) -> list[str]:
     quantized = [module for module in weights if why_high_precision(model, module) is None]
     sizes = {module["weight"]: int(np.prod(module["shape"])) for module in weights}  # tied weights count once
     share = sum(sizes[name] for name in {module["weight"] for module in quantized}) / max(1, sum(sizes.values()))
-    linears = sum(module["kind"] != "norm" for module in weights)
+    linears = sum(module["kind"] in ("linear", "embedding") for module in weights)
     return ["", f"{len(quantized)} of {linears} linear and embedding modules quantized: {share:.1%} of all weights"]

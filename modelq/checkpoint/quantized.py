@@ -233,7 +233,7 @@ def _check(inner: Checkpoint, name: str, dtypes: tuple[str, ...], shape: tuple[i
     info = inner.tensors.get(name)
     if info is None:
         raise ValueError(f"{inner.path}: tensor {name!r} is missing, {what} needs it; {AGAIN}")
-    same_shape = info.shape == shape or {info.shape, shape} == {(), (1,)}      # a scalar may be written with one axis
+    same_shape = info.shape == shape or (set(info.shape) <= {1} and set(shape) <= {1})     # one number, with more or fewer axes
     if info.dtype not in dtypes or not same_shape:
         raise ValueError(f"{info.file}: tensor {name!r} is {info.dtype} {list(info.shape)}, {what} needs {' or '.join(dtypes)} "
                          f"{list(shape)}; {AGAIN}")

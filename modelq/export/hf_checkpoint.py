@@ -118,7 +118,7 @@ def _write_linear(linear: Linear, weight: np.ndarray, writer: Any, dialect: str)
     parts = dict(_core.quantize(weight, linear.pair.weight, amax=linear.amax, block_size=linear.group_size, name=linear.weight))
     parts |= linear.given
     for role, info in linear.tensors.items():
-        writer.write(info.name, dialects.stored(dialect, linear.form, role, parts))
+        writer.write(info.name, dialects.stored(dialect, linear.form, role, parts).reshape(info.shape))
 
 
 def copy_tensor(checkpoint: Any, name: str, dtype: str, writer: Any) -> None:

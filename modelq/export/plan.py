@@ -15,13 +15,14 @@ from modelq.checkpoint import dialects
 from modelq.checkpoint.base import TensorInfo
 from modelq.checkpoint.dialects import Form, Pair
 from modelq.export.kv_cache import Cache, plan_cache
+from modelq.experts import place_of, quantizer_of
 from modelq.groups import pair_of, siblings
 from modelq.quantizers import stage_quantizers
 from modelq.smoothing import folding_norm, norm_scales, stated_scale
 from modelq.stated import stated_amax
 
 FLOATS = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
-OWN_QUANTIZERS = ("linear", "embedding")      # kinds of modules that an export's config names when they stay unquantized
+OWN_QUANTIZERS = ("linear", "embedding", "router")      # kinds of modules that an export's config names when they stay unquantized
 NOT_WRITTEN = (".rotary_emb.inv_freq",)      # buffers of old checkpoints that follow from the config
 
 
@@ -94,7 +95,7 @@ def make_plan(model: Any, dtype: str, dialect: str, share_all: bool = False, smo
     cache = plan_cache(model, dtype, dialect)
     if not quantized and cache.algorithm is None:
         raise ValueError("no layer of this model is quantized: call modelq.quantization.quantize(model, config, forward_loop) first")
-    amax = stated_amax(model, [row["name"] for row in quantized], share_all)
+    amax = stated_amax(model, quantized, share_all)
     plan = Plan(dialect, norms=norm_scales(model, quantized), cache=cache)
     for row in quantized:
         plan.linears[f"{row['name']}.weight"] = _plan_linear(model, row, amax, dialect, dtype, smoothed_words)
@@ -115,7 +116,7 @@ def make_plan(model: Any, dtype: str, dialect: str, share_all: bool = False, smo
 
 def quantizer(model: Any, module: str, side: str) -> Any:
     """The module's "weight" or "input" quantizer, or None."""
-    return model.quantizers.get(f"{module}.{side}_quantizer")
+    return quantizer_of(model, f"{module}.{side}_quantizer")
 
 
 def _quantized_rows(model: Any) -> list[Any]:
@@ -139,6 +140,8 @@ def _plan_linear(model: Any, row: Any, amax: dict[str, np.ndarray], dialect: str
         given["pre_quant_scale"] = np.ones(form.shape[1], _weight_dtype(model, row))
     form = replace(form, smoothed="pre_quant_scale" in given)    # without what a norm takes up
     tensors = stored_tensors(module, form, dialect, dtype)
+    if dialect == "modelopt" and place_of(model, f"{module}.weight_quantizer").parts > 1:
+        tensors["weight_scale"] = _stacked(tensors["weight_scale"], form)
     return Linear(row, form, algorithm, amax.get(f"{module}.weight_quantizer"), given, tensors)
 
 
@@ -190,6 +193,12 @@ def _has_siblings(model: Any, row: dict[str, Any]) -> bool:
                for other in model.modules)
 
 
+def _stacked(scale: TensorInfo, form: Form) -> TensorInfo:
+    """The reference slices the scales of gate and up of an expert from a grid of both: a grid of one block keeps its axes."""
+    blocks = dialects.schemes()[form.pair.weight]["block"]
+    return replace(scale, shape=(1, 1, 1, 1)) if blocks[0] > 1 and scale.shape == () else scale
+
+
 def stored_tensors(module: str, form: Form, dialect: str, dtype: str) -> dict[str, TensorInfo]:
     """By role, what a quantized linear becomes in a dialect. ValueError names the module if its shape does not fit."""
     names = dialects.names(dialect, form.pair)
@@ -210,7 +219,8 @@ def _pair(model: Any, module: str) -> Pair:
 
 def _check_siblings(model: Any, pairs: dict[str, Pair]) -> None:
     """Engines fuse linears that read one input: unlike formats are refused by all of them, a mix with unquantized ones by most."""
-    for members in siblings(model, [row["name"] for row in model.modules if row["kind"] == "linear" and row["layer"] >= 0]):
+    for rows in siblings(row for row in model.modules if row["kind"] == "linear" and row["layer"] >= 0):
+        members = [row["name"] for row in rows]
         found = {pairs.get(module) for module in members}
         if len(found - {None}) > 1:
             words = ", ".join(f"{module}: {pairs[module].weight}" for module in members if module in pairs)

@@ -13,7 +13,7 @@ from modelq.calibration import runnable_steps
 from modelq.config import QuantizeConfig, QuantizerAttributeConfig, QuantizerCfgEntry, normalize_quant_cfg_list
 from modelq.model import Model
 from modelq.quantizers import block_extents, check_settings, found_values, make_quantizer, set_found_values
-from modelq.rules import PARENT_CLASSES, Setting, apply_rules, default_setting, describe_rule, expected_to_be_idle, matches, stages
+from modelq.rules import PARENT_CLASSES, Setting, apply_rules, default_setting, describe_rule, expected_to_be_idle, fits, stages
 
 __all__ = ["calibrate", "disable_quantizer", "enable_quantizer", "quantize", "set_quantizer_attributes_full",
            "set_quantizer_attributes_partial", "set_quantizer_by_cfg", "set_quantizer_by_cfg_context"]
@@ -165,7 +165,7 @@ def _set(model: Model, pattern: Pattern, parent_class: str | None, change: Calla
     rule = QuantizerCfgEntry(pattern if isinstance(pattern, str) else getattr(pattern, "__name__", "a function"))
     settings = dict(model.settings)
     for name, setting in settings.items():
-        if matches(pattern, name) and parent_class in (None, setting.slot.parent):
+        if fits(pattern, setting.slot) and parent_class in (None, setting.slot.parent):
             settings[name] = change(setting, rule)
     _change(model, settings)
 
