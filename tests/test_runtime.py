@@ -278,7 +278,7 @@ def test_modules(llama):
     by_name = {module["name"]: module for module in modules}
     assert by_name["model.layers.1.self_attn.k_proj"] == {
         "name": "model.layers.1.self_attn.k_proj", "kind": "linear", "layer": 1, "shape": (32, 32),
-        "weight": "model.layers.1.self_attn.k_proj.weight", "bias": None, "site": "model.layers.1.self_attn.input"}
+        "weight": "model.layers.1.self_attn.k_proj.weight", "bias": None, "site": "model.layers.1.self_attn.input", "expert": None}
     assert by_name["lm_head"]["weight"] == "model.embed_tokens.weight" and by_name["lm_head"]["layer"] == -1
     assert by_name["model.layers.0.input_layernorm"]["kind"] == "norm" and by_name["model.layers.0.input_layernorm"]["shape"] == (32,)
     assert set(llama.runtime.layer_tensors(0)) | set(llama.runtime.layer_tensors(1)) | set(llama.runtime.head_tensors()) == set(llama.tensors)
@@ -290,10 +290,15 @@ def test_archs_covers_the_models():
     rows = {row["family"]: row for row in core.archs()}
     assert {"llama", "qwen2", "qwen3"} <= set(rows) and "mistral" in rows["llama"]["model_types"]
     for family, row in rows.items():
-        runtime = core.Runtime(family, {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
-                                        "vocab_size": 8, "attention_bias": True, "mlp_bias": True})
-        names = {name for layer in range(2) for name in runtime.layer_tensors(layer)} | set(runtime.embed_tensors() + runtime.head_tensors())
-        assert names == {name.replace("{layer}", str(layer)) for name in row["tensors"] for layer in range(2)}
+        names = set()
+        for experts in range(3 if "moe" in row["flags"] else 1):     # no expert, one, two
+            runtime = core.Runtime(family, {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
+                                            "vocab_size": 8, "attention_bias": True, "mlp_bias": True, "num_experts": experts,
+                                            "num_experts_per_tok": 1})
+            names |= {name for layer in range(2) for name in runtime.layer_tensors(layer)}
+            names |= {name for layer in range(2) for e in range(runtime.experts(layer)) for name in runtime.expert_tensors(layer, e)}
+            names |= set(runtime.embed_tensors() + runtime.head_tensors())
+        assert names == {name.format(layer=layer, expert=e) for name in row["tensors"] for layer in range(2) for e in range(2)}
         assert row["config_keys"]["hidden_size"] is None and row["config_keys"]["rope_type"] == "default"
 
 

@@ -44,9 +44,10 @@ static int has_tensors(const mq_layer_module *row)
 static int add_template(PyObject *list, const char *name, const char *suffix)
 {
     const char *mark = strchr(name, '#');
-    if (mark == NULL) return append(list, PyUnicode_FromFormat("model.layers.{layer}.%s.%s", name, suffix));
-    return append(list, PyUnicode_FromFormat("model.layers.{layer}.%.*s{expert}%s.%s", (int)(mark - name), name,
-                                             mark + 1, suffix));
+    char expert[MQ_NAME_SIZE];
+    if (mark != NULL)
+        PyOS_snprintf(expert, sizeof expert, "%.*s{expert}%s", (int)(mark - name), name, mark + 1);
+    return append(list, PyUnicode_FromFormat("model.layers.{layer}.%s.%s", mark ? expert : name, suffix));
 }
 
 /* Every tensor that a model of the family may have. */

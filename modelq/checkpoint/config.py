@@ -33,7 +33,8 @@ def runtime_config(hf_config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """(family, flat config) for _core.Runtime.
 
     The flat dict has the keys of the family's row in _core.archs() ("config_keys"), and layer_windows (tokens that each layer's
-    queries see, 0 for all) and layer_experts (whether it has experts) if the layers differ. ValueError names the key and the value that cannot be computed.
+    queries see, 0 for all) and layer_experts (whether it has experts) if the layers differ. ValueError names the key and the value
+    that cannot be computed.
     """
     row, model_type = _family(hf_config)
     config = _Config(hf_config, _ABSENT.get(model_type, {}))
