@@ -105,7 +105,7 @@ def test_simulated_logits_equal_the_reference(case):
     assert effect.max() > 10 * FAKE_LOGITS      # quantization is really there
     within = (errors[0].max(axis=-1) <= FAKE_LOGITS).mean()      # of the tokens
     assert within == 1 or (rounds and within >= 0.25), within
-    assert errors.mean() <= (0.05 if rounds else 0.001) * effect.mean()
+    assert errors.mean() <= (0.06 if rounds else 0.001) * effect.mean()
 
 
 @pytest.mark.parametrize("case", cases("bfloat16"))
