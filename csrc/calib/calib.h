@@ -27,6 +27,9 @@ typedef struct mq_calib_kind {
     const char *name;
     int (*collect)(mq_calib *calib, const mq_calib_rows *rows, mq_error *err);
     int (*merge)(mq_calib *calib, const mq_calib *other, mq_error *err);
+    /* Folds what is kept aside until its order is known; NULL: the kind keeps nothing aside. all 0: what was collected
+     * so far comes before all that follows. all 1: nothing may be left aside. Called with the mutex held. */
+    int (*settle)(mq_calib *calib, int all, mq_error *err);
     int (*finish)(mq_calib *calib, float *amax, mq_error *err); /* amax has `channels` entries */
     int (*bias)(mq_calib *calib, float *out, mq_error *err);    /* out has `width` entries; NULL: the kind finds none */
     void (*reset)(mq_calib *calib);
@@ -41,6 +44,7 @@ typedef enum mq_calib_axis { MQ_CALIB_TENSOR, MQ_CALIB_LAST } mq_calib_axis;
 struct mq_calib {
     const mq_calib_kind *kind;
     mq_calib_axis axis;
+    int64_t option;         /* the kind's own parameter: bins, block size (see each kind) */
     int64_t channels;       /* entries of amax: 1 per tensor; 0 until the first rows for MQ_CALIB_LAST */
     int64_t width;          /* entries of the bias, of kinds that find one; 0 until the first rows */
     int64_t count;          /* rows seen, padding left out */
@@ -53,20 +57,25 @@ const mq_calib_kind *mq_calib_find(const char *name);
 const char *const *mq_calib_kinds(void);
 
 mq_calib *mq_calib_new(const mq_calib_kind *kind, mq_calib_axis axis, mq_error *err);
+mq_calib *mq_calib_new_like(const mq_calib *calib, mq_error *err);  /* the same kind, axis and option; empty */
 void mq_calib_free(mq_calib *calib);                          /* NULL is accepted */
 int mq_calib_collect(mq_calib *calib, const mq_calib_rows *rows, mq_error *err);
 int mq_calib_merge(mq_calib *calib, mq_calib *other, mq_error *err);
+/* settle of the kind, if it has one. mq_calib_save must come after mq_calib_settle(calib, 1, err). */
+int mq_calib_settle(mq_calib *calib, int all, mq_error *err);
+int64_t mq_calib_counted(const mq_calib_rows *rows);           /* how many the mask lets through */
 int mq_calib_same_kind(const mq_calib *a, const mq_calib *b); /* would they compute the same from the same rows */
 /* amax [channels]; MQ_ERR_VALUE if a NaN or an infinity was seen; MQ_ERR_STATE if nothing was. */
 int mq_calib_finish(mq_calib *calib, float *amax, mq_error *err);
 /* The bias [width] that the kind takes off before it looks for amax; MQ_ERR_VALUE if it has none to offer. */
 int mq_calib_bias(mq_calib *calib, float *bias, mq_error *err);
 void mq_calib_reset(mq_calib *calib);
-/* The state as bytes: a header (magic, kind, axis, channels, count) and the kind's own. */
+/* The state as bytes: a header (magic, kind, axis, option, channels, count) and the kind's own. */
 size_t mq_calib_save_nbytes(const mq_calib *calib);
 void mq_calib_save(const mq_calib *calib, uint8_t *out);
 int mq_calib_load(mq_calib *calib, const uint8_t *bytes, size_t nbytes, mq_error *err);
 
-extern const mq_calib_kind mq_calib_max, mq_calib_affine, mq_calib_affine_max_min;
+extern const mq_calib_kind mq_calib_max, mq_calib_affine, mq_calib_affine_max_min, mq_calib_mean_abs;
+extern const mq_calib_kind mq_calib_histogram, mq_calib_gram;
 
 #endif

@@ -43,20 +43,12 @@ static int add_part(mq_calib *calib, int64_t channels, const uint32_t *part, int
     return rc;
 }
 
-static int64_t count_rows(const mq_calib_rows *rows)
-{
-    if (rows->mask == NULL) return rows->rows;
-    int64_t count = 0;
-    for (int64_t i = 0; i < rows->rows; i++) count += rows->mask[i] != 0;
-    return count;
-}
-
 static int collect_tensor(mq_calib *calib, const mq_calib_rows *rows, mq_error *err)
 {
     const mq_typed_row_ops *kernels = mq_row_ops_of(rows->dtype);
     size_t stride = (size_t)rows->ld * mq_dtype_size(rows->dtype);
     const char *x = rows->x;
-    int64_t seen = count_rows(rows);
+    int64_t seen = mq_calib_counted(rows);
     uint32_t best = 0;
     if (seen == 0) return MQ_OK;
     if (seen == rows->rows && rows->ld == rows->width) {
@@ -75,7 +67,7 @@ static int collect_channels(mq_calib *calib, const mq_calib_rows *rows, mq_error
 {
     const mq_typed_row_ops *kernels = mq_row_ops_of(rows->dtype);
     size_t size = mq_dtype_size(rows->dtype);
-    int64_t seen = count_rows(rows);
+    int64_t seen = mq_calib_counted(rows);
     uint32_t part[COLUMNS];
     int rc = MQ_OK;
     for (int64_t first = 0; rc == MQ_OK && seen > 0 && first < rows->width; first += COLUMNS) {

@@ -62,6 +62,12 @@ static void store_tile(const task *task, const float *sums, int row, int column,
     job->kernel->helpers->store(&store);
 }
 
+/* Whether everything from that row on lies below the diagonal, in columns before `end`. */
+static int is_below(const mq_gemm_args *args, int64_t row, int64_t end)
+{
+    return args->upper && row >= end + args->diagonal;
+}
+
 static void run_block(const task *task, int64_t first, int64_t depth)
 {
     const gemm_job *job = task->job;
@@ -74,6 +80,7 @@ static void run_block(const task *task, int64_t first, int64_t depth)
         float *sums = task->sums + (depth == job->depth ? 0 : column * task->padded_rows);
         tile.b = packed + ((task->column + column) / nr * job->panel_size + first * nr) * 4;
         for (int row = 0; row < task->padded_rows; row += kernel->mr) {
+            if (is_below(job->args, task->row + row, task->column + column + nr)) break;
             tile.a = a + row * tile.lda;
             tile.c = sums + row * nr;
             tile.rows = MQ_MIN(kernel->mr, task->padded_rows - row);
@@ -97,6 +104,7 @@ static void run_tasks(void *argument, int64_t begin, int64_t end, int worker)
         task.columns = (int)MQ_MIN(job->columns, job->args->b->n - task.column);
         task.rows = (int)MQ_MIN(job->rows, job->args->m - task.row);
         task.padded_rows = MQ_ROUND_UP(task.rows, job->kernel->row_multiple);
+        if (is_below(job->args, task.row, task.column + task.columns)) continue;
         for (int64_t first = 0; first < job->depth; first += job->k_block)
             run_block(&task, first, MQ_MIN(job->k_block, job->depth - first));
     }

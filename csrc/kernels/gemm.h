@@ -30,6 +30,8 @@ typedef struct mq_gemm_args {
     void *c; mq_dtype c_dtype; int64_t ldc;         /* MQ_F32 or MQ_BF16 */
     int accumulate;                                 /* C += instead of C = */
     float alpha;                                    /* scales A*B^T before bias; 1 for plain products */
+    int upper;                                      /* of a symmetric result: tiles below the diagonal are left out */
+    int64_t diagonal;                               /* for upper: C[i, j] is on the diagonal where i == j + diagonal */
 } mq_gemm_args;
 
 size_t mq_gemm_packed_size(mq_gemm_kind kind, int64_t n, int64_t k);
