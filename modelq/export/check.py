@@ -10,7 +10,7 @@ from modelq.config import QuantizeConfig
 from modelq.export.engines import choose_dialect
 from modelq.export.hf_checkpoint import export_dtype
 from modelq.export.plan import make_plan
-from modelq.quantization.api import planned_quantizers
+from modelq.quantization.api import check_source, planned_quantizers
 from modelq.quantizers import needs_amax, stage_quantizers
 from modelq.rules import stages
 
@@ -27,8 +27,7 @@ def check_exportable(model_or_path: Any, config: Any, dialect: str | None = None
     from modelq.model import Model, load
 
     model = model_or_path if isinstance(model_or_path, Model) else load(model_or_path)
-    if model.stored_layers:
-        raise ValueError(f"{model.checkpoint.path}: its weights are stored quantized already: load and quantize the original checkpoint")
+    check_source(model)
     probe = as_if_calibrated(model, QuantizeConfig.parse(config))
     dtype = export_dtype(None, model.config)
     dialect = choose_dialect(probe, dtype, dialect, engine)
@@ -40,7 +39,7 @@ def as_if_calibrated(model: Any, parsed: QuantizeConfig) -> Any:
     """A stand-in for the model with this config's quantizers, every amax 1 and every smoothing scale 1."""
     probe = copy.copy(model)
     probe.settings, probe.quantizers, _ = planned_quantizers(model, parsed)
-    probe.quantized = True
+    probe.quantized, probe.stored_layers = True, {}
     for name, setting in probe.settings.items():
         if setting.enable and needs_amax(setting):
             for quantizer, attributes in zip(stage_quantizers(probe.quantizers[name]), stages(setting)):
