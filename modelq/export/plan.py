@@ -100,6 +100,7 @@ def make_plan(model: Any, dtype: str, dialect: str, share_all: bool = False, smo
     for row in quantized:
         plan.linears[f"{row['name']}.weight"] = _plan_linear(model, row, amax, dialect, dtype, smoothed_words)
     _check_siblings(model, {linear.module: linear.pair for linear in plan.linears.values()})
+    _warn_of_outputs(model)
     tied = bool(model.config.get("tie_word_embeddings"))
     for name, info in model.checkpoint.tensors.items():
         if name.endswith(NOT_WRITTEN) or (tied and name == "lm_head.weight"):
@@ -112,6 +113,13 @@ def make_plan(model: Any, dtype: str, dialect: str, share_all: bool = False, smo
     plan.unquantized.extend(row["name"] for row in model.modules if row["name"] not in names and row["kind"] in OWN_QUANTIZERS)
     plan.unquantized_linears.extend(row["name"] for row in model.modules if row["name"] not in names and row["kind"] == "linear")
     return plan
+
+
+def _warn_of_outputs(model: Any) -> None:
+    outputs = [name for name, found in model.quantizers.items() if name.endswith(".output_quantizer") and found.enabled]
+    if outputs:
+        warnings.warn(f"{outputs[0]}{f' and {len(outputs) - 1} more' if len(outputs) > 1 else ''}: a checkpoint has no place for the "
+                      "quantization of outputs: the export computes without", stacklevel=4)
 
 
 def quantizer(model: Any, module: str, side: str) -> Any:
