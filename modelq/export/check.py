@@ -39,7 +39,7 @@ def as_if_calibrated(model: Any, parsed: QuantizeConfig) -> Any:
     """A stand-in for the model with this config's quantizers, every amax 1 and every smoothing scale 1."""
     probe = copy.copy(model)
     probe.settings, probe.quantizers, _ = planned_quantizers(model, parsed)
-    probe.quantized, probe.stored_layers = True, {}
+    probe.quantized = True
     for name, setting in probe.settings.items():
         if setting.enable and needs_amax(setting):
             for quantizer, attributes in zip(stage_quantizers(probe.quantizers[name]), stages(setting)):

@@ -38,15 +38,14 @@ def quantize(model: Model, config: Any, forward_loop: Callable[..., Any] | None 
     settings, quantizers, idle = planned_quantizers(model, parsed)
     _warn_idle(idle)
     with _all_or_nothing(model):
-        model.settings, model.quantizers, model.quantized, model.stored_layers = settings, quantizers, True, {}
+        model.settings, model.quantizers, model.quantized = settings, quantizers, True
         run_calibration(model, parsed.algorithm, forward_loop)
     return model
 
 
 def check_source(model: Model) -> None:
-    """ValueError if the weights were quantized before, but for models that are published so: FP8 in blocks with weight_scale_inv, as
-    DeepSeek's. Those are dequantized as they are read."""
-    if any(layer.dialect != "fp8" for layer in model.stored_layers.values()):
+    """ValueError if the weights were quantized before, other than as models are published."""
+    if model.stored_layers:
         raise ValueError(f"{model.checkpoint.path}: its weights are stored quantized already: load and quantize the original checkpoint")
 
 
@@ -155,11 +154,11 @@ def _warn_idle(idle: Iterable[QuantizerCfgEntry]) -> None:
 def _all_or_nothing(model: Model) -> Iterator[None]:
     """Put the model's quantizers back if the body raises, Ctrl-C included."""
     model.settle()
-    before = model.settings, model.quantizers, model.quantized, model.stored_layers
+    before = model.settings, model.quantizers, model.quantized
     try:
         yield
     except BaseException:
-        model.settings, model.quantizers, model.quantized, model.stored_layers = before
+        model.settings, model.quantizers, model.quantized = before
         model.connect()
         raise
 
