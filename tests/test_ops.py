@@ -185,7 +185,7 @@ def test_max_calibrator_merges_saves_and_loads(axis):
         with pytest.raises(ValueError, match="load"):
             target.load(damaged)
         assert target.compute_amax() is None
-    with pytest.raises(ValueError, match="different kind or axis"):
+    with pytest.raises(ValueError, match="different kind, axis or option"):
         other.merge(together)
     with pytest.raises(ValueError, match="unknown kind 'maximum'"):
         core.Calibrator("maximum")

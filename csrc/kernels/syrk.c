@@ -61,8 +61,8 @@ void mq_syrk_run(const mq_syrk *x, const mq_syrk_part *part)
     mq_gemm_args args = {
         /* Rows of sixteen: what is beyond n is zero. */
         .m = MQ_ROUND_UP(part->rows, (int64_t)16), .a = (const char *)x->rows + (size_t)(part->row * x->ldr) * size,
-        .a_dtype = x->dtype, .lda = x->ldr, .b = &columns, .c = part->c, .c_dtype = MQ_F32, .ldc = part->ldc, .alpha = 1.0f,
-        .upper = 1, .diagonal = part->column - part->row,
+        .a_dtype = x->dtype, .lda = x->ldr, .b = &columns, .c = part->c, .c_dtype = MQ_F32, .ldc = part->ldc,
+        .alpha = 1.0f, .upper = 1, .diagonal = part->column - part->row,
     };
     mq_gemm_run(&args);
 }
