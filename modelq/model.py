@@ -51,6 +51,7 @@ class Model:
     the order of the model (name, kind, layer, shape, weight, bias, site, expert). quantizers: full name
     ("model.layers.0.mlp.up_proj.weight_quantizer") to `_core.Quantizer`; settings: the same names to what the rules said.
     places: where the quantizers of experts' linears are. unseen_experts: by layer, those that no token of the calibration reached.
+    packed: modules whose weights `compress` holds in memory.
     stored_layers: modules whose weights the checkpoint holds quantized already (an export opened again), and how.
     """
 
@@ -70,6 +71,7 @@ class Model:
         self.slots = {slot.name: slot for slot in _slots(self.modules)}
         self.settings: dict[str, Setting] = {name: default_setting(slot) for name, slot in self.slots.items()}
         self.quantizers: dict[str, Any] = {}
+        self.packed: dict[str, Any] = {}
         self.quantized = False
         self.simulate = True
         self.training = False
@@ -105,6 +107,13 @@ class Model:
     @property
     def head_dim(self) -> int:
         return self.runtime.config["head_dim"]
+
+    @property
+    def weight_nbytes(self) -> int:
+        """Bytes of the weights as the model computes with them: packed where `compress` packed them, else as they are read."""
+        replaced = {row["weight"] for row in self.modules if row["name"] in self.packed}
+        plain = sum(info.nbytes for name, info in self.checkpoint.tensors.items() if name not in replaced)
+        return plain + sum(weight.nbytes for weight in self.packed.values())
 
     @property
     def device(self) -> str:

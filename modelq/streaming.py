@@ -96,16 +96,25 @@ def head_tensors(model: Model) -> dict[str, np.ndarray]:
 
 def read(model: Model, names: Iterable[str], modules: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
     """Arrays by tensor name; the weights of `modules` as their quantizers make them, if the model simulates quantization."""
-    tensors = {name: model.checkpoint.read(name) for name in names}
-    if model.simulate:
-        for module in modules:
-            quantizer = quantizer_of(model, f"{module['name']}.weight_quantizer")
-            if quantizer is not None and quantizer.enabled:
-                tensors[module["weight"]] = fake_quantize(model, module, tensors[module["weight"]])
-        if not model.float32_weights:
-            for name, scale in norm_scales(model, modules).items():
-                tensors[name] = times_columns(tensors[name], scale)
+    made = {module["weight"]: simulated(model, module) for module in modules if _is_simulated(model, module)} if model.simulate else {}
+    tensors = {name: made[name] if name in made else model.checkpoint.read(name) for name in names}
+    if model.simulate and not model.float32_weights:
+        for name, scale in norm_scales(model, modules).items():
+            tensors[name] = times_columns(tensors[name], scale)
     return tensors
+
+
+def _is_simulated(model: Model, module: dict[str, Any]) -> bool:
+    quantizer = quantizer_of(model, f"{module['name']}.weight_quantizer")
+    return module["name"] in model.packed or (quantizer is not None and quantizer.enabled)
+
+
+def simulated(model: Model, module: dict[str, Any]) -> np.ndarray:
+    """A quantized weight as the model computes with it: from its packed parts, or fake-quantized."""
+    if module["name"] in model.packed:
+        dtype = "float32" if model.float32_weights else model.checkpoint.tensors[module["weight"]].dtype
+        return model.packed[module["name"]].read(dtype)
+    return fake_quantize(model, module, model.checkpoint.read(module["weight"]))
 
 
 def fake_quantize(model: Model, module: dict[str, Any], tensor: np.ndarray) -> np.ndarray:

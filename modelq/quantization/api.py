@@ -10,6 +10,7 @@ from typing import Any
 
 from modelq.calibration import calibrate as run_calibration
 from modelq.calibration import runnable_steps
+from modelq.compression import repack
 from modelq.config import QuantizeConfig, QuantizerAttributeConfig, QuantizerCfgEntry, normalize_quant_cfg_list
 from modelq.model import Model
 from modelq.quantizers import block_extents, check_settings, found_values, make_quantizer, set_found_values
@@ -38,7 +39,7 @@ def quantize(model: Model, config: Any, forward_loop: Callable[..., Any] | None 
     settings, quantizers, idle = planned_quantizers(model, parsed)
     _warn_idle(idle)
     with _all_or_nothing(model):
-        model.settings, model.quantizers, model.quantized = settings, quantizers, True
+        model.settings, model.quantizers, model.quantized, model.packed = settings, quantizers, True, {}
         run_calibration(model, parsed.algorithm, forward_loop)
     return model
 
@@ -60,7 +61,9 @@ def planned_quantizers(model: Model, parsed: QuantizeConfig) -> tuple[dict[str, 
 def calibrate(model: Model, algorithm: Any = "max", forward_loop: Callable[..., Any] | None = None) -> Model:
     """Find anew the amax of every enabled quantizer of a quantized model. See `quantize`."""
     _check_model(model, quantized=True)
-    return run_calibration(model, algorithm, forward_loop)
+    run_calibration(model, algorithm, forward_loop)
+    repack(model)
+    return model
 
 
 def disable_quantizer(model: Model, wildcard_or_filter_func: Pattern) -> None:
@@ -154,11 +157,11 @@ def _warn_idle(idle: Iterable[QuantizerCfgEntry]) -> None:
 def _all_or_nothing(model: Model) -> Iterator[None]:
     """Put the model's quantizers back if the body raises, Ctrl-C included."""
     model.settle()
-    before = model.settings, model.quantizers, model.quantized
+    before = model.settings, model.quantizers, model.quantized, model.packed
     try:
         yield
     except BaseException:
-        model.settings, model.quantizers, model.quantized = before
+        model.settings, model.quantizers, model.quantized, model.packed = before
         model.connect()
         raise
 
@@ -187,6 +190,7 @@ def _change(model: Model, settings: dict[str, Setting]) -> None:
                 set_found_values(quantizers[name], found_values(model.quantizers[name]))
     with _all_or_nothing(model):
         model.settings, model.quantizers = settings, quantizers
+        repack(model)
         model.connect()
 
 
