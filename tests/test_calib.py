@@ -1,10 +1,13 @@
 """Calibrators by hand: maxima, means, arrays of several frameworks, and what is refused."""
+import json
+
 import ml_dtypes
 import numpy as np
 import pytest
 
 import modelq._core as core
 from modelq.calib import GramCalibrator, HistogramCalibrator, MaxCalibrator, MeanCalibrator
+from test_runtime import FAMILIES, Source
 
 BF16 = ml_dtypes.bfloat16
 ALL = [MaxCalibrator, HistogramCalibrator, GramCalibrator, MeanCalibrator, lambda: MaxCalibrator(axis=-1), lambda: MeanCalibrator("modelopt"),
@@ -133,3 +136,68 @@ def test_kinds_do_not_mix():
             core.Calibrator(kind, axis, option)
     with pytest.raises(ValueError, match="there are: max, affine, affine_max_min, mean_abs, histogram, gram$"):
         core.Calibrator("median")
+
+
+# ---- in a model ----
+
+def embedded(source, ids):
+    """What reaches layer 0's q, k and v: the norm of the embeddings, float32 [tokens, C]."""
+    config = json.loads((source.folder / "config.json").read_text())
+    x = source.tensors["model.embed_tokens.weight"].astype(np.float64)[ids].reshape(-1, config["hidden_size"])
+    x /= np.sqrt((x * x).mean(-1, keepdims=True) + config["rms_norm_eps"])
+    return (x * source.tensors["model.layers.0.input_layernorm.weight"].astype(np.float64)).astype(np.float32)
+
+
+def collect_in_model(source, ids, masks, kinds, linears=("self_attn.q_proj", "mlp.down_proj")):
+    """{linear: calibrators at its input in layer 0}, all kinds on each."""
+    found = {linear: [core.Calibrator(*kind) for kind in kinds] for linear in linears}
+    for linear, calibrators in found.items():
+        source.runtime.set_calibrator(f"model.layers.0.{linear}.input_quantizer", calibrators)
+    run = source.start(ids, masks)
+    source.load(0)
+    run.layer(0)
+    return found
+
+
+KINDS = [("max", -1), ("histogram",), ("gram",), ("mean_abs", None, 1)]
+
+
+def test_several_kinds_at_one_site_see_what_reaches_it():
+    source, rng = Source(FAMILIES / "llama3"), np.random.default_rng(1)
+    ids = [rng.integers(0, 64, shape) for shape in ((3, 20), (2, 700), (9, 3))]
+    masks = [np.arange(i.shape[1]) >= rng.integers(0, i.shape[1] // 2 + 1, i.shape[0])[:, None] for i in ids]
+    highest, histogram, gram, mean = collect_in_model(source, ids, masks, KINDS)["self_attn.q_proj"]
+    batches = [embedded(source, i)[m.ravel()] for i, m in zip(ids, masks)]
+    x = np.concatenate(batches)
+    assert {c.count for c in (highest, histogram, gram, mean)} == {len(x)}
+    np.testing.assert_allclose(highest.compute_amax(), np.abs(x).max(0), rtol=1e-5)
+    assert histogram.histogram()[0].sum() == x.size and histogram.compute_amax() == highest.compute_amax().max()
+    np.testing.assert_allclose(gram.compute_gram(), x.T @ x, atol=1e-5 * np.abs(x.T @ x).max())
+    np.testing.assert_allclose(mean.compute_amax(), np.mean([np.abs(b).mean(0) for b in batches], axis=0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+def test_statistics_in_a_model_do_not_depend_on_threads(compute):
+    """Enough rows for several settlements; also one batch or many, which only the mean of calls tells apart."""
+    source, rng = Source(FAMILIES / "mistral", compute), np.random.default_rng(2)
+    ids = rng.integers(0, 64, (300, 64))
+    masks = rng.integers(0, 4, ids.shape) > 0
+    states = set()
+    try:
+        for threads, cut in ((1, [100]), (2, [100]), (3, [1, 2, 290])):
+            core.set_threads(threads)
+            found = collect_in_model(source, np.split(ids, cut), np.split(masks, cut), [("max", -1), ("histogram",), ("gram",), ("mean_abs",)])
+            states.add(tuple(calibrator.save() for calibrators in found.values() for calibrator in calibrators))
+    finally:
+        core.set_threads(0)
+    assert len(states) == 1
+
+
+def test_set_calibrator_takes_several():
+    runtime, point = Source(FAMILIES / "llama3").runtime, "model.layers.0.mlp.up_proj.input_quantizer"
+    runtime.set_calibrator(point, [core.Calibrator(), core.Calibrator("gram")])
+    runtime.set_calibrator(point, ())
+    with pytest.raises(ValueError, match="room for 4"):
+        runtime.set_calibrator(point, [core.Calibrator()] * 5)
+    with pytest.raises(TypeError, match="expected a Calibrator"):
+        runtime.set_calibrator(point, [core.Calibrator(), 3])

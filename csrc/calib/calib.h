@@ -25,6 +25,7 @@ typedef struct mq_calib_rows {
 
 typedef struct mq_calib_kind {
     const char *name;
+    int by_group;               /* option 1 of the kind needs rows group by group */
     int (*collect)(mq_calib *calib, const mq_calib_rows *rows, mq_error *err);
     int (*merge)(mq_calib *calib, const mq_calib *other, mq_error *err);
     /* Folds what is kept aside until its order is known; NULL: the kind keeps nothing aside. all 0: what was collected

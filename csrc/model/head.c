@@ -229,7 +229,7 @@ int mq_run_finish(mq_run *run, const mq_named_tensor *tensors, size_t count, mq_
     mq_point *point = &run->runtime->head_input;
     head_job job = {.run = run};
     int rc = check_end(run, "finish", err);
-    if (rc != MQ_OK || point->calib == NULL) return rc;
+    if (rc != MQ_OK || !mq_point_has_calib(point)) return rc;
     rc = read_norm(&job, tensors, count, err);
     if (rc != MQ_OK) return rc;
     job.scratch = mq_alloc(normed_size(&job));

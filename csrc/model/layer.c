@@ -28,6 +28,7 @@ typedef struct pass {
     mq_error *err;
     int64_t first, rows;            /* rows of the run */
     const uint8_t *count_mask;      /* of these rows; NULL = all count */
+    const int64_t *tokens;          /* rows of the run that these are, gathered for an expert; NULL = from first on */
     void *quantized, *temporary;
     const mq_quantizer *applied;    /* whose result quantized holds, of the input now in use */
 } pass;
@@ -37,11 +38,37 @@ static mq_row_sizes sizes_of(const pass *pass, int64_t width)
     return (mq_row_sizes){.rows = pass->rows, .width = width, .dtype = pass->context->dtype};
 }
 
+/* The recorded batch that row i of the pass is of. */
+static int64_t batch_of(const pass *pass, int64_t i)
+{
+    const int64_t row = pass->tokens != NULL ? pass->tokens[i] : pass->first + i;
+    const mq_sequence *sequences = pass->context->sequences;
+    int64_t low = 0, high = pass->context->sequence_count;
+    while (high - low > 1) {
+        const int64_t middle = (low + high) / 2;
+        if (sequences[middle].first <= row) low = middle;
+        else high = middle;
+    }
+    return sequences[low].batch;
+}
+
 static int collect(pass *pass, mq_point *point, const void *x, int64_t width)
 {
-    mq_calib_rows rows = {.x = x, .dtype = pass->context->dtype, .rows = pass->rows, .width = width, .ld = width,
-                          .mask = pass->count_mask, .chunk = pass->first};
-    return mq_point_collect(point, &rows, pass->err);
+    const int by_group = mq_point_by_group(point);
+    const size_t stride = (size_t)width * mq_dtype_size(pass->context->dtype);
+    int rc = MQ_OK;
+    for (int64_t begin = 0, end; rc == MQ_OK && begin < pass->rows; begin = end) {
+        const int64_t batch = by_group ? batch_of(pass, begin) : 0;
+        for (end = by_group ? begin + 1 : pass->rows; end < pass->rows && batch_of(pass, end) == batch; end++) {
+        }
+        mq_calib_rows rows = {
+            .x = (const char *)x + (size_t)begin * stride, .dtype = pass->context->dtype, .rows = end - begin,
+            .width = width, .ld = width, .mask = pass->count_mask ? pass->count_mask + begin : NULL,
+            .chunk = pass->first + begin, .group = batch,
+        };
+        rc = mq_point_collect(point, &rows, pass->err);
+    }
+    return rc;
 }
 
 static int acts(const mq_quantizer *quantizer)
@@ -118,7 +145,7 @@ static int run_residual(pass *pass, mq_role role, void *hidden, const void *in)
     mq_linear *linear = &pass->layer->linears[role];
     mq_row_sizes sizes = sizes_of(pass, linear->cols);
     pass->applied = NULL;
-    if (linear->output.watch != NULL || acts(linear->output.quantizer)) {
+    if (mq_point_is_watched(&linear->output) || acts(linear->output.quantizer)) {
         int rc = run_linear(pass, role, pass->temporary, in);
         if (rc != MQ_OK) return rc;
         sizes.width = linear->rows;
@@ -140,7 +167,7 @@ static int attention_point(pass *pass, mq_point *point, void *x, int64_t width, 
     int rc = MQ_OK;
     if (quantizer != NULL && mq_quantizer_prepares(quantizer))
         quantize_steps(pass, quantizer, x, x, width, MQ_QUANT_PREPARE);
-    for (int64_t i = 0; rc == MQ_OK && point->watch != NULL && i < unit->sequences; i++) {
+    for (int64_t i = 0; rc == MQ_OK && mq_point_is_watched(point) && i < unit->sequences; i++) {
         const mq_sequence *sequence = &context->sequences[unit->first_sequence + i];
         const size_t row = (size_t)(sequence->first - unit->first);
         mq_calib_rows rows = {
@@ -300,7 +327,7 @@ int mq_layer_expert(mq_layer *layer, const mq_layer_context *context, const mq_e
                     const mq_scratch *scratch, mq_error *err)
 {
     pass pass = {.layer = layer, .context = context, .err = err, .first = rows->position, .rows = rows->count,
-                 .quantized = scratch->mlp_quantized, .temporary = scratch->mlp_temporary};
+                 .tokens = rows->tokens, .quantized = scratch->mlp_quantized, .temporary = scratch->mlp_temporary};
     mq_row_sizes sizes = sizes_of(&pass, context->config->hidden_size);
     if (context->count_mask != NULL) {
         pass.count_mask = scratch->count_mask;

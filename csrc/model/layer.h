@@ -12,12 +12,20 @@
 #include "model/ops.h"
 #include "quant/quantizer.h"
 
+/* A calibrator at a point. While a run is on, the first of several at one site that would compute the same sees the
+ * data for all: it has a watch, the others it as their leader. */
+typedef struct mq_watcher {
+    mq_calib *calib;                /* not owned; NULL = none */
+    const struct mq_watcher *leader;
+    mq_calib *watch;
+} mq_watcher;
+
+enum { MQ_POINT_WATCHERS = 4 };
+
 typedef struct mq_point {
     const mq_quantizer *quantizer;  /* not owned; NULL = none */
-    mq_calib *calib;                /* not owned; NULL = none */
+    mq_watcher watchers[MQ_POINT_WATCHERS];
     int site;                       /* number of the tensor within its layer */
-    int leader;                     /* while a run is on: the point whose statistics serve this one too, or -1 */
-    mq_calib *watch;                /* while a run is on: what this leader has seen */
 } mq_point;
 
 typedef struct mq_linear {
@@ -67,6 +75,7 @@ typedef struct mq_layer_context {
     mq_dtype dtype;
     const mq_rope_table *rope;
     const mq_sequence *sequences;
+    int64_t sequence_count;
     const uint8_t *key_mask;            /* by row of the run: 0 = padding, hidden from attention; NULL = none */
     const uint8_t *count_mask;          /* by row of the run: 0 = counts in no statistic; NULL = all count */
     const mq_routes *routes;            /* of all rows of the run: where a layer with experts writes its choice */
@@ -110,5 +119,11 @@ size_t mq_layer_points(mq_layer *layer, mq_point **out);
 int mq_points_begin(mq_point **points, size_t count, mq_error *err);
 int mq_points_end(mq_point **points, size_t count, int keep, mq_error *err);
 int mq_point_collect(mq_point *point, const mq_calib_rows *rows, mq_error *err);
+int mq_point_has_calib(const mq_point *point);
+int mq_point_is_watched(const mq_point *point);      /* while a run is on */
+int mq_point_by_group(const mq_point *point);        /* ... by a kind that wants rows group by group */
+/* Everything collected so far comes before all that follows (mq_calib_settle). */
+int mq_points_settle(mq_point **points, size_t count, mq_error *err);
+int mq_points_must_settle(mq_point **points, size_t count);
 
 #endif

@@ -1,24 +1,42 @@
 #include "model/layer.h"
 
-static int shares(const mq_point *a, const mq_point *b)
+/* Watchers of all points, numbered point by point. */
+static mq_watcher *watcher_at(mq_point **points, size_t index)
 {
-    return a->site == b->site && a->calib != NULL && mq_calib_same_kind(a->calib, b->calib);
+    return &points[index / MQ_POINT_WATCHERS]->watchers[index % MQ_POINT_WATCHERS];
+}
+
+static const mq_watcher *leader_of(const mq_watcher *watcher)
+{
+    return watcher->leader != NULL ? watcher->leader : watcher;
+}
+
+static const mq_watcher *find_leader(mq_point **points, size_t index)
+{
+    const mq_watcher *watcher = watcher_at(points, index);
+    for (size_t i = 0; i < index; i++) {
+        const mq_watcher *other = watcher_at(points, i);
+        const int site = points[i / MQ_POINT_WATCHERS]->site;
+        if (other->watch != NULL && site == points[index / MQ_POINT_WATCHERS]->site &&
+            mq_calib_same_kind(other->calib, watcher->calib))
+            return other;
+    }
+    return NULL;
 }
 
 int mq_points_begin(mq_point **points, size_t count, mq_error *err)
 {
-    for (size_t i = 0; i < count; i++) {
-        points[i]->leader = -1;
-        points[i]->watch = NULL;
+    for (size_t i = 0; i < count * MQ_POINT_WATCHERS; i++) {
+        watcher_at(points, i)->leader = NULL;
+        watcher_at(points, i)->watch = NULL;
     }
-    for (size_t i = 0; i < count; i++) {
-        mq_point *point = points[i];
-        if (point->calib == NULL) continue;
-        for (size_t j = 0; j < i && point->leader < 0; j++)
-            if (points[j]->leader < 0 && shares(points[j], point)) point->leader = (int)j;
-        if (point->leader >= 0) continue;
-        point->watch = mq_calib_new(point->calib->kind, point->calib->axis, err);
-        if (point->watch != NULL) continue;
+    for (size_t i = 0; i < count * MQ_POINT_WATCHERS; i++) {
+        mq_watcher *watcher = watcher_at(points, i);
+        if (watcher->calib == NULL) continue;
+        watcher->leader = find_leader(points, i);
+        if (watcher->leader != NULL) continue;
+        watcher->watch = mq_calib_new_like(watcher->calib, err);
+        if (watcher->watch != NULL) continue;
         mq_points_end(points, count, 0, NULL);
         return MQ_ERR_MEMORY;
     }
@@ -28,29 +46,76 @@ int mq_points_begin(mq_point **points, size_t count, mq_error *err)
 /* A calibrator that sits on several siblings gets their one set of statistics once. */
 static int merged_before(mq_point **points, size_t index)
 {
-    int leader = points[index]->leader < 0 ? (int)index : points[index]->leader;
-    for (size_t j = 0; j < index; j++)
-        if (points[j]->calib == points[index]->calib && ((int)j == leader || points[j]->leader == leader)) return 1;
+    const mq_watcher *watcher = watcher_at(points, index);
+    for (size_t i = 0; i < index; i++) {
+        const mq_watcher *other = watcher_at(points, i);
+        if (other->calib == watcher->calib && leader_of(other) == leader_of(watcher)) return 1;
+    }
     return 0;
 }
 
 int mq_points_end(mq_point **points, size_t count, int keep, mq_error *err)
 {
     int rc = MQ_OK;
-    for (size_t i = 0; i < count && keep && rc == MQ_OK; i++) {
-        mq_point *leader = points[i]->leader < 0 ? points[i] : points[points[i]->leader];
-        if (points[i]->calib == NULL || merged_before(points, i)) continue;
-        rc = mq_calib_merge(points[i]->calib, leader->watch, err);
+    for (size_t i = 0; i < count * MQ_POINT_WATCHERS && keep && rc == MQ_OK; i++) {
+        mq_watcher *watcher = watcher_at(points, i);
+        if (watcher->calib == NULL || merged_before(points, i)) continue;
+        rc = mq_calib_merge(watcher->calib, leader_of(watcher)->watch, err);
     }
-    for (size_t i = 0; i < count; i++) {
-        mq_calib_free(points[i]->watch);
-        points[i]->watch = NULL;
-        points[i]->leader = -1;
+    for (size_t i = 0; i < count * MQ_POINT_WATCHERS; i++) {
+        mq_calib_free(watcher_at(points, i)->watch);
+        watcher_at(points, i)->watch = NULL;
+        watcher_at(points, i)->leader = NULL;
     }
     return rc;
 }
 
 int mq_point_collect(mq_point *point, const mq_calib_rows *rows, mq_error *err)
 {
-    return point->watch == NULL ? MQ_OK : mq_calib_collect(point->watch, rows, err);
+    int rc = MQ_OK;
+    for (int i = 0; rc == MQ_OK && i < MQ_POINT_WATCHERS; i++)
+        if (point->watchers[i].watch != NULL) rc = mq_calib_collect(point->watchers[i].watch, rows, err);
+    return rc;
+}
+
+int mq_point_has_calib(const mq_point *point)
+{
+    int found = 0;
+    for (int i = 0; i < MQ_POINT_WATCHERS; i++) found |= point->watchers[i].calib != NULL;
+    return found;
+}
+
+int mq_point_is_watched(const mq_point *point)
+{
+    int found = 0;
+    for (int i = 0; i < MQ_POINT_WATCHERS; i++) found |= point->watchers[i].watch != NULL;
+    return found;
+}
+
+int mq_point_by_group(const mq_point *point)
+{
+    int found = 0;
+    for (int i = 0; i < MQ_POINT_WATCHERS; i++) {
+        const mq_calib *watch = point->watchers[i].watch;
+        found |= watch != NULL && watch->kind->by_group && watch->option == 1;
+    }
+    return found;
+}
+
+int mq_points_settle(mq_point **points, size_t count, mq_error *err)
+{
+    int rc = MQ_OK;
+    for (size_t i = 0; rc == MQ_OK && i < count * MQ_POINT_WATCHERS; i++)
+        if (watcher_at(points, i)->watch != NULL) rc = mq_calib_settle(watcher_at(points, i)->watch, 0, err);
+    return rc;
+}
+
+int mq_points_must_settle(mq_point **points, size_t count)
+{
+    int found = 0;
+    for (size_t i = 0; i < count * MQ_POINT_WATCHERS; i++) {
+        const mq_calib *watch = watcher_at(points, i)->watch;
+        found |= watch != NULL && watch->kind->settle != NULL;
+    }
+    return found;
 }

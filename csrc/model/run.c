@@ -6,7 +6,7 @@
 #include "core/pool.h"
 
 /* Rows that a unit takes, by whole sequences: enough for the product to use each weight it loads many times. */
-enum { UNIT_ROWS = 512 };
+enum { UNIT_ROWS = 512, SETTLE_ROWS = 8192 };
 
 static int check_input(const mq_runtime *runtime, const mq_batch_input *input, int64_t batch, mq_error *err)
 {
@@ -145,6 +145,7 @@ mq_layer_context mq_run_context(const mq_run *run)
 {
     return (mq_layer_context){
         .config = &run->runtime->config, .dtype = run->runtime->dtype, .rope = &run->rope, .sequences = run->sequences,
+        .sequence_count = run->sequence_count,
         .key_mask = run->mask, .count_mask = run->count_padding ? NULL : run->mask, .routes = &run->dispatch.routes,
         .round_routes = run->runtime->dtype == MQ_BF16 && !(run->runtime->family->flags & MQ_FAMILY_ROUTER_F32),
     };
@@ -188,6 +189,7 @@ typedef struct step_job {
     mq_run *run;
     mq_step_fn step;
     void *context;
+    int64_t first;                /* step of index 0 */
     _Atomic int rc;               /* the first failure */
     pthread_mutex_t mutex;
     mq_error *err;
@@ -213,7 +215,7 @@ static void run_step(step_job *job, int64_t index, int worker)
     /* Worker 0 is the thread that called: the only one that may talk to the caller. */
     if (worker == 0 && run->poll != NULL) rc = run->poll(run->poll_context);
     if (worker >= run->workers) rc = mq_fail(&err, MQ_ERR_STATE, "the thread pool grew during a run");
-    if (rc == MQ_OK) rc = job->step(run, job->context, index, &run->scratch[worker], &err);
+    if (rc == MQ_OK) rc = job->step(run, job->context, job->first + index, &run->scratch[worker], &err);
     if (rc != MQ_OK) note_failure(job, rc, &err);
 }
 
@@ -222,16 +224,43 @@ static void run_range(void *argument, int64_t begin, int64_t end, int worker)
     for (int64_t i = begin; i < end; i++) run_step(argument, i, worker);
 }
 
-int mq_run_steps(mq_run *run, int64_t count, mq_step_fn step, void *context, mq_error *err)
+static int run_steps(step_job *job, int64_t count)
 {
-    step_job job = {.run = run, .step = step, .context = context, .err = err};
     int64_t threads = mq_pool_threads(), shared = count / threads * threads;
-    if (pthread_mutex_init(&job.mutex, NULL) != 0) return mq_fail_memory(err, "a lock", sizeof job.mutex);
-    if (threads > 1) mq_parallel_for(shared, 1, run_range, &job);
+    if (threads > 1) mq_parallel_for(shared, 1, run_range, job);
     else shared = 0;
-    for (int64_t i = shared; i < count; i++) run_step(&job, i, 0);
+    for (int64_t i = shared; i < count; i++) run_step(job, i, 0);
+    return atomic_load(&job->rc);
+}
+
+/* Statistics that are sums need the order of the data: now and then the workers meet, and what they collected is
+ * settled, over all of them. How often has no influence on the result. */
+static int run_and_settle(step_job *job, const mq_steps *steps, mq_point **points, size_t count)
+{
+    const int64_t least = 2 * mq_pool_threads(), wanted = SETTLE_ROWS / steps->rows;
+    const int64_t between = mq_points_must_settle(points, count) ? MQ_MAX(least, wanted) : steps->count;
+    int rc = MQ_OK;
+    for (job->first = 0; rc == MQ_OK && job->first < steps->count; job->first += between) {
+        rc = run_steps(job, MQ_MIN(between, steps->count - job->first));
+        if (rc == MQ_OK) rc = mq_points_settle(points, count, job->err);
+    }
+    return rc;
+}
+
+int mq_run_steps(mq_run *run, mq_layer *layer, const mq_steps *steps, mq_error *err)
+{
+    step_job job = {.run = run, .step = steps->step, .context = steps->context, .err = err};
+    mq_point *points[MQ_LAYER_MAX_POINTS];
+    const size_t count = mq_layer_points(layer, points);
+    if (pthread_mutex_init(&job.mutex, NULL) != 0) return mq_fail_memory(err, "a lock", sizeof job.mutex);
+    int rc = mq_points_begin(points, count, err);
+    if (rc == MQ_OK) {
+        rc = run_and_settle(&job, steps, points, count);
+        int ended = mq_points_end(points, count, rc == MQ_OK, err);
+        if (rc == MQ_OK) rc = ended;
+    }
     pthread_mutex_destroy(&job.mutex);
-    return atomic_load(&job.rc);
+    return rc;
 }
 
 static int forward_unit(mq_run *run, void *layer, int64_t index, const mq_scratch *scratch, mq_error *err)
@@ -262,19 +291,15 @@ static int check_order(const mq_run *run, int64_t layer, mq_error *err)
 int mq_run_layer(mq_run *run, int64_t index, mq_error *err)
 {
     mq_layer *layer;
-    mq_point *points[MQ_LAYER_MAX_POINTS];
     int rc = check_order(run, index, err);
     if (rc != MQ_OK) return rc;
     layer = &run->runtime->layers[index];
-    size_t count = mq_layer_points(layer, points);
     rc = mq_layer_check(layer, &run->runtime->config, err);
     if (rc == MQ_OK) rc = mq_run_reserve(run, err);
     if (rc == MQ_OK && layer->experts > 0) rc = mq_dispatch_begin(run, err);
-    if (rc == MQ_OK) rc = mq_points_begin(points, count, err);
     if (rc != MQ_OK) return rc;
-    rc = mq_run_steps(run, run->unit_count, forward_unit, layer, err);
-    int ended = mq_points_end(points, count, rc == MQ_OK, err);
-    if (rc == MQ_OK) rc = ended;
+    mq_steps steps = {.count = run->unit_count, .rows = run->largest_unit, .step = forward_unit, .context = layer};
+    rc = mq_run_steps(run, layer, &steps, err);
     if (rc != MQ_OK) run->next_layer = -1;
     else if (layer->experts > 0) mq_dispatch_rows(run, index);
     else run->next_layer = index + 1;

@@ -80,10 +80,15 @@ int mq_run_loss(mq_run *run, const int32_t *labels, const mq_named_tensor *tenso
 /* Scratch for every worker that the pool has now. */
 int mq_run_reserve(mq_run *run, mq_error *err);
 
-/* step for each of 0..count: every worker takes steps of its own as long as there is one for each; the rest go one by
- * one, each over all workers. Returns the first failure. */
+/* step for each of 0..count, with the layer's calibrators watching: every worker takes steps of its own as long as
+ * there is one for each; the rest go one by one, each over all workers. Returns the first failure. */
 typedef int (*mq_step_fn)(mq_run *run, void *context, int64_t index, const mq_scratch *scratch, mq_error *err);
-int mq_run_steps(mq_run *run, int64_t count, mq_step_fn step, void *context, mq_error *err);
+typedef struct mq_steps {
+    int64_t count, rows;         /* rows: of a step, at most */
+    mq_step_fn step;
+    void *context;
+} mq_steps;
+int mq_run_steps(mq_run *run, mq_layer *layer, const mq_steps *steps, mq_error *err);
 mq_layer_context mq_run_context(const mq_run *run);
 
 /* run_experts.c: begin makes room, dispatch sorts the rows by expert. */

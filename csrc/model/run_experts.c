@@ -114,17 +114,13 @@ static int run_loaded(mq_run *run, int64_t index, int64_t expert, mq_error *err)
 {
     mq_layer *layer = &run->runtime->layers[index];
     const int64_t *start = &run->dispatch.start[expert];
-    mq_point *points[MQ_LAYER_MAX_POINTS];
-    size_t count = mq_layer_points(layer, points);
     int rc = mq_layer_check(layer, &run->runtime->config, err);
     if (rc == MQ_OK) rc = mq_run_reserve(run, err);
-    if (rc == MQ_OK) rc = mq_points_begin(points, count, err);
     if (rc != MQ_OK) return rc;
     expert_job job = {.layer = layer, .first = start[0], .count = start[1] - start[0],
                       .step = run->scratch[0].mlp_rows};
-    rc = mq_run_steps(run, MQ_CEIL_DIV(job.count, job.step), run_rows, &job, err);
-    int ended = mq_points_end(points, count, rc == MQ_OK, err);
-    return rc == MQ_OK ? ended : rc;
+    mq_steps steps = {.count = MQ_CEIL_DIV(job.count, job.step), .rows = job.step, .step = run_rows, .context = &job};
+    return mq_run_steps(run, layer, &steps, err);
 }
 
 static void finish_layer(mq_run *run)

@@ -433,9 +433,35 @@ static PyObject *runtime_set_quantizer(PyObject *self, PyObject *args)
 PyDoc_STRVAR(
     set_calibrator_doc,
     "set_calibrator($self, name, calibrator, /)\n--\n\n"
-    "Puts a Calibrator (or None) at a point, named as in set_quantizer: it collects what passes there, padding left "
-    "out.\n\n"
+    "Puts a Calibrator (or several, a sequence of up to four, or None) at a point, named as in set_quantizer: it "
+    "collects\nwhat passes there, padding left out.\n\n"
     "Linears that read the same tensor (same site) share the work. One Calibrator may sit at several points.");
+
+/* One Calibrator, a sequence of them, or None, as a tuple. */
+static PyObject *calibrators_of(PyObject *self, PyObject *name, PyObject *given)
+{
+    PyTypeObject *type = mq_state_of_object(self)->calibrator_type;
+    if (given == Py_None) return PyTuple_New(0);
+    const int single = Py_IS_TYPE(given, type) || !PySequence_Check(given);
+    PyObject *items = single ? PyTuple_Pack(1, given) : PySequence_Tuple(given);
+    if (items == NULL) return NULL;
+    if (PyTuple_GET_SIZE(items) > MQ_POINT_WATCHERS)
+        PyErr_Format(PyExc_ValueError, "%U: %zd calibrators, there is room for %d", name, PyTuple_GET_SIZE(items),
+                     MQ_POINT_WATCHERS);
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(items) && !PyErr_Occurred(); i++)
+        if (!Py_IS_TYPE(PyTuple_GET_ITEM(items, i), type))
+            PyErr_Format(PyExc_TypeError, "%U: expected a Calibrator, a sequence of them or None, got %.100s", name,
+                         Py_TYPE(PyTuple_GET_ITEM(items, i))->tp_name);
+    if (PyErr_Occurred()) Py_CLEAR(items);
+    return items;
+}
+
+static void watch_with(mq_point *point, PyObject *items)
+{
+    for (Py_ssize_t i = 0; i < MQ_POINT_WATCHERS; i++)
+        point->watchers[i].calib = i < PyTuple_GET_SIZE(items)
+            ? ((CalibratorObject *)PyTuple_GET_ITEM(items, i))->calib : NULL;
+}
 
 static PyObject *runtime_set_calibrator(PyObject *self, PyObject *args)
 {
@@ -445,15 +471,17 @@ static PyObject *runtime_set_calibrator(PyObject *self, PyObject *args)
     if (!PyArg_ParseTuple(args, "UO:set_calibrator", &name, &given)) return NULL;
     mq_point *point = find_point(self, name, &layer);
     if (point == NULL) return NULL;
-    if (given != Py_None && !Py_IS_TYPE(given, mq_state_of_object(self)->calibrator_type))
-        return PyErr_Format(PyExc_TypeError, "%U: expected a Calibrator or None, got %.100s", name,
-                            Py_TYPE(given)->tp_name);
-    if (mq_enter(busy_of(object, layer), "set_calibrator: the layer") < 0) return NULL;
-    if (attach(object->calibrators, name, given) == 0) {
-        point->calib = given == Py_None ? NULL : ((CalibratorObject *)given)->calib;
+    PyObject *items = calibrators_of(self, name, given);
+    if (items == NULL || mq_enter(busy_of(object, layer), "set_calibrator: the layer") < 0) {
+        Py_XDECREF(items);
+        return NULL;
+    }
+    if (attach(object->calibrators, name, PyTuple_GET_SIZE(items) > 0 ? items : Py_None) == 0) {
+        watch_with(point, items);
         result = Py_NewRef(Py_None);
     }
     mq_leave(busy_of(object, layer));
+    Py_DECREF(items);
     return result;
 }
 
