@@ -1,20 +1,23 @@
 """Make tests/data/families: micro models with random weights and what transformers computes with them.
 
     pip install torch==2.13.0 transformers==5.17.0
-    python tests/data/make_fixtures.py
+    python tests/data/make_fixtures.py [FAMILY ...]
 
 Per family: config.json and model.safetensors (bfloat16), and reference.npz with
   ids, left, right   int64 [2, 20] token ids; masks padded on the left and on the right; the first row is whole
   logits_left, logits_right            float32 [2, 20, V], with each mask, in float32
   amax_float32, amax_bfloat16          float32 [linears]: largest |input| of each linear over the tokens that `right` keeps,
-                                       in a float32 and in a bfloat16 model; names: their modules
+                                       in a float32 and in a bfloat16 model; names: their modules, and ...mlp.experts.gate_up_proj for
+                                       what reaches a layer's experts
 """
+import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers as tf
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 OUT = Path(__file__).parent / "families"
 BASE = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -28,18 +31,22 @@ CONFIGS = {
         rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}),
     "mistral": lambda: tf.MistralConfig(**BASE, sliding_window=6),
     "qwen2": lambda: tf.Qwen2Config(**BASE),
+    "mixtral": lambda: tf.MixtralConfig(**BASE, num_local_experts=4, num_experts_per_tok=2, sliding_window=8),
+    "qwen3_moe": lambda: tf.Qwen3MoeConfig(
+        **BASE, head_dim=12, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=20,
+        norm_topk_prob=True, mlp_only_layers=[0]),
 }
 
 
 def build(config, seed=0):
     """Weights that are bfloat16 numbers, so that both computations start from the same."""
     torch.manual_seed(seed)
-    model = tf.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = tf.AutoModelForCausalLM.from_config(config, dtype=torch.float32, experts_implementation="eager").eval()
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_((noise * 0.15 if parameter.ndim == 2 else parameter + noise * 0.1).to(torch.bfloat16).float())
+            parameter.copy_((noise * 0.15 if parameter.ndim >= 2 else parameter + noise * 0.1).to(torch.bfloat16).float())
     return model
 
 
@@ -57,24 +64,33 @@ def input_amax(model, ids, mask):
 
     def hook(name):
         return lambda module, args: seen.__setitem__(name, args[0].float().abs()[mask.bool()].max().item())
-    hooks = [module.register_forward_pre_hook(hook(name)) for name, module in model.named_modules()
-             if isinstance(module, torch.nn.Linear)]
+    named = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    named |= {f"{name}.experts.gate_up_proj": module for name, module in model.named_modules() if hasattr(module, "experts")}
+    hooks = [module.register_forward_pre_hook(hook(name)) for name, module in named.items()]
     model(ids, attention_mask=mask)
     for handle in hooks:
         handle.remove()
     return seen
 
 
+def save_weights(model, folder):
+    """In bfloat16, named as on disk (experts are stacked in memory)."""
+    with tempfile.TemporaryDirectory() as saved:
+        model.save_pretrained(saved)
+        tensors = load_file(Path(saved) / "model.safetensors")
+    save_file({key: value.to(torch.bfloat16).contiguous() for key, value in tensors.items()}, folder / "model.safetensors")
+
+
 def main():
     for name, make in CONFIGS.items():
+        if len(sys.argv) > 1 and name not in sys.argv[1:]:
+            continue
         folder = OUT / name
         folder.mkdir(parents=True, exist_ok=True)
         model = build(make())
         model.config.architectures = [type(model).__name__]
         model.config.to_json_file(folder / "config.json")
-        tied = model.config.tie_word_embeddings
-        save_file({key: value.to(torch.bfloat16).contiguous() for key, value in model.state_dict().items()
-                   if not (tied and key == "lm_head.weight")}, folder / "model.safetensors")
+        save_weights(model, folder)
         generator = torch.Generator().manual_seed(7)
         ids = torch.randint(0, BASE["vocab_size"], (2, 20), generator=generator)
         left, right = masks(generator, ids.shape)
