@@ -72,6 +72,13 @@ def test_tensorrt_llm_gets_the_ones_that_it_looks_up(llama, tmp_path):  # noqa: 
     assert all((tensors[name].astype(np.float32) == 1).all() for name in smoothed)
 
 
+def test_vllm_reads_other_names_in_mxfp8(quantized, tmp_path):  # noqa: F811
+    """Its loader of quant_method mxfp8 looks for weight_scale, where transformers' layout has weight_scale_inv."""
+    with pytest.raises(ValueError, match="vllm does not load mxfp8 weights with mxfp8 inputs as mxfp8 of the fp8 dialect"):
+        export_hf_checkpoint(quantized("mxfp8"), tmp_path / "out", dialect="fp8", engine="vllm")
+    export_hf_checkpoint(quantized("mxfp8"), tmp_path / "out", dialect="fp8", engine="transformers")
+
+
 @pytest.mark.parametrize("arguments, words", [
     ({"engine": "llama.cpp"}, "unknown engine 'llama.cpp'; known are vllm, sglang, tensorrt-llm, transformers"),
     ({"engine": "transformers", "dialect": "modelopt"}, "transformers does not load nvfp4 weights with nvfp4 inputs as NVFP4 of the modelopt"),

@@ -248,7 +248,7 @@ def stored_layout(dialect: str, form: Form, dtype: str = "bfloat16") -> dict[str
     parts, found = form_layout(form, dtype), names(dialect, form.pair)
     unsaid = sorted(set(parts) - set(found))
     if unsaid:
-        raise ValueError(f"the {dialect} dialect has no place for {', '.join(unsaid)}")
+        raise ValueError(f"the {dialect} dialect has no place for {', '.join(unsaid)}; use the modelopt dialect")
     constants = [role for role, name in found.items() if TRANSFORMS[name.transform].constant]
     return {role: TRANSFORMS[found[role].transform].layout(form, *parts.get(role, ("", ()))) for role in [*parts, *constants]}
 

@@ -50,7 +50,7 @@ def read_cache(inner: Checkpoint, quantization: dict[str, Any], dialect: str) ->
                          f"{', '.join(ALGORITHMS)}")
     scales: dict[tuple[str, str], np.float32] = {}
     biases: dict[tuple[str, str], np.ndarray] = {}
-    for which, (scale, bias) in TENSORS[dialect].items():
+    for which, (scale, bias) in TENSORS.get(dialect, {}).items():
         for name in sorted(names):
             module = name[:-len(scale) - 1]
             if name.endswith("." + scale):

@@ -79,8 +79,8 @@ NVFP4, MXFP8, MXFP4 = "nvfp4-pack-quantized tensor_group", "mxfp8-quantized grou
 ENGINES = {
     "vllm": Engine(
         ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "fp8_pb_wo", "NVFP4", "W4A16_NVFP4", "MXFP8"),
-        (*FLOAT8, *INTEGERS, NVFP4, MXFP8, MXFP4), ("fp8", "mxfp8", "awq", "gptq"), ("FP8", "NVFP4"),
-        {"modelopt": substring_or_glob, "compressed-tensors": exact_or_regex, "fp8": exact, "mxfp8": exact, "awq": substring}),
+        (*FLOAT8, *INTEGERS, NVFP4, MXFP8, MXFP4), ("fp8", "awq", "gptq"), ("FP8", "NVFP4"),     # its mxfp8 reads no weight_scale_inv
+        {"modelopt": substring_or_glob, "compressed-tensors": exact_or_regex, "fp8": exact, "awq": substring}),
     "sglang": Engine(
         ("FP8", "NVFP4", "NVFP4_AWQ", "W4A16_NVFP4", "MXFP8"),
         (*FLOAT8, *INTEGERS, NVFP4), ("fp8", "mxfp8", "awq", "gptq"), ("FP8", "NVFP4"),
