@@ -11,7 +11,7 @@
 enum {
     BLOCK_ROWS = 8192,       /* tokens whose products are summed in float32 before they are added in float64 */
     LEAST_ROWS = 2048,       /* where BLOCK_ELEMENTS are less; and of float32 tokens, for the sake of their precision */
-    BLOCK_ELEMENTS = 1 << 25,
+    BLOCK_ELEMENTS = 6 << 20,
     STRIP = 1024,            /* columns of H computed at a time */
     TILE = 64                /* of the transpose at the end */
 };
@@ -150,7 +150,8 @@ static int add_product(mq_calib *calib, const void *x, mq_dtype dtype, int64_t r
     char *memory = mq_alloc(nbytes + count * sizeof(float));
     if (memory == NULL) return mq_fail_memory(err, "a Gram matrix's block", nbytes + count * sizeof(float));
     job.c = (float *)(void *)(memory + nbytes);
-    mq_syrk_pack(kind, x, dtype, n, rows, ld, memory, &job.x);
+    const mq_syrk_tokens tokens = {.x = x, .dtype = dtype, .ldx = ld, .n = n, .k = rows};
+    mq_syrk_pack(kind, &tokens, memory, &job.x);
     if (size) mq_parallel_for(squares, 1, add_squares, &job);
     else add_triangle(&job);
     mq_free(memory);

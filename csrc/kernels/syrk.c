@@ -3,52 +3,89 @@
 #include "core/pool.h"
 #include "kernels/gemm_kernel.h"
 
-static size_t rows_nbytes(const mq_gemm_kernel *kernel, int64_t n, int64_t k)
+enum { SLICE = 64 };             /* units of k packed at a time: their tokens stay in L2 */
+
+/* Units between the rows of X^T. One cache line more than there are: at a power of two, sixteen rows of a tile would
+ * fight for one set of the cache. */
+static int64_t row_stride(const mq_gemm_kernel *kernel, int64_t k)
 {
-    return (size_t)(MQ_CEIL_DIV(n, (int64_t)kernel->nr) * mq_gemm_panel_size(kernel, k)) * sizeof(uint32_t);
+    return mq_gemm_panel_size(kernel, k) / kernel->nr + 16;
 }
 
 size_t mq_syrk_nbytes(mq_gemm_kind kind, int64_t n, int64_t k)
 {
-    const size_t packed = mq_gemm_packed_size(kind, n, k);
-    return MQ_ROUND_UP(packed, (size_t)64) + rows_nbytes(mq_gemm_kernel_of(kind), n, k);
+    const mq_gemm_kernel *kernel = mq_gemm_kernel_of(kind);
+    const int64_t panels = MQ_CEIL_DIV(n, (int64_t)kernel->nr);
+    return (size_t)(panels * (mq_gemm_panel_size(kernel, k) + kernel->nr * row_stride(kernel, k))) * sizeof(uint32_t);
 }
 
-typedef struct transpose_job {
-    const uint32_t *packed;
-    uint32_t *rows;
+typedef struct pack_job {
     const mq_gemm_kernel *kernel;
-    int64_t panel_size, depth;   /* units; depth is the length of a row */
-} transpose_job;
+    mq_gemm_convert how;
+    const char *x;
+    int64_t ldx, element;        /* bytes */
+    int64_t n, k;
+    uint32_t *packed, *rows;
+    int64_t depth, stride;       /* units: of a panel; between rows */
+} pack_job;
 
-/* Panels [begin, end), which are [depth, nr], to rows [nr, depth]. */
-static void transpose_panels(void *argument, int64_t begin, int64_t end, int worker)
+/* Token t, nr channels from the first one of a panel; zero beyond k and n. */
+static void convert_token(const pack_job *job, int64_t t, int64_t channel, void *out)
 {
-    const transpose_job *job = argument;
-    const int64_t nr = job->kernel->nr;
-    (void)worker;
-    for (int64_t panel = begin; panel < end; panel++)
-        for (int64_t i = 0; i < nr; i += 16)
-            for (int64_t t = 0; t < job->depth; t += 16)
-                job->kernel->helpers->transpose(job->packed + panel * job->panel_size + t * nr + i, nr,
-                                                job->rows + (panel * nr + i) * job->depth + t, job->depth);
+    const int64_t nr = job->kernel->nr, count = t < job->k ? MQ_MIN(nr, job->n - channel) : 0;
+    const char *from = count ? job->x + t * job->ldx + channel * job->element : job->x;
+    job->kernel->helpers->convert(job->how, from, count, out, nr);
 }
 
-void mq_syrk_pack(mq_gemm_kind kind, const void *x, mq_dtype dtype, int64_t n, int64_t k, int64_t ldx, void *memory,
-                  mq_syrk *out)
+/* Sixteen units from unit t of a panel: to the panel, and from there to rows. */
+static void pack_tile(const pack_job *job, int64_t panel, int64_t t)
+{
+    const int64_t nr = job->kernel->nr;
+    uint32_t *tile = job->packed + (panel * job->depth + t) * nr, *out = tile;
+    uint16_t even[MQ_GEMM_MAX_NR], odd[MQ_GEMM_MAX_NR];
+    for (int64_t unit = t; unit < t + 16; unit++, out += nr) {
+        if (job->kernel->unit == MQ_UNIT_F32) {
+            convert_token(job, unit, panel * nr, out);
+            continue;
+        }
+        convert_token(job, 2 * unit, panel * nr, even);
+        convert_token(job, 2 * unit + 1, panel * nr, odd);
+        job->kernel->helpers->interleave(even, odd, (uint16_t *)(void *)out, nr);
+    }
+    for (int64_t i = 0; i < nr; i += 16)
+        job->kernel->helpers->transpose(tile + i, nr, job->rows + (panel * nr + i) * job->stride + t, job->stride);
+}
+
+static void pack_slices(void *argument, int64_t begin, int64_t end, int worker)
+{
+    const pack_job *job = argument;
+    const int64_t panels = MQ_CEIL_DIV(job->n, (int64_t)job->kernel->nr);
+    (void)worker;
+    for (int64_t slice = begin; slice < end; slice++)
+        for (int64_t panel = 0; panel < panels; panel++)
+            for (int64_t t = slice * SLICE; t < MQ_MIN((slice + 1) * SLICE, job->depth); t += 16)
+                pack_tile(job, panel, t);
+}
+
+void mq_syrk_pack(mq_gemm_kind kind, const mq_syrk_tokens *x, void *memory, mq_syrk *out)
 {
     const mq_gemm_kernel *kernel = mq_gemm_kernel_of(kind);
-    transpose_job job = {.packed = memory, .kernel = kernel, .panel_size = mq_gemm_panel_size(kernel, k)};
-    job.depth = job.panel_size / kernel->nr;
-    job.rows = (uint32_t *)(void *)((char *)memory + MQ_ROUND_UP(mq_gemm_packed_size(kind, n, k), (size_t)64));
-    out->packed.data = memory;
-    mq_gemm_pack_transposed(kind, x, dtype, n, k, ldx, &out->packed);
-    mq_parallel_for(MQ_CEIL_DIV(n, (int64_t)kernel->nr), 1, transpose_panels, &job);
+    const int64_t panels = MQ_CEIL_DIV(x->n, (int64_t)kernel->nr), panel_size = mq_gemm_panel_size(kernel, x->k);
+    const int64_t element = (int64_t)mq_dtype_size(x->dtype);
+    const pack_job job = {
+        .kernel = kernel, .how = mq_gemm_conversion(kernel, kind, x->dtype), .x = x->x, .ldx = x->ldx * element,
+        .element = element, .n = x->n, .k = x->k, .packed = memory, .rows = (uint32_t *)memory + panels * panel_size,
+        .depth = panel_size / kernel->nr, .stride = row_stride(kernel, x->k),
+    };
+    mq_parallel_for(MQ_CEIL_DIV(job.depth, (int64_t)SLICE), 1, pack_slices, (void *)(uintptr_t)&job);
     /* What is packed is all units of the kernel, zeros beyond k: nothing is left to be converted or padded. */
-    out->packed.k = out->ldr = job.depth * mq_gemm_unit_elements(kernel);
-    out->packed.kind = kernel->unit == MQ_UNIT_PAIR ? MQ_GEMM_BF16 : MQ_GEMM_F32;
-    out->dtype = kernel->unit == MQ_UNIT_PAIR ? MQ_BF16 : MQ_F32;
+    out->packed = (mq_packed){
+        .kind = kernel->unit == MQ_UNIT_PAIR ? MQ_GEMM_BF16 : MQ_GEMM_F32, .n = x->n,
+        .k = job.depth * mq_gemm_unit_elements(kernel), .data = memory, .kernel = kernel,
+    };
     out->rows = job.rows;
+    out->ldr = job.stride * mq_gemm_unit_elements(kernel);
+    out->dtype = kernel->unit == MQ_UNIT_PAIR ? MQ_BF16 : MQ_F32;
 }
 
 void mq_syrk_run(const mq_syrk *x, const mq_syrk_part *part)

@@ -17,9 +17,14 @@ typedef struct mq_syrk {
 
 /* Bytes of memory that mq_syrk_pack needs (64-byte aligned). bf16: the products take bfloat16, sums are float32. */
 size_t mq_syrk_nbytes(mq_gemm_kind kind, int64_t n, int64_t k);
-/* x [k, n], MQ_F32 or MQ_BF16, ldx elements between tokens. Runs on the pool. */
-void mq_syrk_pack(mq_gemm_kind kind, const void *x, mq_dtype dtype, int64_t n, int64_t k, int64_t ldx, void *memory,
-                  mq_syrk *out);
+
+typedef struct mq_syrk_tokens {
+    const void *x; mq_dtype dtype; int64_t ldx;  /* [k, n], MQ_F32 or MQ_BF16; ldx elements between tokens */
+    int64_t n, k;
+} mq_syrk_tokens;
+
+/* Runs on the pool. */
+void mq_syrk_pack(mq_gemm_kind kind, const mq_syrk_tokens *x, void *memory, mq_syrk *out);
 
 typedef struct mq_syrk_part {
     int64_t row, rows, column, columns;  /* of X^T X; row and column multiples of MQ_SYRK_MULTIPLE */
