@@ -42,7 +42,7 @@ VALID = {
     "NVFP4_MLP_ONLY_CFG": "vllm sglang tensorrt-llm", "W4A16_NVFP4_CFG": "vllm sglang tensorrt-llm",
     "fp8 tensor": "vllm sglang transformers", "fp8 channel": "vllm sglang tensorrt-llm transformers", "fp8 block": "transformers",
     "nvfp4": "vllm sglang transformers", "mxfp8": "vllm transformers", "mxfp4": "vllm transformers", "int4": "vllm sglang transformers",
-    "int4 zeros": "vllm sglang transformers", "int8": "vllm sglang transformers", "native fp8": "transformers",
+    "int4 zeros": "vllm sglang transformers", "int8": "vllm sglang transformers", "int8 packed": "vllm sglang transformers", "native fp8": "transformers",
     "native mxfp8": "sglang transformers", "awq": "vllm sglang transformers", "gptq": "vllm sglang transformers",
 }
 
@@ -222,6 +222,7 @@ BROKEN = [   # rule, export, engine, what the finding names, the change
     ("parts", "int4", "vllm", f"{UP}.weight_packed", put(f"{UP}.weight_packed", lambda old: old.view(np.uint8))),
     ("parts", "int4", "vllm", f"{UP}.weight_shape", put(f"{UP}.weight_shape", None)),
     ("parts", "int4 zeros", "vllm", f"{UP}.weight_zero_point", put(f"{UP}.weight_zero_point", None)),
+    ("true_shapes", "int8 packed", "vllm", f"{UP}.weight", put(f"{UP}.weight_packed", lambda old: old[:, ::2])),
     ("parts", "int8", "sglang", f"{UP}.weight_scale", put(f"{UP}.weight_scale", lambda old: old.reshape(-1))),
     ("parts", "native fp8", "transformers", f"{UP}.weight_scale_inv", put(f"{UP}.weight_scale_inv", lambda old: old.reshape(-1, 1, 1, 1))),
     ("parts", "native mxfp8", "transformers", f"{UP}.weight_scale", lambda f: f.tensors.__setitem__(

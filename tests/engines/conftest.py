@@ -1,5 +1,6 @@
 """The engines, and the exports they are asked to load. Run by `make test-engines`, which makes their environments."""
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -47,6 +48,34 @@ def source(tmp_path_factory) -> Path:
     return small_model.write_model(tmp_path_factory.mktemp("engines") / "source")
 
 
+def rewrite(folder: Path, target: Path, change) -> Path:
+    """A copy of an export with its tensors changed: change(tensors) works on the dictionary of arrays."""
+    from golden_data import read_safetensors
+    from safetensors import TensorSpec, serialize_file
+
+    shutil.copytree(folder, target)
+    tensors = read_safetensors(folder)
+    change(tensors)
+    arrays = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in tensors.items()}
+    specs = {name: TensorSpec(dtype=array.dtype.name, shape=array.shape, data_ptr=array.ctypes.data, data_len=array.nbytes)
+             for name, array in arrays.items()}
+    serialize_file(specs, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+def configuration(name: str) -> dict:
+    """A preset; "A+B": with B's rules, for the KV cache, behind A's; "MIXED": FP8, with NVFP4 in the MLP."""
+    import modelq.quantization as mtq
+
+    if name == "MIXED":
+        four_bits = [rule | {"quantizer_name": "*mlp." + rule["quantizer_name"]} for rule in mtq.NVFP4_DEFAULT_CFG["quant_cfg"][1:3]]
+        rules = mtq.FP8_DEFAULT_CFG["quant_cfg"]
+        return {**mtq.FP8_DEFAULT_CFG, "quant_cfg": [*rules[:3], *four_bits, *rules[3:]]}
+
+    first, *rest = (getattr(mtq, part) for part in name.split("+"))
+    return {**first, "quant_cfg": [*first["quant_cfg"], *(rule for other in rest for rule in other["quant_cfg"])]}
+
+
 @pytest.fixture(scope="session")
 def make_export(source, tmp_path_factory):
     """make_export(row, dtype): the folder of the small model quantized and exported as the row says; made once."""
@@ -61,7 +90,7 @@ def make_export(source, tmp_path_factory):
         if (row, dtype) not in made:
             if (row.config, dtype) not in models:
                 model = modelq.load(source, compute=dtype)
-                models[row.config, dtype] = mtq.quantize(model, getattr(mtq, row.config), lambda m: [m(batch[None]) for batch in batches])
+                models[row.config, dtype] = mtq.quantize(model, configuration(row.config), lambda m: [m(batch[None]) for batch in batches])
             folder = tmp_path_factory.mktemp("export") / str(row)
             made[row, dtype] = export_hf_checkpoint(models[row.config, dtype], folder, dtype=dtype, dialect=row.dialect)
         return made[row, dtype]

@@ -2,9 +2,9 @@
 
     .venv-engines/bin/python tests/engines/run_transformers.py
 
-Order: {"folder", "prompts": [[ids]], "tokens": N, "logits": FILE.npy, "dequantize": bool, "dtype"}. Answer: {"tokens": [[ids]], "class", and
+Order: {"folder", "prompts": [[ids]], "tokens": N, "rows": [[ids]], "logits": FILE.npy, "dequantize": bool, "dtype"}. Answer: {"tokens": [[ids]], "class", and
 "unexpected": names of stored tensors that the model did not take, "missing": those it wanted}, or {"error": text}. The logits of the
-prompts are written to FILE. "dequantize": the weights are decompressed on loading and activations stay as they are; else compressed-tensors'
+rows are written to FILE. "dequantize": the weights are decompressed on loading and activations stay as they are; else compressed-tensors'
 own modules run, which also fake-quantize activations.
 """
 import json
@@ -32,9 +32,9 @@ def answer(order):
     model, report = transformers.AutoModelForCausalLM.from_pretrained(
         order["folder"], dtype=getattr(torch, order.get("dtype", "bfloat16")), output_loading_info=True, **quantization(order))
     model.eval()
-    rows = torch.tensor(order["prompts"])
     with torch.no_grad():
-        np.save(order["logits"], model(rows).logits.float().numpy())
+        np.save(order["logits"], model(torch.tensor(order["rows"])).logits.float().numpy())
+        rows = torch.tensor(order["prompts"])
         for _ in range(order["tokens"]):
             rows = torch.cat([rows, model(rows, use_cache=False).logits[:, -1].argmax(dim=-1, keepdim=True)], dim=1)
     return {"tokens": rows[:, -order["tokens"]:].tolist(), "class": type(model).__name__,

@@ -30,6 +30,7 @@ def emulate():
     linear._POSSIBLE_NVFP4_KERNELS[PlatformEnum.CPU] = [linear.EmulationNvFp4LinearKernel]
     linear._POSSIBLE_MXFP8_KERNELS[PlatformEnum.CPU] = [linear.EmulationMxfp8LinearKernel]
     linear._POSSIBLE_MXFP4_KERNELS[PlatformEnum.CPU] = [linear.EmulationMxfp4LinearKernel]
+    linear.MarlinNvFp4LinearKernel = weight_only(linear.EmulationNvFp4LinearKernel)
     dynamic = operators.scaled_fp8_quant
 
     def scaled_fp8_quant(values, scale=None, *args, **kwargs):
@@ -40,6 +41,17 @@ def emulate():
     operators.scaled_fp8_quant = scaled_fp8_quant
     input_quant_fp8.QuantFP8.forward_cpu = input_quant_fp8.QuantFP8.forward_cuda = input_quant_fp8.QuantFP8.forward_native
     modelopt.expose_input_quant_key = compressed_tensors_w8a8_fp8.expose_input_quant_key = lambda *args, **kwargs: None
+
+
+def weight_only(emulation):
+    """NVFP4 weights with activations as they are, for which vLLM has no emulation: its own dequantization, then a plain product."""
+    from vllm.model_executor.layers.quantization.utils.nvfp4_emulation_utils import dequantize_to_dtype
+
+    class WeightOnly(emulation):
+        def apply_weights(self, layer, x, bias=None):
+            weight = dequantize_to_dtype(layer.weight.view(torch.uint8), layer.weight_scale, layer.weight_global_scale, x.dtype, 16, swizzle=False)
+            return torch.nn.functional.linear(x, weight, bias)
+    return WeightOnly
 
 
 def predictions(output):
