@@ -272,3 +272,22 @@ def test_a_part_of_the_experts_may_stay_in_high_precision(tmp_path):
     excluded = json.loads((tmp_path / "out/hf_quant_config.json").read_text())["quantization"]["exclude_modules"]
     assert "model.layers.1.mlp.experts.5*" in excluded
     assert np.array_equal(logits(modelq.load(tmp_path / "out", compute="bfloat16")), logits(model))
+
+
+@pytest.mark.parametrize("config", ["INT4_BLOCKWISE_WEIGHT_ONLY_CFG", "NVFP4_MLP_ONLY_CFG", "NVFP4_EXPERTS_ONLY_CFG"])
+@pytest.mark.parametrize("dialect", ["modelopt", "compressed-tensors"])
+def test_what_the_reference_cannot_export(golden, config, dialect, tmp_path):
+    """Each expert is written as a dense linear of its shape would be."""
+    golden_model = golden["qwen3moe"]
+    model = modelq.load(golden_model.source, compute="bfloat16")
+    mtq.quantize(model, getattr(mtq, config), lambda m: [m(row[None]) for row in golden_model.calib])
+    folder = export_hf_checkpoint(model, tmp_path / "out", dialect=dialect)
+    tensors, source = read_safetensors(folder), read_safetensors(golden_model.source)
+    again = modelq.load(folder, compute="bfloat16")
+    assert np.array_equal(logits(again, golden_model.calib[:2]), logits(model, golden_model.calib[:2]))
+    assert all(f"model.layers.{layer}.mlp.experts.{e}.{linear}" in again.stored_layers
+               for layer in range(2) for e in range(4) for linear in LINEARS["qwen3_moe"])
+    if dialect == "modelopt" and config.startswith("INT4"):
+        name = "model.layers.1.mlp.experts.3.up_proj"
+        parts = core.quantize(source[f"{name}.weight"], "int4", amax=core.amax(source[f"{name}.weight"], block=128), block_size=128)
+        assert all(np.array_equal(tensors[f"{name}.{role}"], part) for role, part in parts.items())

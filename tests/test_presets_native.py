@@ -98,7 +98,8 @@ def test_biases_equal_the_reference(case):
 @pytest.mark.parametrize("case", cases("float32", needs=["fake_logits.npy"]))
 def test_simulated_logits_equal_the_reference(case):
     """Where activations are rounded, one that lies at a tie between two codes may fall on the other side, as its float32 value differs
-    in the last bit; that token, and those that attend to it, are then further off. Everywhere else the logits agree."""
+    in the last bit; that token, and those that attend to it, are then further off (for qwen3moe in FP8 it is the 10th: the input of an
+    expert's down_proj within 8e-8 of a tie). Everywhere else the logits agree."""
     logits, rounds = np.asarray(quantized(case)(case.model.calib[:1]).logits), "WEIGHT_ONLY" not in case.config
     errors = np.abs(logits - case.fake_logits)
     effect = np.abs(case.fake_logits - case.model.logits)
