@@ -23,7 +23,11 @@ def smooth(model: Any, scales: Mapping[str, Any]) -> None:
     """Smooth linears of a quantized model: module name to scale, float32 [in]. A linear's input is multiplied by its scale, rounded to
     the model's dtype; its weight's columns by 1 / scale, and the weight's amax is found anew; the input's amax is left to the caller.
     Linears that read one input are to be smoothed together. ValueError: an unknown module, a scale that is not positive and finite."""
-    rows = {module: _row(model, module) for module in scales}
+    linears = {row["name"]: row for row in model.modules if row["kind"] == "linear"}
+    unknown = [module for module in scales if module not in linears]
+    if unknown:
+        raise ValueError(f"{unknown[0]}: no linear of this model")
+    rows = {module: linears[module] for module in scales}
     checked = {module: _checked(rows[module], scale) for module, scale in scales.items()}
     model.settle()
     for module, scale in checked.items():
@@ -122,10 +126,10 @@ def folding_norm(model: Any, row: dict[str, Any]) -> dict[str, Any] | None:
     if own_scale(model, row["name"]) is None:
         return None
     members, pair = _group(model, row), pair_of(model, row["name"])
-    readers = [other for other in model.modules if _reads_with(row, other) and other["kind"] == "linear"]
+    readers = [other for other in _readers(model, row) if other["kind"] == "linear"]
     if pair is None or pair.weight not in FOLDED_WEIGHTS or len(members) < 2 or len(members) < len(readers):
         return None
-    return next((other for other in model.modules if _reads_with(row, other) and other["kind"] == "norm"), None)
+    return next((other for other in _readers(model, row) if other["kind"] == "norm"), None)
 
 
 def norm_scales(model: Any, modules: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
@@ -139,19 +143,13 @@ def norm_scales(model: Any, modules: Sequence[dict[str, Any]]) -> dict[str, np.n
     return found
 
 
-def _row(model: Any, module: str) -> dict[str, Any]:
-    row = next((row for row in model.modules if row["name"] == module and row["kind"] == "linear"), None)
-    if row is None:
-        raise ValueError(f"{module}: no linear of this model")
-    return row
-
-
-def _reads_with(row: dict[str, Any], other: dict[str, Any]) -> bool:
-    return (other["layer"], other["site"]) == (row["layer"], row["site"])
+def _readers(model: Any, row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The linears that read what this one reads, and the norm that makes it."""
+    near = model.modules_of(row["layer"], row["expert"])
+    return [other for other in near if other["site"] == row["site"]]
 
 
 def _group(model: Any, row: dict[str, Any]) -> list[dict[str, Any]]:
     """The quantized linears that read what this one reads, in one format with it."""
     pair = pair_of(model, row["name"])
-    return [other for other in model.modules
-            if other["kind"] == "linear" and _reads_with(row, other) and pair_of(model, other["name"]) == pair]
+    return [other for other in _readers(model, row) if other["kind"] == "linear" and pair_of(model, other["name"]) == pair]

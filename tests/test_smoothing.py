@@ -113,3 +113,69 @@ def test_a_reopened_export_computes_the_same_numbers(case, tmp_path):
     export_hf_checkpoint(model, tmp_path / "out")
     before, after = (np.asarray(m(case.model.calib[:2]).logits) for m in (model, modelq.load(tmp_path / "out", compute="bfloat16")))
     assert np.array_equal(before, after)
+
+
+# By hand ---------------------------------------------------------------------------------------------------------------------
+
+def smoothed_by_hand(llama, preset, compute="bfloat16"):
+    random = np.random.default_rng(7)
+    config = {**copy.deepcopy(getattr(mtq, preset)), "algorithm": "max"}
+    model = mtq.quantize(modelq.load(llama.source, compute=compute), config, lambda model: [model(row[None]) for row in llama.calib])
+    scales = {row["name"]: np.exp2(random.uniform(-1, 1, row["shape"][1])).astype(F32) for row in model.modules
+              if row["kind"] == "linear" and row["layer"] >= 0}
+    smooth(model, scales)
+    return model, scales
+
+
+def test_nvfp4_awq(golden, tmp_path):
+    """The reference cannot calibrate it on a CPU: its layout is NVFP4's with the scales of o_proj and down_proj beside the weight."""
+    model, scales = smoothed_by_hand(golden["llama"], "NVFP4_AWQ_LITE_CFG")
+    export_hf_checkpoint(model, tmp_path / "out")
+    tensors, said = read_safetensors(tmp_path / "out"), json.loads((tmp_path / "out" / "hf_quant_config.json").read_text())["quantization"]
+    assert (said["quant_algo"], said["pre_quant_scale"], said["has_zero_point"]) == ("NVFP4_AWQ", True, False)
+    kept = {name.removesuffix(".pre_quant_scale") for name in tensors if name.endswith(".pre_quant_scale")}
+    assert kept == {module for module in scales if module.endswith(("o_proj", "down_proj"))}
+    for group in SIBLINGS:
+        parent = "model.layers.0." + ("self_attn." if "q_proj" in group else "mlp.")
+        assert len({tensors[f"{parent}{member}.weight_scale_2"].item() for member in group}) == 1
+    before, after = (np.asarray(m(golden["llama"].calib[:2]).logits) for m in (model, modelq.load(tmp_path / "out", compute="bfloat16")))
+    assert np.array_equal(before, after)
+
+
+def test_smoothing_alone_changes_little(golden):
+    """What multiplies the inputs divides the weights: in float32, with nothing rounded, the logits stay."""
+    model, _ = smoothed_by_hand(golden["llama"], "INT8_DEFAULT_CFG", "float32")
+    for name, quantizer in model.quantizers.items():
+        if quantizer.enabled and name.endswith("input_quantizer"):
+            quantizer.enabled = False
+    for name in list(model.quantizers):
+        if name.endswith("weight_quantizer"):
+            model.quantizers[name] = Unrounded(model.quantizers[name])
+    model.connect()
+    assert np.asarray(model(golden["llama"].calib[:1]).logits) == pytest.approx(golden["llama"].logits, abs=2e-4)
+
+
+class Unrounded:
+    """A weight quantizer that only multiplies columns."""
+
+    def __init__(self, quantizer):
+        self.enabled, self.pre_quant_scale, self.bias, self.rotate = quantizer.enabled, quantizer.pre_quant_scale, None, 0
+
+    def __call__(self, tensor):
+        return tensor if self.pre_quant_scale is None else (tensor * self.pre_quant_scale).astype(tensor.dtype)
+
+
+@pytest.mark.parametrize("scale, words", [(np.ones(3), "128 positive finite numbers, got shape"), (np.zeros(128), "positive"),
+                                          (np.full(128, np.nan), "finite")])
+def test_scales_that_cannot_be(golden, scale, words):
+    model, _ = smoothed_by_hand(golden["llama"], "INT8_DEFAULT_CFG")
+    with pytest.raises(ValueError, match=words):
+        smooth(model, {"model.layers.0.mlp.up_proj": scale})
+    with pytest.raises(ValueError, match="model.layers.7.mlp.up_proj: no linear of this model"):
+        smooth(model, {"model.layers.7.mlp.up_proj": np.ones(128)})
+
+
+def test_a_dialect_without_a_place_for_scales_refuses_them(golden, tmp_path):
+    model, _ = smoothed_by_hand(golden["llama"], "INT8_DEFAULT_CFG")
+    with pytest.raises(ValueError, match="gptq|compressed-tensors"):
+        export_hf_checkpoint(model, tmp_path / "out", dialect="gptq")
