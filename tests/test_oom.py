@@ -85,10 +85,11 @@ def test_quantizer(options):
     every_allocation_fails(operation)
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+@pytest.fixture(scope="module", params=["qwen3-float32", "qwen3-bfloat16", "qwen3moe-bfloat16"])
 def model(request, golden):
     import modelq
-    return modelq.load(golden["qwen3"].source, compute=request.param)
+    name, compute = request.param.split("-")
+    return modelq.load(golden[name].source, compute=compute)
 
 
 def test_forward(model, golden):
