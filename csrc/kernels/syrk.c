@@ -56,15 +56,25 @@ static void pack_tile(const pack_job *job, int64_t panel, int64_t t)
         job->kernel->helpers->transpose(tile + i, nr, job->rows + (panel * nr + i) * job->stride + t, job->stride);
 }
 
+/* Panels read their tokens a line at a time, far apart, which no hardware prefetcher follows. */
+static void prefetch_slice(const pack_job *job, int64_t slice)
+{
+    const int64_t tokens = SLICE * mq_gemm_unit_elements(job->kernel), width = job->n * job->element;
+    for (int64_t t = slice * tokens; t < MQ_MIN((slice + 1) * tokens, job->k); t++)
+        for (int64_t at = 0; at < width; at += 64) __builtin_prefetch(job->x + t * job->ldx + at);
+}
+
 static void pack_slices(void *argument, int64_t begin, int64_t end, int worker)
 {
     const pack_job *job = argument;
     const int64_t panels = MQ_CEIL_DIV(job->n, (int64_t)job->kernel->nr);
     (void)worker;
-    for (int64_t slice = begin; slice < end; slice++)
+    for (int64_t slice = begin; slice < end; slice++) {
+        prefetch_slice(job, slice);
         for (int64_t panel = 0; panel < panels; panel++)
             for (int64_t t = slice * SLICE; t < MQ_MIN((slice + 1) * SLICE, job->depth); t += 16)
                 pack_tile(job, panel, t);
+    }
 }
 
 void mq_syrk_pack(mq_gemm_kind kind, const mq_syrk_tokens *x, void *memory, mq_syrk *out)
