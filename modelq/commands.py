@@ -210,4 +210,4 @@ def formats(args: Namespace) -> Report:
 
 def _export_names(row: dict[str, Any]) -> str:
     names = [row[key] for key in ("modelopt", "modelopt_weight_only", "modelopt_fp8_input") if row.get(key)]
-    return ", ".join(names) or "-"
+    return ", ".join(dict.fromkeys(names)) or "-"
