@@ -21,6 +21,7 @@ from modelq.export import export_hf_checkpoint
 FLOAT32_AMAX = 1e-3      # relative; the forwards agree to 2e-4 in logits
 BFLOAT16_SCALES = 1.5e-2  # two bfloat16 forwards differ by up to 1% among themselves
 FAKE_LOGITS = 1e-3       # absolute
+TIE_SHARE = 0.1         # of quantization's own effect: what one activation on the other side of a tie was seen to do, 0.073, and room
 MODELS = ["llama", "qwen3", "qwen3moe"]
 OF_QUANTIZER = re.compile(r"quantizers?(\.\d+)?\.amax$")
 OF_EXPERT = re.compile(r"weight_quantizers\.\d+\.amax$")
@@ -99,14 +100,14 @@ def test_biases_equal_the_reference(case):
 def test_simulated_logits_equal_the_reference(case):
     """Where activations are rounded, one that lies at a tie between two codes may fall on the other side, as its float32 value differs
     in the last bit; that token, and those that attend to it, are then further off (for qwen3moe in FP8 it is the 10th: the input of an
-    expert's down_proj within 8e-8 of a tie). Everywhere else the logits agree."""
+    expert's down_proj within 8e-8 of a tie; which one depends on the ISA's order of sums). Everywhere else the logits agree."""
     logits, rounds = np.asarray(quantized(case)(case.model.calib[:1]).logits), "WEIGHT_ONLY" not in case.config
     errors = np.abs(logits - case.fake_logits)
     effect = np.abs(case.fake_logits - case.model.logits)
     assert effect.max() > 10 * FAKE_LOGITS      # quantization is really there
     within = (errors[0].max(axis=-1) <= FAKE_LOGITS).mean()      # of the tokens
     assert within == 1 or (rounds and within >= 0.25), within
-    assert errors.mean() <= (0.06 if rounds else 0.001) * effect.mean()
+    assert errors.mean() <= (TIE_SHARE if rounds else 0.001) * effect.mean()
 
 
 @pytest.mark.parametrize("case", cases("bfloat16"))
