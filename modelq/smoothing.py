@@ -127,9 +127,15 @@ def folding_norm(model: Any, row: dict[str, Any]) -> dict[str, Any] | None:
         return None
     members, pair = _group(model, row), pair_of(model, row["name"])
     readers = [other for other in _readers(model, row) if other["kind"] == "linear"]
-    if pair is None or pair.weight not in FOLDED_WEIGHTS or len(members) < 2 or len(members) < len(readers):
+    folds = pair is not None and (pair.weight in FOLDED_WEIGHTS or folds_all(model))
+    if not folds or len(members) < 2 or len(members) < len(readers):
         return None
     return next((other for other in _readers(model, row) if other["kind"] == "norm"), None)
+
+
+def folds_all(model: Any) -> bool:
+    """Whether it stands in for a model that is written where no scale has a place (modelq.export.folding)."""
+    return getattr(model, "folds_all", False)
 
 
 def norm_scales(model: Any, modules: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:

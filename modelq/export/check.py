@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from modelq.config import QuantizeConfig
-from modelq.export.engines import choose_dialect
+from modelq.export.folding import model_to_export
 from modelq.export.hf_checkpoint import export_dtype
 from modelq.export.plan import make_plan
 from modelq.quantization.api import check_source, planned_quantizers
@@ -30,7 +30,7 @@ def check_exportable(model_or_path: Any, config: Any, dialect: str | None = None
     check_source(model)
     probe = as_if_calibrated(model, QuantizeConfig.parse(config))
     dtype = export_dtype(None, model.config)
-    dialect = choose_dialect(probe, dtype, dialect, engine)
+    probe, dialect = model_to_export(probe, dtype, dialect, engine)
     make_plan(probe, dtype, dialect)
     return dialect
 

@@ -34,6 +34,7 @@ def export_hf_checkpoint(model: Any, export_dir: str | os.PathLike[str] | None =
 
     engine: "vllm", "sglang", "tensorrt-llm" or "transformers": choose the dialect that it loads, or check the one given; linears that it
     fuses then share FP8 scales too (the engine would round their weights anew to the larger one). What is written is verified.
+    Scales of smoothed linears (pre_quant_scale) go into what comes before, where the dialect or the engine has no place for them.
 
     The folder is complete or not there: it is written beside its place, synced and renamed. Memory stays at one tensor.
     ValueError before any byte is written: nothing is quantized, a layer was never calibrated, the dialect has no word for a
@@ -46,7 +47,7 @@ def export_hf_checkpoint(model: Any, export_dir: str | os.PathLike[str] | None =
     dtype = export_dtype(dtype, model.config)
     from modelq.export.engines import check_written
 
-    plan = _plan(model, dtype, dialect, engine)
+    model, plan = _plan(model, dtype, dialect, engine)
     files = WRITERS[plan.dialect](plan)
     from modelq.checkpoint.writer import ShardedWriter, atomic_directory
 
@@ -63,13 +64,15 @@ def export_hf_checkpoint(model: Any, export_dir: str | os.PathLike[str] | None =
     return Path(export_dir)
 
 
-def _plan(model: Any, dtype: str, dialect: str | None, engine: str | None) -> Plan:
-    from modelq.export.engines import ENGINES, NEEDS_PRE_QUANT_SCALE, choose_dialect
+def _plan(model: Any, dtype: str, dialect: str | None, engine: str | None) -> tuple[Any, Plan]:
+    """The model, or what stands in for it without smoothing scales, and the plan of its export."""
+    from modelq.export.engines import ENGINES, NEEDS_PRE_QUANT_SCALE
+    from modelq.export.folding import model_to_export
 
-    chosen = choose_dialect(model, dtype, dialect, engine)
+    model, chosen = model_to_export(model, dtype, dialect, engine)
     if engine is None:
-        return make_plan(model, dtype, chosen)
-    return make_plan(model, dtype, chosen, share_all=ENGINES[engine].fuses, smoothed_words=NEEDS_PRE_QUANT_SCALE.get(engine, ()))
+        return model, make_plan(model, dtype, chosen)
+    return model, make_plan(model, dtype, chosen, share_all=ENGINES[engine].fuses, smoothed_words=NEEDS_PRE_QUANT_SCALE.get(engine, ()))
 
 
 def _order(export_dir: Any, dtype: Any) -> tuple[Any, Any]:
@@ -116,6 +119,9 @@ def _write_linear(linear: Linear, weight: np.ndarray, writer: Any, dialect: str)
     from modelq import _core
 
     parts = dict(_core.quantize(weight, linear.pair.weight, amax=linear.amax, block_size=linear.group_size, name=linear.weight))
+    if linear.rows is not None:
+        scale = parts["weight_scale"]
+        parts["weight_scale"] = scale * linear.rows.reshape(-1, *[1] * (scale.ndim - 1))
     parts |= linear.given
     for role, info in linear.tensors.items():
         writer.write(info.name, dialects.stored(dialect, linear.form, role, parts).reshape(info.shape))

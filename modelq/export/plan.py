@@ -18,7 +18,7 @@ from modelq.export.kv_cache import Cache, plan_cache
 from modelq.experts import place_of, quantizer_of
 from modelq.groups import pair_of, siblings
 from modelq.quantizers import stage_quantizers
-from modelq.smoothing import folding_norm, norm_scales, stated_scale
+from modelq.smoothing import folding_norm, folds_all, norm_scales, stated_scale
 from modelq.stated import stated_amax
 
 FLOATS = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
@@ -29,13 +29,15 @@ NOT_WRITTEN = (".rotary_emb.inv_freq",)      # buffers of old checkpoints that f
 @dataclass(frozen=True)
 class Linear:
     """One quantized linear: its row of model.modules, how its weight is quantized, the tensors it becomes by role, and those of
-    its parts that calibration gives (input_scale, pre_quant_scale, the scale of a second stage)."""
+    its parts that calibration gives (input_scale, pre_quant_scale, the scale of a second stage). rows: what the weight's scales are
+    multiplied by, float32 [out], where they take up what smoothes the input of the linear behind."""
     row: dict[str, Any]
     form: Form
     algorithm: str
     amax: np.ndarray | None
     given: dict[str, np.ndarray]
     tensors: dict[str, TensorInfo]
+    rows: np.ndarray | None = None
 
     @property
     def module(self) -> str:
@@ -150,7 +152,8 @@ def _plan_linear(model: Any, row: Any, amax: dict[str, np.ndarray], dialect: str
     tensors = stored_tensors(module, form, dialect, dtype)
     if dialect == "modelopt" and place_of(model, f"{module}.weight_quantizer").parts > 1:
         tensors["weight_scale"] = _stacked(tensors["weight_scale"], form)
-    return Linear(row, form, algorithm, amax.get(f"{module}.weight_quantizer"), given, tensors)
+    return Linear(row, form, algorithm, amax.get(f"{module}.weight_quantizer"), given, tensors,
+                  getattr(model, "scale_rows", {}).get(module))
 
 
 def planned_form(model: Any, row: dict[str, Any]) -> Form:
@@ -159,7 +162,8 @@ def planned_form(model: Any, row: dict[str, Any]) -> Form:
     if dialects.schemes()[pair.weight]["packing"] == "row_pairs" and row["shape"][0] % 2:
         raise ValueError(f"{row['name']}: {row['shape'][0]} rows: {pair.weight} packs rows in pairs; leave it in high precision with "
                          f"{{'quantizer_name': '{row['name']}.*', 'enable': False}}")
-    return Form(pair, tuple(row["shape"]), _group_size(weight), smoothed=stated_scale(model, row) is not None,
+    smoothed = stated_scale(model, row) is not None and not (folds_all(model) and folding_norm(model, row) is not None)
+    return Form(pair, tuple(row["shape"]), _group_size(weight), smoothed=smoothed,
                 fp8_stage=len(stage_quantizers(weight)) > 1)
 
 
