@@ -206,6 +206,17 @@ def test_a_cache_of_values_takes_the_largest_factor(golden, tmp_path):
     assert distance(logits_of(tmp_path / "out", golden, "llama", "bfloat16"), original) <= 1.35 * distance(simulated, original)
 
 
+def test_a_cache_with_biases(golden):
+    """No reader of folded scales takes one; the stand-in has them right all the same."""
+    config = mtq.update_quant_cfg_with_kv_cache_quant(config_of("INT8_DEFAULT_CFG"), mtq.FP8_AFFINE_KV_CFG["quant_cfg"])
+    model = smoothed(golden, "llama", config, equal_heads=True)
+    found, layer = folded(model), "model.layers.1.self_attn"
+    rows = model.quantizers[f"{layer}.o_proj.input_quantizer"].pre_quant_scale.reshape(KV_HEADS, -1, WIDTH)[:, 0].reshape(-1)
+    bias = {which: tuple(m.quantizers[f"{layer}.{which}_bmm_quantizer"].bias for m in (model, found)) for which in "kv"}
+    assert np.array_equal(bias["v"][1].reshape(-1), bias["v"][0].reshape(-1) * rows) and np.abs(bias["v"][0]).max() > 0
+    assert np.array_equal(*bias["k"])
+
+
 def test_experts(golden, tmp_path):
     """Attention is folded as elsewhere; the experts, which have no scales, stay what they are."""
     model = smoothed(golden, "qwen3moe", config_of("INT8_DEFAULT_CFG"), "o_proj", equal_heads=True)
