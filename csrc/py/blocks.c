@@ -178,6 +178,16 @@ static int parse_quantize(mq_state *state, PyObject *args, PyObject *kwargs, qua
     return 0;
 }
 
+/* The arguments of a call, and how the parts that the scheme makes of its weight are laid out. */
+static int prepare_quantize(mq_state *state, PyObject *args, PyObject *kwargs, quantize_args *a, mq_parts *parts)
+{
+    mq_error err;
+    if (parse_quantize(state, args, kwargs, a) < 0) return -1;
+    if (mq_block_shapes(&a->job, a->weight.shape[0], a->weight.shape[1], parts, &err) == MQ_OK) return 0;
+    mq_raise(&err);
+    return -1;
+}
+
 /* dict[role] becomes an array laid out as *part says, taken from given if there is one; *part then views it. */
 static int add_part(mq_state *state, PyObject *dict, PyObject *given, const char *role, mq_tensor *part)
 {
@@ -218,11 +228,7 @@ static PyObject *quantize(PyObject *module, PyObject *args, PyObject *kwargs)
     mq_parts parts;
     mq_error err;
     PyObject *result = NULL;
-    if (parse_quantize(state, args, kwargs, &a) < 0) goto done;
-    if (mq_block_shapes(&a.job, a.weight.shape[0], a.weight.shape[1], &parts, &err) != MQ_OK) {
-        mq_raise(&err);
-        goto done;
-    }
+    if (prepare_quantize(state, args, kwargs, &a, &parts) < 0) goto done;
     result = make_parts(state, a.out, &parts);
     if (result == NULL) goto done;
     int rc;
@@ -251,11 +257,7 @@ static PyObject *fake_quantize(PyObject *module, PyObject *args, PyObject *kwarg
     mq_tensor out;
     mq_error err;
     PyObject *result = NULL;
-    if (parse_quantize(state, args, kwargs, &a) < 0) goto done;
-    if (mq_block_shapes(&a.job, a.weight.shape[0], a.weight.shape[1], &parts, &err) != MQ_OK) {
-        mq_raise(&err);
-        goto done;
-    }
+    if (prepare_quantize(state, args, kwargs, &a, &parts) < 0) goto done;
     const mq_tensor shape = mq_tensor_make(NULL, a.weight.dtype, 2, a.weight.shape);
     result = mq_output_array(state, a.out, "out", &shape, &out);
     if (result == NULL) goto done;

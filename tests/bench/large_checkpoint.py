@@ -65,14 +65,13 @@ def job(source: str, config: str, out: str) -> None:
     import modelq
     import modelq.quantization as mtq
     from modelq.export import export_hf_checkpoint
+    from weight_only import status
 
     ids = np.random.default_rng(1).integers(0, WIDTHS["vocab_size"], (4, 64))
     start = time.perf_counter()
     model = mtq.quantize(modelq.load(source), getattr(mtq, config), lambda model: [model(row[None]) for row in ids])
     export_hf_checkpoint(model, out, max_shard_size="2GB")
-    lines = Path("/proc/self/status").read_text().splitlines()
-    peak = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-    print(json.dumps({"seconds": time.perf_counter() - start, "peak_mb": peak * 1024 / 1e6}))
+    print(json.dumps({"seconds": time.perf_counter() - start, "peak_mb": status("VmHWM")}))
 
 
 def main() -> None:
