@@ -20,7 +20,8 @@ from modelq.algorithms import normalize_algorithm
 from modelq.experts import PARENT, joined_amax, place_of
 from modelq.inputs import Batch
 from modelq.progress import progress
-from modelq.quantizers import calibrator_of, found_values, needs_amax, set_found_values, stage_quantizers, weight_amax
+from modelq.groups import siblings
+from modelq.quantizers import calibrator_of, found_values, has_static_levels, needs_amax, set_found_values, stage_quantizers, weight_amax
 from modelq.rules import Setting, Slot
 from modelq.smoothing import as_loaded, own_weight
 
@@ -107,6 +108,7 @@ def _collecting(model: Model, slots: Sequence[Slot]) -> Iterator[None]:
 def _weights(model: Model, modules: Sequence[dict[str, Any]], tensors: dict[str, np.ndarray] | None = None) -> None:
     """The amax of every weight quantizer of these modules that needs one. tensors: what was read already."""
     sharing: dict[str, list[dict[str, Any]]] = {}
+    found_now: list[str] = []
     for module in modules:
         sharing.setdefault(place_of(model, f"{module['name']}.weight_quantizer").name, []).append(module)
     for name, members in sharing.items():
@@ -114,6 +116,18 @@ def _weights(model: Model, modules: Sequence[dict[str, Any]], tensors: dict[str,
         if setting is not None and setting.enable and needs_amax(setting):
             found = [_weight(model, setting, module, tensors) for module in members]
             _take(model, name, [joined_amax(parts) for parts in zip(*found)])
+            found_now.append(name)
+    _share_global_amax(model, modules, found_now)
+
+
+def _share_global_amax(model: Model, modules: Sequence[dict[str, Any]], names: Sequence[str]) -> None:
+    """Static blocks of siblings are scaled below one maximum from the start: a search for their scales needs to know it."""
+    for rows in siblings(module for module in modules if module["kind"] == "linear"):
+        places = [place_of(model, f"{row['name']}.weight_quantizer").name for row in rows]
+        found = [stage_quantizers(model.quantizers[name])[0] for name in dict.fromkeys(places) if name in names]
+        levels = [quantizer for quantizer in found if has_static_levels(quantizer)]
+        for quantizer in levels:
+            quantizer.global_amax = max(other.amax.max(initial=0) for other in levels)
 
 
 def _weight(model: Model, setting: Setting, module: dict[str, Any], tensors: dict[str, np.ndarray] | None) -> Sequence[np.ndarray | None]:

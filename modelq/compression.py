@@ -18,12 +18,12 @@ import numpy as np
 from modelq import _core, streaming
 from modelq.checkpoint.dialects import Form, scale_divisor
 from modelq.checkpoint.quantized import dequantized
-from modelq.experts import own_part, place_of, quantizer_of
+from modelq.experts import place_of, quantizer_of
 from modelq.groups import pair_of
 from modelq.quantizers import block_extents, make_quantizer, stage_quantizers
 from modelq.rules import stages
 from modelq.smoothing import as_loaded, own_weight, stated_weight
-from modelq.stated import stated_weight_amax
+from modelq.stated import own_weight_amax, stated_weight_amax
 
 if TYPE_CHECKING:
     from modelq.model import Model
@@ -121,13 +121,13 @@ def _packed(model: Model, row: dict[str, Any]) -> PackedWeight:
     size = block_extents(stages(model.settings[place_of(model, name).name])[0]).get(-1)
     weight = as_loaded(model, model.checkpoint.read(row["weight"]))
     if model.float32_weights:    # siblings share nothing in the reference's simulation, which such a model follows
-        weight, amax = own_weight(model, row, weight), [own_part(model, name, stage.amax) for stage in quantizers]
+        weight, found = own_weight(model, row, weight), own_weight_amax(model, row)
     else:
-        weight, amax = stated_weight(model, row, weight), stated_weight_amax(model, row)
-    parts = dict(_core.quantize(weight, pair.weight, amax=amax[0], block_size=size, name=row["weight"]))
+        weight, found = stated_weight(model, row, weight), stated_weight_amax(model, row)
+    parts = dict(_core.quantize(weight, pair.weight, block_size=size, name=row["weight"], **found[0]._asdict()))
     form = Form(pair, tuple(row["shape"]), size, fp8_stage=len(schemes) > 1)
     if form.fp8_stage:
-        second = np.asarray(amax[1] if amax[1] is not None else np.abs(weight).max(), np.float32).reshape(())
+        second = np.asarray(found[1].amax if found[1].amax is not None else np.abs(weight).max(), np.float32).reshape(())
         parts["weight_scale_2"] = np.asarray(second / np.float32(scale_divisor("fp8")), np.float32)
     return PackedWeight(form, parts)
 

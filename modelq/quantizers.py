@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -140,14 +140,29 @@ def _stage_amax(attributes: QuantizerAttributeConfig, weight: np.ndarray) -> np.
     return _core.amax(weight, axis=attributes.axis)
 
 
-def found_values(quantizer: Any) -> list[tuple[Any, Any, Any]]:
+class Found(NamedTuple):
+    """What calibration found for one quantizer."""
+    amax: Any = None
+    bias: Any = None
+    pre_quant_scale: Any = None
+    global_amax: Any = None
+
+
+def found_values(quantizer: Any) -> list[Found]:
     """What calibration found for a quantizer, by stage, to be put back by `set_found_values`."""
-    return [(stage.amax, stage.bias, stage.pre_quant_scale) for stage in stage_quantizers(quantizer)]
+    return [Found(stage.amax, stage.bias, stage.pre_quant_scale, stage.global_amax) for stage in stage_quantizers(quantizer)]
 
 
-def set_found_values(quantizer: Any, values: list[tuple[Any, Any, Any]]) -> None:
-    for stage, (amax, bias, pre_quant_scale) in zip(stage_quantizers(quantizer), values):
-        stage.amax, stage.bias, stage.pre_quant_scale = amax, bias, pre_quant_scale
+def set_found_values(quantizer: Any, values: list[Found]) -> None:
+    for stage, found in zip(stage_quantizers(quantizer), values):
+        stage.amax, stage.bias, stage.pre_quant_scale = found.amax, found.bias, found.pre_quant_scale
+        if has_static_levels(stage):
+            stage.global_amax = found.global_amax
+
+
+def has_static_levels(quantizer: Any) -> bool:
+    """Whether calibration chooses the maxima of its blocks, beside which the tensor has one of its own (static NVFP4)."""
+    return bool(quantizer.second_divisor) and not quantizer.is_dynamic
 
 
 def block_extents(attributes: QuantizerAttributeConfig) -> dict[int, int]:

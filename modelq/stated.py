@@ -7,22 +7,30 @@ simulation. Plain FP8 siblings keep their own, as in the reference.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from modelq.checkpoint import dialects
 from modelq.experts import own_part, place_of, quantizer_of
 from modelq.groups import pair_of, siblings
-from modelq.quantizers import make_quantizer, stage_quantizers, weight_amax
+from modelq.quantizers import has_static_levels, make_quantizer, stage_quantizers, weight_amax
 from modelq.smoothing import as_loaded, folding_norm, is_resmoothed, stated_scale, stated_weight
 
 PLAIN_FP8 = "fp8"
+BLOCKS = ".blocks"      # behind the name of a quantizer: the maxima of its blocks, where they are static and have a second level
+
+
+class StatedAmax(NamedTuple):
+    """What a weight is quantized by, as arguments of `_core.quantize`."""
+    amax: np.ndarray | None = None
+    block_amax: np.ndarray | None = None
+    second_divisor: float = 0.0
 
 
 def stated_amax(model: Any, rows: Iterable[dict[str, Any]], share_all: bool = False) -> dict[str, np.ndarray]:
     """Name of the quantizer to float32 amax, for the enabled weight and input quantizers of these modules that have one; the second of
-    two quantizers in a row is named "<module>.weight_quantizer.1".
+    two quantizers in a row is named "<module>.weight_quantizer.1", the blocks of a static two-level one "<...>.weight_quantizer.blocks".
 
     Siblings take one maximum where theirs is one number and their weights are not plain FP8; siblings of unlike schemes share
     nothing, nor do gate and up of an expert, which have one quantizer anyway. share_all: plain FP8 siblings share too. ValueError
@@ -36,15 +44,31 @@ def stated_amax(model: Any, rows: Iterable[dict[str, Any]], share_all: bool = Fa
             for name, (kind, amax) in found.items():
                 same = [other for other_kind, other in found.values() if other_kind == kind]
                 shared = kind[0] not in own and place_of(model, name).parts == 1 and all(other.size == 1 for other in same)
+                shared &= not name.endswith(BLOCKS)
                 stated[name] = np.max([other.reshape(amax.shape) for other in same], axis=0) if shared else amax
     return stated
 
 
-def stated_weight_amax(model: Any, module: dict[str, Any]) -> list[np.ndarray | None]:
+def stated_weight_amax(model: Any, module: dict[str, Any]) -> list[StatedAmax]:
     """The amax of each stage of one module's weight quantizer as the export would state it."""
     members = [row for row in model.modules_of(module["layer"], module["expert"]) if row["site"] == module["site"]]
-    stated, name = stated_amax(model, members), f"{module['name']}.weight_quantizer"
-    return [stated.get(name if stage == 0 else f"{name}.{stage}") for stage in range(len(stage_quantizers(quantizer_of(model, name))))]
+    stated, stages = stated_amax(model, members), stage_quantizers(quantizer_of(model, f"{module['name']}.weight_quantizer"))
+    return [scaling(model, module["name"], stated, stage) for stage in range(len(stages))]
+
+
+def own_weight_amax(model: Any, module: dict[str, Any]) -> list[StatedAmax]:
+    """The same as calibration found it, nothing shared: what a model loaded as float32 computes with."""
+    return [scaling(model, module["name"], _weight_amax(model, module, own=True), stage)
+            for stage in range(len(stage_quantizers(quantizer_of(model, f"{module['name']}.weight_quantizer"))))]
+
+
+def scaling(model: Any, module: str, stated: dict[str, np.ndarray], stage: int = 0) -> StatedAmax:
+    """Of one stage of a module's weight quantizer, what `stated_amax` says."""
+    name = f"{module}.weight_quantizer"
+    quantizer = stage_quantizers(quantizer_of(model, name))[stage]
+    amax = stated.get(name if stage == 0 else f"{name}.{stage}")
+    return StatedAmax(amax, stated.get(name + BLOCKS), quantizer.second_divisor) if stage == 0 and has_static_levels(quantizer) \
+        else StatedAmax(amax)
 
 
 def stated_input_quantizers(model: Any) -> dict[str, Any]:
@@ -78,18 +102,25 @@ def _input_amax(model: Any, row: dict[str, Any]) -> dict[str, np.ndarray]:
     return {name: _checked(name, quantizer.amax)}
 
 
-def _weight_amax(model: Any, row: dict[str, Any]) -> dict[str, np.ndarray]:
-    """By stage. A weight that takes the siblings' mean scale is looked at anew."""
+def _weight_amax(model: Any, row: dict[str, Any], own: bool = False) -> dict[str, np.ndarray]:
+    """By stage. A weight that takes the siblings' mean scale is looked at anew, unless it is its own amax that is asked for."""
     name = f"{row['name']}.weight_quantizer"
     quantizer = quantizer_of(model, name)
     if quantizer is None or not quantizer.enabled:
         return {}
-    found: list[Any] = [own_part(model, name, stage.amax) for stage in stage_quantizers(quantizer)]
-    if is_resmoothed(model, row):
+    stages = stage_quantizers(quantizer)
+    found: list[Any] = [own_part(model, name, stage.amax) for stage in stages]
+    resmoothed = not own and is_resmoothed(model, row)
+    if resmoothed:
         tensor = stated_weight(model, row, as_loaded(model, model.checkpoint.read(row["weight"])))
         found = [new if old is not None else None for old, new in zip(found, weight_amax(model.settings[name], tensor))]
     names = [name] + [f"{name}.{stage}" for stage in range(1, len(found))]
-    return {name: _checked(name, amax) for name, amax in zip(names, found) if amax is not None}
+    stated = {name: _checked(name, amax) for name, amax in zip(names, found) if amax is not None}
+    if name in stated and has_static_levels(stages[0]) and stages[0].amax.ndim:
+        stated[name + BLOCKS] = stated[name]
+        whole = None if resmoothed else stages[0].global_amax
+        stated[name] = np.float32(stated[name].max(initial=0)) if whole is None else _checked(name, whole)
+    return stated
 
 
 def _checked(name: str, amax: Any) -> np.ndarray:

@@ -15,7 +15,7 @@ from modelq.experts import own_part, place_of, quantizer_of
 from modelq.groups import pair_of
 from modelq.inputs import Batch
 from modelq.progress import progress
-from modelq.quantizers import block_extents, make_quantizer, set_found_values, stage_quantizers
+from modelq.quantizers import Found, block_extents, make_quantizer, set_found_values, stage_quantizers
 from modelq.rules import stages
 from modelq.smoothing import as_loaded, norm_scales, stated_weight, times_columns
 from modelq.stated import stated_weight_amax
@@ -124,16 +124,17 @@ def fake_quantize(model: Model, module: dict[str, Any], tensor: np.ndarray) -> n
     quantizer, setting = quantizer_of(model, name), model.settings[place_of(model, name).name]
     if model.float32_weights:
         if place_of(model, name).parts > 1:
-            found = [own_part(model, name, stage.amax) for stage in stage_quantizers(quantizer)]
+            found = [Found(own_part(model, name, stage.amax), global_amax=stage.global_amax) for stage in stage_quantizers(quantizer)]
             quantizer = make_quantizer(setting)
-            set_found_values(quantizer, [(amax, None, None) for amax in found])
+            set_found_values(quantizer, found)
         return quantizer(as_loaded(model, tensor))
     tensor, pair = stated_weight(model, module, tensor), pair_of(model, module["name"])
     if pair is None or pair.weight is None:
         plain = make_quantizer(setting)
-        set_found_values(plain, [(amax, None, None) for amax in stated_weight_amax(model, module)])
+        set_found_values(plain, [Found(stated.amax) for stated in stated_weight_amax(model, module)])
         return plain(tensor)
     schemes = [pair.weight] + [stage.scheme for stage in stage_quantizers(quantizer)[1:]]
-    for scheme, attributes, amax in zip(schemes, stages(setting), stated_weight_amax(model, module)):
-        tensor = _core.fake_quantize(tensor, scheme, amax=amax, block_size=block_extents(attributes).get(-1), name=module["weight"])
+    for scheme, attributes, stated in zip(schemes, stages(setting), stated_weight_amax(model, module)):
+        size = block_extents(attributes).get(-1)
+        tensor = _core.fake_quantize(tensor, scheme, block_size=size, name=module["weight"], **stated._asdict())
     return tensor

@@ -23,7 +23,8 @@ class StubModel:
         for name, value in amax.items():
             module, _, what = name.removesuffix(".amax").rpartition(".")
             if name.endswith("_quantizer.amax") and what in ("weight_quantizer", "input_quantizer"):
-                self.quantizers[f"{module}.{what}"] = SimpleNamespace(enabled=True, amax=np.asarray(value), **SETTINGS[config]["weight"])
+                self.quantizers[f"{module}.{what}"] = SimpleNamespace(enabled=True, amax=np.asarray(value), second_divisor=0.0,
+                                                                             **SETTINGS[config]["weight"])
 
 
 def modules_of(checkpoint):

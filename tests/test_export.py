@@ -355,7 +355,7 @@ def test_memory_stays_at_one_tensor(tmp_path, run_python):
                 writer.write(info.name, weight)
         (folder / "config.json").write_text(json.dumps({"dtype": "bfloat16"}))
         checkpoint = open_checkpoint(folder)
-        setting = dict(enabled=True, amax=np.float32(5), **SETTINGS["NVFP4_DEFAULT_CFG"]["weight"])
+        setting = dict(enabled=True, amax=np.float32(5), second_divisor=0.0, **SETTINGS["NVFP4_DEFAULT_CFG"]["weight"])
         model = SimpleNamespace(checkpoint=checkpoint, config=checkpoint.config, float32_weights=False, modules=list(modules_of(checkpoint)))
         model.quantizers = {f"{row['name']}.{side}_quantizer": SimpleNamespace(**setting)
                             for row in model.modules for side in ("weight", "input")}

@@ -131,7 +131,7 @@ def test_shapes():
     (dict(num_bits=1), "num_bits"), (dict(num_bits=(7, 7)), "formats"), (dict(num_bits="e4m3"), "num_bits"), (dict(num_bits=(2, 1)), "scale_bits"),
     (dict(num_bits=(5, 2)), "scale_bits"), (dict(axis=3), "axis"), (dict(axis=(0, 1)), "axis"), (dict(axis=0, block_sizes={-1: 16}), "not both"),
     (dict(type="sometimes"), "dynamic"), (dict(block_sizes={-1: 0}), "block_sizes"), (dict(block_sizes={"tpye": "static"}), "tpye"),
-    (dict(num_bits=(2, 1), block_sizes={**NVFP4, "type": "static"}), "dynamic"), (dict(num_bits=4, block_sizes=MX), "format that has such blocks"),
+    (dict(num_bits=(2, 1), block_sizes={**MX, "type": "static"}), "dynamic"), (dict(num_bits=4, block_sizes=MX), "format that has such blocks"),
     (dict(num_bits=(2, 1), block_sizes={**NVFP4, "scale_bits": (5, 2)}), "scale_bits"), (dict(num_bits=(2, 1), block_sizes={**NVFP4, -1: 12}), "multiple of 8"),
 ])
 def test_bad_settings(kwargs, text):

@@ -144,24 +144,31 @@ done:
 
 typedef struct quantize_args {
     mq_block_job job;
-    mq_tensor weight, amax;
+    mq_tensor weight, amax, block_amax;
     PyObject *out; /* borrowed, or NULL */
-    PyObject *weight_keep, *amax_keep;
+    PyObject *weight_keep, *amax_keep, *block_amax_keep;
 } quantize_args;
 
 static void release_args(quantize_args *a)
 {
     Py_CLEAR(a->weight_keep);
     Py_CLEAR(a->amax_keep);
+    Py_CLEAR(a->block_amax_keep);
+}
+
+static int view_amax(mq_state *state, PyObject *object, const char *name, mq_tensor *view, PyObject **keep)
+{
+    return object == Py_None ? 0 : mq_view_as(state, object, name, MQ_F32, view, keep);
 }
 
 static int parse_quantize(mq_state *state, PyObject *args, PyObject *kwargs, quantize_args *a)
 {
-    static char *names[] = {"weight", "scheme", "amax", "block_size", "name", "out", NULL};
-    PyObject *weight, *amax_object = Py_None, *block_size = NULL;
+    static char *names[] = {"weight", "scheme", "amax", "block_size", "name", "out", "block_amax", "second_divisor",
+                            NULL};
+    PyObject *weight, *amax_object = Py_None, *block_size = NULL, *block_amax = Py_None;
     const char *scheme;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Os|OOzO", names, &weight, &scheme, &amax_object, &block_size,
-                                     &a->job.name, &a->out))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Os|OOzOOf", names, &weight, &scheme, &amax_object, &block_size,
+                                     &a->job.name, &a->out, &block_amax, &a->job.second_divisor))
         return -1;
     if (a->out == Py_None) a->out = NULL;
     if (parse_scheme(scheme, &a->job.scheme) < 0 || parse_block_size(block_size, &a->job.block_cols) < 0) return -1;
@@ -171,10 +178,13 @@ static int parse_quantize(mq_state *state, PyObject *args, PyObject *kwargs, qua
         PyErr_Format(PyExc_ValueError, "%s: expected 2 dimensions, got %d", name, a->weight.ndim);
         return -1;
     }
-    if (amax_object == Py_None) return 0;
-    if (mq_view_as(state, amax_object, "amax", MQ_F32, &a->amax, &a->amax_keep) < 0) return -1;
+    if (view_amax(state, amax_object, "amax", &a->amax, &a->amax_keep) < 0 ||
+        view_amax(state, block_amax, "block_amax", &a->block_amax, &a->block_amax_keep) < 0)
+        return -1;
     a->job.amax = a->amax.data;
-    a->job.amax_count = mq_tensor_count(&a->amax);
+    a->job.amax_count = a->amax_keep != NULL ? mq_tensor_count(&a->amax) : 0;
+    a->job.block_amax = a->block_amax.data;
+    a->job.block_amax_count = a->block_amax_keep != NULL ? mq_tensor_count(&a->block_amax) : 0;
     return 0;
 }
 
@@ -213,13 +223,16 @@ static PyObject *make_parts(mq_state *state, PyObject *given, mq_parts *parts)
 }
 
 PyDoc_STRVAR(quantize_doc,
-"quantize(weight, scheme, amax=None, block_size=None, name=None, out=None)\n--\n\n"
+"quantize(weight, scheme, amax=None, block_size=None, name=None, out=None, block_amax=None, second_divisor=0)\n"
+"--\n\n"
 "The parts of weight (float32, bfloat16 or float16 [out, in], any strides) in a scheme, as an exported checkpoint\n"
 "holds them: {'weight', 'weight_scale'} and for two-level schemes 'weight_scale_2'.\n\n"
 "amax None: computed from the weight. Otherwise one value for schemes with a second level (of the whole tensor),\n"
 "one per block for the others; schemes with e8m0 scales take none. block_size replaces the scheme's block length\n"
-"along rows. name stands for the tensor in errors. out: a dict as an earlier call returned, to write into. NaN,\n"
-"infinity, or a shape that the scheme cannot hold: ValueError.");
+"along rows. name stands for the tensor in errors. out: a dict as an earlier call returned, to write into.\n"
+"block_amax: of schemes with a second level, the maxima of blocks as calibration chose them (static scales), with\n"
+"second_divisor, if not 0, in the place of the scheme's (1536 for four-over-six). NaN, infinity, or a shape that the\n"
+"scheme cannot hold: ValueError.");
 
 static PyObject *quantize(PyObject *module, PyObject *args, PyObject *kwargs)
 {
@@ -245,7 +258,8 @@ done:
 }
 
 PyDoc_STRVAR(fake_quantize_doc,
-"fake_quantize(weight, scheme, amax=None, block_size=None, name=None, out=None)\n--\n\n"
+"fake_quantize(weight, scheme, amax=None, block_size=None, name=None, out=None, block_amax=None,\n"
+"              second_divisor=0)\n--\n\n"
 "What quantize() and dequantize() to weight's dtype give, in one pass: an array like weight. Takes what\n"
 "quantize() takes; out may be weight itself.");
 

@@ -102,6 +102,14 @@ static int spec_type(mq_quant_spec *spec, PyObject *type, const char *what)
     return 0;
 }
 
+/* Blocks whose largest may be mapped to 4 instead of 6 need scales half as large again: the tensor's leaves room. */
+static int spec_four_over_six(mq_quant_spec *spec, PyObject *value)
+{
+    const int wanted = PyObject_IsTrue(value);
+    if (wanted > 0) spec->second_divisor = MQ_FOUR_OVER_SIX_DIVISOR;
+    return wanted < 0 ? -1 : 0;
+}
+
 /* One entry {axis: length or None} of block_sizes. */
 static int spec_block(mq_quant_spec *spec, PyObject *key, PyObject *value)
 {
@@ -130,6 +138,8 @@ static int spec_block_sizes(mq_quant_spec *spec, PyObject *block_sizes)
             rc = spec_type(spec, value, "block_sizes['type']");
         else if (PyUnicode_Check(key) && PyUnicode_CompareWithASCIIString(key, "scale_bits") == 0)
             rc = spec_scale(spec, value);
+        else if (PyUnicode_Check(key) && PyUnicode_CompareWithASCIIString(key, "four_over_six") == 0)
+            rc = spec_four_over_six(spec, value);
         else PyErr_Format(PyExc_ValueError, "block_sizes: %R is not supported", key);
         if (rc < 0) return -1;
     }
@@ -155,10 +165,15 @@ static int spec_check(mq_quant_spec *spec)
 {
     spec->scheme = find_scheme(spec);
     if (spec->scale != MQ_FMT_FP32) {
-        if (spec->scheme >= 0 && spec->dynamic && spec->block_cols % 8 == 0) return 0;
+        const int has_levels = spec->scale == MQ_FMT_FP8_E4M3 && spec->scheme >= 0;
+        const int four_over_six = spec->second_divisor != 0.0f;
+        if (has_levels && !four_over_six)
+            spec->second_divisor = mq_scheme_get((mq_scheme)spec->scheme)->second_divisor;
+        if (spec->scheme >= 0 && spec->block_cols % 8 == 0 && (spec->dynamic ? !four_over_six : has_levels)) return 0;
         PyErr_SetString(PyExc_ValueError,
-                        "block_sizes: scales in (8, 0) or (4, 3) need type 'dynamic', a format that has such blocks, "
-                        "and a length that is a multiple of 8 along the last axis");
+                        "block_sizes: scales in (8, 0) need type 'dynamic', scales in (8, 0) or (4, 3) a format that "
+                        "has such blocks and a length that is a multiple of 8 along the last axis, four_over_six "
+                        "static blocks with scales in (4, 3)");
         return -1;
     }
     if (spec->kind == MQ_KIND_FLOAT && spec->element != MQ_FMT_FP8_E4M3) {
@@ -307,6 +322,26 @@ static int amax_set(QuantizerObject *self, PyObject *value, void *unused)
     return 0;
 }
 
+static PyObject *global_amax_get(QuantizerObject *self, void *unused)
+{
+    (void)unused;
+    return values_get(self, self->core.global_amax != 0.0f ? &self->core.global_amax : NULL, 0, NULL);
+}
+
+static int set_first(mq_quantizer *quantizer, const float *values, int64_t count, mq_error *err)
+{
+    if (values != NULL && count != 1)
+        return mq_fail(err, MQ_ERR_VALUE, "global_amax: expected one number, got %lld", (long long)count);
+    return mq_quantizer_set_global_amax(quantizer, values != NULL ? values[0] : 0.0f, err);
+}
+
+static int global_amax_set(QuantizerObject *self, PyObject *value, void *unused)
+{
+    (void)unused;
+    mq_tensor view;
+    return values_set(self, value, "global_amax", set_first, &view);
+}
+
 static PyObject *pre_scale_get(QuantizerObject *self, void *unused)
 {
     (void)unused;
@@ -385,6 +420,12 @@ static PyObject *scheme_get(QuantizerObject *self, void *unused)
     return PyUnicode_FromString(mq_scheme_get((mq_scheme)self->core.spec.scheme)->name);
 }
 
+static PyObject *second_divisor_get(QuantizerObject *self, void *unused)
+{
+    (void)unused;
+    return PyFloat_FromDouble((double)self->core.spec.second_divisor);
+}
+
 static PyObject *flag_get(QuantizerObject *self, void *offset)
 {
     return PyBool_FromLong(*(int *)(void *)((char *)self + (size_t)offset));
@@ -460,28 +501,37 @@ static void apply_rows(void *arg, int64_t begin, int64_t end, int worker)
 }
 
 /* Without an amax the reference takes that of the input. */
+static int find_amax(mq_quantizer *quantizer, const mq_tensor *matrix, mq_error *err)
+{
+    const mq_quant_spec *spec = &quantizer->spec;
+    const int whole = spec->scale != MQ_FMT_FP32 && spec->dynamic;
+    const mq_grid grid = mq_grid_make(matrix->shape[0], matrix->shape[1], whole ? 0 : spec->block_rows,
+                                      whole ? 0 : spec->block_cols);
+    const int64_t count = grid.rows * grid.cols;
+    float *found = mq_alloc_array((size_t)count, sizeof(float));
+    if (found == NULL) return mq_fail_memory(err, "amax", (size_t)count * sizeof(float));
+    int rc = mq_amax(matrix, &grid, found, err);
+    if (rc == MQ_OK) rc = mq_quantizer_set_amax(quantizer, found, count, err);
+    mq_free(found);
+    return rc;
+}
+
 static int apply_all(call_job *job, const mq_tensor *matrix, int find, mq_error *err)
 {
     const mq_quant_spec *spec = &job->quantizer->spec;
-    const int by_rows = spec->scale != MQ_FMT_FP32 || spec->block_rows == 0 || spec->dynamic;
-    const mq_grid whole = mq_grid_make(job->rows.rows, job->rows.cols, 0, 0);
-    const mq_grid blocks = mq_grid_make(job->rows.rows, job->rows.cols, spec->block_rows, spec->block_cols);
-    const mq_grid *grid = spec->scale == MQ_FMT_FP32 ? &blocks : &whole;
+    const int by_rows = spec->block_rows == 0 || spec->dynamic;
     mq_quantizer own = *job->quantizer;
     if (find) {
-        own.amax_count = grid->rows * grid->cols;
-        own.amax = mq_alloc_array((size_t)own.amax_count, sizeof(float));
-        if (own.amax == NULL) return mq_fail_memory(err, "amax", (size_t)own.amax_count * sizeof(float));
-        int rc = mq_amax(matrix, grid, own.amax, err);
-        if (rc != MQ_OK) {
-            mq_free(own.amax);
-            return rc;
-        }
+        int rc = find_amax(&own, matrix, err);
+        if (rc != MQ_OK) return rc;
         job->quantizer = &own;
     }
     const int64_t grain = by_rows ? mq_rows_per_chunk(job->rows.cols) : MQ_MAX(job->rows.rows, (int64_t)1);
     mq_parallel_for(job->rows.rows, grain, apply_rows, job);
-    if (find) mq_free(own.amax);
+    if (find) {
+        mq_free(own.amax);
+        mq_free(own.block_amax);
+    }
     return MQ_OK;
 }
 
@@ -527,6 +577,9 @@ static PyObject *quantizer_call(QuantizerObject *self, PyObject *args, PyObject 
 
 static PyGetSetDef getset[] = {
     {"amax", (getter)amax_get, (setter)amax_set, "float32 array or None: what calibration found.", NULL},
+    {"global_amax", (getter)global_amax_get, (setter)global_amax_set,
+     "float32 0-d or None: the tensor's amax, beside those of static blocks with scales in (4, 3); None = the largest\n"
+     "of theirs.", NULL},
     {"pre_quant_scale", (getter)pre_scale_get, (setter)pre_scale_set,
      "float32 [columns] or None: multiplies the input first, in the input's dtype.", NULL},
     {"bias", (getter)bias_get, (setter)bias_set,
@@ -545,6 +598,8 @@ static PyGetSetDef getset[] = {
     {"unsigned", (getter)flag_get, NULL, "Integers: 0 to 2 * max + 1.",
      (void *)offsetof(QuantizerObject, core.spec.is_unsigned)},
     {"is_dynamic", (getter)is_dynamic_get, NULL, "Whether (block) scales come from the data of each call.", NULL},
+    {"second_divisor", (getter)second_divisor_get, NULL,
+     "The tensor's amax over this is its scale, where scales have two levels; else 0.", NULL},
     {"needs_amax", (getter)needs_amax_get, NULL, "Whether calibration has to find an amax.", NULL},
     {"scheme", (getter)scheme_get, NULL, "Name of the row of schemes() that these settings are, or None.", NULL},
     {NULL, NULL, NULL, NULL, NULL},

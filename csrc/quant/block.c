@@ -194,12 +194,30 @@ static void dequantize_rows(void *arg, int64_t begin, int64_t end, int worker)
 
 /* ---- the whole matrix ---- */
 
+/* The blocks' maxima as calibration chose them, and the tensor's: the largest of them unless it was given. */
+static int use_block_amax(matrix_job *job, const mq_block_job *given, float **owned, mq_error *err)
+{
+    const int64_t count = given->block_amax_count;
+    const float largest = mq_format_max(job->scheme->element);
+    mq_second_level second = {.divisor = given->second_divisor > 0.0f ? given->second_divisor
+                                                                      : job->scheme->second_divisor};
+    *owned = mq_alloc_array((size_t)count, sizeof(float));
+    if (*owned == NULL) return mq_fail_memory(err, "block maxima", (size_t)count * sizeof(float));
+    if (given->amax != NULL) second.amax = given->amax[0];
+    else for (int64_t i = 0; i < count; i++) second.amax = MQ_MAX(second.amax, given->block_amax[i]);
+    mq_static_amax(&second, largest, given->block_amax, count, *owned);
+    job->second = mq_second_scale(&second, largest);
+    job->amax = *owned;
+    return MQ_OK;
+}
+
 /* Maxima that no single row can find: of the tensor, or of blocks of several rows. *owned is to be freed. */
 static int find_amax(matrix_job *job, const mq_block_job *given, float **owned, mq_error *err)
 {
     const int two_level = job->scheme->second_divisor != 0.0f;
     const mq_grid grid = two_level ? mq_grid_make(job->rows, job->cols, 0, 0) : job->grid;
     const float *amax = given->amax;
+    if (given->block_amax != NULL) return use_block_amax(job, given, owned, err);
     if (amax == NULL && (two_level || job->scheme->block_rows != 1)) {
         const size_t nbytes = (size_t)(grid.rows * grid.cols) * sizeof(float);
         *owned = mq_alloc(nbytes);
@@ -213,6 +231,23 @@ static int find_amax(matrix_job *job, const mq_block_job *given, float **owned, 
     return MQ_OK;
 }
 
+static int check_amax(const mq_block_job *given, const float *amax, int64_t count, int64_t expected,
+                      const mq_tensor *weight, mq_error *err)
+{
+    const char *name = given->name != NULL ? given->name : "weight";
+    char text[96];
+    if (amax == NULL) return MQ_OK;
+    if (count != expected)
+        return mq_fail(err, MQ_ERR_VALUE, "%s %s: scheme %s takes %lld amax values, got %lld", name,
+                       mq_tensor_describe(weight, text, sizeof text), mq_scheme_get(given->scheme)->name,
+                       (long long)expected, (long long)count);
+    for (int64_t i = 0; i < count; i++)
+        if (!(amax[i] >= 0.0f && amax[i] <= 3.4028234664e38f))
+            return mq_fail(err, MQ_ERR_VALUE, "%s: amax %lld is %g; expected a finite number >= 0", name, (long long)i,
+                           (double)amax[i]);
+    return MQ_OK;
+}
+
 static int check_weight(const mq_block_job *given, const mq_tensor *weight, mq_error *err)
 {
     const char *name = given->name != NULL ? given->name : "weight";
@@ -223,17 +258,15 @@ static int check_weight(const mq_block_job *given, const mq_tensor *weight, mq_e
     if ((int)weight->dtype >= MQ_FLOAT_DTYPES)
         return mq_fail(err, MQ_ERR_TYPE, "%s %s: expected float32, bfloat16 or float16", name,
                        mq_tensor_describe(weight, text, sizeof text));
-    const int64_t count = mq_block_amax_count(given, weight->shape[0], weight->shape[1]);
-    if (given->amax == NULL) return MQ_OK;
-    if (given->amax_count != count)
-        return mq_fail(err, MQ_ERR_VALUE, "%s %s: scheme %s takes %lld amax values, got %lld", name,
-                       mq_tensor_describe(weight, text, sizeof text), mq_scheme_get(given->scheme)->name,
-                       (long long)count, (long long)given->amax_count);
-    for (int64_t i = 0; i < count; i++)
-        if (!(given->amax[i] >= 0.0f && given->amax[i] <= 3.4028234664e38f))
-            return mq_fail(err, MQ_ERR_VALUE, "%s: amax %lld is %g; expected a finite number >= 0", name, (long long)i,
-                           (double)given->amax[i]);
-    return MQ_OK;
+    const int64_t rows = weight->shape[0], cols = weight->shape[1];
+    const mq_grid grid = grid_of(given, rows, cols);
+    if (given->block_amax != NULL && mq_scheme_get(given->scheme)->second_divisor == 0.0f)
+        return mq_fail(err, MQ_ERR_VALUE, "%s: scheme %s has one level of scales: its blocks' maxima are its amax",
+                       name, mq_scheme_get(given->scheme)->name);
+    int rc = check_amax(given, given->amax, given->amax_count, mq_block_amax_count(given, rows, cols), weight, err);
+    if (rc != MQ_OK) return rc;
+    return check_amax(given, given->block_amax, given->block_amax_count, cols == 0 ? 0 : grid.rows * grid.cols, weight,
+                      err);
 }
 
 static int run_rows(matrix_job *job, const mq_block_job *given, mq_error *err)

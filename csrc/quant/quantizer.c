@@ -15,9 +15,10 @@ void mq_quantizer_init(mq_quantizer *quantizer, const mq_quant_spec *spec)
 void mq_quantizer_free(mq_quantizer *quantizer)
 {
     mq_free(quantizer->amax);
+    mq_free(quantizer->block_amax);
     mq_free(quantizer->pre_scale);
     mq_free(quantizer->bias);
-    quantizer->amax = quantizer->pre_scale = quantizer->bias = NULL;
+    quantizer->amax = quantizer->block_amax = quantizer->pre_scale = quantizer->bias = NULL;
     quantizer->amax_count = quantizer->pre_count = quantizer->bias_count = 0;
 }
 
@@ -35,12 +36,56 @@ static int replace_values(float **values, int64_t *held, const float *from, int6
     return MQ_OK;
 }
 
+/* Whether its blocks' maxima are kept, and the tensor's beside them. */
+static int has_static_levels(const mq_quant_spec *spec)
+{
+    return spec->scale == MQ_FMT_FP8_E4M3 && !spec->dynamic;
+}
+
+static mq_second_level second_level(const mq_quantizer *quantizer)
+{
+    mq_second_level second = {.amax = quantizer->global_amax, .divisor = quantizer->spec.second_divisor};
+    for (int64_t i = 0; quantizer->global_amax == 0.0f && i < quantizer->amax_count; i++)
+        second.amax = MQ_MAX(second.amax, quantizer->amax[i]);
+    return second;
+}
+
+static int make_block_amax(mq_quantizer *quantizer, mq_error *err)
+{
+    const int64_t count = quantizer->amax_count;
+    mq_free(quantizer->block_amax);
+    quantizer->block_amax = NULL;
+    if (!has_static_levels(&quantizer->spec) || quantizer->amax == NULL) return MQ_OK;
+    quantizer->block_amax = mq_alloc_array((size_t)count, sizeof(float));
+    if (quantizer->block_amax == NULL)
+        return mq_fail_memory(err, "a quantizer's values", (size_t)count * sizeof(float));
+    const mq_second_level second = second_level(quantizer);
+    mq_static_amax(&second, mq_format_max(quantizer->spec.element), quantizer->amax, count, quantizer->block_amax);
+    return MQ_OK;
+}
+
+static int is_amax(float value)
+{
+    return value >= 0.0f && value <= 3.4028234664e38f;
+}
+
 int mq_quantizer_set_amax(mq_quantizer *quantizer, const float *values, int64_t count, mq_error *err)
 {
     for (int64_t i = 0; values != NULL && i < count; i++)
-        if (!(values[i] >= 0.0f && values[i] <= 3.4028234664e38f))
+        if (!is_amax(values[i]))
             return mq_fail(err, MQ_ERR_VALUE, "amax: expected finite numbers >= 0, got %g", (double)values[i]);
-    return replace_values(&quantizer->amax, &quantizer->amax_count, values, count, err);
+    int rc = replace_values(&quantizer->amax, &quantizer->amax_count, values, count, err);
+    return rc == MQ_OK ? make_block_amax(quantizer, err) : rc;
+}
+
+int mq_quantizer_set_global_amax(mq_quantizer *quantizer, float value, mq_error *err)
+{
+    if (!has_static_levels(&quantizer->spec))
+        return mq_fail(err, MQ_ERR_VALUE, "global_amax: only static blocks with scales in (4, 3) have one");
+    if (!is_amax(value))
+        return mq_fail(err, MQ_ERR_VALUE, "global_amax: expected a finite number >= 0, got %g", (double)value);
+    quantizer->global_amax = value;
+    return make_block_amax(quantizer, err);
 }
 
 static int check_finite(const float *values, int64_t count, const char *what, mq_error *err)
@@ -82,6 +127,7 @@ int mq_quantizer_same(const mq_quantizer *a, const mq_quantizer *b)
 {
     if (a == b) return 1;
     return a->enabled == b->enabled && a->rotate == b->rotate && memcmp(&a->spec, &b->spec, sizeof a->spec) == 0 &&
+           same_values(&a->global_amax, 1, &b->global_amax, 1) &&
            same_values(a->amax, a->amax_count, b->amax, b->amax_count) &&
            same_values(a->pre_scale, a->pre_count, b->pre_scale, b->pre_count) &&
            same_values(a->bias, a->bias_count, b->bias, b->bias_count);
@@ -91,7 +137,7 @@ static int64_t expected_amax(const mq_quantizer *quantizer, int64_t rows, int64_
 {
     const mq_quant_spec *spec = &quantizer->spec;
     if (spec->scale == MQ_FMT_E8M0) return 0;
-    if (spec->scale == MQ_FMT_FP8_E4M3) return 1;
+    if (spec->scale == MQ_FMT_FP8_E4M3 && spec->dynamic) return 1;
     if (spec->dynamic) return 0;
     mq_grid grid = mq_grid_make(rows, cols, spec->block_rows, spec->block_cols);
     return grid.rows * grid.cols;
@@ -148,22 +194,44 @@ static void apply_scaled(const mq_quant_spec *spec, const mq_kernels *kernels, c
     (spec->kind == MQ_KIND_FLOAT ? kernels->scaled_fp8 : kernels->scaled_int)(args);
 }
 
-static void apply_scaled_row(const mq_quantizer *quantizer, const mq_kernels *kernels, const mq_quant_rows *m,
-                             int64_t r)
+/* A row whose scales are float32 numbers, block by block. cast: FP8 without an amax is one. */
+static void apply_scaled_blocks(const mq_quant_spec *spec, const mq_quant_row *row, int cast)
+{
+    const mq_kernels *kernels = mq_kernels_get();
+    const int64_t size = (int64_t)mq_dtype_size(row->dtype);
+    const int64_t length = spec->block_cols > 0 ? spec->block_cols : MQ_MAX(row->n, (int64_t)1);
+    for (int64_t begin = 0, block = 0; begin < row->n; begin += length, block++) {
+        const int64_t n = MQ_MIN(length, row->n - begin);
+        const char *x = (const char *)row->x + begin * size;
+        const float amax = row->amax != NULL ? row->amax[block] : cast ? 0.0f : kernels->amax[row->dtype](x, n);
+        mq_scaled args = scaled_args(spec, row->dtype, cast ? NULL : &amax);
+        args.n = n;
+        args.x = x;
+        args.y = (char *)row->y + begin * size;
+        apply_scaled(spec, kernels, &args);
+    }
+}
+
+void mq_quant_row_apply(const mq_quant_spec *spec, const mq_quant_row *given)
+{
+    if (spec->scale == MQ_FMT_FP32) {
+        apply_scaled_blocks(spec, given, 0);
+        return;
+    }
+    const mq_row row = {.scheme = mq_scheme_get((mq_scheme)spec->scheme), .dtype = given->dtype, .n = given->n,
+                        .block = spec->block_cols, .x = given->x, .y = given->y, .amax = given->amax,
+                        .second = given->second};
+    mq_kernels_get()->fake_quantize[spec->scheme](&row);
+}
+
+static void apply_scaled_row(const mq_quantizer *quantizer, const mq_quant_rows *m, int64_t r)
 {
     const mq_quant_spec *spec = &quantizer->spec;
     const mq_grid grid = mq_grid_make(m->rows, m->cols, spec->block_rows, spec->block_cols);
-    const int64_t size = (int64_t)mq_dtype_size(m->dtype);
-    char *y = (char *)m->y + r * m->ldy * size;
-    const float *amax = quantizer->amax != NULL ? quantizer->amax + r / grid.block_rows * grid.cols : NULL;
-    for (int64_t block = 0; block < grid.cols; block++) {
-        const int64_t begin = block * grid.block_cols, n = MQ_MIN(grid.block_cols, m->cols - begin);
-        const float found = spec->dynamic ? kernels->amax[m->dtype](y + begin * size, n) : 0.0f;
-        mq_scaled args = scaled_args(spec, m->dtype, spec->dynamic ? &found : amax != NULL ? &amax[block] : NULL);
-        args.n = n;
-        args.x = args.y = y + begin * size;
-        apply_scaled(spec, kernels, &args);
-    }
+    char *y = (char *)m->y + r * m->ldy * (int64_t)mq_dtype_size(m->dtype);
+    mq_quant_row row = {.dtype = m->dtype, .n = m->cols, .x = y, .y = y};
+    if (quantizer->amax != NULL && !spec->dynamic) row.amax = quantizer->amax + r / grid.block_rows * grid.cols;
+    apply_scaled_blocks(spec, &row, row.amax == NULL && !spec->dynamic);
 }
 
 /* Whether one scale serves the whole matrix: then tables are worth making, and rows need no copy first. */
@@ -197,14 +265,20 @@ static void apply_scheme(const mq_quantizer *quantizer, const mq_kernels *kernel
 {
     const mq_scheme id = (mq_scheme)quantizer->spec.scheme;
     const int64_t size = (int64_t)mq_dtype_size(m->dtype);
+    const int64_t blocks = MQ_CEIL_DIV(m->cols, quantizer->spec.block_cols);
     mq_tables tables;
-    mq_row row = {.scheme = mq_scheme_get(id), .dtype = m->dtype, .n = m->cols, .block = quantizer->spec.block_cols};
-    row.second = quantizer->amax != NULL ? mq_scale_second(row.scheme, quantizer->amax[0]) : 1.0f;
-    if (kernels->prepare[id] != NULL && m->rows * m->cols >= TABLES_PAY) {
+    mq_row row = {.scheme = mq_scheme_get(id), .dtype = m->dtype, .n = m->cols, .block = quantizer->spec.block_cols,
+                  .second = 1.0f};
+    if (row.scheme->second_divisor != 0.0f) {
+        const mq_second_level second = second_level(quantizer);
+        row.second = mq_second_scale(&second, mq_format_max(row.scheme->element));
+    }
+    if (kernels->prepare[id] != NULL && quantizer->block_amax == NULL && m->rows * m->cols >= TABLES_PAY) {
         kernels->prepare[id](&row, &tables);
         row.tables = &tables;
     }
     for (int64_t r = 0; r < m->rows; r++) {
+        if (quantizer->block_amax != NULL) row.amax = quantizer->block_amax + r * blocks;
         row.x = (const char *)m->x + r * m->ldx * size;
         row.y = (char *)m->y + r * m->ldy * size;
         kernels->fake_quantize[id](&row);
@@ -247,6 +321,6 @@ void mq_quantizer_apply(const mq_quantizer *quantizer, const mq_quant_rows *give
     if (spec->scale != MQ_FMT_FP32) apply_scheme(quantizer, kernels, &m);
     else if (has_one_scale(spec)) apply_one_scale(quantizer, kernels, &m);
     else
-        for (int64_t r = 0; r < m.rows; r++) apply_scaled_row(quantizer, kernels, &m, r);
+        for (int64_t r = 0; r < m.rows; r++) apply_scaled_row(quantizer, &m, r);
     shift_rows(quantizer, kernels, &m, 1.0f);
 }

@@ -19,6 +19,7 @@ typedef struct mq_quant_spec {
     mq_format scale;          /* MQ_FMT_FP32, MQ_FMT_FP8_E4M3 (with a second, fp32 scale per tensor), MQ_FMT_E8M0 */
     int dynamic;              /* (block) scales come from the data of each call */
     int scheme;               /* the row of schemes.def that these settings are, or -1 */
+    float second_divisor;     /* of two-level scales: the tensor's amax over this is its scale */
 } mq_quant_spec;
 
 typedef struct mq_quantizer {
@@ -26,6 +27,9 @@ typedef struct mq_quantizer {
     int enabled;
     float *amax;              /* owned; [amax_count], NULL if there is none */
     int64_t amax_count;       /* 1, rows, cols, or rows * blocks per row, as the spec's blocks say */
+    float global_amax;        /* of the tensor, beside the amax of its blocks: static two-level scales only; 0 = the
+                               * largest of those */
+    float *block_amax;        /* owned; [amax_count] as the kernels take it, made of amax and global_amax; or NULL */
     float *pre_scale;         /* owned; [pre_count] multiplies the columns first; NULL if there is none */
     int64_t pre_count;
     int64_t rotate;           /* then every so many columns are rotated by a Hadamard matrix; 0 = not */
@@ -39,6 +43,8 @@ void mq_quantizer_free(mq_quantizer *quantizer);
 
 /* Copies count values; NULL takes them away. Negative or non-finite values are an MQ_ERR_VALUE. */
 int mq_quantizer_set_amax(mq_quantizer *quantizer, const float *values, int64_t count, mq_error *err);
+/* MQ_ERR_VALUE unless the spec has static blocks with a second level. */
+int mq_quantizer_set_global_amax(mq_quantizer *quantizer, float value, mq_error *err);
 int mq_quantizer_set_pre_scale(mq_quantizer *quantizer, const float *values, int64_t count, mq_error *err);
 int mq_quantizer_set_bias(mq_quantizer *quantizer, const float *values, int64_t count, mq_error *err);
 /* A power of two up to 1024, or 0 for none. */
@@ -61,6 +67,18 @@ int mq_quantizer_same(const mq_quantizer *a, const mq_quantizer *b);
 /* Whether activations of cols columns can be simulated: MQ_OK, or what is missing (an amax, a wrong count). name is
  * used in errors. Quantizers of whole matrices (rows or blocks of rows have an amax each) need rows too; -1 = any. */
 int mq_quantizer_ready(const mq_quantizer *quantizer, int64_t rows, int64_t cols, const char *name, mq_error *err);
+
+/* One row of a matrix by a spec alone. y may be x. */
+typedef struct mq_quant_row {
+    mq_dtype dtype;
+    int64_t n;
+    const void *x;
+    void *y;
+    const float *amax;        /* of the row's blocks; NULL = from x */
+    float second;             /* the tensor's scale, where scales have two levels */
+} mq_quant_row;
+
+void mq_quant_row_apply(const mq_quant_spec *spec, const mq_quant_row *row);
 
 typedef enum mq_quant_steps {
     MQ_QUANT_ALL,

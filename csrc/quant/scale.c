@@ -17,9 +17,29 @@ mq_grid mq_grid_make(int64_t rows, int64_t cols, int64_t block_rows, int64_t blo
 
 float mq_scale_second(const mq_scheme_row *scheme, float amax)
 {
-    if (scheme->second_divisor == 0.0f) return 1.0f;
-    float second = amax / scheme->second_divisor;
-    return second != 0.0f ? second : mq_format_max(scheme->element) / scheme->second_divisor;
+    const mq_second_level second = {.amax = amax, .divisor = scheme->second_divisor};
+    return second.divisor == 0.0f ? 1.0f : mq_second_scale(&second, mq_format_max(scheme->element));
+}
+
+float mq_second_scale(const mq_second_level *second, float largest)
+{
+    const float scale = second->amax / second->divisor;
+    return scale != 0.0f ? scale : largest / second->divisor;
+}
+
+/* A code's value times the kernels' denominator, over that denominator, is within two roundings of the value: it is
+ * encoded as that code again. */
+void mq_static_amax(const mq_second_level *second, float largest, const float *amax, int64_t count, float *out)
+{
+    const float denominator = largest * mq_second_scale(second, largest), most = second->divisor / largest;
+    const float tensor = second->amax / largest;
+    for (int64_t i = 0; i < count; i++) {
+        const float block = amax[i] / largest;
+        float scale = (block == 0.0f ? 1.0f : block) * most / tensor;
+        scale = scale < 0x1p-9f ? 0x1p-9f : scale;
+        scale = scale > 448.0f ? 448.0f : scale;
+        out[i] = mq_decode(mq_encode(scale, MQ_CODEC(FP8_E4M3)), MQ_CODEC(FP8_E4M3)) * denominator;
+    }
 }
 
 /* Strips of whole block rows, or for tall blocks pieces of at most PIECE rows whose maxima are merged afterwards. */

@@ -22,4 +22,18 @@ int mq_amax(const mq_tensor *x, const mq_grid *grid, float *out, mq_error *err);
  * element, as the reference does. */
 float mq_scale_second(const mq_scheme_row *scheme, float amax);
 
+/* Blocks of a two-level scheme whose maxima calibration chose. Their scales are made in another order of operations
+ * than those of maxima taken from the data (the reference's get_weights_scaling_factor_from_quantizer). divisor: the
+ * largest element times the largest block scale; the tensor's scale is amax / divisor. */
+enum { MQ_FOUR_OVER_SIX_DIVISOR = 6 * 256 };
+
+typedef struct mq_second_level {
+    float amax, divisor;
+} mq_second_level;
+
+float mq_second_scale(const mq_second_level *second, float largest);
+
+/* out [count]: maxima from which the kernels make exactly those scales. out may be amax. */
+void mq_static_amax(const mq_second_level *second, float largest, const float *amax, int64_t count, float *out);
+
 #endif

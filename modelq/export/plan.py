@@ -19,7 +19,7 @@ from modelq.experts import place_of, quantizer_of
 from modelq.groups import pair_of, siblings
 from modelq.quantizers import stage_quantizers
 from modelq.smoothing import folding_norm, folds_all, norm_scales, stated_scale
-from modelq.stated import stated_amax
+from modelq.stated import StatedAmax, scaling, stated_amax
 
 FLOATS = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 OWN_QUANTIZERS = ("linear", "embedding", "router")      # kinds of modules that an export's config names when they stay unquantized
@@ -34,7 +34,7 @@ class Linear:
     row: dict[str, Any]
     form: Form
     algorithm: str
-    amax: np.ndarray | None
+    scaling: StatedAmax
     given: dict[str, np.ndarray]
     tensors: dict[str, TensorInfo]
     rows: np.ndarray | None = None
@@ -152,7 +152,7 @@ def _plan_linear(model: Any, row: Any, amax: dict[str, np.ndarray], dialect: str
     tensors = stored_tensors(module, form, dialect, dtype)
     if dialect == "modelopt" and place_of(model, f"{module}.weight_quantizer").parts > 1:
         tensors["weight_scale"] = _stacked(tensors["weight_scale"], form)
-    return Linear(row, form, algorithm, amax.get(f"{module}.weight_quantizer"), given, tensors,
+    return Linear(row, form, algorithm, scaling(model, module, amax), given, tensors,
                   getattr(model, "scale_rows", {}).get(module))
 
 
