@@ -18,7 +18,7 @@ typedef struct mq_block_job {
     const char *name;       /* of the tensor, for errors */
     const float *amax;      /* NULL = from the weight; else what mq_block_amax_count says */
     int64_t amax_count;
-    const float *block_amax;    /* two-level schemes: of the blocks, as calibration chose them; NULL = from the weight */
+    const float *block_amax;    /* of two-level schemes, as calibration chose them; NULL = from the weight */
     int64_t block_amax_count;
     float second_divisor;       /* of block_amax: the tensor's amax over this is its scale; 0 = the scheme's */
 } mq_block_job;
