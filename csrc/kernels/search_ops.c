@@ -9,6 +9,9 @@
 #define JOIN(name, isa) JOIN_(name, isa)
 #define NAME(name) JOIN(name, ISA)
 
+/* Half of the lanes as one value: gcc 12 does not keep an array of sums in registers. */
+typedef float half_lanes __attribute__((vector_size(32), aligned(4), may_alias));
+
 #define ISA c
 #include "kernels/search_ops.inc"
 #undef ISA

@@ -4,8 +4,7 @@
 #ifndef MQ_SEARCH_OPS_H
 #define MQ_SEARCH_OPS_H
 
-#include "core/cpu.h"
-#include "format/format.h"
+#include "kernels/kernels.h"
 
 enum { MQ_LANES = 16 };
 
@@ -35,6 +34,8 @@ typedef struct mq_search_ops {
     /* out = w - q * scale; scale NULL is 1. */
     void (*residual)(float *out, const float *w, const float *q, const float *scale, int64_t n);
     float (*dot)(const float *x, const float *y, int64_t n);
+    /* By dtype: sums[j] += |x[j]| / (the largest |x| of its block + the smallest normal number), rounded to dtype. */
+    void (*add_normalized[MQ_FLOAT_DTYPES])(double *sums, const float *x, int64_t n, int64_t block);
     /* out[i] = sum of (x - y)^2 over each block, the last may be short. */
     void (*squared_errors)(const float *x, const float *y, int64_t n, int64_t block, float *out);
     /* One per scheme; those with E8M0 scales have none. */

@@ -13,6 +13,7 @@ typedef struct mq_state {
     PyTypeObject *runtime_type;
     PyTypeObject *run_type;
     PyTypeObject *calibrator_type;
+    PyTypeObject *gram_loss_type;
 } mq_state;
 
 mq_state *mq_state_of(PyObject *module);
@@ -28,11 +29,13 @@ extern const mq_py_part mq_py_blocks;
 extern const mq_py_part mq_py_calibrator;
 extern const mq_py_part mq_py_faults;
 extern const mq_py_part mq_py_formats;
+extern const mq_py_part mq_py_gram_loss;
 extern const mq_py_part mq_py_ndarray;
 extern const mq_py_part mq_py_quantizer;
 extern const mq_py_part mq_py_repack;
 extern const mq_py_part mq_py_run;
 extern const mq_py_part mq_py_runtime;
+extern const mq_py_part mq_py_search;
 extern const mq_py_part mq_py_system;
 
 #endif
