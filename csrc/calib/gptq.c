@@ -151,7 +151,8 @@ static void round_lanes(const gptq_run *run, tile *t, int64_t first, int64_t row
     const int64_t step = run->job->regroup ? run->grid.block_cols : count;
     mq_feedback_tile lanes = {
         .count = count, .target = t->target, .error = t->lanes, .scale = t->scale,
-        .feedback = run->job->factor + first * n + first, .ld = n, .curvature = run->job->curvature + first, .loss = loss,
+        .feedback = run->job->factor + first * n + first, .ld = n, .curvature = run->job->curvature + first,
+        .loss = loss,
     };
     for (int64_t k = 0; k < count; k++)
         for (int64_t lane = 0; lane < MQ_LANES; lane++) {

@@ -1,8 +1,8 @@
 /* What a change of a linear's weight does to its outputs, from the Gram matrix H of its inputs: for a row d of the
- * change, ||X d||^2 over all tokens X is d H d^T, however many tokens there were (Frantar and Alistarh 2022, section 3).
+ * change, ||X d||^2 over all tokens X is d H d^T, however many tokens there were (Frantar and Alistarh 2022).
  *
- * H is symmetric, so half of it will do: d U d^T, where U is its upper triangle, everything off the diagonal doubled. It
- * is packed strip by strip, each as deep as its last column, for the micro-kernels of the GEMM. */
+ * H is symmetric, so half of it will do: d U d^T, where U is its upper triangle, everything off the diagonal doubled.
+ * It is packed strip by strip, each as deep as its last column, for the micro-kernels of the GEMM. */
 #ifndef MQ_GRAM_LOSS_H
 #define MQ_GRAM_LOSS_H
 

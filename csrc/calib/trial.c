@@ -392,11 +392,12 @@ int mq_trial_best_amax(const mq_trial *trial, float *amax, mq_error *err)
     if (rc != MQ_OK) return rc;
     trial_job job = job_make(trial, BY_CELL);
     if (trial->gram != NULL && job.grid.cols > 1 && job.grid.block_cols % trial->gram->block != 0)
-        return mq_fail(err, MQ_ERR_VALUE, "%s: blocks of %lld columns of the Gram matrix do not fit into the weight's of %lld",
+        return mq_fail(err, MQ_ERR_VALUE, "%s: the Gram matrix has blocks of %lld columns, the weight's have %lld",
                        trial->name, (long long)trial->gram->block, (long long)job.grid.block_cols);
     if (has_scales(trial) || trial->spec->scale == MQ_FMT_E8M0)
         return mq_fail(err, MQ_ERR_VALUE, "%s: there are no maxima to choose", trial->name);
-    const size_t count = (size_t)(job.grid.rows * job.grid.cols), partial = (size_t)(job.tiles * trial->count * job.cells);
+    const size_t count = (size_t)(job.grid.rows * job.grid.cols);
+    const size_t partial = (size_t)(job.tiles * trial->count * job.cells);
     float *start = mq_alloc_array(count, sizeof *start);
     job.partial = job.grain == BY_ROW ? NULL : mq_alloc_array(partial, sizeof *job.partial);
     if (start == NULL || (job.grain != BY_ROW && job.partial == NULL)) {

@@ -1,5 +1,5 @@
-/* Several ways to quantize one weight, and what each of them loses: the searches of AWQ (Lin et al. 2024), for scales of
- * columns and for clipped maxima, and the search for the least squared error.
+/* Several ways to quantize one weight, and what each of them loses: the searches of AWQ (Lin et al. 2024), for scales
+ * of columns and for clipped maxima, and the search for the least squared error.
  *
  * A way is a scale for every column before quantization, and back after it, and a factor of the absolute maxima. What
  * is lost is ||X (W - Q(W))^T||^2, from the Gram matrix of the inputs X, or the squared difference of the weights. */

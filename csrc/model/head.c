@@ -220,6 +220,7 @@ static int collect_rows(head_job *job, mq_point *point, mq_error *err)
                               .mask = mask ? mask + first : NULL, .chunk = first};
         norm_rows(job, job->scratch, first, rows);
         rc = mq_point_collect(point, &part, err);
+        if (rc == MQ_OK) rc = mq_points_settle(&point, 1, err);
     }
     return rc;
 }

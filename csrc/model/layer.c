@@ -29,7 +29,7 @@ typedef struct pass {
     int64_t first, rows;            /* rows of the run */
     const uint8_t *count_mask;      /* of these rows; NULL = all count */
     const int64_t *tokens;          /* rows of the run that these are, gathered for an expert; NULL = from first on */
-    void *quantized, *temporary;
+    void *quantized, *temporary, *prepared, *low;
     const mq_quantizer *applied;    /* whose result quantized holds, of the input now in use */
 } pass;
 
@@ -128,14 +128,42 @@ static const void *quantized_input(pass *pass, const mq_linear *linear, const vo
     return pass->quantized;
 }
 
+/* Statistics of a linear's input, before its quantizer or behind it. */
+static int collect_input(pass *pass, mq_linear *linear, const void *in)
+{
+    if (!mq_point_is_watched(&linear->input)) return MQ_OK;
+    const void *seen = linear->input.watch_quantized ? quantized_input(pass, linear, in) : in;
+    return collect(pass, &linear->input, seen, linear->cols);
+}
+
+/* out (rows, O) += up(down(in)), of the input as it is before it is rounded. */
+static void add_low_rank(pass *pass, const mq_linear *linear, void *out, const void *in)
+{
+    const mq_quantizer *quantizer = linear->input.quantizer;
+    mq_row_sizes sizes = sizes_of(pass, linear->cols), narrow = sizes_of(pass, linear->down.packed.n);
+    if (quantizer != NULL && mq_quantizer_prepares(quantizer)) {
+        quantize_steps(pass, quantizer, pass->prepared, in, linear->cols, MQ_QUANT_PREPARE);
+        in = pass->prepared;
+    }
+    mq_linear_forward(pass->low, in, &linear->down, 0, &sizes);
+    mq_linear_forward(out, pass->low, &linear->up, 1, &narrow);
+}
+
+/* out (rows, O) = linear(in (rows, I)), or += if accumulate. */
+static void multiply(pass *pass, const mq_linear *linear, void *out, const void *in, int accumulate)
+{
+    mq_row_sizes sizes = sizes_of(pass, linear->cols);
+    mq_linear_forward(out, quantized_input(pass, linear, in), &linear->weight, accumulate, &sizes);
+    if (linear->down.packed.data != NULL) add_low_rank(pass, linear, out, in);
+}
+
 /* out (rows, O) = linear(in (rows, I)). */
 static int run_linear(pass *pass, mq_role role, void *out, const void *in)
 {
     mq_linear *linear = &pass->layer->linears[role];
-    mq_row_sizes sizes = sizes_of(pass, linear->cols);
-    int rc = collect(pass, &linear->input, in, linear->cols);
+    int rc = collect_input(pass, linear, in);
     if (rc != MQ_OK) return rc;
-    mq_linear_forward(out, quantized_input(pass, linear, in), &linear->weight, 0, &sizes);
+    multiply(pass, linear, out, in, 0);
     return pass_point(pass, &linear->output, out, linear->rows);
 }
 
@@ -143,19 +171,17 @@ static int run_linear(pass *pass, mq_role role, void *out, const void *in)
 static int run_residual(pass *pass, mq_role role, void *hidden, const void *in)
 {
     mq_linear *linear = &pass->layer->linears[role];
-    mq_row_sizes sizes = sizes_of(pass, linear->cols);
+    mq_row_sizes sizes = sizes_of(pass, linear->rows);
     pass->applied = NULL;
     if (mq_point_is_watched(&linear->output) || acts(linear->output.quantizer)) {
         int rc = run_linear(pass, role, pass->temporary, in);
         if (rc != MQ_OK) return rc;
-        sizes.width = linear->rows;
         mq_add_forward(hidden, pass->temporary, &sizes);
         return MQ_OK;
     }
-    int rc = collect(pass, &linear->input, in, linear->cols);
-    if (rc != MQ_OK) return rc;
-    mq_linear_forward(hidden, quantized_input(pass, linear, in), &linear->weight, 1, &sizes);
-    return MQ_OK;
+    int rc = collect_input(pass, linear, in);
+    if (rc == MQ_OK) multiply(pass, linear, hidden, in, 1);
+    return rc;
 }
 
 /* q, k or v: rotated first, so that statistics are of what is rounded; sequence by sequence, since some kinds of
@@ -239,6 +265,8 @@ static int attention_half(pass *pass, const mq_unit *unit, void *hidden, const m
     mq_row_sizes sizes = sizes_of(pass, config->hidden_size);
     pass->quantized = scratch->quantized;
     pass->temporary = scratch->temporary;
+    pass->prepared = scratch->prepared;
+    pass->low = scratch->low;
     pass->applied = NULL;
     mq_rmsnorm_forward(scratch->normed, hidden, layer->norms[MQ_ROLE_INPUT_NORM], config->rms_norm_eps, &sizes);
     int rc = run_linear(pass, MQ_ROLE_Q, scratch->q, scratch->normed);
@@ -259,6 +287,8 @@ static int mlp_half(pass *pass, void *hidden, const mq_scratch *scratch)
     mq_row_sizes sizes = sizes_of(pass, config->hidden_size), inner = sizes_of(pass, config->intermediate_size);
     pass->quantized = scratch->mlp_quantized;
     pass->temporary = scratch->mlp_temporary;
+    pass->prepared = scratch->mlp_prepared;
+    pass->low = scratch->mlp_low;
     pass->applied = NULL;
     mq_rmsnorm_forward(scratch->mlp_normed, hidden, pass->layer->norms[MQ_ROLE_POST_NORM], config->rms_norm_eps,
                        &sizes);
@@ -313,7 +343,7 @@ static int run_expert(pass *pass, const mq_scratch *scratch)
 {
     mq_linear *gate = &pass->layer->linears[MQ_ROLE_GATE], *up = &pass->layer->linears[MQ_ROLE_UP];
     mq_row_sizes sizes = sizes_of(pass, gate->cols), inner = sizes_of(pass, gate->rows);
-    int rc = collect(pass, &gate->input, scratch->mlp_normed, gate->cols);
+    int rc = collect_input(pass, gate, scratch->mlp_normed);
     if (rc != MQ_OK) return rc;
     const void *in = quantized_input(pass, gate, scratch->mlp_normed);
     mq_linear_forward(scratch->gate, in, &gate->weight, 0, &sizes);
@@ -371,6 +401,11 @@ size_t mq_scratch_init(mq_scratch *scratch, const mq_layer_context *context, int
     scratch->up = carve(scratch, &mlp, mlp_rows * inner, size);
     scratch->mlp_quantized = carve(scratch, &mlp, mlp_rows * MQ_MAX(hidden, inner), size);
     scratch->mlp_temporary = carve(scratch, &mlp, mlp_rows * hidden, size);
+    const int64_t prepared = context->rank > 0;
+    scratch->prepared = carve(scratch, &attention, prepared * rows * widest, size);
+    scratch->low = carve(scratch, &attention, rows * context->rank, size);
+    scratch->mlp_prepared = carve(scratch, &mlp, prepared * mlp_rows * MQ_MAX(hidden, inner), size);
+    scratch->mlp_low = carve(scratch, &mlp, mlp_rows * context->rank, size);
     scratch->router = carve(scratch, &mlp, mlp_rows * config->num_experts, size);
     scratch->count_mask = carve(scratch, &mlp, config->num_experts > 0 ? mlp_rows : 0, 1);
     scratch->mlp_rows = mlp_rows;

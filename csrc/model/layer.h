@@ -25,11 +25,14 @@ enum { MQ_POINT_WATCHERS = 4 };
 typedef struct mq_point {
     const mq_quantizer *quantizer;  /* not owned; NULL = none */
     mq_watcher watchers[MQ_POINT_WATCHERS];
+    int watch_quantized;            /* of a linear's input: watchers see what the quantizer made of it */
     int site;                       /* number of the tensor within its layer */
 } mq_point;
 
 typedef struct mq_linear {
     mq_linear_weight weight;
+    mq_linear_weight down, up;      /* (rank, I), (O, rank): a branch of low rank beside it, of the input before it is
+                                     * rounded (SVDQuant, Li et al. 2024); data NULL = none */
     int64_t rows, cols;             /* (O, I) */
     mq_point input, output;
     const char *name;               /* of its module */
@@ -64,6 +67,7 @@ typedef struct mq_scratch {
     size_t nbytes;
     void *normed, *q, *k, *v, *mixed, *quantized, *temporary, *attention;   /* attention half */
     void *mlp_normed, *gate, *up, *mlp_quantized, *mlp_temporary;           /* MLP half: the same memory */
+    void *prepared, *low, *mlp_prepared, *mlp_low;                          /* for branches of low rank */
     void *router;                   /* logits of the experts */
     uint8_t *count_mask;            /* of rows gathered for an expert */
     int64_t mlp_rows;               /* that the MLP half has room for */
@@ -80,6 +84,7 @@ typedef struct mq_layer_context {
     const uint8_t *count_mask;          /* by row of the run: 0 = counts in no statistic; NULL = all count */
     const mq_routes *routes;            /* of all rows of the run: where a layer with experts writes its choice */
     int round_routes;                   /* the shares are rounded to dtype */
+    int64_t rank;                       /* of the widest branch of low rank, 0 = there is none */
 } mq_layer_context;
 
 /* Bytes of one worker's scratch for units of up to `rows` rows and sequences of up to `tokens`; mq_scratch_init cuts

@@ -16,8 +16,8 @@ static const mq_watcher *find_leader(mq_point **points, size_t index)
     const mq_watcher *watcher = watcher_at(points, index);
     for (size_t i = 0; i < index; i++) {
         const mq_watcher *other = watcher_at(points, i);
-        const int site = points[i / MQ_POINT_WATCHERS]->site;
-        if (other->watch != NULL && site == points[index / MQ_POINT_WATCHERS]->site &&
+        const mq_point *point = points[i / MQ_POINT_WATCHERS], *own = points[index / MQ_POINT_WATCHERS];
+        if (other->watch != NULL && point->site == own->site && point->watch_quantized == own->watch_quantized &&
             mq_calib_same_kind(other->calib, watcher->calib))
             return other;
     }

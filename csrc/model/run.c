@@ -148,6 +148,7 @@ mq_layer_context mq_run_context(const mq_run *run)
         .sequence_count = run->sequence_count,
         .key_mask = run->mask, .count_mask = run->count_padding ? NULL : run->mask, .routes = &run->dispatch.routes,
         .round_routes = run->runtime->dtype == MQ_BF16 && !(run->runtime->family->flags & MQ_FAMILY_ROUTER_F32),
+        .rank = run->runtime->rank,
     };
 }
 
@@ -181,6 +182,22 @@ int mq_run_embed(mq_run *run, const mq_named_tensor *tensors, size_t count, mq_e
     if (weight == NULL) return err->code;
     mq_embed_forward(run->hidden, run->ids, weight, &sizes);
     run->next_layer = 0;
+    run->dispatch.layer = -1;
+    return MQ_OK;
+}
+
+size_t mq_run_state_nbytes(const mq_run *run)
+{
+    return (size_t)(run->rows * run->runtime->config.hidden_size) * mq_dtype_size(run->runtime->dtype);
+}
+
+int mq_run_restore(mq_run *run, const void *state, int64_t layer, mq_error *err)
+{
+    if (layer < 0 || layer > run->runtime->config.num_hidden_layers)
+        return mq_fail(err, MQ_ERR_VALUE, "restore: layer %lld of a model of %lld", (long long)layer,
+                       (long long)run->runtime->config.num_hidden_layers);
+    memcpy(run->hidden, state, mq_run_state_nbytes(run));
+    run->next_layer = layer;
     run->dispatch.layer = -1;
     return MQ_OK;
 }

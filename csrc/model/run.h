@@ -56,6 +56,11 @@ int mq_run_init(mq_run *run, mq_runtime *runtime, const mq_batch_input *batches,
 void mq_run_free(mq_run *run);
 size_t mq_run_nbytes(const mq_run *run);
 
+/* The hidden states of all rows where the run now is (mq_run_state_nbytes), and back to where a run over the same
+ * batches had them: layer is the one that comes next. */
+size_t mq_run_state_nbytes(const mq_run *run);
+int mq_run_restore(mq_run *run, const void *state, int64_t layer, mq_error *err);
+
 int mq_run_embed(mq_run *run, const mq_named_tensor *tensors, size_t count, mq_error *err);
 /* A layer with experts is done when every expert that has rows (dispatch.start) came after it, in order. */
 int mq_run_layer(mq_run *run, int64_t layer, mq_error *err);

@@ -351,10 +351,36 @@ void mq_runtime_drop_expert(mq_runtime *runtime, int64_t layer)
     for (int i = 0; i < MQ_EXPERT_LINEARS; i++) mq_linear_free(&runtime->layers[layer].linears[roles[i]].weight);
 }
 
+static void drop_low_rank(mq_linear *linear)
+{
+    mq_linear_free(&linear->down);
+    mq_linear_free(&linear->up);
+}
+
+int mq_runtime_load_low_rank(mq_runtime *runtime, const mq_module *module, const mq_tensor *down, const mq_tensor *up,
+                             mq_error *err)
+{
+    mq_linear *linear = &runtime->layers[module->layer].linears[module->role];
+    const int64_t rank = down->ndim == 2 ? down->shape[0] : 0;
+    char have[96], other[96];
+    if (rank < 1 || up->ndim != 2 || up->shape[1] != rank || down->shape[1] != linear->cols ||
+        up->shape[0] != linear->rows || !mq_tensor_is_float(down) || !mq_tensor_is_float(up))
+        return mq_fail(err, MQ_ERR_VALUE, "%s: a branch of low rank is [rank, %lld] and [%lld, rank], got %s and %s",
+                       module->name, (long long)linear->cols, (long long)linear->rows,
+                       mq_tensor_describe(down, have, sizeof have), mq_tensor_describe(up, other, sizeof other));
+    drop_low_rank(linear);
+    int rc = mq_linear_load(&linear->down, down, runtime->gemm, module->name, err);
+    if (rc == MQ_OK) rc = mq_linear_load(&linear->up, up, runtime->gemm, module->name, err);
+    if (rc != MQ_OK) drop_low_rank(linear);
+    else runtime->rank = MQ_MAX(runtime->rank, rank);
+    return rc;
+}
+
 void mq_runtime_drop_layer(mq_runtime *runtime, int64_t index)
 {
     mq_layer *layer = &runtime->layers[index];
     for (int role = 0; role < MQ_ROLE_COUNT; role++) {
+        drop_low_rank(&layer->linears[role]);
         mq_linear_free(&layer->linears[role].weight);
         mq_free(layer->norms[role]);
         layer->norms[role] = NULL;

@@ -29,6 +29,7 @@ typedef struct mq_runtime {
     const mq_module **by_name;    /* sorted */
     mq_layer *layers;
     mq_point head_input;          /* of lm_head */
+    int64_t rank;                 /* of the widest branch of low rank that was ever loaded */
 } mq_runtime;
 
 /* What differs from layer to layer; each an array or NULL. */
@@ -54,6 +55,11 @@ typedef struct mq_named_tensor {
 int mq_runtime_load_layer(mq_runtime *runtime, int64_t layer, const mq_named_tensor *tensors, size_t count,
                           mq_error *err);
 void mq_runtime_drop_layer(mq_runtime *runtime, int64_t layer);
+
+/* Puts a branch of low rank beside a linear of a layer (not of an expert): down [rank, I], up [O, rank], of any float
+ * dtype. It goes with the layer's weights. */
+int mq_runtime_load_low_rank(mq_runtime *runtime, const mq_module *module, const mq_tensor *down, const mq_tensor *up,
+                             mq_error *err);
 
 /* The modules of one expert, MQ_EXPERT_LINEARS of them. */
 enum { MQ_EXPERT_LINEARS = 3 };

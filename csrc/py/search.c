@@ -131,8 +131,8 @@ done:
 
 PyDoc_STRVAR(smoothquant_scale_doc,
 "smoothquant_scale(activations, weights, alpha, dtype='float32')\n--\n\n"
-"float32 [in]: weights^(1 - alpha), rounded to dtype, / activations^alpha, clamped to [1e-4, 1e4]; 1 for channels that\n"
-"were silent. Both are maxima of |x| by channel (SmoothQuant, Xiao et al. 2023).");
+"float32 [in]: weights^(1 - alpha), rounded to dtype, / activations^alpha, clamped to [1e-4, 1e4]; 1 for channels\n"
+"that were silent. Both are maxima of |x| by channel (SmoothQuant, Xiao et al. 2023).");
 
 static PyObject *smoothquant_scale(PyObject *module, PyObject *args, PyObject *kwargs)
 {
@@ -171,7 +171,9 @@ typedef struct trial_args {
 static int make_candidates(trial_args *a)
 {
     const int64_t n = a->weight.shape[1];
-    const int64_t count = a->scales.data != NULL ? a->scales.shape[0] : a->factors.data != NULL ? a->factors.shape[0] : 1;
+    int64_t count = 1;
+    if (a->factors.data != NULL) count = a->factors.shape[0];
+    if (a->scales.data != NULL) count = a->scales.shape[0];
     if (a->backs.data != NULL && (a->scales.data == NULL || a->backs.shape[0] != count)) {
         PyErr_SetString(PyExc_ValueError, "backs: as many as there are scales");
         return -1;
@@ -215,8 +217,8 @@ static int take_trial(trial_args *a, PyObject *weight, PyObject *quantizer_objec
 
 PyDoc_STRVAR(quantization_losses_doc,
 "quantization_losses(weight, quantizer, gram=None, scales=None, backs=None, factors=None)\n--\n\n"
-"float64 [candidates]: what ways to quantize a weight [out, in] lose: ||X (W - Q(W))^T||^2 with gram = GramLoss(X^T X),\n"
-"or the squared difference of the weights.\n\n"
+"float64 [candidates]: what ways to quantize a weight [out, in] lose: ||X (W - Q(W))^T||^2 with gram =\n"
+"GramLoss(X^T X), or the squared difference of the weights.\n\n"
 "scales [candidates, in]: columns are multiplied by them, rounded to weight's dtype, quantized by maxima found anew,\n"
 "and multiplied by backs. factors [candidates]: the quantizer's maxima (or the weight's own) are multiplied by them.");
 
@@ -291,8 +293,8 @@ done:
 
 PyDoc_STRVAR(sweep_block_scales_doc,
 "sweep_block_scales(weight, global_amax, divisor=2688, hessian=None)\n--\n\n"
-"float32 [out, in / 16]: the amax of each NVFP4 block of weight whose scale, of all positive FP8 numbers, loses least:\n"
-"the squared error, or with hessian [in / 16, 16, 16] (X^T X of the block's inputs) that of the outputs.");
+"float32 [out, in / 16]: the amax of each NVFP4 block of weight whose scale, of all positive FP8 numbers, loses\n"
+"least: the squared error, or with hessian [in / 16, 16, 16] (X^T X of the block's inputs) that of the outputs.");
 
 static PyObject *sweep_block_scales(PyObject *module, PyObject *args, PyObject *kwargs)
 {
@@ -333,9 +335,9 @@ done:
 
 PyDoc_STRVAR(factor_doc,
 "factor(h)\n--\n\n"
-"Factors a symmetric matrix h (float32 [n, n], writable, contiguous) in place: h = U diag(d) U^T with U upper triangular\n"
-"and ones on its diagonal, which takes h's place. Returns d, float32 [n]. ValueError if h is not positive definite;\n"
-"then h's contents are lost.");
+"Factors a symmetric matrix h (float32 [n, n], writable, contiguous) in place: h = U diag(d) U^T with U upper\n"
+"triangular and ones on its diagonal, which takes h's place. Returns d, float32 [n]. ValueError if h is not positive\n"
+"definite; then h's contents are lost.");
 
 static PyObject *factor(PyObject *module, PyObject *object)
 {
@@ -386,11 +388,11 @@ static int take_order(call *c, PyObject *object, int64_t n, mq_tensor *out)
 
 PyDoc_STRVAR(gptq_doc,
 "gptq(weight, quantizer, factor, curvature, order=None, block_size=128, regroup=False)\n--\n\n"
-"(rounded weight, amax, loss): weight [out, in] rounded column by column, what each loses being fed to those behind it\n"
-"(GPTQ, Frantar et al. 2023). quantizer: INT4, INT8, FP8 or static NVFP4, with its amax. factor and curvature: what\n"
-"factor() made of X^T X in the order of processing; order [in]: the column that comes k-th. block_size: columns between\n"
-"products. regroup: blocks of scales are made of the weights as they are when their turn comes; amax (flat) says of\n"
-"which. loss: trace of D X^T X D^T for what the weight changed by, D.");
+"(rounded weight, amax, loss): weight [out, in] rounded column by column, what each loses being fed to those behind\n"
+"it (GPTQ, Frantar et al. 2023). quantizer: INT4, INT8, FP8 or static NVFP4, with its amax. factor and curvature: what\n"
+"factor() made of X^T X in the order of processing; order [in]: the column that comes k-th. block_size: columns\n"
+"between products. regroup: blocks of scales are made of the weights as they are when their turn comes; amax (flat)\n"
+"says of which. loss: trace of D X^T X D^T for what the weight changed by, D.");
 
 static PyObject *run_gptq(mq_state *state, const mq_gptq_job *job)
 {
@@ -422,8 +424,8 @@ static PyObject *gptq(PyObject *module, PyObject *args, PyObject *kwargs)
     mq_gptq_job job = {.name = "weight", .block_size = 128};
     long long block_size = 128;
     mq_tensor weight, u, curvature, order;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOO|OLp", names, &objects[0], &objects[1], &objects[2], &objects[3],
-                                     &order_object, &block_size, &job.regroup))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOO|OLp", names, &objects[0], &objects[1], &objects[2],
+                                     &objects[3], &order_object, &block_size, &job.regroup))
         return NULL;
     job.quantizer = take_quantizer(&c, objects[1]);
     if (job.quantizer == NULL || take_matrix(&c, objects[0], "weight", &weight) < 0 ||

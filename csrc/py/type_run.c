@@ -348,6 +348,58 @@ fail:
     return NULL;
 }
 
+PyDoc_STRVAR(state_doc,
+"state($self)\n--\n\n"
+"The hidden states of all batches where the run now is, [rows, C] in the dtype of the runtime: for restore.");
+
+static PyObject *run_state(PyObject *self, PyObject *unused)
+{
+    RunObject *object = (RunObject *)self;
+    const mq_runtime *runtime = &object->runtime->runtime;
+    const int64_t shape[2] = {object->run.rows, runtime->config.hidden_size};
+    mq_tensor view;
+    (void)unused;
+    PyObject *array = mq_new_array(mq_state_of_object(self), runtime->dtype, 2, shape, &view);
+    if (array == NULL || mq_enter(&object->busy, "the Run") < 0) {
+        Py_XDECREF(array);
+        return NULL;
+    }
+    memcpy(view.data, object->run.hidden, mq_run_state_nbytes(&object->run));
+    mq_leave(&object->busy);
+    return array;
+}
+
+PyDoc_STRVAR(restore_doc,
+"restore($self, state, layer, /)\n--\n\n"
+"Goes (back) to where state() was taken, in this run or another over the same batches: layer comes next.");
+
+static PyObject *run_restore(PyObject *self, PyObject *args)
+{
+    RunObject *object = (RunObject *)self;
+    const mq_runtime *runtime = &object->runtime->runtime;
+    const int64_t shape[2] = {object->run.rows, runtime->config.hidden_size};
+    const mq_tensor wanted = mq_tensor_make(NULL, runtime->dtype, 2, shape);
+    PyObject *given, *keep = NULL, *result = NULL;
+    char have[96], expected[96];
+    long long layer;
+    mq_tensor view;
+    mq_error err;
+    if (!PyArg_ParseTuple(args, "OL:restore", &given, &layer) ||
+        mq_view_contiguous(mq_state_of_object(self), given, "state", &view, &keep) < 0)
+        return NULL;
+    if (view.dtype != runtime->dtype || view.ndim != 2 || memcmp(view.shape, shape, sizeof shape) != 0)
+        PyErr_Format(PyExc_ValueError, "state: expected %s, got %s",
+                     mq_tensor_describe(&wanted, expected, sizeof expected),
+                     mq_tensor_describe(&view, have, sizeof have));
+    else if (mq_enter(&object->busy, "the Run") == 0) {
+        const int rc = mq_run_restore(&object->run, view.data, layer, &err);
+        mq_leave(&object->busy);
+        result = rc == MQ_OK ? Py_NewRef(Py_None) : mq_raise(&err);
+    }
+    Py_DECREF(keep);
+    return result;
+}
+
 PyDoc_STRVAR(logits_doc,
 "logits($self, batch, tensors, /)\n--\n\n"
 "The logits of a batch after all layers: float32 [B, T, V]. tensors: those of Runtime.head_tensors().");
@@ -473,6 +525,8 @@ static PyMethodDef methods[] = {
     {"expert", run_expert, METH_VARARGS, expert_doc},
     {"finish", run_finish, METH_O, finish_doc},
     {"hidden", run_hidden, METH_O, hidden_doc},
+    {"state", run_state, METH_NOARGS, state_doc},
+    {"restore", run_restore, METH_VARARGS, restore_doc},
     {"logits", run_logits, METH_VARARGS, logits_doc},
     {"loss", (PyCFunction)(void (*)(void))run_loss, METH_VARARGS | METH_KEYWORDS, loss_doc},
     {NULL, NULL, 0, NULL},

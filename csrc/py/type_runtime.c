@@ -317,6 +317,40 @@ done:
     return result;
 }
 
+PyDoc_STRVAR(load_low_rank_doc,
+"load_low_rank($self, module, down, up, /)\n--\n\n"
+"Puts a branch of low rank beside a linear of a loaded layer: its output grows by up (down x), x being the input\n"
+"before it is rounded. down [rank, in], up [out, rank], float. It is dropped with the layer. KeyError: no such linear,\n"
+"or an expert's.");
+
+static PyObject *runtime_load_low_rank(PyObject *self, PyObject *args)
+{
+    mq_state *state = mq_state_of_object(self);
+    const char *name;
+    PyObject *given[2], *keep[2] = {NULL, NULL}, *result = NULL;
+    mq_tensor down, up;
+    mq_error err;
+    int rc;
+    if (!PyArg_ParseTuple(args, "sOO:load_low_rank", &name, &given[0], &given[1])) return NULL;
+    const mq_module *module = mq_runtime_module(runtime_of(self), name, strlen(name));
+    if (module == NULL || module->kind != MQ_MODULE_LINEAR || module->layer < 0 || module->expert >= 0)
+        return PyErr_Format(PyExc_KeyError, "%s: no linear of a layer", name);
+    if (mq_view_object(state, given[0], "down", &down, &keep[0]) < 0 ||
+        mq_view_object(state, given[1], "up", &up, &keep[1]) < 0)
+        goto done;
+    _Atomic int *busy = &runtime_of(self)->layers[module->layer].busy;
+    if (mq_enter(busy, "load_low_rank: the layer") < 0) goto done;
+    Py_BEGIN_ALLOW_THREADS
+    rc = mq_runtime_load_low_rank(runtime_of(self), module, &down, &up, &err);
+    Py_END_ALLOW_THREADS
+    mq_leave(busy);
+    result = rc == MQ_OK ? Py_NewRef(Py_None) : mq_raise(&err);
+done:
+    Py_XDECREF(keep[0]);
+    Py_XDECREF(keep[1]);
+    return result;
+}
+
 PyDoc_STRVAR(drop_layer_doc, "drop_layer($self, layer)\n--\n\nFrees the weights of one layer.");
 
 static PyObject *runtime_drop_layer(PyObject *self, PyObject *argument)
@@ -432,9 +466,9 @@ static PyObject *runtime_set_quantizer(PyObject *self, PyObject *args)
 
 PyDoc_STRVAR(
     set_calibrator_doc,
-    "set_calibrator($self, name, calibrator, /)\n--\n\n"
+    "set_calibrator($self, name, calibrator, quantized=False, /)\n--\n\n"
     "Puts a Calibrator (or several, a sequence of up to four, or None) at a point, named as in set_quantizer: it "
-    "collects\nwhat passes there, padding left out.\n\n"
+    "collects\nwhat passes there, padding left out. quantized: at a linear's input, what its quantizer made of it.\n\n"
     "Linears that read the same tensor (same site) share the work. One Calibrator may sit at several points.");
 
 /* One Calibrator, a sequence of them, or None, as a tuple. */
@@ -468,7 +502,8 @@ static PyObject *runtime_set_calibrator(PyObject *self, PyObject *args)
     RuntimeObject *object = (RuntimeObject *)self;
     PyObject *name, *given, *result = NULL;
     int64_t layer;
-    if (!PyArg_ParseTuple(args, "UO:set_calibrator", &name, &given)) return NULL;
+    int quantized = 0;
+    if (!PyArg_ParseTuple(args, "UO|p:set_calibrator", &name, &given, &quantized)) return NULL;
     mq_point *point = find_point(self, name, &layer);
     if (point == NULL) return NULL;
     PyObject *items = calibrators_of(self, name, given);
@@ -478,6 +513,7 @@ static PyObject *runtime_set_calibrator(PyObject *self, PyObject *args)
     }
     if (attach(object->calibrators, name, PyTuple_GET_SIZE(items) > 0 ? items : Py_None) == 0) {
         watch_with(point, items);
+        point->watch_quantized = quantized;
         result = Py_NewRef(Py_None);
     }
     mq_leave(busy_of(object, layer));
@@ -492,6 +528,7 @@ static PyMethodDef methods[] = {
     {"embed_tensors", runtime_embed_tensors, METH_NOARGS, embed_tensors_doc},
     {"head_tensors", runtime_head_tensors, METH_NOARGS, head_tensors_doc},
     {"load_layer", runtime_load_layer, METH_VARARGS, load_layer_doc},
+    {"load_low_rank", runtime_load_low_rank, METH_VARARGS, load_low_rank_doc},
     {"drop_layer", runtime_drop_layer, METH_O, drop_layer_doc},
     {"set_quantizer", runtime_set_quantizer, METH_VARARGS, set_quantizer_doc},
     {"set_calibrator", runtime_set_calibrator, METH_VARARGS, set_calibrator_doc},
