@@ -10,7 +10,7 @@
 typedef struct mq_gptq_job {
     const char *name;
     const mq_tensor *weight;        /* [rows, n] */
-    const mq_quantizer *quantizer;  /* of a scheme whose scales are float32 numbers or static two-level ones; has amax */
+    const mq_quantizer *quantizer;  /* of a scheme whose scales are float32 numbers or static two levels; has amax */
     const float *factor;            /* [n, n], of mq_factor, in the order of processing */
     const float *curvature;         /* [n] */
     const int64_t *order;           /* [n]: the column that comes k-th; NULL = as they are */

@@ -389,7 +389,7 @@ static int take_order(call *c, PyObject *object, int64_t n, mq_tensor *out)
 PyDoc_STRVAR(gptq_doc,
 "gptq(weight, quantizer, factor, curvature, order=None, block_size=128, regroup=False)\n--\n\n"
 "(rounded weight, amax, loss): weight [out, in] rounded column by column, what each loses being fed to those behind\n"
-"it (GPTQ, Frantar et al. 2023). quantizer: INT4, INT8, FP8 or static NVFP4, with its amax. factor and curvature: what\n"
+"it (GPTQ, Frantar et al. 2023). quantizer: INT4, INT8, FP8 or static NVFP4, with its amax. factor, curvature: what\n"
 "factor() made of X^T X in the order of processing; order [in]: the column that comes k-th. block_size: columns\n"
 "between products. regroup: blocks of scales are made of the weights as they are when their turn comes; amax (flat)\n"
 "says of which. loss: trace of D X^T X D^T for what the weight changed by, D.");

@@ -320,7 +320,7 @@ done:
 PyDoc_STRVAR(load_low_rank_doc,
 "load_low_rank($self, module, down, up, /)\n--\n\n"
 "Puts a branch of low rank beside a linear of a loaded layer: its output grows by up (down x), x being the input\n"
-"before it is rounded. down [rank, in], up [out, rank], float. It is dropped with the layer. KeyError: no such linear,\n"
+"before it is rounded. down [rank, in], up [out, rank], float. It is dropped with the layer. KeyError: no such one,\n"
 "or an expert's.");
 
 static PyObject *runtime_load_low_rank(PyObject *self, PyObject *args)
