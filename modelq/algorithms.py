@@ -1,4 +1,5 @@
-"""The calibration algorithms a config may name, with their settings and defaults (Model Optimizer 0.47's).
+"""The calibration algorithms a config may name, with their settings and defaults (Model Optimizer 0.47's; histogram, entropy, percentile
+and the last three settings of gptq are ours).
 
 An `algorithm` is None (no calibration), a name, a dictionary {"method": name, **settings}, or a list of these, run in order.
 """
@@ -15,6 +16,8 @@ _SEARCH = {"step_size": 0.1, "start_multiplier": 0.25, "stop_multiplier": 4.0, "
 _AWQ_LITE = {"alpha_step": 0.1, "debug": False}
 _AWQ_CLIP = {"max_co_batch_size": 1024, "max_tokens_per_batch": 64, "min_clip_ratio": 0.5, "shrink_step": 0.05, "debug": False}
 
+_HISTOGRAM = {"percentile": 99.99, "num_bins": 2048, "start_bin": 128, "stride": 1, "skip_zeros": False}
+
 METHODS: dict[str, dict[str, Any]] = {
     "max": {"distributed_sync": True, "sync_expert_weight_amax": False, "skip_forward_without_activation_calib": False,
             "shared_states": None},
@@ -25,7 +28,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "awq_clip": _AWQ_CLIP,
     "awq_full": {**_AWQ_LITE, **_AWQ_CLIP},
     "svdquant": {"lowrank": 32, "skip_layers": None},
-    "gptq": {"perc_damp": 0.01, "block_size": 128, "fused": False},
+    "gptq": {"perc_damp": 0.01, "block_size": 128, "fused": False, "act_order": False, "static_groups": True, "scale_algorithm": None},
+    "histogram": {"range_method": "entropy", **_HISTOGRAM},
+    "entropy": _HISTOGRAM,
+    "percentile": _HISTOGRAM,
     "nvfp4_act_headroom": {"anchor_percentile": 1.0, "upper_percentile": 99.99, "rho": 16384.0,
                            "weight_scale_algorithm": {"method": "max"}},
     "lsq": {"learnable_amax": ["post"], "tied_amax": False, "quantize_pre_scale": True, "scale_algorithm": None},
@@ -48,6 +54,10 @@ _RANGES: dict[str, tuple[str, Any]] = {
     "upper_percentile": ("in (0, 100]", lambda v: 0 < v <= 100),
     "rho": ("in (0, 28672)", lambda v: 0 < v < 28672),
     "save_every": ("at least 1", lambda v: v >= 1),
+    "percentile": ("in (0, 100]", lambda v: 0 < v <= 100),
+    "num_bins": ("from 2 to 65536", lambda v: 2 <= v <= 65536),
+    "start_bin": ("at least 1", lambda v: v >= 1),
+    "stride": ("at least 1", lambda v: v >= 1),
 }
 _AMAX_ONLY = {"max", "mse", "local_hessian"}
 
@@ -84,6 +94,7 @@ def _one_step(given: dict[str, Any]) -> dict[str, Any]:
     for name, value in [*step.items(), *step["layerwise"].items()]:
         _check_range(method, name, value, known.get(name))
     _check_layerwise(method, step["layerwise"])
+    _check_ranges_and_scales(step)
     _check_shared_states(step.get("shared_states"))
     return step
 
@@ -102,6 +113,18 @@ def _check_range(method: str, name: str, value: Any, default: Any) -> None:
     words, allowed = _RANGES[name]
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not allowed(value):
         raise ValueError(f"algorithm {method!r}: {name} must be a number {words}, got {value!r}")
+
+
+def _check_ranges_and_scales(step: Mapping[str, Any]) -> None:
+    if step.get("range_method", "entropy") not in ("entropy", "percentile", "mse"):
+        raise ValueError(f"algorithm 'histogram': range_method must be entropy, percentile or mse, got {step['range_method']!r}")
+    if step["method"] != "gptq":
+        return
+    scales = normalize_algorithm(step["scale_algorithm"])
+    if len(scales) > 1 or any(scale["method"] not in _AMAX_ONLY for scale in scales):
+        raise ValueError(f"algorithm 'gptq': scale_algorithm is None, max, mse or local_hessian, got {step['scale_algorithm']!r}")
+    if step["act_order"] and not step["static_groups"]:
+        raise ValueError("algorithm 'gptq': act_order needs static_groups: a block's columns come far apart")
 
 
 def _check_layerwise(method: str, layerwise: Mapping[str, Any]) -> None:

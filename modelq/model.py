@@ -51,7 +51,8 @@ class Model:
     the order of the model (name, kind, layer, shape, weight, bias, site, expert). quantizers: full name
     ("model.layers.0.mlp.up_proj.weight_quantizer") to `_core.Quantizer`; settings: the same names to what the rules said.
     places: where the quantizers of experts' linears are. unseen_experts: by layer, those that no token of the calibration reached.
-    packed: modules whose weights `compress` holds in memory.
+    packed: modules whose weights `compress` holds in memory. low_rank: module name to the branch beside its weight (SVDQuant).
+    search_losses: what the last search found each module or quantizer to lose.
     stored_layers: modules whose weights the checkpoint holds quantized already (an export opened again), and how.
     """
 
@@ -72,8 +73,10 @@ class Model:
         self.settings: dict[str, Setting] = {name: default_setting(slot) for name, slot in self.slots.items()}
         self.quantizers: dict[str, Any] = {}
         self.packed: dict[str, Any] = {}
+        self.low_rank: dict[str, Any] = {}
+        self.search_losses: dict[str, Any] = {}
         self.quantized = False
-        self.simulate = True
+        self.simulate = self.simulate_inputs = True
         self.training = False
         self._tokenizer: Any = None
         self._recorded: list[Batch] | None = None
@@ -172,14 +175,16 @@ class Model:
             self._recorded = None
 
     @contextmanager
-    def unquantized(self) -> Iterator[None]:
-        """Within it, the model computes with its original weights and activations."""
-        before, self.simulate = self.simulate, False
+    def simulating(self, weights: bool, activations: bool) -> Iterator[None]:
+        """Within it, the model computes with quantized weights, quantized activations, both or none. Weights that are not quantized are
+        smoothed where activations are."""
+        before = self.simulate, self.simulate_inputs
+        self.simulate, self.simulate_inputs = weights, activations
         self.connect()
         try:
             yield
         finally:
-            self.simulate = before
+            self.simulate, self.simulate_inputs = before
             self.connect()
 
     def connect(self) -> None:
@@ -187,7 +192,7 @@ class Model:
 
         Without simulation only rotations stay, so that calibration sees what will be rounded."""
         active = {name: quantizer for name, quantizer in self.quantizers.items() if self.slots[name].role != "weight"}
-        if self.simulate:
+        if self.simulate_inputs:
             if not self.float32_weights:
                 active |= stated_input_quantizers(self)
             wanted = {name: q for name, q in active.items() if q.enabled or q.rotate or q.pre_quant_scale is not None}

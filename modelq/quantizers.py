@@ -1,14 +1,13 @@
 """From the attributes of a config to quantizers of the C core, and what each needs to know before it can work."""
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from modelq import _core
 from modelq.attributes import QuantizerAttributeConfig
-from modelq.rules import Setting, Slot, describe_rule, stages
+from modelq.rules import Setting, stages
 
 MICROSCALING = (8, 0)
 KV_CAST_AMAX = 448.0  # what use_constant_amax stands for: the engine's FP8 attention scale of 1
@@ -127,6 +126,13 @@ def calibrator_of(setting: Setting) -> str:
     return "affine" if bias.get("method", "mean") == "mean" else "affine_max_min"
 
 
+def takes_histogram(setting: Setting) -> bool:
+    """Whether a histogram can say an activation quantizer's range: one static scale, of integers or FP8, without a bias."""
+    attributes = stages(setting)[0]
+    eligible = isinstance(attributes.num_bits, int) or attributes.num_bits == (4, 3)
+    return eligible and attributes.axis is None and attributes.block_sizes is None and attributes.bias is None
+
+
 def weight_amax(setting: Setting, weight: np.ndarray) -> list[np.ndarray | None]:
     """float32 amax of a [O, I] weight for each stage (all look at the weight itself), None where a stage needs none."""
     return [_stage_amax(attributes, weight) if _needs_amax(attributes) else None for attributes in stages(setting)]
@@ -169,67 +175,3 @@ def block_extents(attributes: QuantizerAttributeConfig) -> dict[int, int]:
     """{-1: columns, -2: rows} of a block, for a matrix; empty if the scale does not go by blocks."""
     blocks = attributes.block_sizes or {}
     return {axis if axis < 0 else axis - 2: size for axis, size in blocks.items() if axis not in _BLOCK_WORDS and size is not None}
-
-
-# Checks before any work ------------------------------------------------------------------------------------------------------
-
-def check_settings(settings: Iterable[Setting], head_dim: int) -> None:
-    """ValueError or NotImplementedError for an enabled quantizer that cannot work where it is."""
-    for setting in settings:
-        if setting.enable:
-            _check_supported(setting)
-            _check_blocks(setting.slot, stages(setting)[0], head_dim)
-
-
-def _check_supported(setting: Setting) -> None:
-    attributes = stages(setting)[0]
-    unsupported = {
-        "a list of attributes (quantizers one after the other) for anything but a weight":
-        len(stages(setting)) > 1 and setting.slot.role != "weight",
-        "a quantizer here": setting.slot.layer < 0 and (setting.slot.role == "output" or setting.slot.parent != "nn.Linear") and
-        setting.slot.role != "weight",
-        "rotate": bool(attributes.rotate) and setting.slot.parent != "Attention",
-        "rotate with mode 'rotate_back'": isinstance(attributes.rotate, dict) and attributes.rotate.get("mode") == "rotate_back",
-        "bias outside attention": attributes.bias is not None and setting.slot.parent != "Attention",
-        f"bias {attributes.bias}: anything but {KV_BIAS}": attributes.bias is not None and not _is_kv_bias(attributes),
-        "backend": attributes.backend is not None, "fake_quant=False": not attributes.fake_quant,
-        f"calibrator={attributes.calibrator!r}": attributes.calibrator != "max"}
-    for what, used in unsupported.items():
-        if used:
-            rule = f" (rule {describe_rule(setting.rule)})" if setting.rule else ""
-            raise NotImplementedError(f"{setting.slot.name}{rule}: {what} is not available yet")
-
-
-def _is_kv_bias(attributes: QuantizerAttributeConfig) -> bool:
-    bias = attributes.bias or {}
-    axes = {axis if axis < 0 else axis - 4 for axis in bias if isinstance(axis, int)}
-    return axes == {-2, -4} and bias.get("type", "static") == "static"
-
-
-def _check_blocks(slot: Slot, attributes: QuantizerAttributeConfig, head_dim: int) -> None:
-    blocks = block_extents(attributes)
-    if -1 not in blocks or -2 in blocks:  # blocks of rows and columns may be partial at the edges
-        return
-    size, width = blocks[-1], _width(slot, head_dim)
-    if width % size == 0:
-        return
-    options = " or ".join(str(option) for option in fitting_blocks(width, size))
-    raise ValueError(f"{slot.name}: {width} columns with block {size}: use block_size {options}, or leave it in high precision with "
-                     f"{{'quantizer_name': '{slot.module}.*', 'enable': False}}")
-
-
-def _width(slot: Slot, head_dim: int) -> int:
-    """Columns of what the quantizer sees."""
-    if slot.shape is None or slot.parent == "Attention":
-        return head_dim
-    return slot.shape[0] if slot.role == "output" and slot.parent == "nn.Linear" else slot.shape[1]
-
-
-def fitting_blocks(width: int, size: int) -> list[int]:
-    """The block sizes nearest to `size`, below and above, that divide the width: multiples of 64 if there are any, else of 16."""
-    divisors = [d for d in range(1, width + 1) if width % d == 0]
-    for multiple in (64, 16, 1):
-        if multiple <= size and (fitting := [d for d in divisors if d % multiple == 0]):
-            below, above = [d for d in fitting if d < size], [d for d in fitting if d > size]
-            return below[-1:] + above[:1]
-    return divisors[-1:]

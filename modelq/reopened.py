@@ -11,6 +11,7 @@ from modelq.attributes import QuantizerAttributeConfig
 from modelq.checkpoint.kv_cache import SCALE_DIVISOR
 from modelq.checkpoint.quantized import amax_of
 from modelq.experts import place_of
+from modelq.low_rank import LowRank
 from modelq.quantizers import KV_BIAS, make_quantizer
 from modelq.rules import Setting
 
@@ -25,6 +26,8 @@ def restore_quantizers(model: Model) -> None:
     settings = {name: replace(setting, enable=False) for name, setting in model.settings.items()}
     amax, smoothing = {}, {}
     for module, stored in model.stored_layers.items():
+        if (branch := model.checkpoint.low_rank(module)) is not None:
+            model.low_rank[module] = LowRank(*branch)
         if stored.form.smoothed:
             smoothing[place_of(model, f"{module}.input_quantizer").name] = model.checkpoint.pre_quant_scale(module)
         if stored.input_scheme is not None:

@@ -16,6 +16,7 @@ from modelq import _core
 from modelq.groups import pair_of
 from modelq.quantizers import stage_quantizers, weight_amax
 
+PREVIOUS = {"o_proj": "v_proj", "down_proj": "up_proj"}
 FOLDED_WEIGHTS = ("int4", "nvfp4")    # schemes whose smoothing goes into the norm before; SmoothQuant's INT8 keeps its scales
 
 
@@ -31,12 +32,22 @@ def smooth(model: Any, scales: Mapping[str, Any]) -> None:
     checked = {module: _checked(rows[module], scale) for module, scale in scales.items()}
     model.settle()
     for module, scale in checked.items():
-        side, weight = (model.quantizers[f"{module}.{what}_quantizer"] for what in ("input", "weight"))
-        side.pre_quant_scale = scale.astype(dtype_of(model, rows[module])).astype(np.float32)
-        weight.pre_quant_scale = np.reciprocal(scale)
-        tensor = own_weight(model, rows[module], as_loaded(model, model.checkpoint.read(rows[module]["weight"])))
-        set_weight_amax(model, rows[module], tensor)
+        set_scale(model, rows[module], scale)
+        tensor = as_loaded(model, model.checkpoint.read(rows[module]["weight"]))
+        set_weight_amax(model, rows[module], own_weight(model, rows[module], tensor))
     model.connect()
+
+
+def set_scale(model: Any, row: dict[str, Any], scale: np.ndarray) -> None:
+    """Both quantizers' scales of a linear whose input's columns are to be multiplied by float32 [in]; no amax is changed."""
+    side, weight = (model.quantizers[f"{row['name']}.{what}_quantizer"] for what in ("input", "weight"))
+    side.pre_quant_scale = rounded(scale, dtype_of(model, row))
+    weight.pre_quant_scale = np.reciprocal(scale)
+
+
+def rounded(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """float32, rounded to a dtype."""
+    return np.asarray(values, dtype=np.float32).astype(dtype).astype(np.float32)
 
 
 def _checked(row: dict[str, Any], scale: Any) -> np.ndarray:
@@ -69,14 +80,18 @@ def set_weight_amax(model: Any, row: dict[str, Any], tensor: np.ndarray) -> None
 def own_weight(model: Any, row: dict[str, Any], tensor: np.ndarray) -> np.ndarray:
     """A weight (as loaded) with its own columns' scales, as calibration sees it."""
     quantizer = model.quantizers.get(f"{row['name']}.weight_quantizer")
-    scale = getattr(quantizer, "pre_quant_scale", None)
-    return tensor if scale is None else times_columns(tensor, scale)
+    scale, branch = getattr(quantizer, "pre_quant_scale", None), getattr(model, "low_rank", {}).get(row["name"])
+    smoothed = tensor if scale is None else times_columns(tensor, scale)
+    return smoothed if branch is None else branch.taken_from(smoothed)
 
 
 def stated_weight(model: Any, row: dict[str, Any], tensor: np.ndarray) -> np.ndarray:
-    """A weight (as loaded) as an export quantizes it: with the mean of the siblings' scales instead of its own."""
-    tensor = own_weight(model, row, tensor)
-    if not is_resmoothed(model, row):
+    """A weight (as loaded) as an export quantizes it: with the mean of the siblings' scales instead of its own, and with the scales that it
+    takes up from the linear behind it."""
+    tensor, rows = own_weight(model, row, tensor), taken_rows(model, row)
+    if rows is not None:
+        tensor = (tensor.astype(np.float32) * rows[:, None]).astype(tensor.dtype)
+    if not _is_resmoothed(model, row):
         return tensor
     old, new = own_scale(model, row["name"]), stated_scale(model, row)
     assert old is not None and new is not None
@@ -112,18 +127,57 @@ def stated_scale(model: Any, row: dict[str, Any]) -> np.ndarray | None:
         bare = next(other["name"] for other, scale in zip(members, scales) if scale is None)
         raise ValueError(f"{bare} is not smoothed, but {row['name']}, which reads the same input, is: engines fuse them, so smooth both or "
                          "none")
-    mean = np.add.reduce(scales, axis=0, dtype=np.float32) / np.float32(len(scales))
-    return mean.astype(dtype_of(model, row)).astype(np.float32)
+    return rounded(np.add.reduce(scales, axis=0, dtype=np.float32) / np.float32(len(scales)), dtype_of(model, row))
 
 
-def is_resmoothed(model: Any, row: dict[str, Any]) -> bool:
+def is_restated(model: Any, row: dict[str, Any]) -> bool:
+    """Whether what an export quantizes is not the weight that calibration looked at."""
+    return _is_resmoothed(model, row) or taken_rows(model, row) is not None
+
+
+def _is_resmoothed(model: Any, row: dict[str, Any]) -> bool:
     own = own_scale(model, row["name"])
     return own is not None and not np.array_equal(own, stated_scale(model, row))
 
 
+def is_stored(model: Any, row: dict[str, Any]) -> bool:
+    """Whether a smoothed linear's scale is written beside it: nothing before it takes it up."""
+    return stated_scale(model, row) is not None and folding_norm(model, row) is None and folding_linear(model, row) is None
+
+
+def previous_linear(model: Any, row: dict[str, Any]) -> dict[str, Any] | None:
+    """The linear whose rows are the columns of this one's input; None for an expert's, which share their quantizers."""
+    parent, _, last = row["name"].rpartition(".")
+    name = f"{parent}.{PREVIOUS.get(last)}"
+    return next((other for other in model.modules_of(row["layer"]) if other["name"] == name and row["expert"] is None), None)
+
+
+def folding_linear(model: Any, row: dict[str, Any]) -> dict[str, Any] | None:
+    """The linear before, where its rows take up this linear's scale: in NVFP4 (Model Optimizer's fuse_prequant_to_linear), where no two
+    columns share a row, and no quantized cache lies between."""
+    scale, pair = own_scale(model, row["name"]), pair_of(model, row["name"])
+    if scale is None or pair is None or pair != ("nvfp4", "nvfp4") or folds_all(model) or row["name"] in getattr(model, "low_rank", {}):
+        return None
+    previous = previous_linear(model, row)
+    if previous is None or previous["shape"][0] != len(scale) or len(_group(model, row)) > 1:
+        return None
+    cache = model.quantizers.get(f"{row['name'].rpartition('.')[0]}.v_bmm_quantizer")
+    return None if previous["name"].endswith("v_proj") and cache is not None and cache.enabled else previous
+
+
+def taken_rows(model: Any, row: dict[str, Any]) -> np.ndarray | None:
+    """float32 [out]: what a linear's rows are multiplied by, being the scale of the linear behind it; None: nothing."""
+    parent, _, last = row["name"].rpartition(".")
+    behind = next((f"{parent}.{name}" for name, before in PREVIOUS.items() if before == last), None)
+    if behind is None or row["kind"] != "linear" or own_scale(model, behind) is None:
+        return None
+    other = next(other for other in model.modules_of(row["layer"]) if other["name"] == behind)
+    return stated_scale(model, other) if folding_linear(model, other) is not None else None
+
+
 def folding_norm(model: Any, row: dict[str, Any]) -> dict[str, Any] | None:
     """The norm whose weight takes up the scale of this linear's input in an export, or None where the scale is stored beside it."""
-    if own_scale(model, row["name"]) is None:
+    if own_scale(model, row["name"]) is None or row["name"] in getattr(model, "low_rank", {}):
         return None
     members, pair = _group(model, row), pair_of(model, row["name"])
     readers = [other for other in _readers(model, row) if other["kind"] == "linear"]
@@ -139,13 +193,17 @@ def folds_all(model: Any) -> bool:
 
 
 def norm_scales(model: Any, modules: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
-    """Name of a norm's weight to what it is multiplied by, for the norms that take up scales of these modules."""
+    """Name of a vector to what it is multiplied by: norms that take up scales of these modules, and biases of those whose rows do."""
     found: dict[str, np.ndarray] = {}
     for row in modules:
-        if row["kind"] == "linear" and (norm := folding_norm(model, row)) is not None:
+        if row["kind"] != "linear":
+            continue
+        if (norm := folding_norm(model, row)) is not None:
             scale = stated_scale(model, row)
             assert scale is not None
             found[norm["weight"]] = scale
+        if row["bias"] and (rows := taken_rows(model, row)) is not None:
+            found[row["bias"]] = rows
     return found
 
 

@@ -15,7 +15,7 @@ from modelq.checkpoint import dialects
 from modelq.experts import own_part, place_of, quantizer_of
 from modelq.groups import pair_of, siblings
 from modelq.quantizers import has_static_levels, make_quantizer, stage_quantizers, weight_amax
-from modelq.smoothing import as_loaded, folding_norm, is_resmoothed, stated_scale, stated_weight
+from modelq.smoothing import as_loaded, is_restated, is_stored, stated_scale, stated_weight
 
 PLAIN_FP8 = "fp8"
 BLOCKS = ".blocks"      # behind the name of a quantizer: the maxima of its blocks, where they are static and have a second level
@@ -73,7 +73,7 @@ def scaling(model: Any, module: str, stated: dict[str, np.ndarray], stage: int =
 
 def stated_input_quantizers(model: Any) -> dict[str, Any]:
     """Input quantizers to take the place of smoothed linears' own: with the siblings' mean scale and largest amax, and without
-    the scale where a norm takes it up."""
+    the scale where a norm or the linear before takes it up."""
     smoothed = [row for row in model.modules if row["kind"] == "linear" and (row["layer"] >= 0 or row["site"]) and
                 getattr(model.quantizers.get(f"{row['name']}.input_quantizer"), "pre_quant_scale", None) is not None]
     stated = stated_amax_of_inputs(model, smoothed)
@@ -82,7 +82,7 @@ def stated_input_quantizers(model: Any) -> dict[str, Any]:
         name = f"{row['name']}.input_quantizer"
         found[name] = make_quantizer(model.settings[name])
         found[name].amax = stated.get(name, model.quantizers[name].amax)
-        found[name].pre_quant_scale = stated_scale(model, row) if folding_norm(model, row) is None else None
+        found[name].pre_quant_scale = stated_scale(model, row) if is_stored(model, row) else None
     return found
 
 
@@ -110,15 +110,15 @@ def _weight_amax(model: Any, row: dict[str, Any], own: bool = False) -> dict[str
         return {}
     stages = stage_quantizers(quantizer)
     found: list[Any] = [own_part(model, name, stage.amax) for stage in stages]
-    resmoothed = not own and is_resmoothed(model, row)
-    if resmoothed:
+    restated = not own and is_restated(model, row)
+    if restated:
         tensor = stated_weight(model, row, as_loaded(model, model.checkpoint.read(row["weight"])))
         found = [new if old is not None else None for old, new in zip(found, weight_amax(model.settings[name], tensor))]
     names = [name] + [f"{name}.{stage}" for stage in range(1, len(found))]
     stated = {name: _checked(name, amax) for name, amax in zip(names, found) if amax is not None}
     if name in stated and has_static_levels(stages[0]) and stages[0].amax.ndim:
         stated[name + BLOCKS] = stated[name]
-        whole = None if resmoothed else stages[0].global_amax
+        whole = None if restated else stages[0].global_amax
         stated[name] = np.float32(stated[name].max(initial=0)) if whole is None else _checked(name, whole)
     return stated
 

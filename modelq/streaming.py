@@ -5,8 +5,8 @@ fake-quantized on the way where their quantizer is on, and their pages are given
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -15,9 +15,9 @@ from modelq.experts import own_part, place_of, quantizer_of
 from modelq.groups import pair_of
 from modelq.inputs import Batch
 from modelq.progress import progress
-from modelq.quantizers import Found, block_extents, make_quantizer, set_found_values, stage_quantizers
+from modelq.quantizers import Found, block_extents, found_values, make_quantizer, set_found_values, stage_quantizers
 from modelq.rules import stages
-from modelq.smoothing import as_loaded, norm_scales, stated_weight, times_columns
+from modelq.smoothing import as_loaded, norm_scales, own_scale, own_weight, stated_weight, times_columns
 from modelq.stated import stated_weight_amax
 
 if TYPE_CHECKING:
@@ -33,57 +33,100 @@ def forward(model: Model, batches: Sequence[Batch], description: str = "forward"
     return run
 
 
-def start(model: Model, batches: Sequence[Batch]) -> Any:
-    """A run over the batches, past the embedding."""
+def start(model: Model, batches: Sequence[Batch], count_padding: bool = False) -> Any:
+    """A run over the batches, past the embedding. count_padding: padding counts in statistics."""
     masks = None
     if any(batch.mask is not None for batch in batches):
         masks = [np.ones(batch.ids.shape, np.uint8) if batch.mask is None else batch.mask for batch in batches]
-    run = model.runtime.start([batch.ids for batch in batches], masks)
+    run = model.runtime.start([batch.ids for batch in batches], masks, count_padding)
     run.embed(embed_tensors(model))
     return run
 
 
-Look = Callable[[Sequence[dict[str, Any]], dict[str, np.ndarray]], None]
+class Part(NamedTuple):
+    """What of a model is in memory at once: what the tokens of a layer share (expert None), one expert, or what is outside the layers
+    (layer -1). tensors: by name, as the model computes with them. tokens: how many that are no padding come by; None: all."""
+    layer: int
+    expert: int | None
+    modules: Sequence[dict[str, Any]]
+    tensors: Mapping[str, np.ndarray]
+    tokens: int | None = None
 
 
-def run_layer(model: Model, run: Any, layer: int, look: Look | None = None) -> np.ndarray | None:
-    """All batches through one layer, expert by expert where it has any. look(modules, tensors) is shown the tensors of each part before
-    they are used. Returns how many tokens went to each expert: int64 [experts, 2], all of them and those that are no padding."""
+class Visitor(Protocol):
+    """Is shown each part before its tokens go through it, and afterwards, while its tensors are still there."""
+
+    def enter(self, part: Part) -> None: ...
+
+    def leave(self, part: Part) -> None: ...
+
+
+def run_layer(model: Model, run: Any, layer: int, visitor: Visitor | None = None) -> np.ndarray | None:
+    """All batches through one layer, expert by expert where it has any. Without a visitor, experts that no token reaches are not read.
+    Returns how many tokens went to each expert: int64 [experts, 2], all of them and those that are no padding."""
     names = model.runtime.layer_tensors(layer)
     try:
-        tensors = read(model, names, model.modules_of(layer))
-        if look is not None:
-            look(model.modules_of(layer), tensors)
-        model.runtime.load_layer(layer, tensors)
-        del tensors
+        part = Part(layer, None, model.modules_of(layer), read(model, names, model.modules_of(layer)))
+        if visitor is not None:
+            visitor.enter(part)
+        model.runtime.load_layer(layer, part.tensors)
+        if model.simulate or model.simulate_inputs:
+            load_low_rank(model, part.modules)
+        if visitor is None:
+            del part        # what was read is packed by now
         tokens: np.ndarray | None = run.layer(layer)
-        for expert, count in enumerate(() if tokens is None else tokens[:, 0].tolist()):
-            if count or look is not None:
-                _run_expert(model, run if count else None, layer, expert, look)
+        if visitor is not None:
+            visitor.leave(part)
+        for expert, (count, counted) in enumerate(() if tokens is None else tokens.tolist()):
+            if count or visitor is not None:
+                _run_expert(model, run if count else None, layer, expert, counted, visitor)
     finally:
         model.runtime.drop_layer(layer)
         model.checkpoint.release(names)
     return tokens
 
 
-def _run_expert(model: Model, run: Any, layer: int, expert: int, look: Look | None) -> None:
+def _run_expert(model: Model, run: Any, layer: int, expert: int, counted: int, visitor: Visitor | None) -> None:
     """One expert's tokens; run None: there are none."""
-    names = model.runtime.expert_tensors(layer, expert)
+    names, modules = model.runtime.expert_tensors(layer, expert), model.modules_of(layer, expert)
     try:
-        tensors = read(model, names, model.modules_of(layer, expert))
-        if look is not None:
-            look(model.modules_of(layer, expert), tensors)
+        part = Part(layer, expert, modules, read(model, names, modules), counted)
+        if visitor is not None:
+            visitor.enter(part)
         if run is not None:
-            run.expert(layer, expert, tensors)
+            run.expert(layer, expert, part.tensors)
+        if visitor is not None:
+            visitor.leave(part)
     finally:
         model.checkpoint.release(names)
 
 
-def parts(model: Model, layer: int) -> Iterator[tuple[list[str], list[dict[str, Any]]]]:
-    """(tensors, modules) of a layer's parts: what its tokens share, then each expert."""
-    yield model.runtime.layer_tensors(layer), model.modules_of(layer)
-    for expert in range(model.runtime.experts(layer)):
-        yield model.runtime.expert_tensors(layer, expert), model.modules_of(layer, expert)
+def parts(model: Model, layer: int) -> Iterator[tuple[list[str], Part]]:
+    """A layer's parts, without running anything: names of tensors, and the part with these tensors, read when asked for."""
+    for expert in (None, *range(model.runtime.experts(layer))):
+        names = model.runtime.layer_tensors(layer) if expert is None else model.runtime.expert_tensors(layer, expert)
+        yield names, Part(layer, expert, model.modules_of(layer, expert), unread(model), 0)
+
+
+def unread(model: Model) -> Mapping[str, np.ndarray]:
+    """The tensors of the checkpoint, read when asked for and not kept."""
+    return _Lazy(model)
+
+
+class _Lazy(dict[str, np.ndarray]):
+    def __init__(self, model: Model):
+        super().__init__()
+        self._model = model
+
+    def __missing__(self, name: str) -> np.ndarray:
+        return self._model.checkpoint.read(name)
+
+
+def load_low_rank(model: Model, modules: Sequence[dict[str, Any]]) -> None:
+    """The branches of low rank of a loaded layer's linears."""
+    for module in modules:
+        if (branch := model.low_rank.get(module["name"])) is not None:
+            model.runtime.load_low_rank(module["name"], branch.down, branch.up)
 
 
 def embed_tensors(model: Model) -> dict[str, np.ndarray]:
@@ -96,9 +139,13 @@ def head_tensors(model: Model) -> dict[str, np.ndarray]:
 
 def read(model: Model, names: Iterable[str], modules: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
     """Arrays by tensor name; the weights of `modules` as their quantizers make them, if the model simulates quantization."""
-    made = {module["weight"]: simulated(model, module) for module in modules if _is_simulated(model, module)} if model.simulate else {}
+    made = {}
+    if model.simulate:
+        made = {module["weight"]: simulated(model, module) for module in modules if _is_simulated(model, module)}
+    elif model.simulate_inputs:
+        made = {module["weight"]: smoothed(model, module) for module in modules if _is_smoothed(model, module)}
     tensors = {name: made[name] if name in made else model.checkpoint.read(name) for name in names}
-    if model.simulate and not model.float32_weights:
+    if (model.simulate or model.simulate_inputs) and not model.float32_weights:
         for name, scale in norm_scales(model, modules).items():
             tensors[name] = times_columns(tensors[name], scale)
     return tensors
@@ -107,6 +154,16 @@ def read(model: Model, names: Iterable[str], modules: Sequence[dict[str, Any]]) 
 def _is_simulated(model: Model, module: dict[str, Any]) -> bool:
     quantizer = quantizer_of(model, f"{module['name']}.weight_quantizer")
     return module["name"] in model.packed or (quantizer is not None and quantizer.enabled)
+
+
+def _is_smoothed(model: Model, module: dict[str, Any]) -> bool:
+    return module["kind"] == "linear" and (own_scale(model, module["name"]) is not None or module["name"] in model.low_rank)
+
+
+def smoothed(model: Model, module: dict[str, Any]) -> np.ndarray:
+    """A weight as its quantizer sees it, not quantized."""
+    tensor = as_loaded(model, model.checkpoint.read(module["weight"]))
+    return own_weight(model, module, tensor) if model.float32_weights else stated_weight(model, module, tensor)
 
 
 def simulated(model: Model, module: dict[str, Any]) -> np.ndarray:
@@ -127,7 +184,12 @@ def fake_quantize(model: Model, module: dict[str, Any], tensor: np.ndarray) -> n
             found = [Found(own_part(model, name, stage.amax), global_amax=stage.global_amax) for stage in stage_quantizers(quantizer)]
             quantizer = make_quantizer(setting)
             set_found_values(quantizer, found)
-        return quantizer(as_loaded(model, tensor))
+        branch = model.low_rank.get(module["name"])
+        if branch is None:
+            return quantizer(as_loaded(model, tensor))
+        plain = make_quantizer(setting)
+        set_found_values(plain, [found._replace(pre_quant_scale=None) for found in found_values(quantizer)])
+        return plain(own_weight(model, module, as_loaded(model, tensor)))
     tensor, pair = stated_weight(model, module, tensor), pair_of(model, module["name"])
     if pair is None or pair.weight is None:
         plain = make_quantizer(setting)

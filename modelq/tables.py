@@ -26,6 +26,11 @@ def _text(cell: object) -> str:
     return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
 
 
+def listed(names: Sequence[object], most: int = 3, separator: str = ", ") -> str:
+    """The first few of many, and how many more there are."""
+    return separator.join(map(str, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def wants_color(stream: object = None) -> bool:
     """Whether to use bold: on a terminal, unless NO_COLOR is set (https://no-color.org)."""
     stream = sys.stdout if stream is None else stream

@@ -1,5 +1,4 @@
 """Blockwise attention against the T x T softmax in float64."""
-import ml_dtypes
 import numpy as np
 import pytest
 

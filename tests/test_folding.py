@@ -12,7 +12,7 @@ import reference
 from golden_data import read_safetensors, write_safetensors
 from modelq.export import check_exportable, export_hf_checkpoint
 from modelq.export.folding import folded
-from modelq.smoothing import norm_scales, own_weight, smooth, stated_weight
+from modelq.smoothing import norm_scales, smooth, stated_weight
 
 F32 = np.float32
 KV_HEADS, WIDTH = 2, 32      # of the golden models; each key/value head serves two query heads

@@ -1,11 +1,8 @@
 """Every ISA's kernels and every number of threads give the same bits."""
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-import modelq._core as core
 
 PROGRAM = (Path(__file__).parent / "kernel_digests.py").read_text()
 ISAS = ["c", "avx2", "avx512"]

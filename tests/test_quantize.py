@@ -13,8 +13,10 @@ import pytest
 import golden_data
 import modelq
 import modelq.quantization as mtq
-from modelq import calibration, rules, streaming
-from modelq.quantizers import fitting_blocks
+from modelq import rules, streaming
+from modelq.calibration import walk
+from modelq.export import export_hf_checkpoint
+from modelq.supported import fitting_blocks
 
 FLOAT32_AMAX = 1e-3      # relative; the forwards agree to 2e-4 in logits
 BFLOAT16_AMAX = 1.5e-2   # two bfloat16 forwards differ by up to 1% among themselves
@@ -250,7 +252,7 @@ def test_a_model_is_left_as_it_was(llama, monkeypatch, first, where):
         if where == "layer":
             patch.setattr(streaming, "run_layer", stop)
         if where == "amax":
-            patch.setattr(calibration, "_seen", stop)
+            patch.setattr(walk, "take_amax", stop)
         with pytest.raises(Stop):
             mtq.quantize(model, mtq.NVFP4_DEFAULT_CFG, stop if where == "loop" else loop_over(llama.calib))
     after = state(model)
@@ -348,12 +350,29 @@ def test_presets_do_not_warn(llama, model, name):
         mtq.quantize(model, getattr(mtq, name), loop_over(llama.calib))
 
 
-def test_block_sizes_that_do_not_divide(llama, model):
-    config = {"quant_cfg": [OFF, {"quantizer_name": "*layers*weight_quantizer", "cfg": {"num_bits": 4, "block_sizes": {-1: 96}}}]}
+@pytest.mark.parametrize("cfg", [{"num_bits": (2, 1), "block_sizes": {-1: 96, "type": "dynamic", "scale_bits": (4, 3)}},
+                                 {"num_bits": (4, 3), "block_sizes": {-1: 96}}])
+def test_block_sizes_that_do_not_divide(llama, model, cfg):
+    config = {"quant_cfg": [OFF, {"quantizer_name": "*layers*weight_quantizer", "cfg": cfg}]}
     with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn\.q_proj\.weight_quantizer: 128 columns with block 96: use "
                                          r"block_size 64 or 128.*'model\.layers\.0\.self_attn\.q_proj\.\*'"):
         mtq.quantize(model, config)
     assert not model.quantized
+
+
+def test_integer_blocks_that_do_not_divide_can_be_tried(llama, model, tmp_path):
+    """The last block of a row is what is left of it: each as if it were alone."""
+    config = {"quant_cfg": [OFF, {"quantizer_name": "*layers*weight_quantizer", "cfg": {"num_bits": 4, "block_sizes": {-1: 96}}}]}
+    words = r"model\.layers\.0\.self_attn\.q_proj\.weight_quantizer: 128 columns with block 96: use block_size 64 or 128"
+    with pytest.warns(UserWarning, match=words + ".*no checkpoint can hold it"):
+        mtq.quantize(model, config)
+    weight = np.asarray(model.checkpoint.read("model.layers.0.self_attn.q_proj.weight"), np.float32)
+    alone = modelq._core.Quantizer(num_bits=4, block_sizes={-1: 32})
+    alone.amax = modelq._core.amax(np.ascontiguousarray(weight[:, 96:]), block=(1, 32))
+    seen = streaming.read(model, ["model.layers.0.self_attn.q_proj.weight"], model.modules_of(0))["model.layers.0.self_attn.q_proj.weight"]
+    assert np.array_equal(seen[:, 96:], alone(np.ascontiguousarray(weight[:, 96:])))
+    with pytest.raises(ValueError, match=words):
+        export_hf_checkpoint(model, tmp_path / "out")
 
 
 @pytest.mark.parametrize("width, size, expected", [(576, 128, [64, 192]), (128, 96, [64, 128]), (100, 16, [10, 20]), (48, 32, [16, 48]),
@@ -376,13 +395,11 @@ def test_no_calibration_data(model, loop, words):
 @pytest.mark.parametrize("rule, words", [
     ({"quantizer_name": "*input_quantizer", "cfg": [{"num_bits": 8}, {"num_bits": (4, 3)}]}, "list of attributes"),
     ({"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": (4, 3), "rotate": True}}, "rotate"),
-    ({"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": (4, 3), "calibrator": "histogram"}}, "calibrator='histogram'"),
+    ({"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": (4, 3), "calibrator": "histogram"}}, "calibrator='histogram' here"),
 ])
-def test_what_is_not_there_yet_says_so_before_any_work(model, rule, words):
+def test_what_is_not_there_says_so_before_any_work(model, rule, words):
     with pytest.raises(NotImplementedError, match=words):
         mtq.quantize(model, {"quant_cfg": [OFF, rule]})
-    with pytest.raises(NotImplementedError, match="'awq_lite' is not available yet: available: max"):
-        mtq.quantize(model, mtq.NVFP4_AWQ_LITE_CFG, lambda m: m([[1, 2]]))
 
 
 def test_other_models_are_refused():

@@ -70,7 +70,7 @@ static float rounded(mq_dtype dtype, float x)
 
 static float factored(const mq_trial *trial, float amax, float factor)
 {
-    return trial->round_amax ? rounded(trial->weight->dtype, amax * factor) : amax * factor;
+    return rounded(trial->amax_dtype, amax * factor);
 }
 
 /* ---- a tile ---- */

@@ -23,7 +23,7 @@ typedef struct mq_trial {
     const mq_candidate *candidates;
     int64_t count;
     const mq_gram_loss *gram;       /* NULL: squared differences */
-    int round_amax;                 /* products with a factor are rounded to the weight's dtype */
+    mq_dtype amax_dtype;            /* products of maxima and factors are rounded to it; MQ_F32 leaves them */
 } mq_trial;
 
 /* How many maxima the spec has for the weight, and what they are. */

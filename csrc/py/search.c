@@ -9,6 +9,7 @@
 #include "calib/awq.h"
 #include "calib/factor.h"
 #include "calib/gptq.h"
+#include "calib/low_rank.h"
 #include "calib/sweep.h"
 #include "calib/trial.h"
 #include "core/alloc.h"
@@ -57,6 +58,13 @@ static int take_floats(call *c, PyObject *object, const char *name, int ndim, in
     if (out->ndim == ndim && (last < 0 || out->shape[ndim - 1] == last)) return 0;
     PyErr_Format(PyExc_ValueError, "%s: expected %d dimensions, the last of %lld, got %s", name, ndim, (long long)last,
                  mq_tensor_describe(out, text, sizeof text));
+    return -1;
+}
+
+static int parse_float_dtype(const char *name, mq_dtype *out)
+{
+    if (mq_dtype_from_name(name, out) == MQ_OK && (int)*out <= MQ_F16) return 0;
+    PyErr_Format(PyExc_ValueError, "expected float32, bfloat16 or float16, got '%s'", name);
     return -1;
 }
 
@@ -145,8 +153,7 @@ static PyObject *smoothquant_scale(PyObject *module, PyObject *args, PyObject *k
     mq_tensor activations, weights, view;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOf|s", names, &objects[0], &objects[1], &alpha, &dtype_name))
         return NULL;
-    if (mq_dtype_from_name(dtype_name, &dtype) != MQ_OK || (int)dtype > MQ_F16)
-        return PyErr_Format(PyExc_ValueError, "dtype: expected float32, bfloat16 or float16, got '%s'", dtype_name);
+    if (parse_float_dtype(dtype_name, &dtype) < 0) return NULL;
     if (take_floats(&c, objects[0], "activations", 1, -1, &activations) < 0 ||
         take_floats(&c, objects[1], "weights", 1, activations.shape[0], &weights) < 0)
         goto done;
@@ -255,22 +262,23 @@ done:
 }
 
 PyDoc_STRVAR(best_amax_doc,
-"best_amax(weight, quantizer, factors, gram=None, round_amax=False)\n--\n\n"
+"best_amax(weight, quantizer, factors, gram=None, amax_dtype='float32')\n--\n\n"
 "float32: for each of the quantizer's maxima (or of the weight's own, if it has none), flat, the product with the\n"
 "factor that loses least of what it governs, the first of equal ones: the squared difference of the weights, or with\n"
-"gram (whole, or blocks no wider than the maxima's) that of the outputs. round_amax: products are rounded to weight's\n"
-"dtype.");
+"gram (whole, or blocks no wider than the maxima's) that of the outputs. amax_dtype: what products are rounded to.");
 
 static PyObject *best_amax(PyObject *module, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"weight", "quantizer", "factors", "gram", "round_amax", NULL};
+    static char *names[] = {"weight", "quantizer", "factors", "gram", "amax_dtype", NULL};
+    const char *amax_dtype = "float32";
     trial_args a = {.c.state = mq_state_of(module)};
     PyObject *weight, *quantizer, *factors, *gram = NULL, *result = NULL;
     mq_tensor view;
     mq_error err;
     int rc;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO|Op", names, &weight, &quantizer, &factors, &gram,
-                                     &a.trial.round_amax))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO|Os", names, &weight, &quantizer, &factors, &gram,
+                                     &amax_dtype) ||
+        parse_float_dtype(amax_dtype, &a.trial.amax_dtype) < 0)
         return NULL;
     if (take_floats(&a.c, factors, "factors", 1, -1, &a.factors) < 0 || take_trial(&a, weight, quantizer, gram) < 0 ||
         make_candidates(&a) < 0)
@@ -449,6 +457,43 @@ done:
     return result;
 }
 
+/* ---- low rank ---- */
+
+PyDoc_STRVAR(subtract_product_doc,
+"subtract_product(weight, up, down)\n--\n\n"
+"weight [out, in] - up [out, rank] @ down [rank, in], computed in float32 and rounded once to weight's dtype.");
+
+static PyObject *subtract_product(PyObject *module, PyObject *args)
+{
+    call c = {.state = mq_state_of(module)};
+    PyObject *objects[3], *result = NULL;
+    mq_tensor weight, up, down, out;
+    mq_error err;
+    int rc;
+    if (!PyArg_ParseTuple(args, "OOO:subtract_product", &objects[0], &objects[1], &objects[2])) return NULL;
+    if (take_matrix(&c, objects[0], "weight", &weight) < 0 ||
+        take_floats(&c, objects[2], "down", 2, weight.shape[1], &down) < 0 ||
+        take_floats(&c, objects[1], "up", 2, down.shape[0], &up) < 0)
+        goto done;
+    if (up.data == NULL || down.data == NULL || up.shape[0] != weight.shape[0] || down.shape[0] < 1) {
+        PyErr_Format(PyExc_ValueError, "up, down: expected [%lld, rank] and [rank, %lld]", (long long)weight.shape[0],
+                     (long long)weight.shape[1]);
+        goto done;
+    }
+    result = mq_new_array(c.state, weight.dtype, 2, weight.shape, &out);
+    if (result == NULL) goto done;
+    Py_BEGIN_ALLOW_THREADS
+    rc = mq_subtract_product(&weight, up.data, down.data, down.shape[0], &out, &err);
+    Py_END_ALLOW_THREADS
+    if (rc != MQ_OK) {
+        Py_CLEAR(result);
+        mq_raise(&err);
+    }
+done:
+    end_call(&c);
+    return result;
+}
+
 #define WITH_KEYWORDS(function) (PyCFunction)(void (*)(void))function, METH_VARARGS | METH_KEYWORDS
 static PyMethodDef methods[] = {
     {"awq_weight_scale", WITH_KEYWORDS(awq_weight_scale), awq_weight_scale_doc},
@@ -459,6 +504,7 @@ static PyMethodDef methods[] = {
     {"sweep_block_scales", WITH_KEYWORDS(sweep_block_scales), sweep_block_scales_doc},
     {"factor", factor, METH_O, factor_doc},
     {"gptq", WITH_KEYWORDS(gptq), gptq_doc},
+    {"subtract_product", subtract_product, METH_VARARGS, subtract_product_doc},
     {NULL, NULL, 0, NULL},
 };
 

@@ -58,7 +58,7 @@ static mq_dtype code_dtype(mq_format format, int packed)
     }
 }
 
-/* Where the reference pads (blocks of rows and columns) a partial block is fine; elsewhere it cannot be exported. */
+/* Where the reference pads (blocks whose scales are float32) a partial block is fine; elsewhere no tool reads it. */
 static int check_shape(const mq_block_job *job, int64_t rows, int64_t cols, mq_error *err)
 {
     const mq_scheme_row *scheme = mq_scheme_get(job->scheme);
@@ -67,7 +67,7 @@ static int check_shape(const mq_block_job *job, int64_t rows, int64_t cols, mq_e
     if (job->block_cols > 0 && scheme->block_cols == 0)
         return mq_fail(err, MQ_ERR_VALUE, "%s: scheme %s has no blocks along rows, so no block size", name,
                        scheme->name);
-    if (scheme->block_rows == 1 && block > 0 && cols % block != 0)
+    if (scheme->block_rows == 1 && block > 0 && cols % block != 0 && scheme->scale != MQ_FMT_FP32)
         return mq_fail(err, MQ_ERR_VALUE, "%s [%lld, %lld]: scheme %s needs the last dimension to be a multiple of its "
                        "block size %lld; leave this layer out or choose a scheme without blocks", name,
                        (long long)rows, (long long)cols, scheme->name, (long long)block);

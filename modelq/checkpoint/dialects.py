@@ -32,13 +32,14 @@ class Pair(NamedTuple):
 class Form:
     """What a quantized linear is, whatever the dialect. shape: [out, in]. smoothed: whether a pre_quant_scale multiplies its input.
     fp8_stage: whether its weight is rounded to FP8 (by weight_scale_2) after its scheme. input_scaled: False where a static input scale
-    is left out (see `may_lack_input_scale`)."""
+    is left out (see `may_lack_input_scale`). rank: of the branch of low rank beside it, 0 if there is none."""
     pair: Pair
     shape: tuple[int, int]
     group_size: int | None = None
     smoothed: bool = False
     fp8_stage: bool = False
     input_scaled: bool = True
+    rank: int = 0
 
 
 _PLAIN = {"weight": Name("weight"), "weight_scale": Name("weight_scale", "grid")}
@@ -49,6 +50,7 @@ NAMES: dict[str, dict[str, dict[str, Name]]] = {
     "modelopt": {"": {
         "weight": Name("weight"), "weight_scale": Name("weight_scale"), "weight_scale_2": Name("weight_scale_2"),
         "input_scale": Name("input_scale"), "pre_quant_scale": Name("pre_quant_scale"),
+        "low_rank_down": Name("weight_quantizer._svdquant_lora_a"), "low_rank_up": Name("weight_quantizer._svdquant_lora_b"),
     }},
     "compressed-tensors": {
         "": {**_PLAIN, "input_scale": Name("input_scale", "vector")},
@@ -134,7 +136,7 @@ def algorithms(dialect: str) -> dict[Pair, str]:
 def pairs(dialect: str) -> dict[str, Pair]:
     """The dialect's algorithm names and what they mean (of dialects with a name for each pair)."""
     found: dict[str, Pair] = {}
-    for pair, algorithm in [*algorithms(dialect).items(), *SMOOTHED.get(dialect, {}).items()]:
+    for pair, algorithm in [*algorithms(dialect).items(), *SMOOTHED.get(dialect, {}).items(), *LOW_RANK.get(dialect, {}).items()]:
         found.setdefault(algorithm, pair)    # one name for a scheme with and without its inputs means with
     return found
 
@@ -146,14 +148,21 @@ SMOOTHED: dict[str, dict[Pair, str]] = {
 }
 
 
+# dialect -> what a linear with a branch of low rank is called.
+LOW_RANK: dict[str, dict[Pair, str]] = {"modelopt": {Pair("nvfp4", "nvfp4"): "NVFP4_SVD"}}
+
+
 def algorithm(dialect: str, form: Form) -> str:
     """The dialect's word for a linear. ValueError says what the dialect can say."""
     words = SMOOTHED[dialect] if form.smoothed and dialect in SMOOTHED else algorithms(dialect)
+    if form.rank:
+        words = LOW_RANK.get(dialect, {})
     if form.pair in words:
         return words[form.pair]
     said = sorted({f"{pair.weight} weights with {pair.input or 'unquantized'} inputs" for pair in words})
     raise ValueError(f"the {dialect} dialect cannot say {form.pair.weight} weights with {form.pair.input or 'unquantized'} inputs"
-                     f"{' that are smoothed' if form.smoothed else ''}; it can say {'; '.join(said)}")
+                     f"{' beside a branch of low rank' if form.rank else ' that are smoothed' if form.smoothed else ''}; it can say "
+                     f"{'; '.join(said) or 'no such branches'}")
 
 
 def may_lack_input_scale(pair: Pair) -> bool:
@@ -228,6 +237,8 @@ def form_layout(form: Form, dtype: str = "bfloat16") -> dict[str, tuple[str, tup
         parts["input_scale"] = ("float32", ())
     if form.smoothed:
         parts["pre_quant_scale"] = (dtype, (form.shape[1],))
+    if form.rank:
+        parts |= {"low_rank_down": (dtype, (form.rank, form.shape[1])), "low_rank_up": (dtype, (form.shape[0], form.rank))}
     return parts
 
 

@@ -121,6 +121,11 @@ class QuantizedCheckpoint(Checkpoint):
         layer = self.layers[module]
         return self._part(layer, "pre_quant_scale").astype(np.float32) if layer.form.smoothed else None
 
+    def low_rank(self, module: str) -> tuple[np.ndarray, np.ndarray] | None:
+        """([rank, in], [out, rank]) of the branch beside a layer's weight; None for most."""
+        layer = self.layers[module]
+        return (self._part(layer, "low_rank_down"), self._part(layer, "low_rank_up")) if layer.form.rank else None
+
     def release(self, names: Iterable[str] | None = None) -> None:
         if names is None:
             return self.inner.release()
@@ -207,14 +212,16 @@ def _layer(inner: Checkpoint, module: str, dialect: str, pair: Pair, group_size:
     smoothed = "pre_quant_scale" in table and f"{module}.pre_quant_scale" in inner.tensors
     optional = dialects.may_lack_input_scale(pair) and f"{module}.input_scale" not in inner.tensors
     size = shape[1] if group_size == -1 else group_size or _stored_group_size(inner, module, pair.weight, shape)
-    form = Form(pair, shape, size, smoothed, stage, not optional)
+    branch = inner.tensors.get(f"{module}.{table['low_rank_down'].suffix}") if "low_rank_down" in table else None
+    rank = 0 if branch is None or len(branch.shape) != 2 else branch.shape[0]
+    form = Form(pair, shape, size, smoothed, stage, not optional, rank)
     names = {}
     for role, (dtype, part_shape) in dialects.stored_layout(dialect, form, model_dtype(inner.config)).items():
         names[role] = f"{module}.{table[role].suffix}"
         if role == "groups" and names[role] not in inner.tensors:    # some writers leave it out where it says nothing
             del names[role]
             continue
-        free = TRANSFORMS[table[role].transform].floats or role == "pre_quant_scale"
+        free = TRANSFORMS[table[role].transform].floats or role in ("pre_quant_scale", "low_rank_down", "low_rank_up")
         _check(inner, names[role], FLOATS if free and dtype in FLOATS else (dtype,), part_shape, f"{word} {list(shape)}")
     _refuse_others(inner, module, set(names.values()), word)
     return QuantizedLayer(dialect, word, form, names)

@@ -162,6 +162,23 @@ class ShardedWriter:
             os.fsync(file.fileno())
 
 
+def write_tensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """One file of tensors that appears whole: written beside its place, synced, renamed."""
+    header, offsets, size = _header([TensorInfo(name, array.dtype.name, array.shape, array.nbytes) for name, array in arrays.items()], {})
+    partial = path.with_name(path.name + ".partial")
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    try:
+        with _Naming(path, "the file"):
+            _write_all(descriptor, np.frombuffer(header, np.uint8), 0)
+            for name, array in arrays.items():
+                _write_all(descriptor, np.ascontiguousarray(array).reshape(-1).view(np.uint8), offsets[name])
+            os.ftruncate(descriptor, size)
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    os.replace(partial, path)
+
+
 def size_of(info: TensorInfo) -> int:
     """Bytes of a planned tensor."""
     count = 1

@@ -10,11 +10,12 @@ from modelq.config import QuantizeConfig
 from modelq.export.folding import model_to_export
 from modelq.export.hf_checkpoint import export_dtype
 from modelq.export.plan import make_plan
+from modelq.low_rank import LowRank
 from modelq.quantization.api import check_source, planned_quantizers
 from modelq.quantizers import needs_amax, stage_quantizers
 from modelq.rules import stages
 
-SMOOTHING = ("smoothquant", "awq_lite", "awq_full")     # methods that give linears a pre_quant_scale
+SMOOTHING = ("smoothquant", "awq_lite", "awq_full", "svdquant")     # methods that give linears a pre_quant_scale
 
 
 def check_exportable(model_or_path: Any, config: Any, dialect: str | None = None, engine: str | None = None) -> str:
@@ -36,8 +37,9 @@ def check_exportable(model_or_path: Any, config: Any, dialect: str | None = None
 
 
 def as_if_calibrated(model: Any, parsed: QuantizeConfig) -> Any:
-    """A stand-in for the model with this config's quantizers, every amax 1 and every smoothing scale 1."""
+    """A stand-in for the model with this config's quantizers, every amax 1, every smoothing scale 1, and every branch of low rank 0."""
     probe = copy.copy(model)
+    probe.low_rank = {}
     probe.settings, probe.quantizers, _ = planned_quantizers(model, parsed)
     probe.quantized = True
     for name, setting in probe.settings.items():
@@ -51,4 +53,14 @@ def as_if_calibrated(model: Any, parsed: QuantizeConfig) -> Any:
             setting = probe.settings.get(f"{row['name']}.weight_quantizer")
             if row["kind"] == "linear" and setting is not None and setting.enable:
                 probe.quantizers[f"{row['name']}.input_quantizer"].pre_quant_scale = np.ones(row["shape"][1], np.float32)
+    for step in parsed.steps:
+        if step["method"] == "svdquant":
+            probe.low_rank = {row["name"]: _zeros(row, step["lowrank"]) for row in model.modules
+                              if probe.quantizers.get(f"{row['name']}.input_quantizer") is not None
+                              and probe.quantizers[f"{row['name']}.input_quantizer"].pre_quant_scale is not None}
     return probe
+
+
+def _zeros(row: dict[str, Any], rank: int) -> LowRank:
+    """A branch that takes no memory."""
+    return LowRank(np.broadcast_to(np.float32(0), (rank, row["shape"][1])), np.broadcast_to(np.float32(0), (row["shape"][0], rank)))

@@ -22,10 +22,7 @@ from modelq.checkpoint import dialects
 from modelq.export.engines import choose_dialect
 from modelq.groups import pair_of
 from modelq.quantizers import found_values, make_quantizer, set_found_values, stage_quantizers
-from modelq.smoothing import as_loaded, own_scale, own_weight, set_weight_amax
-
-PREVIOUS = {"o_proj": "v_proj", "down_proj": "up_proj"}
-
+from modelq.smoothing import as_loaded, own_scale, own_weight, previous_linear, set_weight_amax
 
 def model_to_export(model: Any, dtype: str, dialect: str | None, engine: str | None) -> tuple[Any, str]:
     """What to plan an export of, the model or its `folded` stand-in, and the dialect to write it in. ValueError as `choose_dialect`."""
@@ -50,7 +47,7 @@ def folded(model: Any) -> Any:
     stand_in.quantizers, stand_in.scale_rows, stand_in.folds_all = dict(model.quantizers), {}, True
     stand_in.checkpoint = ScaledCheckpoint(model.checkpoint)
     for row in model.modules:
-        scale, previous = own_scale(model, row["name"]) if row["kind"] == "linear" else None, _previous(model, row)
+        scale, previous = own_scale(model, row["name"]) if row["kind"] == "linear" else None, previous_linear(model, row)
         if scale is not None and previous is not None and pair_of(model, row["name"]) is not None:
             rows = _take_scale(stand_in, row, previous, scale)
             if (rows != 1).any():
@@ -77,13 +74,6 @@ class ScaledCheckpoint:
 
     def release(self, names: Iterable[str] | None = None) -> None:
         self._checkpoint.release(names)
-
-
-def _previous(model: Any, row: dict[str, Any]) -> dict[str, Any] | None:
-    """The linear whose rows are the columns of this one's input; None for an expert's, which share their quantizers."""
-    parent, _, last = row["name"].rpartition(".")
-    name = f"{parent}.{PREVIOUS.get(last)}"
-    return next((other for other in model.modules_of(row["layer"]) if other["name"] == name and row["expert"] is None), None)
 
 
 def _take_scale(model: Any, row: dict[str, Any], previous: dict[str, Any], scale: np.ndarray) -> np.ndarray:

@@ -18,8 +18,11 @@ from modelq.export.kv_cache import Cache, plan_cache
 from modelq.experts import place_of, quantizer_of
 from modelq.groups import pair_of, siblings
 from modelq.quantizers import stage_quantizers
-from modelq.smoothing import folding_norm, folds_all, norm_scales, stated_scale
+from modelq.rules import stages
+from modelq.smoothing import folding_norm, folds_all, is_stored, norm_scales, stated_scale
 from modelq.stated import StatedAmax, scaling, stated_amax
+from modelq.supported import partial_block
+from modelq.tables import listed
 
 FLOATS = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 OWN_QUANTIZERS = ("linear", "embedding", "router")      # kinds of modules that an export's config names when they stay unquantized
@@ -120,7 +123,7 @@ def make_plan(model: Any, dtype: str, dialect: str, share_all: bool = False, smo
 def _warn_of_outputs(model: Any) -> None:
     outputs = [name for name, found in model.quantizers.items() if name.endswith(".output_quantizer") and found.enabled]
     if outputs:
-        warnings.warn(f"{outputs[0]}{f' and {len(outputs) - 1} more' if len(outputs) > 1 else ''}: a checkpoint has no place for the "
+        warnings.warn(f"{listed(outputs, 1)}: a checkpoint has no place for the "
                       "quantization of outputs: the export computes without", stacklevel=4)
 
 
@@ -159,12 +162,16 @@ def _plan_linear(model: Any, row: Any, amax: dict[str, np.ndarray], dialect: str
 def planned_form(model: Any, row: dict[str, Any]) -> Form:
     """What a quantized linear is, before anything is calibrated. ValueError: no checkpoint could hold it."""
     weight, pair = quantizer(model, row["name"], "weight"), _pair(model, row["name"])
+    setting = getattr(model, "settings", {}).get(place_of(model, f"{row['name']}.weight_quantizer").name)
+    if setting is not None and (words := partial_block(setting.slot, stages(setting)[0], model.head_dim)):
+        raise ValueError(words)
     if dialects.schemes()[pair.weight]["packing"] == "row_pairs" and row["shape"][0] % 2:
         raise ValueError(f"{row['name']}: {row['shape'][0]} rows: {pair.weight} packs rows in pairs; leave it in high precision with "
                          f"{{'quantizer_name': '{row['name']}.*', 'enable': False}}")
     smoothed = stated_scale(model, row) is not None and not (folds_all(model) and folding_norm(model, row) is not None)
+    branch = getattr(model, "low_rank", {}).get(row["name"])
     return Form(pair, tuple(row["shape"]), _group_size(weight), smoothed=smoothed,
-                fp8_stage=len(stage_quantizers(weight)) > 1)
+                fp8_stage=len(stage_quantizers(weight)) > 1, rank=0 if branch is None else len(branch.down))
 
 
 def planned_forms(model: Any) -> dict[str, Form]:
@@ -189,8 +196,10 @@ def _given_parts(model: Any, row: dict[str, Any], pair: Pair, amax: dict[str, np
         given["input_scale"] = _input_scale(input_amax, module, pair.input)
     if (second := amax.get(f"{module}.weight_quantizer.1")) is not None:
         given["weight_scale_2"] = _scale(second, "fp8")
-    if (scale := stated_scale(model, row)) is not None and folding_norm(model, row) is None:
-        given["pre_quant_scale"] = scale.astype(_weight_dtype(model, row))
+    if is_stored(model, row):
+        given["pre_quant_scale"] = stated_scale(model, row).astype(_weight_dtype(model, row))
+    if (branch := getattr(model, "low_rank", {}).get(module)) is not None:
+        given |= {"low_rank_down": branch.down, "low_rank_up": branch.up}
     return given
 
 

@@ -13,8 +13,9 @@ from modelq.calibration import runnable_steps
 from modelq.compression import repack
 from modelq.config import QuantizeConfig, QuantizerAttributeConfig, QuantizerCfgEntry, normalize_quant_cfg_list
 from modelq.model import Model
-from modelq.quantizers import block_extents, check_settings, found_values, make_quantizer, set_found_values
+from modelq.quantizers import block_extents, found_values, make_quantizer, set_found_values
 from modelq.rules import PARENT_CLASSES, Setting, apply_rules, default_setting, describe_rule, expected_to_be_idle, fits, stages
+from modelq.supported import check_settings, warn_partial_blocks
 
 __all__ = ["calibrate", "disable_quantizer", "enable_quantizer", "quantize", "set_quantizer_attributes_full",
            "set_quantizer_attributes_partial", "set_quantizer_by_cfg", "set_quantizer_by_cfg_context"]
@@ -22,12 +23,15 @@ __all__ = ["calibrate", "disable_quantizer", "enable_quantizer", "quantize", "se
 Pattern = str | Callable[[str], bool]
 
 
-def quantize(model: Model, config: Any, forward_loop: Callable[..., Any] | None = None) -> Model:
+def quantize(model: Model, config: Any, forward_loop: Callable[..., Any] | None = None, *, checkpoint_dir: Any = None,
+             compat: str | None = None) -> Model:
     """Quantize a model in place and return it: from then on it computes with fake-quantized weights and activations.
 
     config: a preset such as FP8_DEFAULT_CFG or a dictionary like it. forward_loop(model) calls the model on calibration data
     (input_ids as NumPy arrays, lists or any DLPack integer array); weight-only configs need none.
     A model that is quantized already is quantized anew, from its original weights. If anything raises, it is left as it was.
+    checkpoint_dir: a folder where progress is kept layer by layer, so that the same call goes on where an interrupted one was, with the
+    same result. compat "modelopt": padding and short batches weigh as they do there, experts are searched only where they are there.
 
     ValueError: a config with a mistake, or one that quantizes nothing; a block size that does not divide a layer's width; no
     calibration data; NaN or infinity in weights or activations. UserWarning: a pattern that fits no quantizer.
@@ -38,9 +42,11 @@ def quantize(model: Model, config: Any, forward_loop: Callable[..., Any] | None 
     runnable_steps(parsed.algorithm)
     settings, quantizers, idle = planned_quantizers(model, parsed)
     _warn_idle(idle)
+    warn_partial_blocks(settings.values(), model.head_dim)
     with _all_or_nothing(model):
-        model.settings, model.quantizers, model.quantized, model.packed = settings, quantizers, True, {}
-        run_calibration(model, parsed.algorithm, forward_loop)
+        model.settings, model.quantizers, model.quantized, model.packed, model.low_rank = settings, quantizers, True, {}, {}
+        model.checkpoint = getattr(model.checkpoint, "original", model.checkpoint)
+        run_calibration(model, parsed.algorithm, forward_loop, checkpoint_dir, compat)
     return model
 
 
@@ -58,10 +64,11 @@ def planned_quantizers(model: Model, parsed: QuantizeConfig) -> tuple[dict[str, 
     return settings, {name: make_quantizer(setting) for name, setting in settings.items()}, idle
 
 
-def calibrate(model: Model, algorithm: Any = "max", forward_loop: Callable[..., Any] | None = None) -> Model:
+def calibrate(model: Model, algorithm: Any = "max", forward_loop: Callable[..., Any] | None = None, *, checkpoint_dir: Any = None,
+              compat: str | None = None) -> Model:
     """Find anew the amax of every enabled quantizer of a quantized model. See `quantize`."""
     _check_model(model, quantized=True)
-    run_calibration(model, algorithm, forward_loop)
+    run_calibration(model, algorithm, forward_loop, checkpoint_dir, compat)
     repack(model)
     return model
 
@@ -157,11 +164,11 @@ def _warn_idle(idle: Iterable[QuantizerCfgEntry]) -> None:
 def _all_or_nothing(model: Model) -> Iterator[None]:
     """Put the model's quantizers back if the body raises, Ctrl-C included."""
     model.settle()
-    before = model.settings, model.quantizers, model.quantized, model.packed
+    before = {name: getattr(model, name) for name in ("settings", "quantizers", "quantized", "packed", "low_rank", "checkpoint")}
     try:
         yield
     except BaseException:
-        model.settings, model.quantizers, model.quantized, model.packed = before
+        vars(model).update(before)
         model.connect()
         raise
 

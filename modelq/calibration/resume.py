@@ -1,0 +1,178 @@
+"""Progress of a calibration, kept in a folder layer by layer, so that an interrupted one goes on where it was.
+
+    manifest.json              what is being calibrated (a digest of config, weights' names and sizes, and data), and how far it is
+    step_0/layer_0003.safetensors   what calibration found for the quantizers of layer 3 in the first step of the algorithm
+    step_0/hidden.safetensors  the hidden states behind the last layer done
+
+Files appear whole (written beside, synced, renamed), and the manifest after what it speaks of. No pickle.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from modelq.changed import ChangedCheckpoint, Rounded
+from modelq.inputs import Batch
+from modelq.low_rank import LowRank
+from modelq.quantizers import Found, stage_quantizers
+
+if TYPE_CHECKING:
+    from modelq.model import Model
+
+MANIFEST, VERSION = "manifest.json", 1
+
+
+class Progress:
+    """How far one step of a calibration is. This one keeps nothing."""
+
+    layers: Sequence[int] = ()
+    is_complete = False
+
+    def restore(self, layer: int, run: Any) -> bool:
+        """Put back what was found for a layer, if it was done before; then nothing is left to do for it."""
+        return False
+
+    def save(self, layer: int, run: Any) -> None:
+        """A layer is done; run (unless None) is where the next one begins."""
+
+
+class Saved(Progress):
+    """Progress of one step in a folder."""
+
+    def __init__(self, model: Model, folder: Path, step: int, digest: str, save_every: int):
+        self.model, self.step, self.save_every = model, step, save_every
+        self.folder, self.manifest = folder / f"step_{step}", folder / MANIFEST
+        self.digest = digest
+        self.count = _read_manifest(self.manifest, digest).get(str(step), 0)      # layers done, and the head behind them
+        self.layers = range(min(self.count, model.num_layers))
+        self.is_complete = self.count > model.num_layers
+
+    def restore(self, layer: int, run: Any) -> bool:
+        if layer >= self.count:
+            return False
+        _give_back(self.model, layer, _read(self.folder / _file(layer)))
+        if layer == self.count - 1 and run is not None and layer < self.model.num_layers:
+            run.restore(_read(self.folder / "hidden.safetensors")["hidden"], layer + 1)
+        return True
+
+    def save(self, layer: int, run: Any) -> None:
+        from modelq.checkpoint.writer import write_tensors
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_tensors(self.folder / _file(layer), _collect(self.model, layer if layer < self.model.num_layers else -1))
+        if (layer + 1) % self.save_every and layer + 1 < self.model.num_layers:
+            return
+        if run is not None and layer + 1 < self.model.num_layers:
+            write_tensors(self.folder / "hidden.safetensors", {"hidden": run.state()})
+        self._note(layer + 1)
+
+    def finish(self) -> None:
+        self._note(self.model.num_layers + 1)
+        (self.folder / "hidden.safetensors").unlink(missing_ok=True)
+
+    def _note(self, count: int) -> None:
+        steps = _read_manifest(self.manifest, self.digest)
+        text = json.dumps({"version": VERSION, "digest": self.digest, "layers_done": {**steps, str(self.step): count}}, indent=2)
+        partial = self.manifest.with_name(MANIFEST + ".partial")
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, self.manifest)
+
+
+def digest_of(model: Model, steps: Sequence[Mapping[str, Any]], batches: Sequence[Batch], compat: str | None) -> str:
+    """What a calibration depends on: rules, steps, the weights' names, shapes and files' sizes, the data, the precision."""
+    found = hashlib.sha256()
+    found.update(repr([(name, setting.enable, setting.attributes) for name, setting in model.settings.items()]).encode())
+    found.update(json.dumps([{k: v for k, v in step.items() if k != "layerwise"} for step in steps], sort_keys=True, default=str).encode())
+    found.update(repr((model.runtime.compute, model.float32_weights, compat)).encode())
+    files = {info.file for info in model.checkpoint.tensors.values() if info.file is not None}
+    found.update(repr(sorted((str(file.name), file.stat().st_size) for file in files)).encode())
+    found.update(repr([(name, info.dtype, info.shape) for name, info in model.checkpoint.tensors.items()]).encode())
+    for batch in batches:
+        found.update(repr(batch.ids.shape).encode() + batch.ids.tobytes() + (b"" if batch.mask is None else batch.mask.tobytes()))
+    return found.hexdigest()
+
+
+def _read_manifest(path: Path, digest: str) -> dict[str, int]:
+    """Steps to layers done. ValueError if the folder is of another calibration."""
+    try:
+        said = json.loads(path.read_text())
+        steps, version, other = said["layers_done"], said["version"], said["digest"]
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not the state of a calibration ({error}): remove the folder, or give another checkpoint_dir") from None
+    if other != digest or version != VERSION:
+        raise ValueError(f"{path}: the folder holds the progress of another calibration (other config, model, data or version): remove it, "
+                         "or give another checkpoint_dir")
+    return steps
+
+
+def _file(layer: int) -> str:
+    return f"layer_{layer:04d}.safetensors"
+
+
+# What calibration found ------------------------------------------------------------------------------------------------------------
+
+def _collect(model: Model, layer: int) -> dict[str, np.ndarray]:
+    """Everything that calibration found for a layer (-1: outside the layers), by names that say where it belongs."""
+    found: dict[str, np.ndarray] = {}
+    for name, slot in model.slots.items():
+        if slot.layer == layer:
+            for index, stage in enumerate(stage_quantizers(model.quantizers[name])):
+                values = {what: getattr(stage, what) for what in Found._fields}
+                found |= {f"{name}:{index}:{what}": np.asarray(value) for what, value in values.items() if value is not None}
+    for row in model.modules:
+        if row["layer"] == layer and row["name"] in model.low_rank:
+            branch = model.low_rank[row["name"]]
+            found |= {f"{row['name']}:low_rank:down": branch.down, f"{row['name']}:low_rank:up": branch.up}
+        changed = getattr(model.checkpoint, "changed", {}).get(row["weight"]) if row["layer"] == layer else None
+        if changed is not None:
+            word = f"{changed.scheme},{changed.block_size or 0},{changed.dtype}"
+            found |= {f"{row['weight']}:rounded:{word}:{role}": part for role, part in changed.parts.items()}
+    if layer in model.unseen_experts:
+        found["layer:unseen_experts"] = np.asarray(model.unseen_experts[layer], np.int64)
+    return found
+
+
+def _give_back(model: Model, layer: int, found: dict[str, np.ndarray]) -> None:
+    if (unseen := found.pop("layer:unseen_experts", None)) is not None:
+        model.unseen_experts[layer] = unseen.tolist()
+    branches: dict[str, dict[str, np.ndarray]] = {}
+    rounded: dict[str, tuple[str, dict[str, np.ndarray]]] = {}
+    for key, array in found.items():
+        name, kind, *rest = key.split(":")
+        if kind == "low_rank":
+            branches.setdefault(name, {})[rest[0]] = array
+        elif kind == "rounded":
+            rounded.setdefault(name, (rest[0], {}))[1][rest[1]] = array
+        else:
+            setattr(stage_quantizers(model.quantizers[name])[int(kind)], rest[0], array)
+    model.low_rank |= {name: LowRank(parts["down"], parts["up"]) for name, parts in branches.items()}
+    for name, (word, parts) in rounded.items():
+        scheme, size, dtype = word.split(",")
+        if not isinstance(model.checkpoint, ChangedCheckpoint):
+            model.checkpoint = ChangedCheckpoint(model.checkpoint)
+        model.checkpoint.put(name, Rounded(parts, scheme, int(size) or None, dtype))
+
+
+# Files -----------------------------------------------------------------------------------------------------------------------------
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    from modelq.checkpoint.safetensors import SafetensorsFile
+
+    file = SafetensorsFile(path)
+    try:
+        return {name: np.array(file.read(name)) for name in file.tensors}
+    finally:
+        file.close()
+
+

@@ -1,0 +1,111 @@
+"""Statistics of activations: what a quantizer's range is made of, and what searches know of a linear's input."""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from modelq import _core
+from modelq.experts import place_of
+from modelq.groups import siblings
+from modelq.quantizers import calibrator_of, needs_amax, takes_histogram
+from modelq.rules import Setting, Slot, stages
+from modelq.streaming import Part
+
+if TYPE_CHECKING:
+    from modelq.model import Model
+
+RANGES = {"range_method": "entropy", "percentile": 99.99, "num_bins": 2048, "start_bin": 128, "stride": 1, "skip_zeros": False}
+
+
+def activation_slots(model: Model) -> list[Slot]:
+    """The places of activations whose amax calibration must find."""
+    return [model.slots[name] for name, setting in model.settings.items()
+            if setting.slot.role != "weight" and setting.enable and needs_amax(setting)]
+
+
+# Ranges of single quantizers -----------------------------------------------------------------------------------------------------
+
+class Range:
+    """The amax (and bias) of one activation quantizer. histogram: settings as in RANGES where the algorithm finds ranges so; a quantizer
+    may also ask for it itself (calibrator "histogram")."""
+
+    def __init__(self, setting: Setting, histogram: Mapping[str, Any] | None):
+        attributes = stages(setting)[0]
+        self.histogram = histogram if histogram is not None else RANGES if attributes.calibrator == "histogram" else None
+        if not takes_histogram(setting):
+            self.histogram = None
+        self.bits = attributes.num_bits if isinstance(attributes.num_bits, int) else 0
+        self.name, self.unsigned = setting.slot.name, attributes.unsigned
+        kind, bins = ("histogram", self.histogram["num_bins"]) if self.histogram else (calibrator_of(setting), 0)
+        self.statistics = _core.Calibrator(kind, None, bins)
+
+    def amax(self) -> np.ndarray | None:
+        """None if nothing was seen. ValueError names the quantizer if NaN or infinity was."""
+        try:
+            if self.histogram is None:
+                found = self.statistics.compute_amax()
+            else:
+                how = self.histogram
+                found = self.statistics.compute_range(how["range_method"], self.bits, self.unsigned, how["stride"], how["start_bin"],
+                                                      how["percentile"], how["skip_zeros"])
+        except ValueError as error:
+            raise not_finite(self.name, error) from error
+        return None if found is None else np.asarray(found, dtype=np.float32)
+
+    @property
+    def bias(self) -> np.ndarray | None:
+        return self.statistics.compute_bias() if self.statistics.kind.startswith("affine") else None
+
+
+def not_finite(name: str, error: Exception) -> ValueError:
+    return ValueError(f"{name}: NaN or infinity in the activations that reach it: in bfloat16 or float16 a value overflowed, or a weight "
+                      f"before it is damaged ({error})")
+
+
+# Inputs of linears ---------------------------------------------------------------------------------------------------------------
+
+class SiteStatistics:
+    """What is known of one tensor that linears read. kinds: "amax" (largest magnitude by channel), "mean" (of magnitudes by channel),
+    "gram" (X^T X), and options for them: {"gram": 16} keeps blocks of 16 on the diagonal, {"mean": 1} weighs calls as Model Optimizer."""
+
+    KINDS = {"amax": "max", "mean": "mean_abs", "gram": "gram"}
+
+    def __init__(self, name: str, kinds: Mapping[str, int]):
+        self.name = name
+        self.calibrators = {kind: _core.Calibrator(self.KINDS[kind], -1, option) for kind, option in kinds.items()}
+
+    @property
+    def count(self) -> int:
+        """Tokens seen."""
+        return max(calibrator.count for calibrator in self.calibrators.values())
+
+    @cached_property
+    def amax(self) -> np.ndarray:
+        return self._found("amax", "compute_amax")
+
+    @cached_property
+    def mean(self) -> np.ndarray:
+        return self._found("mean", "compute_amax")
+
+    @cached_property
+    def gram(self) -> np.ndarray:
+        """float32 [C, C], or its blocks [blocks, size, size]. The calibrator's own sums are dropped."""
+        found = self._found("gram", "compute_gram")
+        self.calibrators["gram"].reset()
+        return found
+
+    def _found(self, kind: str, method: str) -> np.ndarray:
+        try:
+            return np.asarray(getattr(self.calibrators[kind], method)())
+        except ValueError as error:
+            raise not_finite(self.name, error) from error
+
+
+def sites_of(model: Model, part: Part, rows: Sequence[dict[str, Any]], kinds: Mapping[str, int]) -> dict[str, tuple[str, SiteStatistics]]:
+    """Site of these linears to (the point where its tensor passes, statistics of these kinds)."""
+    return {members[0]["site"]: (place_of(model, f"{members[0]['name']}.input_quantizer").name,
+                                 SiteStatistics(f"{members[0]['name']}.input_quantizer", kinds))
+            for members in siblings(row for row in rows if row["kind"] == "linear")} if kinds else {}

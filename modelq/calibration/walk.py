@@ -1,0 +1,210 @@
+"""The order of work of a calibration: batches go through the layers one after the other, and a method looks on.
+
+A layer after the last one whose activations are wanted is not computed, nor is lm_head. Calibrators live for one layer at a time.
+"""
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from modelq import streaming
+from modelq.calibration.statistics import Range, SiteStatistics, activation_slots, sites_of
+from modelq.calibration.weights import find_weight_amax, take_amax
+from modelq.experts import PARENT, quantizer_of
+from modelq.inputs import Batch
+from modelq.progress import progress
+from modelq.rules import Slot
+from modelq.streaming import Part
+from modelq.tables import listed
+
+if TYPE_CHECKING:
+    from modelq.calibration.resume import Progress
+    from modelq.model import Model
+
+
+class Method:
+    """One calibration algorithm. The base class is Model Optimizer's "max" (maximum calibration: Wu et al. 2020, "Integer quantization for
+    deep learning inference", section 3.3): the largest magnitude of every weight, as it comes from the checkpoint, and of every
+    activation, as the unquantized model makes it.
+
+    What a search adds: statistics of the inputs of linears (`searched`, `kinds`), and what it makes of them (`search`).
+    """
+
+    needs_data = False                      # whether weights alone are not enough
+    description = "calibrate"
+    kinds: Mapping[str, int] = {}           # statistics of inputs, as SiteStatistics takes them
+    histogram: Mapping[str, Any] | None = None
+
+    def __init__(self, model: Model, settings: Mapping[str, Any], compat: str | None = None):
+        self.model, self.settings, self.compat = model, settings, compat
+
+    def begin(self) -> None:
+        """Before anything is run."""
+
+    def searched(self, part: Part) -> list[dict[str, Any]]:
+        """The linears of a part whose inputs a search needs to know."""
+        return []
+
+    def finds_range(self, slot: Slot) -> bool:
+        """Whether the amax of an activation quantizer is found here, from what passes; else the search sees to it."""
+        return True
+
+    def enter(self, part: Part) -> None:
+        """A part's weights are there; its tokens are to come."""
+        find_weight_amax(self.model, part)
+
+    def search(self, part: Part, sites: Mapping[str, SiteStatistics]) -> None:
+        """A part's tokens have passed. sites: by site, statistics of the inputs of what is `searched`."""
+
+    def layer(self, walk: Walk, layer: int) -> None:
+        """One layer of all batches; the next one's inputs are to be there afterwards."""
+        walk.through(layer, walk.slots_of(layer), self)
+
+    def end(self) -> None:
+        """After the last layer: what is to be said of all."""
+
+
+class Walk:
+    """Batches on their way through a model. run: None where no activation is wanted."""
+
+    def __init__(self, model: Model, batches: Sequence[Batch], method: Method, done: Progress):
+        self.model, self.method, self.done = model, method, done
+        self._clean: np.ndarray | None = None       # hidden states where no activation is quantized, if these go another way
+        self.slots = [slot for slot in activation_slots(model) if method.finds_range(slot)]
+        searched = {row["layer"] for row in model.modules if row["kind"] == "linear" and method.needs_data and _is_on(model, row)}
+        layers = searched | {slot.layer for slot in self.slots if slot.layer >= 0 or slot.parent == "nn.Linear"}
+        self.wants_head = -1 in layers
+        self.last = model.num_layers - 1 if self.wants_head else max(layers, default=-1)
+        self.run = streaming.start(model, batches, method.compat == "modelopt") if layers and not done.is_complete else None
+
+    def go(self) -> None:
+        model, method = self.model, self.method
+        method.begin()
+        if not self.done.layers:
+            model.unseen_experts = {}
+        for modules in (model.embedding_modules, () if self.wants_head else model.head_modules):
+            self.weights_only([], Part(-1, None, modules, streaming.unread(model)))
+        for layer in progress(range(model.num_layers), method.description):
+            if self.done.restore(layer, self.run):
+                continue
+            if self.run is not None and layer <= self.last:
+                method.layer(self, layer)
+            else:
+                for names, part in streaming.parts(model, layer):
+                    self.weights_only(names, part)
+            self.done.save(layer, self.run)
+        if self.wants_head and not self.done.restore(model.num_layers, None):
+            self.head()
+            self.done.save(model.num_layers, None)
+        method.end()
+
+    def slots_of(self, layer: int) -> list[Slot]:
+        return [slot for slot in self.slots if slot.layer == layer]
+
+    def through(self, layer: int, slots: Sequence[Slot] = (), method: Method | None = None, quantized: bool = False) -> None:
+        """All batches through one layer; ranges are found at these slots; method, if any, looks on (and sees inputs as their quantizers
+        make them, if so wished)."""
+        watch = _Watch(self.model, slots, method, quantized, self.method.histogram)
+        with watch.attached():
+            tokens = streaming.run_layer(self.model, self.run, layer, watch if method is not None else None)
+        watch.take_ranges()
+        _note_unseen(self.model, layer, tokens)
+
+    def through_twice(self, layer: int, method: Method, quantized: bool, apart: bool) -> None:
+        """Ranges are found first, where nothing is quantized; then method looks on while activations are. quantized: it sees inputs as
+        their quantizers make them. apart: each time, what comes in is what came out of the layer before under the same conditions; else
+        both start from where the run is. Without activation quantizers, once is enough."""
+        slots = self.slots_of(layer)
+        if slots:
+            start = self.run.state()
+            if apart and self._clean is not None:
+                self.run.restore(self._clean, layer)
+            self.through(layer, slots)
+            self._clean = self.run.state() if apart else None
+            self.run.restore(start, layer)
+        with self.model.simulating(weights=False, activations=bool(slots)):
+            self.through(layer, (), method, quantized and bool(slots))
+
+    def head(self) -> None:
+        """What reaches lm_head, without logits."""
+        tensors = streaming.head_tensors(self.model)
+        part = Part(-1, None, self.model.head_modules, tensors)
+        watch = _Watch(self.model, self.slots_of(-1), self.method, False, self.method.histogram)
+        with watch.attached():
+            watch.enter(part)
+            self.run.finish(tensors)
+            watch.leave(part)
+        watch.take_ranges()
+
+    def weights_only(self, names: Sequence[str], part: Part) -> None:
+        self.method.enter(part)
+        self.method.search(part, {})
+        self.model.checkpoint.release(names)
+
+
+class _Watch:
+    """Looks on while a layer runs: keeps calibrators where they belong, part by part."""
+
+    def __init__(self, model: Model, slots: Sequence[Slot], method: Method | None, quantized: bool, histogram: Mapping[str, Any] | None):
+        self.model, self.method, self.quantized = model, method, quantized
+        self.ranges = {slot.name: Range(model.settings[slot.name], histogram) for slot in slots}
+        self.sites: dict[str, tuple[str, SiteStatistics]] = {}
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        for name, found in self.ranges.items():
+            self.model.runtime.set_calibrator(name, found.statistics)
+        try:
+            yield
+        finally:
+            for name in {*self.ranges, *(point for point, _ in self.sites.values())}:
+                self.model.runtime.set_calibrator(name, None)
+
+    def enter(self, part: Part) -> None:
+        assert self.method is not None
+        self.method.enter(part)
+        self.sites = sites_of(self.model, part, self.method.searched(part), self.method.kinds)
+        for point, site in self.sites.values():
+            own = [self.ranges[point].statistics] if point in self.ranges else []
+            self.model.runtime.set_calibrator(point, [*own, *site.calibrators.values()], self.quantized)
+
+    def leave(self, part: Part) -> None:
+        assert self.method is not None
+        for point, _ in self.sites.values():
+            self.model.runtime.set_calibrator(point, self.ranges[point].statistics if point in self.ranges else None)
+        sites, self.sites = {name: site for name, (_, site) in self.sites.items()}, {}
+        self.method.search(part, sites)
+
+    def take_ranges(self) -> None:
+        for name, found in self.ranges.items():
+            if (bias := found.bias) is not None:
+                self.model.quantizers[name].bias = bias
+            take_amax(self.model, name, [found.amax()])
+
+
+def _is_on(model: Model, row: dict[str, Any]) -> bool:
+    quantizer = quantizer_of(model, f"{row['name']}.weight_quantizer")
+    return quantizer is not None and quantizer.enabled
+
+
+# Experts -------------------------------------------------------------------------------------------------------------------------
+
+def _note_unseen(model: Model, layer: int, tokens: np.ndarray | None) -> None:
+    """Remember which experts of a layer no token reached, if they are quantized."""
+    if tokens is None or not any(slot.parent == PARENT and slot.layer == layer and model.settings[name].enable
+                                 for name, slot in model.slots.items()):
+        return
+    unseen = np.flatnonzero(tokens[:, 1] == 0).tolist()
+    if unseen:
+        model.unseen_experts[layer] = unseen
+
+
+def warn_unseen(model: Model) -> None:
+    if model.unseen_experts:
+        said = [f"layer {layer}: {len(unseen)} of {model.runtime.experts(layer)}" for layer, unseen in model.unseen_experts.items()]
+        warnings.warn(f"experts that saw no token ({listed(said, 8, '; ')}): they are calibrated from their weights "
+                      f"alone; more or longer calibration texts reach more of them (print_quant_summary names them)", stacklevel=4)
