@@ -14,7 +14,7 @@ from modelq.checkpoint.config import runtime_config
 from modelq.experts import expert_places, expert_slots
 from modelq.inputs import IGNORED_ARGUMENTS, Batch, check_vocabulary, integer_matrix, make_batch
 from modelq.output import Output, Pass
-from modelq.quantizers import rotation_only
+from modelq.quantizers import without_rounding
 from modelq.rules import Setting, Slot, default_setting
 from modelq.stated import stated_input_quantizers
 
@@ -176,8 +176,8 @@ class Model:
 
     @contextmanager
     def simulating(self, weights: bool, activations: bool) -> Iterator[None]:
-        """Within it, the model computes with quantized weights, quantized activations, both or none. Weights that are not quantized are
-        smoothed where activations are."""
+        """Within it, the model computes with quantized weights, quantized activations, both or none. What changes no values but for
+        rounding stays: smoothing, rotations, branches of low rank beside what is left of weights."""
         before = self.simulate, self.simulate_inputs
         self.simulate, self.simulate_inputs = weights, activations
         self.connect()
@@ -190,14 +190,14 @@ class Model:
     def connect(self) -> None:
         """Give the runtime the quantizers of activations that take part in the simulation, and take away the others.
 
-        Without simulation only rotations stay, so that calibration sees what will be rounded."""
+        Without simulation they only rotate and smooth, so that calibration sees what will be rounded."""
         active = {name: quantizer for name, quantizer in self.quantizers.items() if self.slots[name].role != "weight"}
-        if self.simulate_inputs:
-            if not self.float32_weights:
-                active |= stated_input_quantizers(self)
-            wanted = {name: q for name, q in active.items() if q.enabled or q.rotate or q.pre_quant_scale is not None}
-        else:
-            wanted = {name: rotation_only(q.rotate) for name, q in active.items() if q.rotate}
+        if not self.float32_weights:
+            active |= stated_input_quantizers(self)
+        wanted = {name: q for name, q in active.items()
+                  if (q.enabled and self.simulate_inputs) or q.rotate or q.pre_quant_scale is not None}
+        if not self.simulate_inputs:
+            wanted = {name: without_rounding(q) for name, q in wanted.items()}
         for name in self._connected - set(wanted):
             self.runtime.set_quantizer(name, None)
         self._connected = set(wanted)

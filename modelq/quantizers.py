@@ -95,11 +95,11 @@ def _needs_amax(attributes: QuantizerAttributeConfig) -> bool:
     return attributes.type != "dynamic" and not microscaling and not constant
 
 
-def rotation_only(columns: int) -> Any:
-    """A quantizer that rotates and rounds nothing."""
-    quantizer = _core.Quantizer(enabled=False)
-    quantizer.rotate = columns
-    return quantizer
+def without_rounding(quantizer: Any) -> Any:
+    """A quantizer that rotates and smooths as another does, and rounds nothing."""
+    plain = _core.Quantizer(enabled=False)
+    plain.rotate, plain.pre_quant_scale = quantizer.rotate, quantizer.pre_quant_scale
+    return plain
 
 
 def rotated_columns(setting: Setting) -> int:

@@ -145,6 +145,11 @@ def is_stored(model: Any, row: dict[str, Any]) -> bool:
     return stated_scale(model, row) is not None and folding_norm(model, row) is None and folding_linear(model, row) is None
 
 
+def is_rounded(model: Any, row: dict[str, Any]) -> bool:
+    """Whether calibration has rounded a linear's weight by itself (GPTQ): then it is not to be changed any more."""
+    return row["weight"] in getattr(model.checkpoint, "changed", ())
+
+
 def previous_linear(model: Any, row: dict[str, Any]) -> dict[str, Any] | None:
     """The linear whose rows are the columns of this one's input; None for an expert's, which share their quantizers."""
     parent, _, last = row["name"].rpartition(".")
@@ -159,7 +164,7 @@ def folding_linear(model: Any, row: dict[str, Any]) -> dict[str, Any] | None:
     if scale is None or pair is None or pair != ("nvfp4", "nvfp4") or folds_all(model) or row["name"] in getattr(model, "low_rank", {}):
         return None
     previous = previous_linear(model, row)
-    if previous is None or previous["shape"][0] != len(scale) or len(_group(model, row)) > 1:
+    if previous is None or previous["shape"][0] != len(scale) or len(_group(model, row)) > 1 or is_rounded(model, previous):
         return None
     cache = model.quantizers.get(f"{row['name'].rpartition('.')[0]}.v_bmm_quantizer")
     return None if previous["name"].endswith("v_proj") and cache is not None and cache.enabled else previous

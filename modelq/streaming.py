@@ -70,8 +70,7 @@ def run_layer(model: Model, run: Any, layer: int, visitor: Visitor | None = None
         if visitor is not None:
             visitor.enter(part)
         model.runtime.load_layer(layer, part.tensors)
-        if model.simulate or model.simulate_inputs:
-            load_low_rank(model, part.modules)
+        load_low_rank(model, part.modules)
         if visitor is None:
             del part        # what was read is packed by now
         tokens: np.ndarray | None = run.layer(layer)
@@ -138,14 +137,13 @@ def head_tensors(model: Model) -> dict[str, np.ndarray]:
 
 
 def read(model: Model, names: Iterable[str], modules: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
-    """Arrays by tensor name; the weights of `modules` as their quantizers make them, if the model simulates quantization."""
-    made = {}
+    """Arrays by tensor name; the weights of `modules` smoothed, and as their quantizers make them if the model simulates that."""
     if model.simulate:
         made = {module["weight"]: simulated(model, module) for module in modules if _is_simulated(model, module)}
-    elif model.simulate_inputs:
-        made = {module["weight"]: smoothed(model, module) for module in modules if _is_smoothed(model, module)}
+    else:
+        made = {module["weight"]: smoothed(model, module) for module in modules if is_smoothed(model, module)}
     tensors = {name: made[name] if name in made else model.checkpoint.read(name) for name in names}
-    if (model.simulate or model.simulate_inputs) and not model.float32_weights:
+    if not model.float32_weights:
         for name, scale in norm_scales(model, modules).items():
             tensors[name] = times_columns(tensors[name], scale)
     return tensors
@@ -156,7 +154,8 @@ def _is_simulated(model: Model, module: dict[str, Any]) -> bool:
     return module["name"] in model.packed or (quantizer is not None and quantizer.enabled)
 
 
-def _is_smoothed(model: Model, module: dict[str, Any]) -> bool:
+def is_smoothed(model: Model, module: dict[str, Any]) -> bool:
+    """Whether a linear's weight is not the checkpoint's even where nothing is rounded."""
     return module["kind"] == "linear" and (own_scale(model, module["name"]) is not None or module["name"] in model.low_rank)
 
 

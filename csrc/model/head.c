@@ -89,13 +89,13 @@ static void norm_rows(const head_job *job, char *normed, int64_t first, int64_t 
     mq_rmsnorm_forward(normed, hidden, job->norm, runtime->config.rms_norm_eps, &sizes);
 }
 
-static void quantize_rows(const mq_runtime *runtime, char *normed, int64_t rows)
+static void quantize_rows(const mq_runtime *runtime, char *normed, int64_t rows, mq_quant_steps steps)
 {
     const mq_quantizer *quantizer = runtime->head_input.quantizer;
     int64_t width = runtime->config.hidden_size;
-    if (quantizer == NULL || !(quantizer->enabled || quantizer->pre_scale)) return;
+    if (quantizer == NULL || !mq_quantizer_acts(quantizer)) return;
     mq_quant_rows quant = {.x = normed, .y = normed, .dtype = runtime->dtype, .rows = rows, .cols = width, .ldx = width,
-                           .ldy = width};
+                           .ldy = width, .steps = steps};
     mq_quantizer_apply(quantizer, &quant);
 }
 
@@ -106,7 +106,7 @@ static void head_rows(head_job *job, char *scratch, int64_t first, int64_t rows)
     float *logits = job->logits ? job->logits + first * ld + job->first : (float *)(void *)(scratch + normed_size(job));
     mq_loss_slice slice = {.rows = rows, .first = job->first, .columns = job->columns, .ld = ld};
     norm_rows(job, scratch, first, rows);
-    quantize_rows(runtime, scratch, rows);
+    quantize_rows(runtime, scratch, rows, MQ_QUANT_ALL);
     mq_gemm_args args = {
         .m = rows, .a = scratch, .a_dtype = runtime->dtype, .lda = runtime->config.hidden_size, .b = &job->slice.packed,
         .c = logits, .c_dtype = MQ_F32, .ldc = ld, .alpha = 1.0f,
@@ -219,6 +219,7 @@ static int collect_rows(head_job *job, mq_point *point, mq_error *err)
         mq_calib_rows part = {.x = job->scratch, .dtype = runtime->dtype, .rows = rows, .width = width, .ld = width,
                               .mask = mask ? mask + first : NULL, .chunk = first};
         norm_rows(job, job->scratch, first, rows);
+        quantize_rows(runtime, job->scratch, rows, point->watch_quantized ? MQ_QUANT_ALL : MQ_QUANT_PREPARE);
         rc = mq_point_collect(point, &part, err);
         if (rc == MQ_OK) rc = mq_points_settle(&point, 1, err);
     }

@@ -128,12 +128,19 @@ static const void *quantized_input(pass *pass, const mq_linear *linear, const vo
     return pass->quantized;
 }
 
-/* Statistics of a linear's input, before its quantizer or behind it. */
+/* Statistics of a linear's input as its quantizer leaves it, or as it is before it is rounded. */
 static int collect_input(pass *pass, mq_linear *linear, const void *in)
 {
+    const mq_quantizer *quantizer = linear->input.quantizer;
     if (!mq_point_is_watched(&linear->input)) return MQ_OK;
-    const void *seen = linear->input.watch_quantized ? quantized_input(pass, linear, in) : in;
-    return collect(pass, &linear->input, seen, linear->cols);
+    if (linear->input.watch_quantized) {
+        in = quantized_input(pass, linear, in);
+    } else if (quantizer != NULL && mq_quantizer_prepares(quantizer)) {
+        quantize_steps(pass, quantizer, pass->quantized, in, linear->cols, MQ_QUANT_PREPARE);
+        pass->applied = NULL;
+        in = pass->quantized;
+    }
+    return collect(pass, &linear->input, in, linear->cols);
 }
 
 /* out (rows, O) += up(down(in)), of the input as it is before it is rounded. */

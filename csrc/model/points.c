@@ -11,14 +11,23 @@ static const mq_watcher *leader_of(const mq_watcher *watcher)
     return watcher->leader != NULL ? watcher->leader : watcher;
 }
 
+/* Whether the same rows are seen at both: of one tensor, prepared and, where that is what is watched, rounded alike. */
+static int same_rows(const mq_point *a, const mq_point *b)
+{
+    const mq_quantizer *first = a->quantizer, *second = b->quantizer;
+    if (a->site != b->site || a->watch_quantized != b->watch_quantized) return 0;
+    const int changed = (first != NULL && (a->watch_quantized || mq_quantizer_prepares(first))) ||
+                        (second != NULL && (b->watch_quantized || mq_quantizer_prepares(second)));
+    return !changed || (first != NULL && second != NULL && mq_quantizer_same(first, second));
+}
+
 static const mq_watcher *find_leader(mq_point **points, size_t index)
 {
     const mq_watcher *watcher = watcher_at(points, index);
     for (size_t i = 0; i < index; i++) {
         const mq_watcher *other = watcher_at(points, i);
         const mq_point *point = points[i / MQ_POINT_WATCHERS], *own = points[index / MQ_POINT_WATCHERS];
-        if (other->watch != NULL && point->site == own->site && point->watch_quantized == own->watch_quantized &&
-            mq_calib_same_kind(other->calib, watcher->calib))
+        if (other->watch != NULL && same_rows(point, own) && mq_calib_same_kind(other->calib, watcher->calib))
             return other;
     }
     return NULL;

@@ -50,6 +50,7 @@ def calibrate(model: Model, algorithm: Any = "max", forward_loop: Callable[..., 
             digest = digest_of(model, steps, batches, compat) if _folder(checkpoint_dir, steps) else ""
             for index, step in enumerate(steps):
                 done = _progress(model, checkpoint_dir, index, step, digest)
+                model.connect()
                 Walk(model, batches, METHODS[step["method"]](model, step, compat), done).go()
                 if isinstance(done, Saved):
                     done.finish()

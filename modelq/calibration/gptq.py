@@ -20,10 +20,10 @@ import numpy as np
 from modelq import _core
 from modelq.algorithms import normalize_algorithm
 from modelq.calibration.search import LocalHessian, Mse
-from modelq.calibration.smooth import diagonal_blocks, freeze_scales
-from modelq.calibration.statistics import SiteStatistics
-from modelq.calibration.walk import Method, Walk
-from modelq.calibration.weights import find_weight_amax, quantized_weights, tensor_of
+from modelq.calibration.smooth import diagonal_blocks
+from modelq.calibration.statistics import InputStatistics
+from modelq.calibration.walk import Method
+from modelq.calibration.weights import quantized_weights, tensor_of
 from modelq.changed import ChangedCheckpoint, Rounded
 from modelq.experts import place_of
 from modelq.groups import pair_of
@@ -39,10 +39,10 @@ class Gptq(Method):
     needs_data = True
     description = "gptq"
     kinds = {"gram": 0}
+    under_quantization = sees_rounded = changes_weights = True
 
     def __init__(self, model: Any, settings: Mapping[str, Any], compat: str | None = None):
         super().__init__(model, settings, compat)
-        self.layerwise = settings["layerwise"]
         self.shared = {row["weight"] for row in model.modules if row["kind"] == "embedding"}
         self.singular: dict[str, tuple[int, int]] = {}      # by weight quantizer: tokens, columns
         self.undamped: list[str] = []
@@ -75,32 +75,19 @@ class Gptq(Method):
         quantized = [row for _, _, members in quantized_weights(self.model, part) for row in members]
         return [row for row in quantized if row["kind"] == "linear" and self._takes(row)]
 
-    def enter(self, part: Part) -> None:
-        find_weight_amax(self.model, part)
-
-    def layer(self, walk: Walk, layer: int) -> None:
-        layerwise, start = self.layerwise["enable"], walk.run.state()
-        walk.through_twice(layer, self, quantized=True, apart=not layerwise)
-        if layerwise:
-            walk.run.restore(start, layer)
-            quantized = self.layerwise["get_qdq_activations_from_prev_layer"]
-            with self.model.simulating(weights=quantized, activations=quantized):
-                walk.through(layer)
-
-    def search(self, part: Part, sites: Mapping[str, SiteStatistics]) -> None:
+    def search(self, part: Part, inputs: Mapping[str, InputStatistics]) -> None:
         factors: dict[str, tuple[np.ndarray | None, np.ndarray, np.ndarray]] = {}
-        freeze_scales(self.model, part, [row for row in self.searched(part) if row["expert"] is None])
         for name, setting, members in quantized_weights(self.model, part):
-            site = members[0].get("site")
-            if not all(row["kind"] == "linear" and row["site"] in sites for row in members):
+            if not all(row["name"] in inputs for row in members):
                 continue
+            seen = inputs[members[0]["name"]]
             tensors = [tensor_of(self.model, row, part) for row in members]
             weight = np.concatenate(tensors) if len(tensors) > 1 else tensors[0]
             if self.scales is not None:
-                self._choose_scales(name, weight, sites[site].gram)
-            if site not in factors:
-                factors[site] = self._factor(name, sites[site])
-            self._round(name, setting, members, weight, *factors[site])
+                self._choose_scales(name, weight, seen.gram)
+            if seen.point not in factors:
+                factors[seen.point] = self._factor(name, seen)
+            self._round(name, setting, members, weight, *factors[seen.point])
 
     def _choose_scales(self, name: str, weight: np.ndarray, gram: np.ndarray) -> None:
         quantizer = self.model.quantizers[name]
@@ -109,12 +96,12 @@ class Gptq(Method):
         assert self.scales is not None
         self.scales.choose(name, quantizer, weight, blocks)
 
-    def _factor(self, name: str, site: SiteStatistics) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
+    def _factor(self, name: str, seen: InputStatistics) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
         """(order of the columns, or None; the factor; what squares count) of a damped Gram matrix."""
-        gram = site.gram
+        gram = seen.gram
         diagonal = np.diagonal(gram).copy()
-        if site.count < len(gram) or not diagonal.all():
-            self.singular[name] = (site.count, len(gram))
+        if seen.count < len(gram) or not diagonal.all():
+            self.singular[name] = (seen.count, len(gram))
         order = np.argsort(-diagonal, kind="stable") if self.settings["act_order"] else None
         damping = self.settings["perc_damp"]
         while damping <= MOST_DAMPING:

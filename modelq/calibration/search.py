@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from modelq import _core
-from modelq.calibration.statistics import SiteStatistics
-from modelq.calibration.walk import Method, Walk
-from modelq.calibration.weights import find_weight_amax, quantized_weights, tensor_of
+from modelq.calibration.statistics import InputStatistics
+from modelq.calibration.walk import Method
+from modelq.calibration.weights import quantized_weights, tensor_of
 from modelq.quantizers import has_static_levels, needs_amax, stage_quantizers
 from modelq.rules import stages
 from modelq.streaming import Part
@@ -27,16 +27,13 @@ class Mse(Method):
 
     description = "mse"
 
-    def enter(self, part: Part) -> None:
-        find_weight_amax(self.model, part)
-
-    def search(self, part: Part, sites: Mapping[str, SiteStatistics]) -> None:
+    def search(self, part: Part, inputs: Mapping[str, InputStatistics]) -> None:
         for name, setting, members in quantized_weights(self.model, part):
             quantizers = stage_quantizers(self.model.quantizers[name])
             if len(quantizers) == 1 and needs_amax(setting) and quantizers[0].amax is not None and stages(setting)[0].type != "dynamic":
                 tensors = [tensor_of(self.model, row, part) for row in members]
                 weight = np.concatenate(tensors) if len(tensors) > 1 else tensors[0]
-                gram = sites[members[0]["site"]].gram if members[0]["site"] in sites else None
+                gram = inputs[members[0]["name"]].gram if members[0]["name"] in inputs else None
                 self.choose(name, quantizers[0], weight, gram)
 
     def choose(self, name: str, quantizer: Any, weight: np.ndarray, gram: np.ndarray | None) -> None:
@@ -74,6 +71,7 @@ class LocalHessian(Mse):
 
     needs_data = True
     description = "local_hessian"
+    under_quantization = True
 
     def __init__(self, model: Any, settings: Mapping[str, Any], compat: str | None = None):
         super().__init__(model, settings, compat)
@@ -84,9 +82,6 @@ class LocalHessian(Mse):
         if part.tokens == 0:
             return []
         return [row for _, _, members in quantized_weights(self.model, part) for row in members if self._divides(row)]
-
-    def layer(self, walk: Walk, layer: int) -> None:
-        walk.through_twice(layer, self, quantized=False, apart=True)
 
     def _divides(self, row: dict[str, Any]) -> bool:
         if row["kind"] != "linear":

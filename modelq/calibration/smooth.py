@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 
 from modelq import _core
-from modelq.calibration.statistics import SiteStatistics
+from modelq.calibration.statistics import InputStatistics
 from modelq.calibration.walk import Method
-from modelq.calibration.weights import find_weight_amax, quantized_weights, share_global_amax, take_amax, tensor_of
+from modelq.calibration.weights import find_weight_amax, freeze_scales, quantized_weights, share_global_amax, take_amax, tensor_of
 from modelq.experts import PARENT, place_of
 from modelq.groups import siblings
 from modelq.quantizers import block_extents, make_quantizer, needs_amax, stage_quantizers
 from modelq.rules import Slot, stages
-from modelq.smoothing import as_loaded, dtype_of, own_scale, rounded, set_scale, set_weight_amax, stated_scale
+from modelq.smoothing import as_loaded, dtype_of, is_rounded, own_scale, rounded, set_scale, set_weight_amax
 from modelq.streaming import Part
 from modelq.tables import listed
 
@@ -42,6 +42,17 @@ class Smoothing(Method):
         """Whether a linear is smoothed."""
         setting = self.model.settings.get(f"{row['name']}.weight_quantizer")
         return setting is not None and setting.enable
+
+    def begin(self) -> None:
+        """Linears that were smoothed before are smoothed anew."""
+        for row in self.model.modules:
+            if row["name"] in self.wanted:
+                if is_rounded(self.model, row):
+                    raise ValueError(f"{row['name']}: {self.description}: gptq has rounded its weight already: let it come last")
+                for side in ("input", "weight"):
+                    self.model.quantizers[f"{row['name']}.{side}_quantizer"].pre_quant_scale = None
+        self.model.low_rank = {}
+        self.model.connect()
 
     def searched(self, part: Part) -> list[dict[str, Any]]:
         return [row for row in part.modules if row["name"] in self.wanted]
@@ -94,6 +105,7 @@ class SmoothQuant(Smoothing):
         return weight.num_bits == side.num_bits == 8 and side.axis in (None, -1) and side.block_sizes is None and side.type == "static"
 
     def begin(self) -> None:
+        super().begin()
         rest = [row["name"] for row in self.model.modules if row["kind"] == "linear" and row["name"] not in self.wanted
                 and (setting := self.model.settings.get(place_of(self.model, f"{row['name']}.weight_quantizer").name)) and setting.enable]
         if not self.wanted:
@@ -102,10 +114,10 @@ class SmoothQuant(Smoothing):
         if any(name for name in rest if self.model.slots[place_of(self.model, f"{name}.weight_quantizer").name].parent != PARENT):
             warnings.warn(f"smoothquant: left alone, as they are not 8-bit integers on both sides: {listed(rest)}", stacklevel=5)
 
-    def search(self, part: Part, sites: Mapping[str, SiteStatistics]) -> None:
+    def search(self, part: Part, inputs: Mapping[str, InputStatistics]) -> None:
         for row in self.searched(part):
             weight = as_loaded(self.model, part.tensors[row["weight"]])
-            maxima, dtype = sites[row["site"]].amax, dtype_of(self.model, row)
+            maxima, dtype = inputs[row["name"]].amax, dtype_of(self.model, row)
             scale = _core.smoothquant_scale(maxima, _core.amax(weight, axis=-1).reshape(-1), self.settings["alpha"], dtype.name)
             self.smooth(row, part, scale)
             self.set_input_amax(row, maxima, scale)
@@ -126,15 +138,15 @@ class AwqLite(Smoothing):
         self.alphas = alphas(settings.get("alpha_step", 0.1))
         self.losses: dict[str, np.ndarray] = {}         # of every alpha, by module
 
-    def search(self, part: Part, sites: Mapping[str, SiteStatistics]) -> None:
+    def search(self, part: Part, inputs: Mapping[str, InputStatistics]) -> None:
         for members in siblings(self.searched(part)):
-            site = sites[members[0]["site"]]
-            gram = _core.GramLoss(site.gram, gram_compute(self.model))
+            seen = inputs[members[0]["name"]]
+            gram = _core.GramLoss(seen.gram, gram_compute(self.model))
             for row in members:
-                scale = 1 / self.best_scale(row, part, site.mean, gram)
+                scale = 1 / self.best_scale(row, part, seen.mean, gram)
                 self.smooth(row, part, scale)
                 if self.model.settings[f"{row['name']}.input_quantizer"].enable:
-                    self.set_input_amax(row, site.amax, scale)
+                    self.set_input_amax(row, seen.amax, scale)
         share_global_amax(self.model, part.modules, [f"{row['name']}.weight_quantizer" for row in self.searched(part)])
 
     def best_scale(self, row: dict[str, Any], part: Part, mean: np.ndarray, gram: Any) -> np.ndarray:
@@ -222,13 +234,12 @@ class AwqClip(Method):
     def searched(self, part: Part) -> list[dict[str, Any]]:
         return self._rows(part.modules) if part.tokens is None or part.tokens else []
 
-    def search(self, part: Part, sites: Mapping[str, SiteStatistics]) -> None:
-        names = {row["name"] for row in self.searched(part)} if sites else set()
+    def search(self, part: Part, inputs: Mapping[str, InputStatistics]) -> None:
         for name, _, members in quantized_weights(self.model, part):
-            if names.issuperset(row["name"] for row in members):
+            if all(row["name"] in inputs for row in members):
                 weight = np.concatenate([tensor_of(self.model, row, part) for row in members]) if len(members) > 1 \
                     else tensor_of(self.model, members[0], part)
-                self.clipping.clip(name, weight, sites[members[0]["site"]].gram, weight.dtype.name)
+                self.clipping.clip(name, weight, inputs[members[0]["name"]].gram, weight.dtype.name)
 
 
 class AwqFull(AwqLite):
@@ -240,25 +251,12 @@ class AwqFull(AwqLite):
         super().__init__(model, settings, compat)
         self.clipping = Clip(model, settings)
 
-    def search(self, part: Part, sites: Mapping[str, SiteStatistics]) -> None:
-        super().search(part, sites)
+    def search(self, part: Part, inputs: Mapping[str, InputStatistics]) -> None:
+        super().search(part, inputs)
         freeze_scales(self.model, part, self.searched(part))
         for row in self.searched(part):
             setting = self.model.settings[f"{row['name']}.weight_quantizer"]
             if stages(setting)[0].block_sizes is not None:
                 scale = own_scale(self.model, row["name"])
-                gram = sites[row["site"]].gram * scale[:, None] * scale
+                gram = inputs[row["name"]].gram * scale[:, None] * scale
                 self.clipping.clip(f"{row['name']}.weight_quantizer", tensor_of(self.model, row, part), gram, "float32")
-
-
-def freeze_scales(model: Any, part: Part, rows: Sequence[dict[str, Any]]) -> None:
-    """Give smoothed siblings the scale that an export will state for all of them, so that what is found for their weights now is what
-    is written. (A model loaded as float32 follows the reference, which searches first and averages at export.)"""
-    if model.float32_weights:
-        return
-    scales = {row["name"]: stated_scale(model, row) for row in rows}
-    for row in rows:
-        scale = scales[row["name"]]
-        if scale is not None and not np.array_equal(scale, own_scale(model, row["name"])):
-            set_scale(model, row, scale)
-            set_weight_amax(model, row, tensor_of(model, row, part))

@@ -12,7 +12,7 @@ from modelq.experts import place_of
 from modelq.groups import siblings
 from modelq.quantizers import calibrator_of, needs_amax, takes_histogram
 from modelq.rules import Setting, Slot, stages
-from modelq.streaming import Part
+from modelq.smoothing import own_scale
 
 if TYPE_CHECKING:
     from modelq.model import Model
@@ -67,14 +67,14 @@ def not_finite(name: str, error: Exception) -> ValueError:
 
 # Inputs of linears ---------------------------------------------------------------------------------------------------------------
 
-class SiteStatistics:
+class InputStatistics:
     """What is known of one tensor that linears read. kinds: "amax" (largest magnitude by channel), "mean" (of magnitudes by channel),
     "gram" (X^T X), and options for them: {"gram": 16} keeps blocks of 16 on the diagonal, {"mean": 1} weighs calls as Model Optimizer."""
 
     KINDS = {"amax": "max", "mean": "mean_abs", "gram": "gram"}
 
-    def __init__(self, name: str, kinds: Mapping[str, int]):
-        self.name = name
+    def __init__(self, point: str, kinds: Mapping[str, int]):
+        self.point = point      # the quantizer before which it passes
         self.calibrators = {kind: _core.Calibrator(self.KINDS[kind], -1, option) for kind, option in kinds.items()}
 
     @property
@@ -101,11 +101,20 @@ class SiteStatistics:
         try:
             return np.asarray(getattr(self.calibrators[kind], method)())
         except ValueError as error:
-            raise not_finite(self.name, error) from error
+            raise not_finite(self.point, error) from error
 
 
-def sites_of(model: Model, part: Part, rows: Sequence[dict[str, Any]], kinds: Mapping[str, int]) -> dict[str, tuple[str, SiteStatistics]]:
-    """Site of these linears to (the point where its tensor passes, statistics of these kinds)."""
-    return {members[0]["site"]: (place_of(model, f"{members[0]['name']}.input_quantizer").name,
-                                 SiteStatistics(f"{members[0]['name']}.input_quantizer", kinds))
-            for members in siblings(row for row in rows if row["kind"] == "linear")} if kinds else {}
+def input_statistics(model: Model, rows: Sequence[dict[str, Any]], kinds: Mapping[str, int]) -> dict[str, InputStatistics]:
+    """Module to statistics of its input, of these kinds; linears that read one tensor, smoothed alike, have one between them."""
+    found: dict[str, InputStatistics] = {}
+    for members in siblings(row for row in rows if row["kind"] == "linear") if kinds else ():
+        for row in members:
+            alike = [other for other in members if other["name"] in found and same_scale(model, row, other)]
+            found[row["name"]] = found[alike[0]["name"]] if alike else InputStatistics(
+                place_of(model, f"{row['name']}.input_quantizer").name, kinds)
+    return found
+
+
+def same_scale(model: Model, row: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two linears' inputs are smoothed alike. Siblings are, but in a model loaded as float32."""
+    return not model.float32_weights or np.array_equal(own_scale(model, row["name"]), own_scale(model, other["name"]))

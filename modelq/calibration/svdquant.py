@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from modelq.calibration.smooth import AwqLite, freeze_scales
-from modelq.calibration.statistics import SiteStatistics
-from modelq.calibration.weights import share_global_amax, take_amax, tensor_of
+from modelq.calibration.smooth import AwqLite
+from modelq.calibration.statistics import InputStatistics
+from modelq.calibration.weights import freeze_scales, share_global_amax, take_amax, tensor_of
 from modelq.groups import siblings
 from modelq.low_rank import LowRank, largest_part
 from modelq.quantizers import needs_amax
@@ -28,11 +28,8 @@ class SvdQuant(AwqLite):
         skipped = any(fnmatchcase(row["name"], pattern) for pattern in self.settings.get("skip_layers") or ())
         return super().takes(row) and not skipped and row["layer"] >= 0
 
-    def begin(self) -> None:
-        self.model.low_rank = {}
-
-    def search(self, part: Part, sites: Mapping[str, SiteStatistics]) -> None:
-        super().search(part, sites)
+    def search(self, part: Part, inputs: Mapping[str, InputStatistics]) -> None:
+        super().search(part, inputs)
         rows = self.searched(part)
         freeze_scales(self.model, part, rows)
         for members in siblings(rows):
@@ -41,7 +38,7 @@ class SvdQuant(AwqLite):
                 self.split(group, part)
             for row in members:
                 if self.model.settings[f"{row['name']}.input_quantizer"].enable:
-                    self.set_input_amax(row, sites[row["site"]].amax, own_scale(self.model, row["name"]))
+                    self.set_input_amax(row, inputs[row["name"]].amax, own_scale(self.model, row["name"]))
         share_global_amax(self.model, part.modules, [f"{row['name']}.weight_quantizer" for row in rows])
 
     def split(self, rows: Sequence[dict[str, Any]], part: Part) -> None:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from modelq import streaming
-from modelq.calibration.statistics import Range, SiteStatistics, activation_slots, sites_of
-from modelq.calibration.weights import find_weight_amax, take_amax
+from modelq.calibration.statistics import Range, InputStatistics, activation_slots, input_statistics
+from modelq.calibration.weights import find_weight_amax, freeze_scales, take_amax
 from modelq.experts import PARENT, quantizer_of
 from modelq.inputs import Batch
 from modelq.progress import progress
@@ -36,8 +36,11 @@ class Method:
 
     needs_data = False                      # whether weights alone are not enough
     description = "calibrate"
-    kinds: Mapping[str, int] = {}           # statistics of inputs, as SiteStatistics takes them
+    kinds: Mapping[str, int] = {}           # statistics of inputs, as InputStatistics takes them
     histogram: Mapping[str, Any] | None = None
+    under_quantization = False              # a search looks on while activations are quantized, once their ranges are found
+    sees_rounded = False                    # and sees inputs as their quantizers leave them
+    changes_weights = False
 
     def __init__(self, model: Model, settings: Mapping[str, Any], compat: str | None = None):
         self.model, self.settings, self.compat = model, settings, compat
@@ -55,14 +58,26 @@ class Method:
 
     def enter(self, part: Part) -> None:
         """A part's weights are there; its tokens are to come."""
+        freeze_scales(self.model, part, part.modules)
         find_weight_amax(self.model, part)
 
-    def search(self, part: Part, sites: Mapping[str, SiteStatistics]) -> None:
-        """A part's tokens have passed. sites: by site, statistics of the inputs of what is `searched`."""
+    def search(self, part: Part, inputs: Mapping[str, InputStatistics]) -> None:
+        """A part's tokens have passed. inputs: by module, statistics of the inputs of what is `searched`."""
 
     def layer(self, walk: Walk, layer: int) -> None:
-        """One layer of all batches; the next one's inputs are to be there afterwards."""
-        walk.through(layer, walk.slots_of(layer), self)
+        """One layer of all batches; the next one's inputs are there afterwards: what this one makes of them, when quantized if the
+        algorithm's layerwise setting says so."""
+        layerwise = self.settings["layerwise"]
+        quantized = layerwise["enable"] and layerwise["get_qdq_activations_from_prev_layer"]
+        start = walk.run.state() if quantized or (layerwise["enable"] and self.changes_weights) else None
+        if self.under_quantization:
+            walk.through_twice(layer, self, apart=not layerwise["enable"])
+        else:
+            walk.through(layer, walk.slots_of(layer), self)
+        if start is not None:
+            walk.run.restore(start, layer)
+            with self.model.simulating(weights=quantized, activations=quantized):
+                walk.through(layer)
 
     def end(self) -> None:
         """After the last layer: what is to be said of all."""
@@ -105,19 +120,18 @@ class Walk:
     def slots_of(self, layer: int) -> list[Slot]:
         return [slot for slot in self.slots if slot.layer == layer]
 
-    def through(self, layer: int, slots: Sequence[Slot] = (), method: Method | None = None, quantized: bool = False) -> None:
-        """All batches through one layer; ranges are found at these slots; method, if any, looks on (and sees inputs as their quantizers
-        make them, if so wished)."""
-        watch = _Watch(self.model, slots, method, quantized, self.method.histogram)
+    def through(self, layer: int, slots: Sequence[Slot] = (), method: Method | None = None) -> None:
+        """All batches through one layer; ranges are found at these slots; method, if any, looks on."""
+        watch = _Watch(self.model, slots, method, self.method.histogram)
         with watch.attached():
             tokens = streaming.run_layer(self.model, self.run, layer, watch if method is not None else None)
         watch.take_ranges()
         _note_unseen(self.model, layer, tokens)
 
-    def through_twice(self, layer: int, method: Method, quantized: bool, apart: bool) -> None:
-        """Ranges are found first, where nothing is quantized; then method looks on while activations are. quantized: it sees inputs as
-        their quantizers make them. apart: each time, what comes in is what came out of the layer before under the same conditions; else
-        both start from where the run is. Without activation quantizers, once is enough."""
+    def through_twice(self, layer: int, method: Method, apart: bool) -> None:
+        """Ranges are found first, where nothing is quantized; then method looks on while activations are. apart: each time, what comes in
+        is what came out of the layer before under the same conditions; else both start from where the run is. Without activation
+        quantizers, once is enough."""
         slots = self.slots_of(layer)
         if slots:
             start = self.run.state()
@@ -126,14 +140,14 @@ class Walk:
             self.through(layer, slots)
             self._clean = self.run.state() if apart else None
             self.run.restore(start, layer)
-        with self.model.simulating(weights=False, activations=bool(slots)):
-            self.through(layer, (), method, quantized and bool(slots))
+        with self.model.simulating(weights=False, activations=True):
+            self.through(layer, (), method)
 
     def head(self) -> None:
         """What reaches lm_head, without logits."""
         tensors = streaming.head_tensors(self.model)
         part = Part(-1, None, self.model.head_modules, tensors)
-        watch = _Watch(self.model, self.slots_of(-1), self.method, False, self.method.histogram)
+        watch = _Watch(self.model, self.slots_of(-1), self.method, self.method.histogram)
         with watch.attached():
             watch.enter(part)
             self.run.finish(tensors)
@@ -149,10 +163,10 @@ class Walk:
 class _Watch:
     """Looks on while a layer runs: keeps calibrators where they belong, part by part."""
 
-    def __init__(self, model: Model, slots: Sequence[Slot], method: Method | None, quantized: bool, histogram: Mapping[str, Any] | None):
-        self.model, self.method, self.quantized = model, method, quantized
+    def __init__(self, model: Model, slots: Sequence[Slot], method: Method | None, histogram: Mapping[str, Any] | None):
+        self.model, self.method = model, method
         self.ranges = {slot.name: Range(model.settings[slot.name], histogram) for slot in slots}
-        self.sites: dict[str, tuple[str, SiteStatistics]] = {}
+        self.inputs: dict[str, InputStatistics] = {}
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -161,23 +175,23 @@ class _Watch:
         try:
             yield
         finally:
-            for name in {*self.ranges, *(point for point, _ in self.sites.values())}:
+            for name in {*self.ranges, *(seen.point for seen in self.inputs.values())}:
                 self.model.runtime.set_calibrator(name, None)
 
     def enter(self, part: Part) -> None:
         assert self.method is not None
         self.method.enter(part)
-        self.sites = sites_of(self.model, part, self.method.searched(part), self.method.kinds)
-        for point, site in self.sites.values():
+        self.inputs = input_statistics(self.model, self.method.searched(part), self.method.kinds)
+        for point, seen in {seen.point: seen for seen in self.inputs.values()}.items():
             own = [self.ranges[point].statistics] if point in self.ranges else []
-            self.model.runtime.set_calibrator(point, [*own, *site.calibrators.values()], self.quantized)
+            self.model.runtime.set_calibrator(point, [*own, *seen.calibrators.values()], self.method.sees_rounded)
 
     def leave(self, part: Part) -> None:
         assert self.method is not None
-        for point, _ in self.sites.values():
+        for point in {seen.point for seen in self.inputs.values()}:
             self.model.runtime.set_calibrator(point, self.ranges[point].statistics if point in self.ranges else None)
-        sites, self.sites = {name: site for name, (_, site) in self.sites.items()}, {}
-        self.method.search(part, sites)
+        inputs, self.inputs = self.inputs, {}
+        self.method.search(part, inputs)
 
     def take_ranges(self) -> None:
         for name, found in self.ranges.items():

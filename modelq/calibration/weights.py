@@ -10,8 +10,8 @@ import numpy as np
 from modelq.experts import joined_amax, place_of
 from modelq.groups import siblings
 from modelq.quantizers import has_static_levels, needs_amax, stage_quantizers, weight_amax
-from modelq.smoothing import as_loaded, own_weight
-from modelq.streaming import Part
+from modelq.smoothing import as_loaded, own_scale, own_weight, set_scale, set_weight_amax, stated_scale
+from modelq.streaming import Part, is_smoothed
 
 if TYPE_CHECKING:
     from modelq.model import Model
@@ -28,6 +28,19 @@ def quantized_weights(model: Model, part: Part) -> Iterator[tuple[str, Setting, 
         setting = model.settings.get(name)
         if setting is not None and setting.enable:
             yield name, setting, members
+
+
+def freeze_scales(model: Any, part: Part, rows: Sequence[dict[str, Any]]) -> None:
+    """Give smoothed siblings the scale that an export will state for all of them, so that what is found for their weights now is what
+    is written. (A model loaded as float32 follows the reference, which searches first and averages at export.)"""
+    if model.float32_weights:
+        return
+    scales = {row["name"]: stated_scale(model, row) for row in rows}
+    for row in rows:
+        scale = scales[row["name"]]
+        if scale is not None and not np.array_equal(scale, own_scale(model, row["name"])):
+            set_scale(model, row, scale)
+            set_weight_amax(model, row, tensor_of(model, row, part))
 
 
 def find_weight_amax(model: Model, part: Part, but: Iterable[str] = ()) -> None:
@@ -52,8 +65,10 @@ def share_global_amax(model: Model, modules: Sequence[dict[str, Any]], names: Se
 
 
 def tensor_of(model: Model, module: dict[str, Any], part: Part) -> np.ndarray:
-    """A module's weight as its quantizer is to see it: as loaded, smoothed by its own scale. ValueError if it is not finite."""
-    return own_weight(model, module, as_loaded(model, part.tensors[module["weight"]]))
+    """A module's weight as its quantizer is to see it: as loaded, smoothed by its own scale."""
+    name = module["weight"]
+    tensor = model.checkpoint.read(name) if is_smoothed(model, module) else part.tensors[name]      # the part's is smoothed already
+    return own_weight(model, module, as_loaded(model, tensor))
 
 
 def _amax_of(model: Model, setting: Setting, module: dict[str, Any], part: Part) -> Sequence[np.ndarray | None]:
