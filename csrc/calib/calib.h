@@ -9,6 +9,7 @@
 
 #include <pthread.h>
 
+#include "core/spare.h"
 #include "core/tensor.h"
 
 typedef struct mq_calib mq_calib;
@@ -49,6 +50,7 @@ struct mq_calib {
     int64_t channels;       /* entries of amax: 1 per tensor; 0 until the first rows for MQ_CALIB_LAST */
     int64_t width;          /* entries of the bias, of kinds that find one; 0 until the first rows */
     int64_t count;          /* rows seen, padding left out */
+    mq_spare *spare;        /* where memory that is needed for a while comes from; NULL = from the system */
     void *state;            /* the kind's own */
     pthread_mutex_t mutex;  /* held for the fold of a chunk's partial result, never while it is computed */
 };

@@ -6,6 +6,7 @@
 #include "calib/pending.h"
 #include "core/alloc.h"
 #include "core/pool.h"
+#include "core/spare.h"
 #include "kernels/syrk.h"
 
 enum {
@@ -18,8 +19,9 @@ enum {
 
 typedef struct gram {
     mq_pending pending;
-    char *block;             /* [room, width] of dtype: tokens that do not make a block yet */
+    const void **block;      /* [held] tokens of dtype, in memory of pieces, that do not make a block yet */
     int64_t held, room;
+    mq_piece *pieces;
     mq_dtype dtype;
     double *sums;            /* the upper triangle row by row, or the blocks */
 } gram;
@@ -137,48 +139,56 @@ static int64_t square_of(int64_t size)
     return strip;
 }
 
-/* Adds X^T X of tokens x [rows, ld]. */
-static int add_product(mq_calib *calib, const void *x, mq_dtype dtype, int64_t rows, int64_t ld, mq_error *err)
+/* Adds X^T X of the block's tokens. */
+static int add_product(mq_calib *calib, mq_error *err)
 {
-    const int64_t n = calib->channels, size = calib->option;
-    const mq_gemm_kind kind = dtype == MQ_BF16 ? MQ_GEMM_BF16 : MQ_GEMM_F32;
-    product job = {.calib = calib, .sums = ((gram *)calib->state)->sums, .strip = size ? square_of(size) : STRIP};
+    const gram *state = calib->state;
+    const int64_t n = calib->channels, size = calib->option, rows = state->held;
+    const mq_gemm_kind kind = state->dtype == MQ_BF16 ? MQ_GEMM_BF16 : MQ_GEMM_F32;
+    product job = {.calib = calib, .sums = state->sums, .strip = size ? square_of(size) : STRIP};
     const int64_t squares = MQ_CEIL_DIV(n, job.strip);
     const size_t count = size ? (size_t)(squares * job.strip * job.strip)
                               : (size_t)(MQ_ROUND_UP(n, (int64_t)MQ_SYRK_MULTIPLE) * STRIP);
     const size_t nbytes = MQ_ROUND_UP(mq_syrk_nbytes(kind, n, rows), (size_t)MQ_ALIGNMENT);
-    char *memory = mq_alloc(nbytes + count * sizeof(float));
+    char *memory = mq_spare_take(calib->spare, nbytes + count * sizeof(float));
     if (memory == NULL) return mq_fail_memory(err, "a Gram matrix's block", nbytes + count * sizeof(float));
     job.c = (float *)(void *)(memory + nbytes);
-    const mq_syrk_tokens tokens = {.x = x, .dtype = dtype, .ldx = ld, .n = n, .k = rows};
+    const mq_syrk_tokens tokens = {.x = state->block, .dtype = state->dtype, .n = n, .k = rows};
     mq_syrk_pack(kind, &tokens, memory, &job.x);
     if (size) mq_parallel_for(squares, 1, add_squares, &job);
     else add_triangle(&job);
-    mq_free(memory);
+    mq_spare_give(calib->spare, memory);
     return MQ_OK;
 }
 
 /* ---- tokens to blocks ---- */
 
+static void drop_pieces(const mq_calib *calib)
+{
+    gram *state = calib->state;
+    for (mq_piece *piece; (piece = state->pieces) != NULL; mq_piece_free(calib, piece)) state->pieces = piece->next;
+}
+
 static int flush(mq_calib *calib, mq_error *err)
 {
     gram *state = calib->state;
     if (state->held == 0) return MQ_OK;
-    int rc = add_product(calib, state->block, state->dtype, state->held, calib->channels, err);
-    if (rc == MQ_OK) state->held = 0;
+    int rc = add_product(calib, err);
+    if (rc == MQ_OK) {
+        state->held = 0;
+        drop_pieces(calib);
+    }
     return rc;
 }
 
 /* Room for `rows` in all, at most a block. */
-static int reserve(mq_calib *calib, int64_t rows, mq_error *err)
+static int reserve(gram *state, int64_t rows, int64_t most, mq_error *err)
 {
-    gram *state = calib->state;
-    const size_t stride = (size_t)calib->channels * mq_dtype_size(state->dtype);
     if (rows <= state->room) return MQ_OK;
-    const int64_t room = MQ_MIN(MQ_MAX(rows, 2 * state->room), block_rows(calib->channels, state->dtype));
-    char *grown = mq_alloc((size_t)room * stride);
-    if (grown == NULL) return mq_fail_memory(err, "a Gram matrix's tokens", (size_t)room * stride);
-    if (state->held > 0) memcpy(grown, state->block, (size_t)state->held * stride);
+    const int64_t room = MQ_MIN(MQ_MAX(rows, 2 * state->room), most);
+    const void **grown = mq_alloc_array((size_t)room, sizeof *grown);
+    if (grown == NULL) return mq_fail_memory(err, "a Gram matrix's tokens", (size_t)room * sizeof *grown);
+    if (state->held > 0) memcpy(grown, state->block, (size_t)state->held * sizeof *grown);
     mq_free(state->block);
     state->block = grown;
     state->room = room;
@@ -189,34 +199,38 @@ static int reserve(mq_calib *calib, int64_t rows, mq_error *err)
 static int change_dtype(mq_calib *calib, mq_dtype dtype, mq_error *err)
 {
     gram *state = calib->state;
-    if (state->dtype == dtype) return MQ_OK;
-    int rc = flush(calib, err);
-    if (rc != MQ_OK) return rc;
-    mq_free(state->block);
-    state->block = NULL;
-    state->room = 0;
-    state->dtype = dtype;
-    return MQ_OK;
+    int rc = state->dtype == dtype ? MQ_OK : flush(calib, err);
+    if (rc == MQ_OK) state->dtype = dtype;
+    return rc;
 }
 
-/* Tokens x [rows, width], in order. Whole blocks are not copied. Called with the mutex held. */
-static int add_tokens(mq_calib *calib, const char *x, mq_dtype dtype, int64_t rows, mq_error *err)
+/* Tokens x [rows, width], in order, without gaps, of the block's dtype. They are to stay where they are while a block
+ * waits for more. Called with the mutex held. */
+static int add_tokens(mq_calib *calib, const char *x, int64_t rows, mq_error *err)
 {
     gram *state = calib->state;
-    const int64_t width = calib->channels, whole = block_rows(width, dtype);
-    const size_t stride = (size_t)width * mq_dtype_size(dtype);
-    int rc = change_dtype(calib, dtype, err);
+    const int64_t whole = block_rows(calib->channels, state->dtype);
+    const size_t stride = (size_t)calib->channels * mq_dtype_size(state->dtype);
+    int rc = MQ_OK;
     while (rc == MQ_OK && rows > 0) {
         const int64_t n = MQ_MIN(rows, whole - state->held);
-        if (n == whole) rc = add_product(calib, x, dtype, n, width, err);
-        else if ((rc = reserve(calib, state->held + n, err)) == MQ_OK) {
-            memcpy(state->block + (size_t)state->held * stride, x, (size_t)n * stride);
-            state->held += n;
-            if (state->held == whole) rc = flush(calib, err);
-        }
-        x += (size_t)n * stride;
+        rc = reserve(state, state->held + n, whole, err);
+        for (int64_t i = 0; rc == MQ_OK && i < n; i++, x += stride) state->block[state->held++] = x;
+        if (rc == MQ_OK && state->held == whole) rc = flush(calib, err);
         rows -= n;
     }
+    return rc;
+}
+
+/* A piece goes to blocks, and is kept while one waits. */
+static int add_piece(mq_calib *calib, mq_piece *piece, mq_error *err)
+{
+    gram *state = calib->state;
+    int rc = change_dtype(calib, piece->dtype, err);
+    if (rc == MQ_OK) rc = add_tokens(calib, piece->data, piece->rows, err);
+    piece->next = state->pieces;
+    state->pieces = piece;
+    if (state->held == 0) drop_pieces(calib);
     return rc;
 }
 
@@ -225,8 +239,8 @@ static int gram_settle(mq_calib *calib, int all, mq_error *err)
     gram *state = calib->state;
     int rc = MQ_OK;
     if (state == NULL) return MQ_OK;
-    for (mq_piece *piece; rc == MQ_OK && (piece = mq_pending_take(&state->pending)) != NULL; mq_free(piece))
-        rc = add_tokens(calib, piece->data, piece->dtype, piece->rows, err);
+    for (mq_piece *piece; rc == MQ_OK && (piece = mq_pending_take(&state->pending)) != NULL;)
+        rc = add_piece(calib, piece, err);
     return rc == MQ_OK && all ? flush(calib, err) : rc;
 }
 
@@ -241,12 +255,29 @@ static void gather(char *out, const mq_calib_rows *rows)
     }
 }
 
-/* By hand and without gaps: as it lies. */
+/* By hand and without gaps: whole blocks as they lie, and a copy of the rest. */
+static int add_rows(mq_calib *calib, const mq_calib_rows *rows, mq_error *err)
+{
+    const gram *state = calib->state;
+    int rc = change_dtype(calib, rows->dtype, err);
+    if (rc != MQ_OK) return rc;
+    const int64_t whole = block_rows(calib->channels, state->dtype);
+    const int64_t straight = MQ_MAX((state->held + rows->rows) / whole * whole - state->held, (int64_t)0);
+    rc = add_tokens(calib, rows->x, straight, err);
+    if (rc != MQ_OK || straight == rows->rows) return rc;
+    const size_t stride = (size_t)calib->channels * mq_dtype_size(state->dtype);
+    const size_t nbytes = (size_t)(rows->rows - straight) * stride;
+    mq_piece *rest = mq_piece_new(calib, rows, rows->rows - straight, nbytes, err);
+    if (rest == NULL) return MQ_ERR_MEMORY;
+    memcpy(rest->data, (const char *)rows->x + (size_t)straight * stride, nbytes);
+    return add_piece(calib, rest, err);
+}
+
 static int collect_at_once(mq_calib *calib, const mq_calib_rows *rows, mq_error *err)
 {
     pthread_mutex_lock(&calib->mutex);
     int rc = prepare(calib, rows->width, err);
-    if (rc == MQ_OK) rc = add_tokens(calib, rows->x, rows->dtype, rows->rows, err);
+    if (rc == MQ_OK) rc = add_rows(calib, rows, err);
     if (rc == MQ_OK) calib->count += rows->rows;
     pthread_mutex_unlock(&calib->mutex);
     return rc;
@@ -257,7 +288,8 @@ static int gram_collect(mq_calib *calib, const mq_calib_rows *rows, mq_error *er
     const int64_t counted = mq_calib_counted(rows);
     if (counted == 0) return MQ_OK;
     if (rows->group < 0 && counted == rows->rows && rows->ld == rows->width) return collect_at_once(calib, rows, err);
-    mq_piece *piece = mq_piece_new(rows, counted, (size_t)(counted * rows->width) * mq_dtype_size(rows->dtype), err);
+    const size_t nbytes = (size_t)(counted * rows->width) * mq_dtype_size(rows->dtype);
+    mq_piece *piece = mq_piece_new(calib, rows, counted, nbytes, err);
     if (piece == NULL) return MQ_ERR_MEMORY;
     gather(piece->data, rows);
     pthread_mutex_lock(&calib->mutex);
@@ -266,7 +298,7 @@ static int gram_collect(mq_calib *calib, const mq_calib_rows *rows, mq_error *er
         mq_pending_add(&((gram *)calib->state)->pending, piece);
         calib->count += counted;
         if (rows->group < 0) rc = gram_settle(calib, 0, err);
-    } else mq_free(piece);
+    } else mq_piece_free(calib, piece);
     pthread_mutex_unlock(&calib->mutex);
     return rc;
 }
@@ -295,7 +327,8 @@ static void gram_reset(mq_calib *calib)
 {
     gram *state = calib->state;
     if (state != NULL) {
-        mq_pending_free(&state->pending);
+        mq_pending_free(calib, &state->pending);
+        drop_pieces(calib);
         mq_free(state->block);
         mq_free(state->sums);
     }
@@ -333,17 +366,30 @@ const mq_calib_kind mq_calib_gram = {
 
 /* ---- the result ---- */
 
-static void write_triangle(const mq_calib *calib, float *out)
+typedef struct write_job {
+    const mq_calib *calib;
+    float *out;
+} write_job;
+
+static void write_tiles(void *argument, int64_t begin, int64_t end, int worker)
 {
-    const int64_t n = calib->channels;
-    double *sums = ((const gram *)calib->state)->sums;
-    for (int64_t row = 0; row < n; row += TILE)
+    const write_job *job = argument;
+    const int64_t n = job->calib->channels;
+    double *sums = ((const gram *)job->calib->state)->sums;
+    (void)worker;
+    for (int64_t row = begin * TILE; row < MQ_MIN(end * TILE, n); row += TILE)
         for (int64_t column = row; column < n; column += TILE)
             for (int64_t i = row; i < MQ_MIN(row + TILE, n); i++) {
                 const double *from = triangle_row(sums, n, i);
                 for (int64_t j = MQ_MAX(i, column); j < MQ_MIN(column + TILE, n); j++)
-                    out[i * n + j] = out[j * n + i] = (float)from[j];
+                    job->out[i * n + j] = job->out[j * n + i] = (float)from[j];
             }
+}
+
+static void write_triangle(const mq_calib *calib, float *out)
+{
+    write_job job = {.calib = calib, .out = out};
+    mq_parallel_for(MQ_CEIL_DIV(calib->channels, (int64_t)TILE), 1, write_tiles, &job);
 }
 
 static void write_blocks(const mq_calib *calib, float *out)

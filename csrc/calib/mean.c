@@ -84,7 +84,8 @@ static int mean_settle(mq_calib *calib, int all, mq_error *err)
     mean *state = calib->state;
     (void)err;
     if (state == NULL) return MQ_OK;
-    for (mq_piece *piece; (piece = mq_pending_take(&state->pending)) != NULL; mq_free(piece)) fold_piece(calib, piece);
+    for (mq_piece *piece; (piece = mq_pending_take(&state->pending)) != NULL; mq_piece_free(calib, piece))
+        fold_piece(calib, piece);
     if (all && calib->option == BY_CALL) close_call(calib);
     return MQ_OK;
 }
@@ -93,7 +94,7 @@ static int mean_collect(mq_calib *calib, const mq_calib_rows *rows, mq_error *er
 {
     const int64_t counted = mq_calib_counted(rows);
     if (counted == 0) return MQ_OK;
-    mq_piece *piece = mq_piece_new(rows, counted, (size_t)rows->width * sizeof(double), err);
+    mq_piece *piece = mq_piece_new(calib, rows, counted, (size_t)rows->width * sizeof(double), err);
     if (piece == NULL) return MQ_ERR_MEMORY;
     double *sums = (double *)(void *)piece->data;
     memset(sums, 0, (size_t)rows->width * sizeof *sums);
@@ -107,7 +108,7 @@ static int mean_collect(mq_calib *calib, const mq_calib_rows *rows, mq_error *er
         if (rows->group < 0) piece->group = state->next_group++;
         mq_pending_add(&state->pending, piece);
         if (rows->group < 0) rc = mean_settle(calib, 1, err);
-    } else mq_free(piece);
+    } else mq_piece_free(calib, piece);
     pthread_mutex_unlock(&calib->mutex);
     return rc;
 }
@@ -141,7 +142,7 @@ static void mean_reset(mq_calib *calib)
 {
     mean *state = calib->state;
     if (state != NULL) {
-        mq_pending_free(&state->pending);
+        mq_pending_free(calib, &state->pending);
         mq_free(state->sums);
     }
     mq_free(state);

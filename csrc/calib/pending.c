@@ -1,10 +1,10 @@
 #include "calib/pending.h"
 
-#include "core/alloc.h"
+#include "core/spare.h"
 
-mq_piece *mq_piece_new(const mq_calib_rows *rows, int64_t counted, size_t nbytes, mq_error *err)
+mq_piece *mq_piece_new(const mq_calib *calib, const mq_calib_rows *rows, int64_t counted, size_t nbytes, mq_error *err)
 {
-    mq_piece *piece = mq_alloc(sizeof *piece + nbytes);
+    mq_piece *piece = mq_spare_take(calib->spare, sizeof *piece + nbytes);
     if (piece == NULL) {
         mq_fail_memory(err, "a calibrator", sizeof *piece + nbytes);
         return NULL;
@@ -15,6 +15,11 @@ mq_piece *mq_piece_new(const mq_calib_rows *rows, int64_t counted, size_t nbytes
     piece->rows = counted;
     piece->dtype = rows->dtype;
     return piece;
+}
+
+void mq_piece_free(const mq_calib *calib, mq_piece *piece)
+{
+    mq_spare_give(calib->spare, piece);
 }
 
 void mq_pending_add(mq_pending *pending, mq_piece *piece)
@@ -37,7 +42,7 @@ mq_piece *mq_pending_take(mq_pending *pending)
     return piece;
 }
 
-void mq_pending_free(mq_pending *pending)
+void mq_pending_free(const mq_calib *calib, mq_pending *pending)
 {
-    while (pending->first != NULL) mq_free(mq_pending_take(pending));
+    while (pending->first != NULL) mq_piece_free(calib, mq_pending_take(pending));
 }

@@ -20,10 +20,11 @@ typedef struct mq_pending {
 } mq_pending;
 
 /* A piece with room for nbytes; NULL with err set. */
-mq_piece *mq_piece_new(const mq_calib_rows *rows, int64_t counted, size_t nbytes, mq_error *err);
+mq_piece *mq_piece_new(const mq_calib *calib, const mq_calib_rows *rows, int64_t counted, size_t nbytes, mq_error *err);
+void mq_piece_free(const mq_calib *calib, mq_piece *piece);
 void mq_pending_add(mq_pending *pending, mq_piece *piece);
 /* Takes the piece that comes first in the data out of the list, NULL if there is none; the caller frees it. */
 mq_piece *mq_pending_take(mq_pending *pending);
-void mq_pending_free(mq_pending *pending);
+void mq_pending_free(const mq_calib *calib, mq_pending *pending);
 
 #endif

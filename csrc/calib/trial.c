@@ -11,7 +11,7 @@
 #include "quant/rows.h"
 #include "quant/scale.h"
 
-enum { TILE = 64 };                  /* rows at a time: what their differences take stays in the cache */
+enum { TILE = 96 };                  /* rows at a time: what their differences take stays in the cache */
 
 /* Where losses go: one sum, or one per maximum. Maxima of single rows are decided within a tile; what is said of taller
  * cells is added up over the tiles, in order. */

@@ -134,6 +134,8 @@ MQ_INLINE MQ_HD uint32_t mq_encode_magnitude(uint32_t magnitude, mq_codec c)
     }
     if (c.rounding == MQ_ROUND_TIES_DOWN) odd = 0;
     uint32_t normal = ((magnitude + half - 1u + odd) >> shift) - ((uint32_t)(127 - c.bias) << c.mantissa_bits);
+    /* Exponents are float32's, subnormals included: bfloat16. */
+    if (c.exponent_bits == 8 && c.overflow != MQ_OVERFLOW_SATURATE) return normal;
     uint32_t subnormal = mq_encode_subnormal(mq_float_of(magnitude), c);
     uint32_t smallest_normal = (uint32_t)(128 - c.bias) << 23;
     uint32_t code = magnitude < smallest_normal ? subnormal : normal;

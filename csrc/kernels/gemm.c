@@ -25,7 +25,7 @@ typedef struct task {
     const gemm_job *job;
     int64_t row, column;
     int rows, padded_rows, columns;
-    float *sums;                          /* [panel][padded_rows][nr], or one panel if K is one block */
+    float *sums;                          /* [panel][padded_rows][nr], or one tile if K is one block */
     char *stage;
 } task;
 
@@ -75,14 +75,15 @@ static void run_block(const task *task, int64_t first, int64_t depth)
     const int last = first + depth == job->depth, nr = kernel->nr;
     const char *packed = job->args->b->data;
     mq_gemm_tile tile = {.depth = depth, .add = first > 0};
+    const int whole = depth == job->depth;      /* then a tile's sums are done with at once, and may lie in L1 */
     const char *a = block_of_a(task, first, depth, &tile.lda);
     for (int column = 0; column < task->columns; column += nr) {
-        float *sums = task->sums + (depth == job->depth ? 0 : column * task->padded_rows);
+        float *sums = task->sums + (whole ? 0 : column * task->padded_rows);
         tile.b = packed + ((task->column + column) / nr * job->panel_size + first * nr) * 4;
         for (int row = 0; row < task->padded_rows; row += kernel->mr) {
             if (is_below(job->args, task->row + row, task->column + column + nr)) break;
             tile.a = a + row * tile.lda;
-            tile.c = sums + row * nr;
+            tile.c = sums + (whole ? 0 : row * nr);
             tile.rows = MQ_MIN(kernel->mr, task->padded_rows - row);
             kernel->tile(&tile);
             if (last) store_tile(task, tile.c, row, column, tile.rows);

@@ -16,8 +16,29 @@ MQ_INLINE void round_32(const void *src, uint16_t *dst)
     _mm512_storeu_si512(dst, (__m512i)rounded);
 }
 
+MQ_INLINE __m512 widen_16(const void *src)
+{
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(src)), 16));
+}
+
+MQ_INLINE void store_row_32(const mq_gemm_store *store, const float *c, char *out)
+{
+    const __m512 alpha = _mm512_set1_ps(store->alpha);
+    __m512 low = _mm512_mul_ps(alpha, _mm512_loadu_ps(c)), high = _mm512_mul_ps(alpha, _mm512_loadu_ps(c + 16));
+    if (store->bias != NULL) {
+        low = _mm512_add_ps(low, _mm512_loadu_ps(store->bias));
+        high = _mm512_add_ps(high, _mm512_loadu_ps(store->bias + 16));
+    }
+    if (store->accumulate) {
+        low = _mm512_add_ps(low, widen_16(out));
+        high = _mm512_add_ps(high, widen_16(out + 32));
+    }
+    _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+}
+
 #define HELPERS_NR 32
 #define ROUND_32 round_32
+#define STORE_ROW_32 store_row_32
 #include "kernels/gemm_helpers.inc"
 
 /* One pair of bfloat16 to every lane. */

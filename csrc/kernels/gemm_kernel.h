@@ -12,7 +12,7 @@ typedef enum mq_gemm_unit { MQ_UNIT_F32, MQ_UNIT_PAIR } mq_gemm_unit;
 
 enum {
     MQ_GEMM_MAX_MR = 32, MQ_GEMM_MAX_NR = 32,
-    MQ_GEMM_ROWS = 128,          /* of a task; its block of A stays in L2 */
+    MQ_GEMM_ROWS = 256,          /* of a task; its block of A stays in L2 */
     MQ_GEMM_COLUMNS = 256,       /* of a task; the wider, the less often A is read */
     MQ_GEMM_STAGE_BYTES = 96 * 1024
 };

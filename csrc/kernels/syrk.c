@@ -22,19 +22,22 @@ size_t mq_syrk_nbytes(mq_gemm_kind kind, int64_t n, int64_t k)
 typedef struct pack_job {
     const mq_gemm_kernel *kernel;
     mq_gemm_convert how;
-    const char *x;
-    int64_t ldx, element;        /* bytes */
+    const void *const *x;
+    int64_t element;             /* bytes */
     int64_t n, k;
     uint32_t *packed, *rows;
     int64_t depth, stride;       /* units: of a panel; between rows */
 } pack_job;
 
-/* Token t, nr channels from the first one of a panel; zero beyond k and n. */
-static void convert_token(const pack_job *job, int64_t t, int64_t channel, void *out)
+/* Token t, nr channels from the first one of a panel, as the kernel's elements: where they lie, or else in stage; zero
+ * beyond k and n. */
+static const void *convert_token(const pack_job *job, int64_t t, int64_t channel, void *stage)
 {
     const int64_t nr = job->kernel->nr, count = t < job->k ? MQ_MIN(nr, job->n - channel) : 0;
-    const char *from = count ? job->x + t * job->ldx + channel * job->element : job->x;
-    job->kernel->helpers->convert(job->how, from, count, out, nr);
+    const char *from = count ? (const char *)job->x[t] + channel * job->element : stage;
+    if (count == nr && job->how == MQ_COPY_BF16 && (uintptr_t)from % sizeof(uint16_t) == 0) return from;
+    job->kernel->helpers->convert(job->how, from, count, stage, nr);
+    return stage;
 }
 
 /* Sixteen units from unit t of a panel: to the panel, and from there to rows. */
@@ -48,9 +51,9 @@ static void pack_tile(const pack_job *job, int64_t panel, int64_t t)
             convert_token(job, unit, panel * nr, out);
             continue;
         }
-        convert_token(job, 2 * unit, panel * nr, even);
-        convert_token(job, 2 * unit + 1, panel * nr, odd);
-        job->kernel->helpers->interleave(even, odd, (uint16_t *)(void *)out, nr);
+        const uint16_t *first = convert_token(job, 2 * unit, panel * nr, even);
+        const uint16_t *second = convert_token(job, 2 * unit + 1, panel * nr, odd);
+        job->kernel->helpers->interleave(first, second, (uint16_t *)(void *)out, nr);
     }
     for (int64_t i = 0; i < nr; i += 16)
         job->kernel->helpers->transpose(tile + i, nr, job->rows + (panel * nr + i) * job->stride + t, job->stride);
@@ -61,7 +64,7 @@ static void prefetch_slice(const pack_job *job, int64_t slice)
 {
     const int64_t tokens = SLICE * mq_gemm_unit_elements(job->kernel), width = job->n * job->element;
     for (int64_t t = slice * tokens; t < MQ_MIN((slice + 1) * tokens, job->k); t++)
-        for (int64_t at = 0; at < width; at += 64) __builtin_prefetch(job->x + t * job->ldx + at);
+        for (int64_t at = 0; at < width; at += 64) __builtin_prefetch((const char *)job->x[t] + at);
 }
 
 static void pack_slices(void *argument, int64_t begin, int64_t end, int worker)
@@ -83,8 +86,8 @@ void mq_syrk_pack(mq_gemm_kind kind, const mq_syrk_tokens *x, void *memory, mq_s
     const int64_t panels = MQ_CEIL_DIV(x->n, (int64_t)kernel->nr), panel_size = mq_gemm_panel_size(kernel, x->k);
     const int64_t element = (int64_t)mq_dtype_size(x->dtype);
     const pack_job job = {
-        .kernel = kernel, .how = mq_gemm_conversion(kernel, kind, x->dtype), .x = x->x, .ldx = x->ldx * element,
-        .element = element, .n = x->n, .k = x->k, .packed = memory, .rows = (uint32_t *)memory + panels * panel_size,
+        .kernel = kernel, .how = mq_gemm_conversion(kernel, kind, x->dtype), .x = x->x, .element = element,
+        .n = x->n, .k = x->k, .packed = memory, .rows = (uint32_t *)memory + panels * panel_size,
         .depth = panel_size / kernel->nr, .stride = row_stride(kernel, x->k),
     };
     mq_parallel_for(MQ_CEIL_DIV(job.depth, (int64_t)SLICE), 1, pack_slices, (void *)(uintptr_t)&job);

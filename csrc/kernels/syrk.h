@@ -19,7 +19,7 @@ typedef struct mq_syrk {
 size_t mq_syrk_nbytes(mq_gemm_kind kind, int64_t n, int64_t k);
 
 typedef struct mq_syrk_tokens {
-    const void *x; mq_dtype dtype; int64_t ldx;  /* [k, n], MQ_F32 or MQ_BF16; ldx elements between tokens */
+    const void *const *x; mq_dtype dtype;   /* k tokens of n elements, MQ_F32 or MQ_BF16 */
     int64_t n, k;
 } mq_syrk_tokens;
 

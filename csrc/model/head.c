@@ -235,7 +235,8 @@ int mq_run_finish(mq_run *run, const mq_named_tensor *tensors, size_t count, mq_
     rc = read_norm(&job, tensors, count, err);
     if (rc != MQ_OK) return rc;
     job.scratch = mq_alloc(normed_size(&job));
-    rc = job.scratch ? mq_points_begin(&point, 1, err) : mq_fail_memory(err, "scratch of the head", normed_size(&job));
+    rc = job.scratch ? mq_points_begin(&point, 1, &run->spare, err)
+                     : mq_fail_memory(err, "scratch of the head", normed_size(&job));
     if (rc == MQ_OK) {
         rc = collect_rows(&job, point, err);
         int ended = mq_points_end(&point, 1, rc == MQ_OK, err);

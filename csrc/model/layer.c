@@ -13,7 +13,7 @@
 
 /* Rows of the MLP half done at a time: few enough that the gate's and up's outputs stay in L2 (a fifth faster), but
  * many where the weights would have to come from memory again for each piece. Also bounds the scratch. */
-enum { MLP_FEW_ROWS = 128, MLP_MANY_ROWS = 512, MLP_CACHED_BYTES = 4 << 20 };
+enum { MLP_FEW_ROWS = 256, MLP_MANY_ROWS = 512, MLP_CACHED_BYTES = 4 << 20 };
 
 static int64_t mlp_piece(const mq_config *config, mq_dtype dtype)
 {

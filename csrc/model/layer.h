@@ -121,7 +121,7 @@ size_t mq_layer_points(mq_layer *layer, mq_point **out);
  * collect adds rows to those of one site, end merges them into the calibrators of their points (if keep) and drops
  * them. A tensor that several siblings read is scanned once, and an interrupted run leaves the calibrators as they
  * were. */
-int mq_points_begin(mq_point **points, size_t count, mq_error *err);
+int mq_points_begin(mq_point **points, size_t count, mq_spare *spare, mq_error *err);
 int mq_points_end(mq_point **points, size_t count, int keep, mq_error *err);
 int mq_point_collect(mq_point *point, const mq_calib_rows *rows, mq_error *err);
 int mq_point_has_calib(const mq_point *point);

@@ -33,7 +33,7 @@ static const mq_watcher *find_leader(mq_point **points, size_t index)
     return NULL;
 }
 
-int mq_points_begin(mq_point **points, size_t count, mq_error *err)
+int mq_points_begin(mq_point **points, size_t count, mq_spare *spare, mq_error *err)
 {
     for (size_t i = 0; i < count * MQ_POINT_WATCHERS; i++) {
         watcher_at(points, i)->leader = NULL;
@@ -45,7 +45,10 @@ int mq_points_begin(mq_point **points, size_t count, mq_error *err)
         watcher->leader = find_leader(points, i);
         if (watcher->leader != NULL) continue;
         watcher->watch = mq_calib_new_like(watcher->calib, err);
-        if (watcher->watch != NULL) continue;
+        if (watcher->watch != NULL) {
+            watcher->watch->spare = spare;
+            continue;
+        }
         mq_points_end(points, count, 0, NULL);
         return MQ_ERR_MEMORY;
     }

@@ -97,6 +97,7 @@ int mq_run_init(mq_run *run, mq_runtime *runtime, const mq_batch_input *batches,
     run->count_padding = count_padding;
     run->next_layer = run->dispatch.layer = -1;
     if (count <= 0) return mq_fail(err, MQ_ERR_VALUE, "there are no batches to run");
+    if (mq_spare_init(&run->spare) != 0) return mq_fail_memory(err, "a lock", sizeof run->spare);
     int rc = count_rows(run, batches, count, err);
     for (int64_t i = 0; i < count; i++) masked |= batches[i].mask != NULL;
     if (rc == MQ_OK) rc = allocate(run, masked, err);
@@ -128,6 +129,7 @@ void mq_run_free(mq_run *run)
     mq_free(run->ids);
     mq_free(run->mask);
     mq_free(run->hidden);
+    mq_spare_free(&run->spare);
     memset(run, 0, sizeof *run);
 }
 
@@ -270,7 +272,7 @@ int mq_run_steps(mq_run *run, mq_layer *layer, const mq_steps *steps, mq_error *
     mq_point *points[MQ_LAYER_MAX_POINTS];
     const size_t count = mq_layer_points(layer, points);
     if (pthread_mutex_init(&job.mutex, NULL) != 0) return mq_fail_memory(err, "a lock", sizeof job.mutex);
-    int rc = mq_points_begin(points, count, err);
+    int rc = mq_points_begin(points, count, &run->spare, err);
     if (rc == MQ_OK) {
         rc = run_and_settle(&job, steps, points, count);
         int ended = mq_points_end(points, count, rc == MQ_OK, err);

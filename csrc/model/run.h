@@ -38,6 +38,7 @@ typedef struct mq_run {
     mq_dispatch dispatch;
     mq_rope_table rope;
     mq_scratch *scratch;         /* one per worker */
+    mq_spare spare;              /* for statistics, from layer to layer */
     int workers;
     int64_t next_layer;          /* the layer that comes next; -1 before embed and after a failure */
     mq_poll_fn poll;

@@ -12,6 +12,7 @@ batch size that turns out fastest for it.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import shutil
@@ -22,8 +23,19 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
-CONFIGS = ("NVFP4_DEFAULT_CFG", "FP8_DEFAULT_CFG")
+CONFIGS = ("NVFP4_DEFAULT_CFG", "FP8_DEFAULT_CFG", "INT8_SMOOTHQUANT_CFG", "INT4_AWQ_CFG")
+BLOCK = 64      # of INT4: 128 does not divide the model's 576 channels, so neither side could export it
 REFERENCE_PACKAGES = (["torch==2.13.0"], ["nvidia-modelopt==0.47.0", "transformers==5.17.0", "accelerate"])
+
+
+def config_of(mtq, name: str) -> dict:
+    config = copy.deepcopy(getattr(mtq, name))
+    for rule in config["quant_cfg"]:
+        attributes = rule.get("cfg") or {}
+        for stage in attributes if isinstance(attributes, list) else [attributes]:
+            if stage.get("num_bits") == 4 and -1 in (stage.get("block_sizes") or {}):
+                stage["block_sizes"][-1] = BLOCK
+    return config
 
 
 def job_modelq(folder: str, tokens, config: str, out: str, batch: int) -> None:
@@ -35,7 +47,7 @@ def job_modelq(folder: str, tokens, config: str, out: str, batch: int) -> None:
         for start in range(0, len(tokens), batch):
             model(tokens[start:start + batch])
 
-    model = mtq.quantize(modelq.load(folder), getattr(mtq, config), forward_loop)
+    model = mtq.quantize(modelq.load(folder), config_of(mtq, config), forward_loop)
     export_hf_checkpoint(model, out)
 
 
@@ -54,7 +66,7 @@ def job_reference(folder: str, tokens, config: str, out: str, batch: int) -> Non
             for start in range(0, len(ids), batch):
                 model(ids[start:start + batch])
 
-    model = mtq.quantize(model, getattr(mtq, config), forward_loop)
+    model = mtq.quantize(model, config_of(mtq, config), forward_loop)
     with torch.no_grad():
         export_hf_checkpoint(model, export_dir=out)
 
