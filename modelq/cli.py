@@ -42,13 +42,17 @@ def make_parser() -> argparse.ArgumentParser:
 
     sub = commands.add_parser("quantize", help="calibrate, quantize and export a checkpoint")
     sub.add_argument("source", **source)
-    sub.add_argument("--format", default=None, help="nvfp4 (default), fp8, or a preset such as NVFP4_AWQ_LITE_CFG")
+    sub.add_argument("--format", default=None, help="nvfp4 (default), fp8, int8_sq, int4_awq, int4_gptq, nvfp4_awq, nvfp4_gptq, ... or any "
+                     "preset by its name")
+    sub.add_argument("--block-size", type=count, metavar="N", help="columns of a block of INT4 weights (default 128)")
     sub.add_argument("--config", type=Path, metavar="FILE", help="a quantization config (YAML or JSON) instead of --format")
     sub.add_argument("--calib", default="python_docs", metavar="DATA",
                      help="calibration text: python_docs (default), a .txt, .jsonl or .parquet file, or a data set's name")
     sub.add_argument("--samples", type=count, default=128, metavar="N", help="calibration samples (default 128)")
     sub.add_argument("--seq-len", type=count, default=512, metavar="L", help="tokens per sample at most (default 512)")
     sub.add_argument("--batch-size", type=count, default=8, metavar="B", help="samples per batch (default 8)")
+    sub.add_argument("--checkpoint-dir", type=Path, metavar="DIR",
+                     help="keep the calibration's progress there: the same command goes on where an interrupted one was")
     sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to make")
     sub.add_argument("--overwrite", action="store_true", help="replace DIR if it is there")
     sub.add_argument("--dialect", help="modelopt (default), compressed-tensors, autoawq, gptq or fp8: how the checkpoint is written")

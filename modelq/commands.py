@@ -1,6 +1,7 @@
 """What the command line does: each command takes the parsed arguments and returns a Report."""
 from __future__ import annotations
 
+import copy
 import math
 import os
 import re
@@ -13,7 +14,16 @@ from typing import Any
 from modelq.measure import Steps
 from modelq.tables import megabytes, table
 
-PRESETS = {"nvfp4": "NVFP4_DEFAULT_CFG", "fp8": "FP8_DEFAULT_CFG"}
+# As Model Optimizer's hf_ptq.py calls them, and GPTQ.
+PRESETS = {
+    "nvfp4": "NVFP4_DEFAULT_CFG", "nvfp4_awq": "NVFP4_AWQ_LITE_CFG", "nvfp4_mse": "NVFP4_W4A4_WEIGHT_MSE_FP8_SWEEP_CFG",
+    "nvfp4_local_hessian": "NVFP4_W4A4_WEIGHT_LOCAL_HESSIAN_CFG", "nvfp4_svdquant": "NVFP4_SVDQUANT_DEFAULT_CFG",
+    "nvfp4_gptq": "NVFP4_GPTQ_CFG", "nvfp4_wo": "W4A16_NVFP4_CFG", "nvfp4_mlp_only": "NVFP4_MLP_ONLY_CFG",
+    "fp8": "FP8_DEFAULT_CFG", "fp8_pb_wo": "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG", "fp8_pc_pt": "FP8_PER_CHANNEL_PER_TOKEN_CFG",
+    "int8": "INT8_DEFAULT_CFG", "int8_sq": "INT8_SMOOTHQUANT_CFG", "int8_wo": "INT8_WEIGHT_ONLY_CFG",
+    "int4_awq": "INT4_AWQ_CFG", "int4_gptq": "INT4_GPTQ_CFG", "int4_wo": "INT4_BLOCKWISE_WEIGHT_ONLY_CFG", "w4a8_awq": "W4A8_AWQ_BETA_CFG",
+    "w4a8_nvfp4_fp8": "W4A8_NVFP4_FP8_CFG", "mxfp8": "MXFP8_DEFAULT_CFG", "mxfp4": "MXFP4_DEFAULT_CFG",
+}
 
 
 @dataclass
@@ -31,6 +41,8 @@ class Report:
 
 def quantize(args: Namespace) -> Report:
     config = read_config(args.config) if args.config else preset(args.format)
+    if args.block_size:
+        config = with_block_size(config, args.block_size)
     import modelq
     from modelq.checkpoint.atomic import check_target
     from modelq.export import check_exportable, export_hf_checkpoint
@@ -43,7 +55,7 @@ def quantize(args: Namespace) -> Report:
         dialect = check_exportable(model, config, args.dialect, args.engine)
         loader = get_dataset_dataloader(args.calib, model.tokenizer, args.batch_size, args.samples, args.seq_len)
     with steps("calibrate"):
-        quantize_model(model, config, create_forward_loop(dataloader=loader))
+        quantize_model(model, config, create_forward_loop(dataloader=loader), checkpoint_dir=args.checkpoint_dir)
     with steps("export"):
         export_hf_checkpoint(model, args.out, overwrite=args.overwrite, dialect=args.dialect, engine=args.engine)
     before, after = stored_bytes(Path(model.checkpoint.path)), stored_bytes(args.out)
@@ -65,6 +77,20 @@ def preset(name: str) -> dict[str, Any]:
     if full not in presets.choices:
         raise ValueError(f"--format {name}: unknown; known are {', '.join(PRESETS)} and the presets {', '.join(sorted(presets.choices))}")
     return getattr(presets, full)
+
+
+def with_block_size(config: dict[str, Any], size: int) -> dict[str, Any]:
+    """The same with another block size for INT4 weights."""
+    changed, found = copy.deepcopy(config), False
+    for rule in changed["quant_cfg"]:
+        attributes = rule.get("cfg") or {}
+        for stage in attributes if isinstance(attributes, (list, tuple)) else [attributes]:
+            blocks = stage.get("block_sizes") or {}
+            if stage.get("num_bits") == 4 and -1 in blocks:
+                blocks[-1], found = size, True
+    if not found:
+        raise ValueError("--block-size is for INT4 weights in blocks, and this config has none")
+    return changed
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""The named configs of Model Optimizer 0.47 (`NVFP4_DEFAULT_CFG`, ...), as data made of shared pieces.
+"""The named configs of Model Optimizer 0.47 (`NVFP4_DEFAULT_CFG`, ...) and two more for GPTQ, as data made of shared pieces.
 
 Every preset is built afresh: changing one in place changes no other. Names and contents equal the reference's, so that a script
-written for it keeps its meaning; `choices` is the set of all names. Dictionaries are plain: an ordered list of rules `quant_cfg`
-and the name or settings of the calibration `algorithm` (the five `*_KV_*` presets hold rules only, to be added to another).
+written for it keeps its meaning; `choices` is the set of all names, `OWN` of those that are not the reference's. Dictionaries are
+plain: an ordered list of rules `quant_cfg` and the name or settings of the calibration `algorithm` (the five `*_KV_*` presets hold rules only, to be added to another).
 """
 from __future__ import annotations
 
@@ -199,6 +199,20 @@ NVFP4_KV_ROTATE_CFG = {
         on("*v_bmm_quantizer", nvfp4())],
     "algorithm": "max"}
 
+
+# Presets that the reference lacks ------------------------------------------------------------------------------------------------
+
+def gptq(scale_sweep: bool) -> dict[str, Any]:
+    """GPTQ as it does best on SmolLM2 (tests/bench/perplexity.py): layer by layer on quantized inputs, large columns first, from scales
+    that weigh errors by the inputs. scale_sweep: over all FP8 scales of static blocks, rather than over multiples of the maximum."""
+    return {"method": "gptq", "act_order": True, "layerwise": {"enable": True},
+            "scale_algorithm": {"method": "local_hessian", "fp8_scale_sweep": scale_sweep}}
+
+
+INT4_GPTQ_CFG = model_config(weights(int4_blocks()), inputs(None), algorithm=gptq(scale_sweep=False))
+NVFP4_GPTQ_CFG = model_config(weights(nvfp4_static()), inputs(nvfp4()), algorithm=gptq(scale_sweep=True))
+
+OWN = {"INT4_GPTQ_CFG", "NVFP4_GPTQ_CFG"}
 choices: set[str] = {name for name in globals() if name.endswith(("_CFG", "_CONFIG"))}
 
-__all__ = sorted(choices) + ["choices"]
+__all__ = sorted(choices) + ["OWN", "choices"]
