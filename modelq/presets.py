@@ -2,7 +2,8 @@
 
 Every preset is built afresh: changing one in place changes no other. Names and contents equal the reference's, so that a script
 written for it keeps its meaning; `choices` is the set of all names, `OWN` of those that are not the reference's. Dictionaries are
-plain: an ordered list of rules `quant_cfg` and the name or settings of the calibration `algorithm` (the five `*_KV_*` presets hold rules only, to be added to another).
+plain: an ordered list of rules `quant_cfg` and the name or settings of the calibration `algorithm` (the five `*_KV_*` presets hold
+rules only, to be added to another).
 """
 from __future__ import annotations
 

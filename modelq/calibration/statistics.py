@@ -77,9 +77,9 @@ class InputStatistics:
         self.point = point      # the quantizer before which it passes
         self.calibrators = {kind: _core.Calibrator(self.KINDS[kind], -1, option) for kind, option in kinds.items()}
 
-    @property
+    @cached_property
     def count(self) -> int:
-        """Tokens seen."""
+        """Tokens seen, asked for when all have passed."""
         return max(calibrator.count for calibrator in self.calibrators.values())
 
     @cached_property
@@ -94,6 +94,7 @@ class InputStatistics:
     def gram(self) -> np.ndarray:
         """float32 [C, C], or its blocks [blocks, size, size]. The calibrator's own sums are dropped."""
         found = self._found("gram", "compute_gram")
+        self.count      # noqa: B018: cached before it is gone
         self.calibrators["gram"].reset()
         return found
 
