@@ -29,18 +29,13 @@ static void end_call(call *c)
     if (c->held != NULL) mq_quantizer_release(c->held);
 }
 
-static int keep(call *c, int rc, PyObject *object)
-{
-    if (rc == 0 && object != NULL) c->kept[c->count++] = object;
-    return rc;
-}
-
 /* A float matrix of any dtype and strides. */
 static int take_matrix(call *c, PyObject *object, const char *name, mq_tensor *out)
 {
     PyObject *reference = NULL;
     char text[96];
-    if (keep(c, mq_view_object(c->state, object, name, out, &reference), reference) < 0) return -1;
+    if (mq_view_object(c->state, object, name, out, &reference) < 0) return -1;
+    if (reference != NULL) c->kept[c->count++] = reference;
     if (out->ndim == 2 && (int)out->dtype <= MQ_F16) return 0;
     PyErr_Format(PyExc_ValueError, "%s: expected a float32, bfloat16 or float16 matrix, got %s", name,
                  mq_tensor_describe(out, text, sizeof text));
@@ -54,7 +49,8 @@ static int take_floats(call *c, PyObject *object, const char *name, int ndim, in
     char text[96];
     *out = (mq_tensor){0};
     if (object == NULL || object == Py_None) return 0;
-    if (keep(c, mq_view_as(c->state, object, name, MQ_F32, out, &reference), reference) < 0) return -1;
+    if (mq_view_as(c->state, object, name, MQ_F32, out, &reference) < 0) return -1;
+    if (reference != NULL) c->kept[c->count++] = reference;
     if (out->ndim == ndim && (last < 0 || out->shape[ndim - 1] == last)) return 0;
     PyErr_Format(PyExc_ValueError, "%s: expected %d dimensions, the last of %lld, got %s", name, ndim, (long long)last,
                  mq_tensor_describe(out, text, sizeof text));
@@ -381,7 +377,8 @@ static int take_order(call *c, PyObject *object, int64_t n, mq_tensor *out)
     PyObject *reference = NULL;
     *out = (mq_tensor){0};
     if (object == NULL || object == Py_None) return 0;
-    if (keep(c, mq_view_as(c->state, object, "order", MQ_I64, out, &reference), reference) < 0) return -1;
+    if (mq_view_as(c->state, object, "order", MQ_I64, out, &reference) < 0) return -1;
+    if (reference != NULL) c->kept[c->count++] = reference;
     char *seen = mq_alloc_zeroed((size_t)n);
     int sound = seen != NULL && out->ndim == 1 && out->shape[0] == n;
     for (int64_t i = 0; sound && i < n; i++) {

@@ -41,7 +41,7 @@ from modelopt.torch.quantization import tensor_quant
 from modelopt.torch.quantization.nn import TensorQuantizer
 from modelopt.torch.quantization.qtensor import NVFP4QTensor
 from modelopt.torch.quantization.utils import is_quantized_linear
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 STATE = ("_amax", "_pre_quant_scale", "_bias_value", "_global_amax", "svdquant_lora_a", "svdquant_lora_b")
@@ -170,6 +170,25 @@ def run(golden: Path, name: str, dtype: str, case: str, folder: Path) -> None:
     print(name, dtype, case, sorted(path.name for path in folder.iterdir()), flush=True)
 
 
+def keep_subset(out: Path, target: Path) -> None:
+    """What tests/data/search has room for: values of all float32 cases of llama, q_proj of layer 1 as GPTQ rounds it, and of two exports
+    layer 1."""
+    def keep(case: str, file: str, wanted) -> None:
+        tensors = load_file(out / "llama" / case / file)
+        (target / "llama" / case).mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor for name, tensor in tensors.items() if wanted(name)}, target / "llama" / case / file)
+
+    for folder in sorted((out / "llama" / "float32").iterdir()):
+        keep(f"float32/{folder.name}", "amax.safetensors", lambda name: "_shared_quant" not in name and "lora" not in name)
+        if (folder / "weights.safetensors").exists():
+            keep(f"float32/{folder.name}", "weights.safetensors", lambda name: name == "model.layers.1.self_attn.q_proj.weight")
+    for case, part in (("NVFP4_AWQ_LITE_CFG", ""), ("NVFP4_SVDQUANT_DEFAULT_CFG", "mlp")):
+        keep(f"bfloat16/{case}", "amax.safetensors", lambda name: "_shared_quant" not in name and "lora" not in name)
+        keep(f"bfloat16/{case}", "model.safetensors", lambda name, part=part: f"layers.1.{part}" in name)
+        for file in ("config.json", "hf_quant_config.json"):
+            shutil.copy(out / "llama" / "bfloat16" / case / file, target / "llama" / "bfloat16" / case / file)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("golden", type=Path)
@@ -177,6 +196,7 @@ def main() -> None:
     parser.add_argument("--models", default="llama,qwen3,qwen3moe")
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--cases", default=",".join(CASES))
+    parser.add_argument("--subset", type=Path, help="afterwards, copy what tests/data/search holds there")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -188,6 +208,8 @@ def main() -> None:
                 process = multiprocessing.get_context("fork").Process(target=job)
                 process.start()
                 process.join()
+    if args.subset:
+        keep_subset(args.out, args.subset)
 
 
 if __name__ == "__main__":
