@@ -1,5 +1,5 @@
-"""The calibration algorithms a config may name, with their settings and defaults (Model Optimizer 0.47's; histogram, entropy, percentile
-and the last three settings of gptq are ours).
+"""The calibration algorithms a config may name, with their settings and defaults (Model Optimizer 0.47's; rotate, histogram, entropy,
+percentile and the last three settings of gptq are ours).
 
 An `algorithm` is None (no calibration), a name, a dictionary {"method": name, **settings}, or a list of these, run in order.
 """
@@ -29,6 +29,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "awq_full": {**_AWQ_LITE, **_AWQ_CLIP},
     "svdquant": {"lowrank": 32, "skip_layers": None},
     "gptq": {"perc_damp": 0.01, "block_size": 128, "fused": False, "act_order": False, "static_groups": True, "scale_algorithm": None},
+    "rotate": {"seed": 0, "residual": True, "values": True},
     "histogram": {"range_method": "entropy", **_HISTOGRAM},
     "entropy": _HISTOGRAM,
     "percentile": _HISTOGRAM,
@@ -58,6 +59,7 @@ _RANGES: dict[str, tuple[str, Any]] = {
     "num_bins": ("from 2 to 65536", lambda v: 2 <= v <= 65536),
     "start_bin": ("at least 1", lambda v: v >= 1),
     "stride": ("at least 1", lambda v: v >= 1),
+    "seed": ("at least 0", lambda v: v >= 0 and v == int(v)),
 }
 _AMAX_ONLY = {"max", "mse", "local_hessian"}
 
@@ -79,6 +81,17 @@ def normalize_algorithm(algorithm: Any) -> list[dict[str, Any]]:
     if not isinstance(algorithm, Mapping):
         raise ValueError(f"algorithm must be None, a name, a dictionary or a list of these, got {algorithm!r}")
     return [_one_step(dict(algorithm))] if algorithm.get("method") is not None else []
+
+
+def split_rotation(algorithm: Any) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+    """(the step "rotate", if the algorithm starts with it; the steps behind it: maxima, if there are none). ValueError if it comes later."""
+    steps = normalize_algorithm(algorithm)
+    rotation = steps.pop(0) if steps and steps[0]["method"] == "rotate" else None
+    if any(step["method"] == "rotate" for step in steps):
+        raise ValueError("algorithm 'rotate' changes every weight, so it comes once, before the others: [\"rotate\", \"max\"], say")
+    if rotation is not None and not rotation["residual"] and not rotation["values"]:
+        raise ValueError("algorithm 'rotate': neither residual nor values: nothing is left to rotate")
+    return rotation, steps if rotation is None or steps else normalize_algorithm("max")
 
 
 def _one_step(given: dict[str, Any]) -> dict[str, Any]:

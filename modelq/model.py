@@ -11,16 +11,14 @@ import numpy as np
 
 from modelq import _core
 from modelq.checkpoint.config import runtime_config
-from modelq.experts import expert_places, expert_slots
+from modelq.experts import expert_places
 from modelq.inputs import IGNORED_ARGUMENTS, Batch, check_vocabulary, integer_matrix, make_batch
 from modelq.output import Output, Pass
 from modelq.quantizers import without_rounding
-from modelq.rules import Setting, Slot, default_setting
+from modelq.rules import Setting, default_setting
+from modelq.slots import slots_of
 from modelq.stated import stated_input_quantizers
 
-# In the order in which the reference lists them.
-ROLES = {"linear": ("input", "output", "weight"), "embedding": ("weight", "input", "output"), "attention": ("q_bmm", "k_bmm", "v_bmm")}
-PARENTS = {"linear": "nn.Linear", "embedding": "nn.Embedding", "attention": "Attention"}
 FAST_BFLOAT16 = ("amx_bf16", "avx512_bf16")
 
 # How many bytes of hidden states a measurement (loss, perplexity) holds at once; more batches go in further rounds.
@@ -57,10 +55,18 @@ class Model:
     """
 
     def __init__(self, checkpoint: Any, compute: str = "auto"):
+        self.float32_weights = compute == "float32"
+        self.training = False
+        self._tokenizer: Any = None
+        self._recorded: list[Batch] | None = None
+        self._open: list[weakref.ref[Output]] = []
+        self.take(checkpoint, compute)
+
+    def take(self, checkpoint: Any, compute: str) -> None:
+        """Be the model of another checkpoint, not quantized."""
         self.checkpoint = checkpoint
         self.config: dict[str, Any] = checkpoint.config
         self.runtime = _runtime_of(checkpoint, compute)
-        self.float32_weights = compute == "float32"
         self.modules: list[dict[str, Any]] = list(self.runtime.modules)
         self.num_layers: int = self.runtime.layers
         self.vocab_size: int = self.runtime.config["vocab_size"]
@@ -69,7 +75,7 @@ class Model:
             self._parts.setdefault((module["layer"], module["expert"]), []).append(module)
         self.places = expert_places(self.modules)
         self.unseen_experts: dict[int, list[int]] = {}
-        self.slots = {slot.name: slot for slot in _slots(self.modules)}
+        self.slots = {slot.name: slot for slot in slots_of(self.modules)}
         self.settings: dict[str, Setting] = {name: default_setting(slot) for name, slot in self.slots.items()}
         self.quantizers: dict[str, Any] = {}
         self.packed: dict[str, Any] = {}
@@ -77,10 +83,6 @@ class Model:
         self.search_losses: dict[str, Any] = {}
         self.quantized = False
         self.simulate = self.simulate_inputs = True
-        self.training = False
-        self._tokenizer: Any = None
-        self._recorded: list[Batch] | None = None
-        self._open: list[weakref.ref[Output]] = []
         self._connected: set[str] = set()
         self.stored_layers: dict[str, Any] = {} if getattr(checkpoint, "is_source", False) else getattr(checkpoint, "layers", {})
         if self.stored_layers or getattr(checkpoint, "cache", None) is not None:
@@ -204,6 +206,12 @@ class Model:
         for name, quantizer in wanted.items():
             self.runtime.set_quantizer(name, quantizer)
 
+    def disconnect(self) -> None:
+        """Leave no quantizer in the runtime."""
+        for name in self._connected:
+            self.runtime.set_quantizer(name, None)
+        self._connected = set()
+
     # Measurements ------------------------------------------------------------------------------------------------------
 
     def loss(self, batches: Iterable[Any]) -> float:
@@ -263,30 +271,6 @@ def _runtime_of(checkpoint: Any, compute: str) -> Any:
                 raise ValueError(f"{checkpoint.tensors[tensor].file or checkpoint.path}: tensor {tensor!r} has shape "
                                  f"{list(checkpoint.tensors[tensor].shape)}, config.json asks for {list(shape)}")
     return runtime
-
-
-def _slots(modules: list[dict[str, Any]]) -> Iterator[Slot]:
-    """Every place for a quantizer, a module's own after those of the modules inside it."""
-    waiting: list[dict[str, Any]] = []
-    experts: dict[int, list[dict[str, Any]]] = {}
-    for module in modules:
-        if module["expert"] is not None:
-            experts.setdefault(module["layer"], []).append(module)
-    for module in [*modules, {"name": "", "kind": "end"}]:
-        while waiting and not module["name"].startswith(waiting[-1]["name"] + "."):
-            yield from _slots_of(waiting.pop())
-        if module["kind"] == "attention":
-            waiting.append(module)
-        elif module["kind"] == "experts":
-            yield from expert_slots(module, experts[module["layer"]])
-        elif module["kind"] in ROLES and module["expert"] is None:
-            yield from _slots_of(module)
-
-
-def _slots_of(module: dict[str, Any]) -> Iterator[Slot]:
-    for role in ROLES[module["kind"]]:
-        shape = tuple(module["shape"]) if module.get("shape") else None
-        yield Slot(f"{module['name']}.{role}_quantizer", module["name"], role, PARENTS[module["kind"]], shape, module["layer"])
 
 
 def _groups(batches: list[Batch], tokens_at_once: int) -> Iterator[list[Batch]]:

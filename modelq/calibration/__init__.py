@@ -86,6 +86,8 @@ def runnable_steps(algorithm: Any) -> list[dict[str, Any]]:
     """The steps of an algorithm, all of which run here: else NotImplementedError, before any work."""
     steps = normalize_algorithm(algorithm)
     for step in steps:
+        if step["method"] == "rotate":
+            raise ValueError("algorithm 'rotate' changes the model itself: it can only come first, in quantize()")
         if step["method"] not in METHODS:
             raise NotImplementedError(f"calibration method {step['method']!r} is not available yet: available: {', '.join(METHODS)}")
     return steps

@@ -23,8 +23,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def patched_config(checkpoint: Checkpoint, dtype: str, quantization: dict[str, Any]) -> dict[str, Any]:
     """The source's config.json with every field that it has, the dtype of the export, and `quantization_config` behind them."""
-    source = checkpoint.path / "config.json"
-    config = read_json_object(source, "the model's config") if source.is_file() else dict(checkpoint.config)
+    config = dict(checkpoint.config)
     config.pop("quantization_config", None)
     known = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
     for key in known:

@@ -8,12 +8,15 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
+from modelq.algorithms import split_rotation
 from modelq.calibration import calibrate as run_calibration
 from modelq.calibration import runnable_steps
+from modelq.changed import ChangedCheckpoint
 from modelq.compression import repack
 from modelq.config import QuantizeConfig, QuantizerAttributeConfig, QuantizerCfgEntry, normalize_quant_cfg_list
 from modelq.model import Model
 from modelq.quantizers import block_extents, found_values, make_quantizer, set_found_values
+from modelq.rotation import RotatedCheckpoint
 from modelq.rules import PARENT_CLASSES, Setting, apply_rules, default_setting, describe_rule, expected_to_be_idle, fits, stages
 from modelq.supported import check_settings, warn_partial_blocks
 
@@ -39,15 +42,26 @@ def quantize(model: Model, config: Any, forward_loop: Callable[..., Any] | None 
     _check_model(model)
     check_source(model)
     parsed = QuantizeConfig.parse(config)
-    runnable_steps(parsed.algorithm)
-    settings, quantizers, idle = planned_quantizers(model, parsed)
-    _warn_idle(idle)
-    warn_partial_blocks(settings.values(), model.head_dim)
+    rotation, steps = split_rotation(parsed.algorithm)
+    runnable_steps(steps)
     with _all_or_nothing(model):
+        _take_original(model, rotation)
+        settings, quantizers, idle = planned_quantizers(model, parsed)
+        _warn_idle(idle)
+        warn_partial_blocks(settings.values(), model.head_dim)
         model.settings, model.quantizers, model.quantized, model.packed, model.low_rank = settings, quantizers, True, {}, {}
-        model.checkpoint = getattr(model.checkpoint, "original", model.checkpoint)
-        run_calibration(model, parsed.algorithm, forward_loop, checkpoint_dir, compat)
+        run_calibration(model, steps, forward_loop, checkpoint_dir, compat)
     return model
+
+
+def _take_original(model: Model, rotation: Mapping[str, Any] | None) -> None:
+    """Go back to the weights as they were loaded, rotated if so wished."""
+    while isinstance(model.checkpoint, ChangedCheckpoint):
+        model.checkpoint = model.checkpoint.original
+    if isinstance(model.checkpoint, RotatedCheckpoint):
+        model.take(model.checkpoint.original, model.runtime.compute)
+    if rotation is not None:
+        model.take(RotatedCheckpoint(model, rotation["seed"], rotation["residual"], rotation["values"]), model.runtime.compute)
 
 
 def check_source(model: Model) -> None:
@@ -162,12 +176,13 @@ def _warn_idle(idle: Iterable[QuantizerCfgEntry]) -> None:
 
 @contextmanager
 def _all_or_nothing(model: Model) -> Iterator[None]:
-    """Put the model's quantizers back if the body raises, Ctrl-C included."""
+    """Put the model back as it was if the body raises, Ctrl-C included."""
     model.settle()
-    before = {name: getattr(model, name) for name in ("settings", "quantizers", "quantized", "packed", "low_rank", "checkpoint")}
+    before = dict(vars(model))
     try:
         yield
     except BaseException:
+        model.disconnect()
         vars(model).update(before)
         model.connect()
         raise

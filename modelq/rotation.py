@@ -1,0 +1,160 @@
+"""Rotation folded into weights (QuaRot, Ashkboos et al. 2024; SpinQuant, Liu et al. 2024, section 3): the model computes what it did, but
+in a turned basis, in which no channel of its activations sticks out.
+
+Two rotations. The residual stream's: norms' weights go into the linears behind them, so that what is left of a norm commutes with a
+rotation; embedding, and linears that write the stream, turn it, linears that read it turn back, and a tied lm_head gets a weight of its
+own. The values': each head's, between v_proj and o_proj. Nothing is left to do at run time: any engine runs the result.
+
+A rotation of n channels is a random sign for each, and then an orthogonal matrix whose entries are all about n^-0.5: a Hadamard matrix of
+the largest power of two in n up to 1024, times one of the rest (again Hadamard's, and for odd numbers Hartley's).
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from modelq import _core
+from modelq.checkpoint.base import Checkpoint
+from modelq.checkpoint.safetensors import numpy_dtype
+
+if TYPE_CHECKING:
+    from modelq.checkpoint.tokenizer import Tokenizer
+    from modelq.model import Model
+
+LARGEST_HADAMARD = 1024
+HEAD = "lm_head.weight"
+PIECE = 16 << 20    # bytes of float32 rows that are turned at a time
+
+
+class Rotation:
+    """An orthogonal matrix Q [n, n], drawn by a seed: `rows` computes x Q."""
+
+    def __init__(self, n: int, seed: int):
+        self.size = min(n & -n, LARGEST_HADAMARD)
+        self.signs = np.random.default_rng(seed).choice(np.float32([-1, 1]), n)
+        self.rest = mixing(n // self.size)
+
+    def rows(self, x: np.ndarray) -> np.ndarray:
+        """float32 [..., k * n]: every n columns times Q."""
+        n, shape = len(self.signs), x.shape
+        turned = x.reshape(-1, n) * self.signs
+        if self.size > 1:
+            hadamard = _core.Quantizer(enabled=False)
+            hadamard.rotate = self.size
+            turned = hadamard(turned)
+        if len(self.rest) > 1:
+            turned = self.rest @ turned.reshape(-1, len(self.rest), self.size)
+        return turned.reshape(shape)
+
+
+@cache
+def mixing(m: int) -> np.ndarray:
+    """float32 [m, m], symmetric and orthogonal: Sylvester's Hadamard matrix for the powers of two in m, and Hartley's for the rest."""
+    odd, matrix = m // (m & -m), np.ones((1, 1))
+    for _ in range((m & -m).bit_length() - 1):
+        matrix = np.kron(matrix, [[1, 1], [1, -1]]) / np.sqrt(2)
+    angles = 2 * np.pi * (np.outer(np.arange(odd), np.arange(odd)) % odd) / odd
+    return np.kron((np.cos(angles) + np.sin(angles)) / np.sqrt(odd), matrix).astype(np.float32)
+
+
+class Turned(NamedTuple):
+    """How a tensor is made from one of the original: its columns times the weight of a norm, then turned; its rows turned."""
+    source: str
+    norm: str | None = None
+    columns: Rotation | None = None
+    rows: Rotation | None = None
+
+
+class RotatedCheckpoint(Checkpoint):
+    """A checkpoint whose tensors are turned as they are read, and rounded to the original's dtypes."""
+
+    def __init__(self, model: Model, seed: int = 0, residual: bool = True, values: bool = True):
+        self.original = model.checkpoint
+        self.rotation = (seed, residual, values)
+        stream = Rotation(model.runtime.config["hidden_size"], seed) if residual else None
+        head = Rotation(model.head_dim, seed + 1) if values else None
+        self._ones = {row["weight"] for row in model.modules if row["kind"] == "norm" and _is_of_stream(row)} if residual else set()
+        tied = {row["weight"] for row in model.embedding_modules} & {row["weight"] for row in model.head_modules}
+        self._turned = {name: turned for row in model.modules if row["layer"] >= 0 or row["kind"] == "embedding" or row["weight"] not in tied
+                        for name, turned in _tensors(model, row, stream, head)}
+        tensors, config = dict(self.original.tensors), dict(self.original.config)
+        for embedding in tied if residual else ():
+            tensors[HEAD] = replace(self.original.tensors[embedding], name=HEAD)
+            self._turned[HEAD] = Turned(embedding, _final_norm(model), stream)
+            config["tie_word_embeddings"] = False
+        super().__init__(self.original.path, config, tensors)
+        self.side_files = self.original.side_files
+
+    def read(self, name: str) -> np.ndarray:
+        if name in self._ones:
+            return np.ones(self.tensors[name].shape, numpy_dtype(self.tensors[name].dtype))
+        if name not in self._turned:
+            return self.original.read(name)
+        turned = self._turned[name]
+        array = self.original.read(turned.source)
+        if turned.rows is not None:
+            return self._turn(turned, array)
+        result, step = np.empty_like(array), max(1, PIECE // (4 * max(1, array.shape[-1])))
+        for start in range(0, len(array), step):
+            result[start:start + step] = self._turn(turned, array[start:start + step])
+        return result
+
+    def _turn(self, turned: Turned, array: np.ndarray) -> np.ndarray:
+        made = array.astype(np.float32)
+        if turned.norm is not None:
+            made *= self.original.read(turned.norm).astype(np.float32)
+        if turned.columns is not None:
+            made = turned.columns.rows(made)
+        if turned.rows is not None:
+            made = turned.rows.rows(np.ascontiguousarray(made.T)).T
+        return made.astype(array.dtype)
+
+    def release(self, names: Iterable[str] | None = None) -> None:
+        self.original.release(None if names is None else [self._turned[name].source if name in self._turned else name for name in names])
+
+    def tokenizer(self) -> Tokenizer:
+        return self.original.tokenizer()
+
+    def save_tokenizer(self, directory: Path | str) -> list[Path]:
+        return self.original.save_tokenizer(directory)
+
+    def close(self) -> None:
+        self.original.close()
+
+
+def _tensors(model: Model, row: dict[str, Any], stream: Rotation | None, head: Rotation | None) -> Iterable[tuple[str, Turned]]:
+    """What of a module changes."""
+    if row["kind"] == "embedding" and stream is not None:
+        yield row["weight"], Turned(row["weight"], columns=stream)
+    if row["kind"] not in ("linear", "router"):
+        return
+    writes = row["layer"] >= 0 and row["site"] == f"{row['name']}.input"     # an input of its own: o_proj, down_proj
+    last = row["name"].rpartition(".")[2]
+    columns = head if last == "o_proj" else None if writes else stream
+    rows = head if last == "v_proj" else stream if writes else None
+    if columns is not None or rows is not None:
+        yield row["weight"], Turned(row["weight"], None if writes or stream is None else _norm_before(model, row), columns, rows)
+    if rows is not None and row["bias"]:
+        yield row["bias"], Turned(row["bias"], columns=rows)
+
+
+def _is_of_stream(norm: dict[str, Any]) -> bool:
+    """Whether a norm is of the residual stream, not of heads."""
+    return norm["site"] is not None or norm["layer"] < 0
+
+
+def _norm_before(model: Model, row: dict[str, Any]) -> str:
+    """The weight of the norm that makes what a linear reads; experts and their router read what an MLP would."""
+    if row["layer"] < 0:
+        return _final_norm(model)
+    norms = [other for other in model.modules_of(row["layer"]) if other["kind"] == "norm" and _is_of_stream(other)]
+    return next((norm["weight"] for norm in norms if norm["site"] == row["site"]), norms[-1]["weight"])
+
+
+def _final_norm(model: Model) -> str:
+    return next(row["weight"] for row in model.modules if row["kind"] == "norm" and row["layer"] < 0)
