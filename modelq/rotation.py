@@ -70,12 +70,28 @@ class Turned(NamedTuple):
     rows: Rotation | None = None
 
 
+class Rotated(NamedTuple):
+    """What of a model was rotated."""
+    seed: int
+    residual: bool
+    values: bool
+
+    @property
+    def places(self) -> list[str]:
+        return ["the residual stream"] * self.residual + ["values"] * self.values
+
+
+def rotation_of(checkpoint: Any) -> Rotated | None:
+    """How the model of a checkpoint was rotated; None: it was not."""
+    return getattr(checkpoint, "rotation", None)
+
+
 class RotatedCheckpoint(Checkpoint):
     """A checkpoint whose tensors are turned as they are read, and rounded to the original's dtypes."""
 
     def __init__(self, model: Model, seed: int = 0, residual: bool = True, values: bool = True):
         self.original = model.checkpoint
-        self.rotation = (seed, residual, values)
+        self.rotation = Rotated(seed, residual, values)
         stream = Rotation(model.runtime.config["hidden_size"], seed) if residual else None
         head = Rotation(model.head_dim, seed + 1) if values else None
         self._ones = {row["weight"] for row in model.modules if row["kind"] == "norm" and _is_of_stream(row)} if residual else set()

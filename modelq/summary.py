@@ -10,12 +10,15 @@ import numpy as np
 from modelq.attributes import QuantizerAttributeConfig
 from modelq.experts import place_of
 from modelq.quantizers import KV_CAST_AMAX, MICROSCALING, stage_quantizers
+from modelq.rotation import rotation_of
 from modelq.rules import Setting, describe_rule, stages
+from modelq.smoothing import own_scale
 
 if TYPE_CHECKING:
     from modelq.model import Model
 
 SUMMARY_FILE = ".quant_summary.txt"
+CALIBRATORS = {"histogram": "HistogramCalibrator"}
 
 
 def print_quant_summary(model: Model, output_dir: str | Path | None = None) -> None:
@@ -34,7 +37,7 @@ def summary_lines(model: Model) -> list[str]:
     """Model Optimizer's lines, one per quantizer and the count at the end, and before it what stayed in high precision and why."""
     lines = [f"{name:80} {text}" for whole, quantizer in model.quantizers.items()
              for name, text in describe_stages(whole, model.settings[whole], quantizer)]
-    reports = [*high_precision_lines(model), *unseen_lines(model), *count_lines(model)]
+    reports = [*high_precision_lines(model), *unseen_lines(model), *changed_lines(model), *count_lines(model)]
     return [*lines, *reports, f"{len(lines)} TensorQuantizers found in model"]
 
 
@@ -60,7 +63,7 @@ def describe_quantizer(attributes: QuantizerAttributeConfig, quantizer: Any) -> 
     words.append(f"amax={_short_amax(attributes, quantizer)}")
     if quantizer.pre_quant_scale is not None:
         words.append(f"pre_quant_scale={_short(quantizer.pre_quant_scale)}")
-    words += ["rotated"] * bool(quantizer.rotate) + ["calibrator=MaxCalibrator"]
+    words += ["rotated"] * bool(quantizer.rotate) + [f"calibrator={CALIBRATORS.get(attributes.calibrator, 'MaxCalibrator')}"]
     words += [f"bias={attributes.bias}"] * (attributes.bias is not None)
     return f"TensorQuantizer({' '.join(words)} quant)"
 
@@ -120,6 +123,18 @@ def unseen_lines(model: Model) -> list[str]:
     return ["", "Experts that saw no token, calibrated from their weights alone:"] + [
         f"  {container['name']:78} {len(unseen)} of {container['shape'][0]}: {_numbers(unseen)}"
         for container in model.modules if container["kind"] == "experts" and (unseen := model.unseen_experts.get(container["layer"]))]
+
+
+def changed_lines(model: Model) -> list[str]:
+    """What became of weights before they were quantized."""
+    rotation, rounded = rotation_of(model.checkpoint), len(getattr(model.checkpoint, "changed", ()))
+    smoothed = sum(row["kind"] == "linear" and own_scale(model, row["name"]) is not None for row in model.modules)
+    ranks = sorted({len(branch.down) for branch in model.low_rank.values()})
+    said = [f"rotated: {' and '.join(rotation.places)} (seed {rotation.seed})"] if rotation is not None else []
+    said += [f"smoothed by a pre_quant_scale: {smoothed} linears"] * bool(smoothed)
+    said += [f"beside a branch of rank {' or '.join(map(str, ranks))}: {len(model.low_rank)} linears"] * bool(ranks)
+    said += [f"rounded by GPTQ: {rounded} linears"] * bool(rounded)
+    return ["", "Weights before quantization:"] + [f"  {line}" for line in said] if said else []
 
 
 def _numbers(experts: list[int]) -> str:

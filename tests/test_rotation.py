@@ -13,6 +13,7 @@ import modelq
 import modelq.quantization as mtq
 from modelq.export import export_hf_checkpoint
 from modelq.rotation import RotatedCheckpoint, Rotation, mixing
+from modelq.summary import summary_lines
 
 MODELS = golden_data.models()
 FP8 = {"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": (4, 3)}}
@@ -146,6 +147,7 @@ def test_other_steps_follow(golden, algorithm):
         warnings.simplefilter("ignore", UserWarning)        # so few tokens leave Gram matrices singular
         mtq.quantize(model, {**preset, "algorithm": ["rotate", algorithm]}, lambda model: model(ids))
     assert np.linalg.norm(model(ids[:1]).logits - plain) < 0.5 * np.linalg.norm(plain)
+    assert "  rotated: the residual stream and values (seed 0)" in summary_lines(model)
 
 
 @pytest.mark.parametrize("algorithm, words", [
