@@ -171,6 +171,11 @@ def print_table(rows: list[tuple], markdown: bool) -> None:
         share = f"{result['peak_mb'] / reference['peak_mb']:.2f}" if reference else ""
         texts.append((config, side, str(result["batch"]), f"{result['seconds']:.1f}", f"{result['cpu_seconds']:.1f}",
                       f"{result['peak_mb']:.0f}", f"{result['export_mb']:.0f}", speed, share))
+    print_rows(texts, markdown)
+
+
+def print_rows(texts: list[tuple[str, ...]], markdown: bool) -> None:
+    """A table, its first row the names of the columns."""
     widths = [max(map(len, column)) for column in zip(*texts)]
     for i, row in enumerate(texts):
         line = (" | " if markdown else "  ").join(text.ljust(width) for text, width in zip(row, widths))
