@@ -46,7 +46,6 @@ class Gptq(Method):
         self.shared = {row["weight"] for row in model.modules if row["kind"] == "embedding"}
         self.singular: dict[str, tuple[int, int]] = {}      # by weight quantizer: tokens, columns
         self.undamped: list[str] = []
-        self.losses: dict[str, float] = {}
         algorithm = settings.get("scale_algorithm")
         step = normalize_algorithm(algorithm)[0] if algorithm else {"method": "max"}
         self.scales = {"mse": Mse, "local_hessian": LocalHessian}[step["method"]](model, step, compat) if step["method"] != "max" else None
@@ -138,7 +137,6 @@ class Gptq(Method):
         self.model.checkpoint.put(row["weight"], Rounded(parts, scheme, columns, weight.dtype.name))
 
     def end(self) -> None:
-        self.model.search_losses = self.losses
         if self.singular:
             said = [f"{name}: {tokens} tokens, {columns} channels" for name, (tokens, columns) in self.singular.items()]
             warnings.warn(f"gptq: the Gram matrix of {len(self.singular)} inputs is singular (fewer tokens than channels, or a channel "

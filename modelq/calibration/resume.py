@@ -2,7 +2,7 @@
 
     manifest.json              what is being calibrated (a digest of config, weights' names and sizes, and data), and how far it is
     step_0/layer_0003.safetensors   what calibration found for the quantizers of layer 3 in the first step of the algorithm
-    step_0/hidden.safetensors  the hidden states behind the last layer done
+    step_0/states_0003.safetensors  the hidden states behind layer 3, from where the next one goes on
 
 Files appear whole (written beside, synced, renamed), and the manifest after what it speaks of. No pickle.
 """
@@ -21,11 +21,12 @@ from modelq.changed import ChangedCheckpoint, Rounded
 from modelq.inputs import Batch
 from modelq.low_rank import LowRank
 from modelq.quantizers import Found, stage_quantizers
+from modelq.rotation import rotation_of
 
 if TYPE_CHECKING:
     from modelq.model import Model
 
-MANIFEST, VERSION = "manifest.json", 1
+MANIFEST, VERSION, LOSS = "manifest.json", 2, ":loss"
 
 
 class Progress:
@@ -34,12 +35,13 @@ class Progress:
     layers: Sequence[int] = ()
     is_complete = False
 
-    def restore(self, layer: int, run: Any) -> bool:
-        """Put back what was found for a layer, if it was done before; then nothing is left to do for it."""
-        return False
+    def restore(self, layer: int, losses: dict[str, Any]) -> Mapping[str, np.ndarray] | None:
+        """Put back what was found for a layer, and its losses, if it was done before: then there is nothing to do for it but to go on from
+        the states that this gives; none if the next layer was done, too. None if the layer was not done."""
+        return None
 
-    def save(self, layer: int, run: Any) -> None:
-        """A layer is done; run (unless None) is where the next one begins."""
+    def save(self, layer: int, states: Mapping[str, np.ndarray], losses: Mapping[str, Any]) -> None:
+        """A layer is done. states: from where the next one goes on. losses: of searches so far, by module or quantizer."""
 
 
 class Saved(Progress):
@@ -49,32 +51,47 @@ class Saved(Progress):
         self.model, self.step, self.save_every = model, step, save_every
         self.folder, self.manifest = folder / f"step_{step}", folder / MANIFEST
         self.digest = digest
+        self._kept: set[str] = set()        # whose losses are in files
         self.count = _read_manifest(self.manifest, digest).get(str(step), 0)      # layers done, and the head behind them
         self.layers = range(min(self.count, model.num_layers))
         self.is_complete = self.count > model.num_layers
 
-    def restore(self, layer: int, run: Any) -> bool:
+    def restore(self, layer: int, losses: dict[str, Any]) -> Mapping[str, np.ndarray] | None:
         if layer >= self.count:
-            return False
-        _give_back(self.model, layer, _read(self.folder / _file(layer)))
-        if layer == self.count - 1 and run is not None and layer < self.model.num_layers:
-            run.restore(_read(self.folder / "hidden.safetensors")["hidden"], layer + 1)
-        return True
+            return None
+        found = _read(self.folder / _file(layer))
+        losses |= {key.removesuffix(LOSS): found.pop(key) for key in list(found) if key.endswith(LOSS)}
+        _give_back(self.model, layer, found)
+        self._kept.update(losses)
+        states = self._states(layer)
+        return _read(states) if layer == self.count - 1 and states.exists() else {}
 
-    def save(self, layer: int, run: Any) -> None:
+    def save(self, layer: int, states: Mapping[str, np.ndarray], losses: Mapping[str, Any]) -> None:
         from modelq.checkpoint.writer import write_tensors
 
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(self.folder / _file(layer), _collect(self.model, layer if layer < self.model.num_layers else -1))
+        found = _collect(self.model, layer if layer < self.model.num_layers else -1)
+        found |= {name + LOSS: np.asarray(loss) for name, loss in losses.items() if name not in self._kept}
+        write_tensors(self.folder / _file(layer), found)
+        self._kept.update(losses)
         if (layer + 1) % self.save_every and layer + 1 < self.model.num_layers:
             return
-        if run is not None and layer + 1 < self.model.num_layers:
-            write_tensors(self.folder / "hidden.safetensors", {"hidden": run.state()})
+        if states:
+            write_tensors(self._states(layer), states)
         self._note(layer + 1)
+        self._remove_states(but=self._states(layer))
 
     def finish(self) -> None:
         self._note(self.model.num_layers + 1)
-        (self.folder / "hidden.safetensors").unlink(missing_ok=True)
+        self._remove_states()
+
+    def _states(self, layer: int) -> Path:
+        return self.folder / f"states_{layer:04d}.safetensors"
+
+    def _remove_states(self, but: Path | None = None) -> None:
+        for path in self.folder.glob("states_*.safetensors"):
+            if path != but:
+                path.unlink(missing_ok=True)
 
     def _note(self, count: int) -> None:
         steps = _read_manifest(self.manifest, self.digest)
@@ -88,11 +105,11 @@ class Saved(Progress):
 
 
 def digest_of(model: Model, steps: Sequence[Mapping[str, Any]], batches: Sequence[Batch], compat: str | None) -> str:
-    """What a calibration depends on: rules, steps, the weights' names, shapes and files' sizes, the data, the precision."""
+    """What a calibration depends on: rules, steps, the weights' names, shapes, files' sizes and rotation, the data, the precision."""
     found = hashlib.sha256()
     found.update(repr([(name, setting.enable, setting.attributes) for name, setting in model.settings.items()]).encode())
     found.update(json.dumps([{k: v for k, v in step.items() if k != "layerwise"} for step in steps], sort_keys=True, default=str).encode())
-    found.update(repr((model.runtime.compute, model.float32_weights, compat)).encode())
+    found.update(repr((model.runtime.compute, model.float32_weights, compat, rotation_of(model.checkpoint))).encode())
     files = {info.file for info in model.checkpoint.tensors.values() if info.file is not None}
     found.update(repr(sorted((str(file.name), file.stat().st_size) for file in files)).encode())
     found.update(repr([(name, info.dtype, info.shape) for name, info in model.checkpoint.tensors.items()]).encode())

@@ -136,7 +136,6 @@ class AwqLite(Smoothing):
         if any(model.settings[f"{name}.input_quantizer"].enable for name in self.wanted):
             self.kinds["amax"] = 0
         self.alphas = alphas(settings.get("alpha_step", 0.1))
-        self.losses: dict[str, np.ndarray] = {}         # of every alpha, by module
 
     def search(self, part: Part, inputs: Mapping[str, InputStatistics]) -> None:
         for members in siblings(self.searched(part)):
@@ -161,9 +160,6 @@ class AwqLite(Smoothing):
             raise ValueError(f"{row['name']}: awq_lite: a loss is not finite: NaN or infinity in its weight, or its inputs overflow "
                              "float32")
         return scales[int(np.argmin(losses))]
-
-    def end(self) -> None:
-        self.model.search_losses = self.losses
 
 
 def alphas(step: float) -> np.ndarray:

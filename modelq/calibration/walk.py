@@ -44,6 +44,7 @@ class Method:
 
     def __init__(self, model: Model, settings: Mapping[str, Any], compat: str | None = None):
         self.model, self.settings, self.compat = model, settings, compat
+        self.losses: dict[str, Any] = {}        # what a search found each module or quantizer to lose
 
     def begin(self) -> None:
         """Before anything is run."""
@@ -104,18 +105,31 @@ class Walk:
         for modules in (model.embedding_modules, () if self.wants_head else model.head_modules):
             self.weights_only([], Part(-1, None, modules, streaming.unread(model)))
         for layer in progress(range(model.num_layers), method.description):
-            if self.done.restore(layer, self.run):
+            if (states := self.done.restore(layer, method.losses)) is not None:
+                self.go_on(states, layer + 1)
                 continue
             if self.run is not None and layer <= self.last:
                 method.layer(self, layer)
             else:
                 for names, part in streaming.parts(model, layer):
                     self.weights_only(names, part)
-            self.done.save(layer, self.run)
-        if self.wants_head and not self.done.restore(model.num_layers, None):
+            self.done.save(layer, self.states() if layer < self.last or self.wants_head else {}, method.losses)
+        if self.wants_head and self.done.restore(model.num_layers, method.losses) is None:
             self.head()
-            self.done.save(model.num_layers, None)
+            self.done.save(model.num_layers, {}, method.losses)
+        model.search_losses = {**model.search_losses, **method.losses}
         method.end()
+
+    def states(self) -> dict[str, np.ndarray]:
+        """The hidden states behind a layer."""
+        found = {} if self.run is None else {"hidden": self.run.state()}
+        return found if self._clean is None else {**found, "clean": self._clean}
+
+    def go_on(self, states: Mapping[str, np.ndarray], layer: int) -> None:
+        """Begin with a layer from the states that were behind the one before."""
+        if self.run is not None and "hidden" in states:
+            self.run.restore(states["hidden"], layer)
+            self._clean = states.get("clean")
 
     def slots_of(self, layer: int) -> list[Slot]:
         return [slot for slot in self.slots if slot.layer == layer]

@@ -49,7 +49,8 @@ def quantize(model: Model, config: Any, forward_loop: Callable[..., Any] | None 
         settings, quantizers, idle = planned_quantizers(model, parsed)
         _warn_idle(idle)
         warn_partial_blocks(settings.values(), model.head_dim)
-        model.settings, model.quantizers, model.quantized, model.packed, model.low_rank = settings, quantizers, True, {}, {}
+        model.settings, model.quantizers, model.quantized = settings, quantizers, True
+        model.packed, model.low_rank, model.search_losses = {}, {}, {}
         run_calibration(model, steps, forward_loop, checkpoint_dir, compat)
     return model
 
