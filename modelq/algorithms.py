@@ -84,7 +84,7 @@ def normalize_algorithm(algorithm: Any) -> list[dict[str, Any]]:
 
 
 def split_rotation(algorithm: Any) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
-    """(the step "rotate", if the algorithm starts with it; the steps behind it: maxima, if there are none). ValueError if it comes later."""
+    """(the step "rotate", if the algorithm starts with it; the steps behind it: maxima if there are none). ValueError if it comes later."""
     steps = normalize_algorithm(algorithm)
     rotation = steps.pop(0) if steps and steps[0]["method"] == "rotate" else None
     if any(step["method"] == "rotate" for step in steps):

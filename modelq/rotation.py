@@ -96,8 +96,8 @@ class RotatedCheckpoint(Checkpoint):
         head = Rotation(model.head_dim, seed + 1) if values else None
         self._ones = {row["weight"] for row in model.modules if row["kind"] == "norm" and _is_of_stream(row)} if residual else set()
         tied = {row["weight"] for row in model.embedding_modules} & {row["weight"] for row in model.head_modules}
-        self._turned = {name: turned for row in model.modules if row["layer"] >= 0 or row["kind"] == "embedding" or row["weight"] not in tied
-                        for name, turned in _tensors(model, row, stream, head)}
+        rows = [row for row in model.modules if row["kind"] == "embedding" or row["weight"] not in tied]
+        self._turned = {name: turned for row in rows for name, turned in _tensors(model, row, stream, head)}
         tensors, config = dict(self.original.tensors), dict(self.original.config)
         for embedding in tied if residual else ():
             tensors[HEAD] = replace(self.original.tensors[embedding], name=HEAD)

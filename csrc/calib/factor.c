@@ -36,7 +36,7 @@ static int factor_block(factor_job *job, mq_error *err)
         for (int64_t j = 0; j <= i; j++) {
             double sum = (double)row[j];
             for (int64_t k = 0; k < j; k++) sum -= l[i * BLOCK + k] * l[j * BLOCK + k];
-            if (i == j && !(sum > 0.0))
+            if (i == j && !(sum > 0.0 && sum < HUGE_VAL))
                 return mq_fail(err, MQ_ERR_VALUE, "the matrix is not positive definite (channel %lld of %lld)",
                                (long long)(job->n - 1 - job->begin - i), (long long)job->n);
             l[i * BLOCK + j] = i == j ? sqrt(sum) : sum / l[j * BLOCK + j];

@@ -443,6 +443,10 @@ static PyObject *gptq(PyObject *module, PyObject *args, PyObject *kwargs)
                      (long long)weight.shape[1]);
         goto done;
     }
+    if (block_size < 1) {
+        PyErr_Format(PyExc_ValueError, "block_size: expected at least 1, got %lld", block_size);
+        goto done;
+    }
     job.weight = &weight;
     job.factor = u.data;
     job.curvature = curvature.data;

@@ -96,7 +96,8 @@ def main() -> None:
     folder = options.work / "model"
     calibration = tokens_of(options.calibrate, folder, options.samples, options.seq_len)
     test = tokens_of(options.test, folder, options.windows, options.seq_len)
-    rows = [("format", "algorithm", "preset", "perplexity", "seconds"), ("bfloat16", "", "", f"{measure(folder, None, test, test)[0]:.2f}", "")]
+    plain = measure(folder, None, calibration, test)[0]
+    rows = [("format", "algorithm", "preset", "perplexity", "seconds"), ("bfloat16", "", "", f"{plain:.2f}", "")]
     for case in CASES:
         if options.only in " ".join(case[:3]):
             perplexity, seconds = measure(folder, config_of(*case[2:]), calibration, test)
