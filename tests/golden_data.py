@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(os.environ.get("MODELQ_GOLDEN") or Path(__file__).parent / "data" / "golden").resolve()
+SEARCH_ROOT = Path(os.environ.get("MODELQ_SEARCH_GOLDEN") or Path(__file__).parent / "data" / "search").resolve()
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32", "I16": "int16",
           "I8": "int8", "U8": "uint8", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"}
 
@@ -74,14 +75,15 @@ class Model:
 
 @dataclass(frozen=True)
 class Case:
-    """golden/<model>/<dtype>/<config>."""
+    """golden/<model>/<dtype>/<config>, or search/... where the reference searched."""
     model: Model
     dtype: str
     config: str
+    root: Path = ROOT
 
     @property
     def folder(self) -> Path:
-        return self.model.folder / self.dtype / self.config
+        return self.root / self.model.name / self.dtype / self.config
 
     @property
     def configs(self) -> list[str]:
@@ -123,12 +125,12 @@ def models(names=None, any_family=False) -> list:
     return [pytest.param(Model(name), id=name) for name in found if (names is None or name in names) and (any_family or is_known(name))]
 
 
-def cases(dtype=None, configs=None, names=None, needs=(), any_family=False) -> list:
+def cases(dtype=None, configs=None, names=None, needs=(), any_family=False, root=ROOT) -> list:
     """One pytest.param per <model>/<dtype>/<config> that is there, has the files in needs, and is asked for (see models)."""
     out = []
     for model in models(names, any_family):
-        for folder in sorted(model.values[0].folder.glob("*[0-9]/*/")):   # float32/, bfloat16/
-            case = Case(model.values[0], folder.parent.name, folder.name)
+        for folder in sorted((root / model.values[0].name).glob("*[0-9]/*/")):   # float32/, bfloat16/
+            case = Case(model.values[0], folder.parent.name, folder.name, root)
             wanted = (dtype is None or case.dtype == dtype) and (configs is None or case.config in configs)
             if wanted and case.has(*needs):
                 out.append(pytest.param(case, id=str(case)))

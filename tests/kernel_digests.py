@@ -118,6 +118,81 @@ def digest_quantizers():
         digest.print("quantizer", number)
 
 
+def search_cases():
+    """Weights of sizes that divide by nothing, and more rows than are tried at a time; with zeros, of every dtype."""
+    for seed, (rows, columns) in enumerate([(1, 1), (3, 17), (20, 48), (97, 100), (130, 160)]):
+        for label, dtype in DTYPES.items():
+            weight = shifted((tame(rows * columns, np.float32, seed) * 0.05).astype(dtype).reshape(rows, columns))
+            weight[rows // 2, : columns // 2] = 0
+            yield label, weight
+
+
+def gram_of(columns, seed):
+    """Exact sums: small integers, so that no product depends on how it is added up."""
+    x = np.random.default_rng(seed).integers(-3, 4, (2 * columns, columns)).astype(np.float32)
+    return x.T @ x + np.eye(columns, dtype=np.float32)
+
+
+def digest_scales():
+    digests = {label: Digest() for label in DTYPES}
+    alphas = np.arange(11, dtype=np.float32) / np.float32(10)
+    for label, weight in search_cases():
+        largest = core.amax(weight, axis=1).ravel()
+        inputs = np.abs(wild(weight.shape[1], np.float32, 1))
+        for block in (0, 1, 10, 16, 33):
+            of_weight = core.awq_weight_scale(weight, block)
+            digests[label].add(of_weight, core.awq_scales(inputs, of_weight, alphas))
+        digests[label].add(*(core.smoothquant_scale(inputs, largest, alpha, label) for alpha in alphas))
+    for label, digest in digests.items():
+        digest.print("scales of columns", label)
+
+
+def digest_trials():
+    static = dict(num_bits=(2, 1), block_sizes={-1: 16, "type": "static", "scale_bits": (4, 3)})
+    kinds = {"int4": dict(num_bits=4, block_sizes={-1: 10}), "int4 tall": dict(num_bits=4, block_sizes={-1: 10, -2: 98}),
+             "int8": dict(num_bits=8, axis=0), "fp8": dict(num_bits=(4, 3)), "nvfp4": static,
+             "nvfp4 dynamic": dict(num_bits=(2, 1), block_sizes={-1: 16, "type": "dynamic", "scale_bits": (4, 3)})}
+    factors = np.linspace(0.25, 4, 13).astype(np.float32)
+    for name, kind in kinds.items():
+        digest = Digest()
+        for _, weight in search_cases():
+            quantizer, scales = core.Quantizer(**kind), np.exp(tame(3 * weight.shape[1], np.float32, 5)).reshape(3, -1)
+            digest.add(core.best_amax(weight, quantizer, factors), core.quantization_losses(weight, quantizer, factors=factors))
+            digest.add(core.quantization_losses(weight, quantizer, None, scales, 1 / scales))
+        digest.print("trials", name)
+
+
+def digest_sweeps():
+    digest = Digest()
+    for _, weight in search_cases():
+        if weight.shape[1] % 16 == 0:
+            h = gram_of(weight.shape[1], 6)
+            blocks = np.stack([h[i:i + 16, i:i + 16] for i in range(0, len(h), 16)])
+            largest = float(core.amax(weight))
+            digest.add(*(core.sweep_block_scales(weight, largest, divisor, hessian) for divisor in (2688, 1536) for hessian in (None, blocks)))
+    digest.print("sweeps of block scales")
+
+
+def digest_gptq():
+    """Factors of one block are sums in float64, and what comes to columns of one block is no product: bits of all ISAs agree."""
+    kinds = {"int4": dict(num_bits=4, block_sizes={-1: 10}), "int8": dict(num_bits=8, axis=0), "fp8": dict(num_bits=(4, 3)),
+             "nvfp4": dict(num_bits=(2, 1), block_sizes={-1: 16, "type": "static", "scale_bits": (4, 3)})}
+    for name, kind in kinds.items():
+        digest = Digest()
+        for _, weight in search_cases():
+            columns = weight.shape[1]
+            upper = np.eye(columns, dtype=np.float32) + np.triu(gram_of(columns, 7), 1) / np.float32(8 * columns)
+            quantizer = core.Quantizer(**kind)
+            quantizer.amax = core.amax(weight, **({"block": kind["block_sizes"][-1]} if "block_sizes" in kind else {"axis": kind.get("axis")}))
+            for options in (dict(), dict(order=np.random.default_rng(8).permutation(columns)), dict(regroup=True)):
+                if "regroup" not in options or "block_sizes" in kind:
+                    made, amax, loss = core.gptq(weight, quantizer, upper, np.linspace(1, 9, columns, dtype=np.float32), block_size=160, **options)
+                    digest.add(made, amax, np.float64([loss]))
+            small = gram_of(min(columns, 64), 9)
+            digest.add(core.factor(small), small)
+        digest.print("gptq", name)
+
+
 if __name__ == "__main__":
     np.seterr(all="ignore")
     digest_codecs()
@@ -125,3 +200,7 @@ if __name__ == "__main__":
     digest_schemes()
     digest_exhaustive()
     digest_quantizers()
+    digest_scales()
+    digest_trials()
+    digest_sweeps()
+    digest_gptq()

@@ -85,6 +85,53 @@ def test_quantizer(options):
     every_allocation_fails(operation)
 
 
+def int4_quantizer():
+    quantizer = core.Quantizer(num_bits=4, block_sizes={-1: 16})
+    quantizer.amax = core.amax(WEIGHT, block=16)
+    return quantizer
+
+
+GRAM = (WEIGHT.T @ WEIGHT + 50 * np.eye(256, dtype=np.float32)).astype(np.float32)
+FACTORS = np.linspace(0.5, 1, 4, dtype=np.float32)
+SCALES = np.exp(np.random.default_rng(1).standard_normal((3, 256))).astype(np.float32)
+SEARCHES = {
+    "awq_weight_scale": lambda: core.awq_weight_scale(WEIGHT.T, 16),
+    "losses by float32 products": lambda: core.quantization_losses(WEIGHT, int4_quantizer(), core.GramLoss(GRAM), factors=FACTORS),
+    "losses by bfloat16 products": lambda: core.quantization_losses(WEIGHT.T.copy().T, int4_quantizer(), core.GramLoss(GRAM, "bfloat16"), SCALES,
+                                                                    1 / SCALES),
+    "losses of maxima found anew": lambda: core.quantization_losses(WEIGHT, core.Quantizer(num_bits=(4, 3)), None, SCALES),
+    "best_amax": lambda: core.best_amax(WEIGHT, int4_quantizer(), FACTORS),
+    "best_amax by blocks": lambda: core.best_amax(WEIGHT, int4_quantizer(), FACTORS, core.GramLoss(SIXTEENS, "float32", 256)),
+    "best_amax of the tensor": lambda: core.best_amax(WEIGHT, core.Quantizer(num_bits=8), FACTORS, core.GramLoss(GRAM)),
+    "sweep_block_scales": lambda: core.sweep_block_scales(WEIGHT, 4.0, hessian=SIXTEENS),
+    "subtract_product": lambda: core.subtract_product(WEIGHT, WEIGHT[:, :5].copy(), WEIGHT[:5])}
+SIXTEENS = np.stack([GRAM[i:i + 16, i:i + 16] for i in range(0, 256, 16)])
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_search(search):
+    every_allocation_fails(SEARCHES[search], at_least=2)
+
+
+def test_factor():
+    """In place: what it leaves after a failure is of no use, so that every try has a matrix of its own."""
+    def operation():
+        h = GRAM.copy()
+        return np.concatenate([core.factor(h).ravel(), h.ravel()])
+    every_allocation_fails(operation, at_least=2)
+
+
+@pytest.mark.parametrize("options", [dict(block_size=48), dict(block_size=256, regroup=True), dict(order=np.arange(256, dtype=np.int32)[::-1])])
+def test_gptq(options):
+    upper = GRAM.copy()
+    curvature = core.factor(upper)
+
+    def operation():
+        made, amax, loss = core.gptq(WEIGHT, int4_quantizer(), upper, curvature, **options)
+        return {"made": made, "amax": amax, "loss": loss}
+    every_allocation_fails(operation, at_least=4)
+
+
 @pytest.fixture(scope="module", params=["qwen3-float32", "qwen3-bfloat16", "qwen3moe-bfloat16"])
 def model(request, golden):
     import modelq
@@ -101,7 +148,7 @@ def test_loss(model, golden):
     every_allocation_fails(lambda: model.loss([golden["qwen3"].calib[:2, :16]]), at_least=5)
 
 
-@pytest.mark.parametrize("preset", ["NVFP4_DEFAULT_CFG", "FP8_DEFAULT_CFG"])
+@pytest.mark.parametrize("preset", ["NVFP4_DEFAULT_CFG", "FP8_DEFAULT_CFG", "INT4_AWQ_CFG", "INT4_GPTQ_CFG"])
 def test_quantize_a_model(golden, preset):
     """Calibration, too: and a model whose quantization failed is as it was before."""
     import modelq

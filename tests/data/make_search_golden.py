@@ -171,8 +171,8 @@ def run(golden: Path, name: str, dtype: str, case: str, folder: Path) -> None:
 
 
 def keep_subset(out: Path, target: Path) -> None:
-    """What tests/data/search has room for: values of all float32 cases of llama, q_proj of layer 1 as GPTQ rounds it, and of two exports
-    layer 1."""
+    """What tests/data/search has room for: values of all float32 cases of llama, q_proj of layer 1 as GPTQ rounds it, of two exports
+    layer 1, and AWQ's losses in bfloat16."""
     def keep(case: str, file: str, wanted) -> None:
         tensors = load_file(out / "llama" / case / file)
         (target / "llama" / case).mkdir(parents=True, exist_ok=True)
@@ -187,6 +187,10 @@ def keep_subset(out: Path, target: Path) -> None:
         keep(f"bfloat16/{case}", "model.safetensors", lambda name, part=part: f"layers.1.{part}" in name)
         for file in ("config.json", "hf_quant_config.json"):
             shutil.copy(out / "llama" / "bfloat16" / case / file, target / "llama" / "bfloat16" / case / file)
+    for where in ("llama/float32", "llama/bfloat16", "qwen3/bfloat16"):
+        for case in ("INT4_AWQ_CFG", "W4A8_AWQ_BETA_CFG", "NVFP4_AWQ_LITE_CFG"):
+            (target / where / case).mkdir(parents=True, exist_ok=True)
+            shutil.copy(out / where / case / "losses.json", target / where / case / "losses.json")
 
 
 def main() -> None:
