@@ -169,7 +169,8 @@ def digest_sweeps():
             h = gram_of(weight.shape[1], 6)
             blocks = np.stack([h[i:i + 16, i:i + 16] for i in range(0, len(h), 16)])
             largest = float(core.amax(weight))
-            digest.add(*(core.sweep_block_scales(weight, largest, divisor, hessian) for divisor in (2688, 1536) for hessian in (None, blocks)))
+            for divisor in (2688, 1536):
+                digest.add(*(core.sweep_block_scales(weight, largest, divisor, hessian) for hessian in (None, blocks)))
     digest.print("sweeps of block scales")
 
 
@@ -182,11 +183,11 @@ def digest_gptq():
         for _, weight in search_cases():
             columns = weight.shape[1]
             upper = np.eye(columns, dtype=np.float32) + np.triu(gram_of(columns, 7), 1) / np.float32(8 * columns)
-            quantizer = core.Quantizer(**kind)
-            quantizer.amax = core.amax(weight, **({"block": kind["block_sizes"][-1]} if "block_sizes" in kind else {"axis": kind.get("axis")}))
+            curvature, quantizer = np.linspace(1, 9, columns, dtype=np.float32), core.Quantizer(**kind)
+            quantizer.amax = core.amax(weight, block=kind.get("block_sizes", {-1: None})[-1], axis=kind.get("axis"))
             for options in (dict(), dict(order=np.random.default_rng(8).permutation(columns)), dict(regroup=True)):
                 if "regroup" not in options or "block_sizes" in kind:
-                    made, amax, loss = core.gptq(weight, quantizer, upper, np.linspace(1, 9, columns, dtype=np.float32), block_size=160, **options)
+                    made, amax, loss = core.gptq(weight, quantizer, upper, curvature, block_size=160, **options)
                     digest.add(made, amax, np.float64([loss]))
             small = gram_of(min(columns, 64), 9)
             digest.add(core.factor(small), small)

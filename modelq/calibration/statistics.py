@@ -39,6 +39,9 @@ class Range:
             self.histogram = None
         self.bits = attributes.num_bits if isinstance(attributes.num_bits, int) else 0
         self.name, self.unsigned = setting.slot.name, attributes.unsigned
+        if self.histogram and self.histogram["range_method"] == "entropy" and not self.bits:
+            raise ValueError(f"{self.name}: entropy compares a histogram with the equal steps of integers, and num_bits is "
+                             f"{attributes.num_bits}: use percentile or {{'method': 'histogram', 'range_method': 'mse'}}")
         kind, bins = ("histogram", self.histogram["num_bins"]) if self.histogram else (calibrator_of(setting), 0)
         self.statistics = _core.Calibrator(kind, None, bins)
 

@@ -48,7 +48,8 @@ REFUSED = [
     lambda: core.smoothquant_scale(np.ones(3), np.ones(4), 0.5), lambda: core.quantization_losses(weight, "quantizer"),
     lambda: core.quantization_losses(weight, int4, "gram"), lambda: core.quantization_losses(weight[:, :32].copy(), int4),
     lambda: core.quantization_losses(weight, rows, core.GramLoss(gram[:5, :5].copy())),
-    lambda: core.quantization_losses(weight, int4, kept, scales, scales[:2]), lambda: core.quantization_losses(weight, int4, kept, None, scales),
+    lambda: core.quantization_losses(weight, int4, kept, scales, scales[:2]),
+    lambda: core.quantization_losses(weight, int4, kept, None, scales),
     lambda: core.quantization_losses(weight, int4, kept, scales[:, :47]), lambda: core.quantization_losses(weight, other_amax),
     lambda: core.best_amax(weight, int4, factors, kept), lambda: core.best_amax(weight, int4, factors[:0]),
     lambda: core.best_amax(weight, int4, factors, None, "float64"), lambda: core.sweep_block_scales(weight[:, :30].copy(), 1.0),
@@ -57,7 +58,8 @@ REFUSED = [
     lambda: core.gptq(weight, dynamic, upper, curvature), lambda: core.gptq(weight, int4, upper, curvature[:7]),
     lambda: core.gptq(weight, int4, None, curvature), lambda: core.gptq(weight, int4, upper, curvature, order, regroup=True),
     lambda: core.gptq(weight, int4, upper, curvature, order[:5]), lambda: core.gptq(weight, int4, upper, curvature, np.zeros(48, np.int64)),
-    lambda: core.gptq(weight, int4, upper, curvature, block_size=0), lambda: core.gptq(weight, core.Quantizer(num_bits=8), upper, curvature),
+    lambda: core.gptq(weight, int4, upper, curvature, block_size=0),
+    lambda: core.gptq(weight, core.Quantizer(num_bits=8), upper, curvature),
     lambda: core.subtract_product(weight, np.ones((20, 2)), np.ones((3, 48))), lambda: core.subtract_product(weight, None, None)]
 
 
