@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -185,9 +185,13 @@ class Model:
         self.connect()
         try:
             yield
-        finally:
+        except BaseException:
             self.simulate, self.simulate_inputs = before
-            self.connect()
+            with suppress(ValueError):      # siblings half smoothed: whoever quantizes puts all back
+                self.connect()
+            raise
+        self.simulate, self.simulate_inputs = before
+        self.connect()
 
     def connect(self) -> None:
         """Give the runtime the quantizers of activations that take part in the simulation, and take away the others.

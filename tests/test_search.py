@@ -45,7 +45,8 @@ def own_maxima(weight, kind):
     if kind.get("axis") == 0:
         return core.amax(weight, axis=0)
     static = "block_sizes" in kind and kind["block_sizes"].get("type") != "dynamic"
-    return core.amax(weight, block=kind["block_sizes"][-1]) if static else core.amax(weight)
+    sizes = kind["block_sizes"] if static else {}
+    return core.amax(weight, block=(sizes.get(-2, 1), sizes[-1])) if static else core.amax(weight)
 
 
 def rounded_by(kind, weight, amax=None):
@@ -57,16 +58,28 @@ def rounded_by(kind, weight, amax=None):
 
 # The loss by the Gram matrix -------------------------------------------------------------------------------------------------
 
+def replayed(x, weight, made):
+    return ((x.astype(F64) @ (weight.astype(F64) - made.astype(F64)).T) ** 2).sum()
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("width", [48, 128, 208])
-def test_the_loss_by_the_gram_matrix_is_the_replayed_loss(kind, width):
-    x, weight = inputs(700, width), weights(37, width)
+@pytest.mark.parametrize("width, dtype", [(48, F32), (128, F32), (208, F32), (64, BF16), (144, np.float16)])
+def test_the_loss_by_the_gram_matrix_is_the_replayed_loss(kind, width, dtype):
+    """With scales, and back or not; and with factors of maxima, the weight's or others. What is quantized is of the weight's dtype."""
+    x, weight = inputs(700, width), weights(137, width).astype(dtype)
     scales = np.exp(np.random.default_rng(1).standard_normal((5, width))).astype(F32)
-    found = core.quantization_losses(weight, core.Quantizer(**KINDS[kind]), core.GramLoss(gram(x), "float32"), scales, 1 / scales)
-    for scale, loss in zip(scales, found):
-        made = rounded_by(KINDS[kind], weight * scale) * (1 / scale)
-        outputs = x.astype(F64) @ weight.T.astype(F64), x.astype(F64) @ made.T.astype(F64)
-        np.testing.assert_allclose(loss, ((outputs[0] - outputs[1]) ** 2).sum(), rtol=1e-5)
+    quantizer, loss = core.Quantizer(**KINDS[kind]), core.GramLoss(gram(x), "float32")
+    made = [rounded_by(KINDS[kind], (weight.astype(F32) * scale).astype(dtype)).astype(F32) for scale in scales]
+    found = core.quantization_losses(weight, quantizer, loss, scales)
+    np.testing.assert_allclose(found, [replayed(x, weight, one) for one in made], rtol=1e-5)
+    found = core.quantization_losses(weight, quantizer, loss, scales, 1 / scales)
+    np.testing.assert_allclose(found, [replayed(x, weight, one * (1 / scale)) for one, scale in zip(made, scales)], rtol=1e-5)
+    for share in [1, F32(0.7)] if quantizer.needs_amax else []:
+        own = own_maxima(weight, KINDS[kind]) * share
+        if share != 1:
+            quantizer.amax = own
+        expected = [replayed(x, weight, rounded_by(KINDS[kind], weight, own * factor)) for factor in RATIOS]
+        np.testing.assert_allclose(core.quantization_losses(weight, quantizer, loss, factors=RATIOS), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -84,8 +97,8 @@ def test_any_shape_whole_and_in_blocks(rows, width, size, seed):
     apart = np.arange(width) // size
     h *= apart[:, None] == apart
     kind = dict(num_bits=4, block_sizes={-1: size})
-    whole = core.quantization_losses(weight, core.Quantizer(**kind), core.GramLoss(h, "float32"), factors=RATIOS)
-    blocks = core.quantization_losses(weight, core.Quantizer(**kind), core.GramLoss(diagonal_blocks(h, size), "float32", width), factors=RATIOS)
+    whole, blocks = (core.quantization_losses(weight, core.Quantizer(**kind), loss, factors=RATIOS)
+                     for loss in (core.GramLoss(h, "float32"), core.GramLoss(diagonal_blocks(h, size), "float32", width)))
     np.testing.assert_allclose(blocks, whole, rtol=1e-4, atol=1e-6 * np.abs(h).max())
 
 
@@ -103,14 +116,19 @@ def test_bfloat16_products_choose_as_float32_ones(kind):
 
 # Scales of columns ------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("dtype", [F32, BF16, np.float16])
-@pytest.mark.parametrize("block", [0, 16, 40])
-def test_awq_weight_scale(dtype, block):
-    weight = weights(30, 80).astype(dtype)
-    weight[3:5] = 0      # rows of zeros count as zeros
-    values = np.abs(weight.astype(F64)).reshape(30, -1, block or 80)
-    expected = (values / (values.max(-1, keepdims=True) + np.finfo(F64).tiny)).reshape(30, 80).mean(0)
-    np.testing.assert_allclose(core.awq_weight_scale(weight, block), expected, rtol=1e-5 if dtype == F32 else 1e-2)
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 140), st.integers(1, 70), st.integers(0, 80), st.sampled_from([F32, BF16, np.float16]), st.integers(0, 99))
+def test_awq_weight_scale(rows, columns, block, dtype, seed):
+    """Each quotient is rounded to the weight's dtype, as the reference's are."""
+    weight = weights(rows, columns, seed).astype(dtype)
+    weight[:, ::7] = 0
+    weight[rows // 2] = 0      # blocks of zeros count as zeros
+    values = np.zeros((rows, -(-columns // (block or columns)), block or columns), F32)
+    values.reshape(rows, -1)[:, :columns] = np.abs(weight.astype(F32))
+    divisors = (values.max(-1, keepdims=True) + F32(ml_dtypes.finfo(dtype).smallest_normal)).astype(dtype).astype(F32)
+    quotients = (values / divisors).astype(dtype).reshape(rows, -1)[:, :columns]
+    found = core.awq_weight_scale(weight, block)
+    np.testing.assert_allclose(found, quotients.astype(F64).mean(0).astype(dtype).astype(F64), rtol=float(ml_dtypes.finfo(dtype).eps))
 
 
 def test_awq_scales():
@@ -120,64 +138,63 @@ def test_awq_scales():
     a[7], w[8], a[9], w[9] = 0, 0, 0, 0
     found = core.awq_scales(a, w, ALPHAS)
     for alpha, scale in zip(ALPHAS.astype(F64), found):
-        with np.errstate(divide="ignore", invalid="ignore"):
-            raw = np.nan_to_num(a.astype(F64) ** alpha / w.astype(F64) ** (1 - alpha), nan=np.nan, posinf=1e30)
-        clamped = np.clip(raw, 1e-4, 1e4)
-        expected = clamped / np.sqrt(np.nanmax(clamped) * np.nanmin(clamped))
-        known = np.isfinite(expected)
-        np.testing.assert_allclose(scale[known], expected[known], rtol=1e-4)
-        assert np.isfinite(scale).all() and (scale > 0).all()
+        clamped = np.clip(a.astype(F64) ** alpha / (w.astype(F64) ** (1 - alpha) + np.finfo(F32).tiny), 1e-4, 1e4)
+        np.testing.assert_allclose(scale, clamped / np.sqrt(clamped.max() * clamped.min()), rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16, np.float16])
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
-def test_smoothquant_scale(alpha):
-    """spec/modelopt_spec.md, smoothquant; channels that were silent keep 1."""
-    a, w = np.exp(inputs(1, 40)[0] / 3).astype(F32), np.exp(weights(1, 40)[0]).astype(F32)
-    a[3] = 0
-    expected = np.clip(w.astype(F64) ** (1 - alpha) / np.where(a == 0, 1, a).astype(F64) ** alpha, 1e-4, 1e4)
-    expected[3] = 1
-    np.testing.assert_allclose(core.smoothquant_scale(a, w, alpha), expected, rtol=1e-5)
+def test_smoothquant_scale(alpha, dtype):
+    """spec/modelopt_spec.md, smoothquant; channels that were silent keep 1, those whose weights are zeros get what is least."""
+    rng = np.random.default_rng(0)
+    a, w = np.exp(4 * rng.standard_normal(40)).astype(F32), np.exp(3 * rng.standard_normal(40)).astype(dtype).astype(F32)
+    a[3:6], w[5:8] = [0, 2.0 ** -31, 2.0 ** -32], 0
+    power = (w ** F32(1 - alpha)).astype(dtype).astype(F64)
+    expected = np.clip(power / np.where(a == 0, 1, a).astype(F64) ** alpha, 1e-4, 1e4)
+    expected[3:6] = 1
+    found = core.smoothquant_scale(a, w, alpha, np.dtype(dtype).name)
+    np.testing.assert_allclose(found, expected, rtol=1e-5 if dtype == F32 else 1e-2)     # powf and NumPy's may be rounded apart
+    assert np.mean(np.abs(found / expected - 1) <= 1e-5) >= 0.9
 
 
 # Maxima -------------------------------------------------------------------------------------------------------------------------
 
-def by_brute_force(weight, kind, factors, blocks=None):
-    """The amax with the least loss, each factor tried by a quantizer of its own."""
-    own = own_maxima(weight, kind)
-    losses = []
-    for factor in factors:
-        change = weight.astype(F64) - rounded_by(kind, weight, own * factor)
-        if blocks is not None:
-            parts = np.zeros((len(weight), len(blocks) * blocks.shape[1]))
-            parts[:, :weight.shape[1]] = change
-            parts = parts.reshape(len(weight), len(blocks), -1)
-            losses.append(np.einsum("rbi,bij,rbj->rb", parts, blocks.astype(F64), parts))
-        elif kind.get("axis") == 0:
-            losses.append((change ** 2).sum(1))
-        elif kind.get("block_sizes"):
-            losses.append((change ** 2).reshape(len(weight), -1, kind["block_sizes"][-1]).sum(-1))
-        else:
-            losses.append((change ** 2).sum())
-    losses = np.array(losses)
-    return (own.reshape(losses.shape[1:]) * factors[np.argmin(losses, 0)]).ravel(), losses
+TALL = dict(num_bits=4, block_sizes={-1: 16, -2: 110})
 
 
-@pytest.mark.parametrize("kind", ["int4 blocks", "int8 rows", "fp8"])
-def test_best_amax(kind):
-    weight = weights(60, 96)
-    found = core.best_amax(weight, core.Quantizer(**KINDS[kind]), MULTIPLES)
-    expected, _ = by_brute_force(weight, KINDS[kind], MULTIPLES)
-    assert np.mean(found.ravel() == expected) >= 0.995      # sums of float32 may see a tie where float64 sees none
+def by_cells(change, kind, h=None):
+    """What each maximum's share of a change of the weight loses; with h, only where maxima reach over whole rows."""
+    rows, columns = change.shape
+    losses = change ** 2 if h is None else (change @ h.astype(F64)) * change
+    sizes = kind.get("block_sizes") or {-1: columns}
+    height = 1 if kind.get("axis") == 0 else sizes.get(-2, 1 if "block_sizes" in kind else rows)
+    return np.add.reduceat(np.add.reduceat(losses, np.arange(0, rows, height), 0), np.arange(0, columns, sizes[-1]), 1)
 
 
-def test_best_amax_by_blocks_of_inputs():
-    weight, blocks = weights(60, 100), diagonal_blocks(gram(inputs(300, 100)), 16)
-    kind = dict(num_bits=4, block_sizes={-1: 16})
-    found = core.best_amax(weight, core.Quantizer(**kind), RATIOS, core.GramLoss(blocks, "float32", 100))
-    expected, losses = by_brute_force(weight, kind, RATIOS, blocks)
-    assert np.mean(found.ravel() == expected) >= 0.995
-    plain = core.best_amax(weight, core.Quantizer(**kind), RATIOS)
-    assert np.mean(plain.ravel() == expected) < 0.9         # inputs matter
+@pytest.mark.parametrize("share", [None, 0.9])
+@pytest.mark.parametrize("with_gram", [False, True])
+@pytest.mark.parametrize("kind", [KINDS["int8 rows"], KINDS["fp8"], KINDS["int4 blocks"], TALL], ids=["rows", "tensor", "blocks", "tall"])
+def test_best_amax(kind, with_gram, share):
+    """More rows than are tried at a time, and a last block that is not whole. share: maxima are the quantizer's, not the weight's."""
+    weight, h, factors = weights(220, 100), gram(inputs(300, 100)), MULTIPLES[::3].copy()
+    sizes = kind.get("block_sizes")
+    if sizes:
+        h *= np.arange(100)[:, None] // 16 == np.arange(100) // 16
+    loss = core.GramLoss(*((diagonal_blocks(h, 16), "float32", 100) if sizes else (h,))) if with_gram else None
+    start = own_maxima(weight, kind) * F32(share or 1)
+    quantizer = core.Quantizer(**kind)
+    if share:
+        quantizer.amax = start
+    for dtype in (F32, BF16):
+        products = [(start * factor).astype(dtype).astype(F32) for factor in factors]
+        losses = np.array([by_cells(weight.astype(F64) - rounded_by(kind, weight, product), kind, h if with_gram else None).ravel()
+                           for product in products])
+        products = np.array(products).reshape(losses.shape)
+        found = core.best_amax(weight, quantizer, factors, loss, np.dtype(dtype).name)
+        taken = np.argmax(products == found, 0)[None]
+        np.testing.assert_array_equal(np.take_along_axis(products, taken, 0)[0], found)
+        np.testing.assert_allclose(np.take_along_axis(losses, taken, 0)[0], np.min(losses, 0), rtol=1e-4)
+        assert np.mean(taken == np.argmin(losses, 0)) >= 0.99      # sums of float32 may see a tie where float64 sees none
 
 
 def test_the_first_of_equal_ones():
@@ -209,6 +226,26 @@ def test_sweep_over_all_fp8_scales(with_hessian):
     np.testing.assert_allclose(picked, losses.min(0), rtol=1e-4)
 
 
+@pytest.mark.parametrize("dtype, words", [(F32, {}), (BF16, {}), (F32, {"four_over_six": True})])
+def test_the_sweep_rounds_as_the_quantizer_will(dtype, words):
+    """Each of the 126 numbers tried by a quantizer; blocks of zeros take the first."""
+    weight = weights(40, 48).astype(dtype)
+    weight[::9, 16:32] = 0
+    largest = float(np.abs(weight.astype(F32)).max())
+    quantizer, losses = core.Quantizer(num_bits=(2, 1), block_sizes={**NVFP4, "type": "static", **words}), []
+    found = core.sweep_block_scales(weight, largest, quantizer.second_divisor)
+    maxima = F32(largest) * (FP8_SCALES / F32(quantizer.second_divisor / 6))
+    for amax in maxima:
+        quantizer.amax, quantizer.global_amax = np.full((40, 3), amax), largest
+        change = weight.astype(F64) - quantizer(weight.astype(F32)).astype(F64)
+        losses.append((change ** 2).reshape(40, 3, 16).sum(-1))
+    assert np.mean(found == maxima[np.argmin(losses, 0)]) >= 0.98
+    assert (found[::9, 1] == maxima[0]).all()
+    quantizer.amax = found
+    change = weight.astype(F64) - quantizer(weight.astype(F32)).astype(F64)
+    np.testing.assert_allclose((change ** 2).reshape(40, 3, 16).sum(-1), np.min(losses, 0), rtol=1e-5)
+
+
 # What else may come in --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("dtype", [F32, BF16, np.float16])
@@ -233,8 +270,14 @@ def test_any_layout_and_read_only(dtype):
     (lambda: core.GramLoss(np.eye(4, dtype=F32), "int8"), "compute"),
     (lambda: core.quantization_losses(weights(4, 32), core.Quantizer(num_bits=8, axis=0), core.GramLoss(np.eye(16, dtype=F32)),
                                       factors=RATIOS), "16"),
-    (lambda: core.quantization_losses(weights(4, 32), core.Quantizer(num_bits=8, axis=0), None, np.ones((2, 31), F32), np.ones((2, 31), F32)),
-     "scales"),
+    (lambda: core.quantization_losses(weights(4, 32), core.Quantizer(num_bits=8, axis=0), None, np.ones((2, 31), F32)), "scales"),
+    (lambda: core.quantization_losses(weights(4, 32), core.Quantizer(num_bits=8), None, None, np.ones((2, 32), F32)), "backs: as many"),
+    (lambda: core.best_amax(weights(4, 32), core.Quantizer(num_bits=4, block_sizes={-1: 16}), RATIOS, core.GramLoss(np.eye(32, dtype=F32))),
+     "blocks of 32 columns, the weight's have 16"),
+    (lambda: core.best_amax(weights(4, 32), core.Quantizer(num_bits=8), RATIOS[:0]), "no candidates"),
+    (lambda: core.best_amax(weights(4, 32), core.Quantizer(num_bits=8), RATIOS, "gram"), "gram: expected a GramLoss or None, got str"),
+    (lambda: core.sweep_block_scales(weights(4, 32), 1.0, hessian=np.ones((1, 16, 16), F32)), r"hessian: expected \[2, 16, 16\]"),
+    (lambda: core.smoothquant_scale(np.ones(3, F32), np.ones(3, F32), 0.5, "int8"), "expected float32, bfloat16 or float16, got 'int8'"),
     (lambda: core.best_amax(np.zeros(5, F32), core.Quantizer(num_bits=8), RATIOS), "weight"),
     (lambda: core.best_amax(np.zeros((5, 4), np.int32), core.Quantizer(num_bits=8), RATIOS), "weight"),
     (lambda: core.sweep_block_scales(weights(4, 30), 1.0), "16"),
@@ -245,9 +288,11 @@ def test_what_does_not_fit_is_named(call, words):
         call()
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16])
-def test_subtract_product(dtype):
-    rng = np.random.default_rng(0)
-    weight, up, down = (rng.standard_normal(shape).astype(dtype) for shape in ((33, 70), (33, 5), (5, 70)))
-    expected = weight.astype(F64) - up.astype(F64) @ down.astype(F64)
-    np.testing.assert_allclose(core.subtract_product(weight, up, down).astype(F64), expected, atol=1e-5 if dtype == F32 else 2e-2, rtol=8e-3)
+@pytest.mark.parametrize("call", [
+    "awq_scales(np.ones(3), None, np.ones(2))", "smoothquant_scale(np.ones(3), None, 0.5)",
+    "gptq(np.ones((4, 32)).astype('f'), core.Quantizer(num_bits=(4, 3)), np.eye(32), np.ones(32))",
+    "gptq(np.ones((4, 32)).astype('f'), core.Quantizer(num_bits=8, axis=0, enabled=False), np.eye(32), np.ones(32))"])
+def test_what_is_missing_is_refused(run_python, call):
+    """In a process of its own, which what is not there ended once."""
+    code = "import numpy as np, modelq._core as core\ntry: core.{}\nexcept (TypeError, ValueError): print('refused')"
+    assert run_python(code.format(call)) == "refused"

@@ -26,7 +26,7 @@ static void list_candidates(sweep_run *run)
         const float number = mq_decode((uint32_t)i + 1u, MQ_CODEC(FP8_E4M3));
         run->scale[i] = number * second;
         run->reciprocal[i] = 1.0f / run->scale[i];
-        run->amax[i] = job->global_amax * (number / 448.0f);
+        run->amax[i] = job->global_amax * (number / (job->divisor / 6.0f));
     }
 }
 

@@ -6,6 +6,8 @@
 #include "py/type_gram_loss.h"
 #include "py/type_quantizer.h"
 
+#include <string.h>
+
 #include "calib/awq.h"
 #include "calib/factor.h"
 #include "calib/gptq.h"
@@ -57,6 +59,14 @@ static int take_floats(call *c, PyObject *object, const char *name, int ndim, in
     return -1;
 }
 
+/* The same where there must be some. */
+static int need_floats(call *c, PyObject *object, const char *name, int ndim, int64_t last, mq_tensor *out)
+{
+    if (object != Py_None) return take_floats(c, object, name, ndim, last, out);
+    PyErr_Format(PyExc_TypeError, "%s: expected float32 numbers, got None", name);
+    return -1;
+}
+
 static int parse_float_dtype(const char *name, mq_dtype *out)
 {
     if (mq_dtype_from_name(name, out) == MQ_OK && (int)*out <= MQ_F16) return 0;
@@ -94,6 +104,10 @@ static PyObject *awq_weight_scale(PyObject *module, PyObject *args, PyObject *kw
     int rc;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|L", names, &object, &block)) return NULL;
     if (take_matrix(&c, object, "weight", &weight) < 0) goto done;
+    if (block < 0) {
+        PyErr_Format(PyExc_ValueError, "block_size: expected 0 or more, got %lld", block);
+        goto done;
+    }
     result = new_floats(c.state, 1, &weight.shape[1], &view);
     if (result == NULL) goto done;
     Py_BEGIN_ALLOW_THREADS
@@ -119,9 +133,9 @@ static PyObject *awq_scales(PyObject *module, PyObject *args)
     PyObject *objects[3], *result = NULL;
     mq_tensor activations, weights, alphas, view;
     if (!PyArg_ParseTuple(args, "OOO:awq_scales", &objects[0], &objects[1], &objects[2])) return NULL;
-    if (take_floats(&c, objects[0], "activations", 1, -1, &activations) < 0 ||
-        take_floats(&c, objects[1], "weights", 1, activations.shape[0], &weights) < 0 ||
-        take_floats(&c, objects[2], "alphas", 1, -1, &alphas) < 0)
+    if (need_floats(&c, objects[0], "activations", 1, -1, &activations) < 0 ||
+        need_floats(&c, objects[1], "weights", 1, activations.shape[0], &weights) < 0 ||
+        need_floats(&c, objects[2], "alphas", 1, -1, &alphas) < 0)
         goto done;
     const int64_t shape[2] = {alphas.shape[0], activations.shape[0]};
     result = new_floats(c.state, 2, shape, &view);
@@ -150,8 +164,8 @@ static PyObject *smoothquant_scale(PyObject *module, PyObject *args, PyObject *k
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOf|s", names, &objects[0], &objects[1], &alpha, &dtype_name))
         return NULL;
     if (parse_float_dtype(dtype_name, &dtype) < 0) return NULL;
-    if (take_floats(&c, objects[0], "activations", 1, -1, &activations) < 0 ||
-        take_floats(&c, objects[1], "weights", 1, activations.shape[0], &weights) < 0)
+    if (need_floats(&c, objects[0], "activations", 1, -1, &activations) < 0 ||
+        need_floats(&c, objects[1], "weights", 1, activations.shape[0], &weights) < 0)
         goto done;
     result = new_floats(c.state, 1, activations.shape, &view);
     if (result != NULL)
@@ -276,12 +290,13 @@ static PyObject *best_amax(PyObject *module, PyObject *args, PyObject *kwargs)
                                      &amax_dtype) ||
         parse_float_dtype(amax_dtype, &a.trial.amax_dtype) < 0)
         return NULL;
-    if (take_floats(&a.c, factors, "factors", 1, -1, &a.factors) < 0 || take_trial(&a, weight, quantizer, gram) < 0 ||
+    if (need_floats(&a.c, factors, "factors", 1, -1, &a.factors) < 0 || take_trial(&a, weight, quantizer, gram) < 0 ||
         make_candidates(&a) < 0)
         goto done;
     const int64_t count = mq_trial_amax_count(&a.trial);
     result = new_floats(a.c.state, 1, &count, &view);
     if (result == NULL) goto done;
+    memset(view.data, 0, (size_t)count * sizeof(float));        /* maxima of no rows are looked for by nobody */
     Py_BEGIN_ALLOW_THREADS
     rc = mq_trial_best_amax(&a.trial, view.data, &err);
     Py_END_ALLOW_THREADS
@@ -317,7 +332,7 @@ static PyObject *sweep_block_scales(PyObject *module, PyObject *args, PyObject *
         goto done;
     const int64_t shape[2] = {weight.shape[0], weight.shape[1] / MQ_SWEEP_BLOCK};
     job.hessian = hessian.data;
-    if (hessian.data != NULL && mq_tensor_count(&hessian) != shape[1] * MQ_SWEEP_BLOCK * MQ_SWEEP_BLOCK) {
+    if (hessian.data != NULL && (hessian.shape[0] != shape[1] || hessian.shape[1] != MQ_SWEEP_BLOCK)) {
         PyErr_Format(PyExc_ValueError, "hessian: expected [%lld, 16, 16]", (long long)shape[1]);
         goto done;
     }
@@ -379,8 +394,9 @@ static int take_order(call *c, PyObject *object, int64_t n, mq_tensor *out)
     if (object == NULL || object == Py_None) return 0;
     if (mq_view_as(c->state, object, "order", MQ_I64, out, &reference) < 0) return -1;
     if (reference != NULL) c->kept[c->count++] = reference;
-    char *seen = mq_alloc_zeroed((size_t)n);
-    int sound = seen != NULL && out->ndim == 1 && out->shape[0] == n;
+    char *seen = mq_alloc_zeroed((size_t)n + 1);
+    if (seen == NULL) return PyErr_NoMemory(), -1;
+    int sound = out->ndim == 1 && out->shape[0] == n;
     for (int64_t i = 0; sound && i < n; i++) {
         const int64_t column = ((const int64_t *)out->data)[i];
         sound = column >= 0 && column < n && !seen[column];
@@ -434,8 +450,8 @@ static PyObject *gptq(PyObject *module, PyObject *args, PyObject *kwargs)
         return NULL;
     job.quantizer = take_quantizer(&c, objects[1]);
     if (job.quantizer == NULL || take_matrix(&c, objects[0], "weight", &weight) < 0 ||
-        take_floats(&c, objects[2], "factor", 2, weight.shape[1], &u) < 0 ||
-        take_floats(&c, objects[3], "curvature", 1, weight.shape[1], &curvature) < 0 ||
+        need_floats(&c, objects[2], "factor", 2, weight.shape[1], &u) < 0 ||
+        need_floats(&c, objects[3], "curvature", 1, weight.shape[1], &curvature) < 0 ||
         take_order(&c, order_object, weight.shape[1], &order) < 0)
         goto done;
     if (u.data == NULL || curvature.data == NULL || u.shape[0] != weight.shape[1]) {
@@ -473,8 +489,8 @@ static PyObject *subtract_product(PyObject *module, PyObject *args)
     int rc;
     if (!PyArg_ParseTuple(args, "OOO:subtract_product", &objects[0], &objects[1], &objects[2])) return NULL;
     if (take_matrix(&c, objects[0], "weight", &weight) < 0 ||
-        take_floats(&c, objects[2], "down", 2, weight.shape[1], &down) < 0 ||
-        take_floats(&c, objects[1], "up", 2, down.shape[0], &up) < 0)
+        need_floats(&c, objects[2], "down", 2, weight.shape[1], &down) < 0 ||
+        need_floats(&c, objects[1], "up", 2, down.shape[0], &up) < 0)
         goto done;
     if (up.data == NULL || down.data == NULL || up.shape[0] != weight.shape[0] || down.shape[0] < 1) {
         PyErr_Format(PyExc_ValueError, "up, down: expected [%lld, rank] and [rank, %lld]", (long long)weight.shape[0],

@@ -206,6 +206,7 @@ def main() -> None:
         sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     options = arguments()
     if options.child:
+        sys.path.remove(str(Path(__file__).resolve().parent))       # transformers would take kernels.py for a package that it uses
         side, work, config, out, batch = options.child
         return child(side, work, config, out, int(batch))
     reference_python = make_reference(options.make_reference) if options.make_reference else options.reference_python
