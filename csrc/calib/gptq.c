@@ -225,8 +225,8 @@ static int check(const mq_gptq_job *job, mq_error *err)
                        job->name);
     const mq_grid grid = mq_grid_make(weight->shape[0], weight->shape[1], spec->block_rows, spec->block_cols);
     if (job->quantizer->amax == NULL || job->quantizer->amax_count != grid.rows * grid.cols)
-        return mq_fail(err, MQ_ERR_VALUE, "%s: the quantizer has %lld maxima, GPTQ needs %lld; calibrate first", job->name,
-                       (long long)(job->quantizer->amax != NULL ? job->quantizer->amax_count : 0),
+        return mq_fail(err, MQ_ERR_VALUE, "%s: the quantizer has %lld maxima, GPTQ needs %lld; calibrate first",
+                       job->name, (long long)(job->quantizer->amax != NULL ? job->quantizer->amax_count : 0),
                        (long long)(grid.rows * grid.cols));
     return mq_quantizer_ready(job->quantizer, weight->shape[0], weight->shape[1], job->name, err);
 }
