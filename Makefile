@@ -3,6 +3,7 @@
 # make sanitize                  the core tests under AddressSanitizer and UndefinedBehaviorSanitizer
 # make test-isa                  the kernel tests once per instruction set that this processor has
 # make test-engines              our exports in transformers and in vLLM's CPU build, in environments of their own (several GB)
+# make test-torch                torch and transformers models in the user's process, in an environment that has them
 # make bench                     the benchmarks of tests/bench
 # make venv                      only the environment (.venv), modelq installed in it
 # make clean                     remove everything that was made here
@@ -18,6 +19,7 @@ VENV := .venv
 DEMO := .venv-demo
 TRANSFORMERS := .venv-engines
 VLLM := .venv-vllm
+TORCH := .venv-torch
 SANITIZED := build/site-sanitize
 SOURCES := setup.py pyproject.toml $(shell find csrc modelq -name '*.c' -o -name '*.h' -o -name '*.inc' -o -name '*.def' -o -name '*.py' -o -name '*.pyi')
 # Objects are kept between builds, what they were linked and copied into is not: a file that was removed must not stay in a wheel.
@@ -27,9 +29,9 @@ NOT_ISA := $(patsubst %,--ignore=tests/test_%.py,cli data dataset_utils dlpack g
 TEST_ENV := $(if $(GOLDEN),MODELQ_GOLDEN=$(abspath $(GOLDEN)))
 
 # Everything but the demo is built with modelq._testing, and its tests then may not skip for want of it.
-venv test sanitize test-isa test-transformers test-vllm bench: export MODELQ_TESTING := 1
+venv test sanitize test-isa test-torch test-transformers test-vllm bench: export MODELQ_TESTING := 1
 
-.PHONY: demo test sanitize test-isa test-engines test-transformers test-vllm bench venv clean
+.PHONY: demo test sanitize test-isa test-engines test-transformers test-vllm test-torch bench venv clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -64,11 +66,14 @@ test-transformers: $(VENV)/installed $(TRANSFORMERS)/installed
 test-vllm: $(VENV)/installed $(VLLM)/installed
 	MODELQ_VLLM_PYTHON=$(VLLM)/bin/python $(VENV)/bin/pytest tests/engines/test_vllm.py $(ARGS)
 
+test-torch: $(TORCH)/installed
+	$(TEST_ENV) $(TORCH)/bin/pytest tests/torch_models $(ARGS)
+
 bench: $(VENV)/installed
 	for script in tests/bench/*.py; do $(VENV)/bin/python $$script || exit 1; done
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache demo-out $(VENV) $(DEMO) $(TRANSFORMERS) $(VLLM)
+	rm -rf build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache demo-out $(VENV) $(DEMO) $(TRANSFORMERS) $(VLLM) $(TORCH)
 	find modelq tests scripts -name __pycache__ -prune -exec rm -rf {} +
 	find modelq -name '*.so' -delete
 
@@ -94,6 +99,15 @@ $(SANITIZED)/installed: $(VENV)/installed
 $(TRANSFORMERS)/installed: tests/engines/requirements.txt
 	$(PYTHON) -m venv $(TRANSFORMERS)
 	$(TRANSFORMERS)/bin/python -m pip install --quiet -r tests/engines/requirements.txt
+	touch $@
+
+$(TORCH)/python: tests/torch_models/requirements.txt
+	$(PYTHON) -m venv $(TORCH)
+	$(TORCH)/bin/python -m pip install --quiet "setuptools>=77" "numpy>=2.0" -r tests/torch_models/requirements.txt
+	touch $@
+
+$(TORCH)/installed: $(TORCH)/python $(SOURCES)
+	rm -rf build/*/lib* && $(TORCH)/bin/python -m pip install --quiet --no-build-isolation '.[test]'
 	touch $@
 
 $(VLLM)/installed: tests/engines/install_vllm.py

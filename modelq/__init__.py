@@ -5,19 +5,22 @@
     model = modelq.load("path/to/checkpoint")
     mtq.quantize(model, mtq.NVFP4_DEFAULT_CFG, forward_loop)
 """
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from modelq._version import __version__
 
 if TYPE_CHECKING:
     from modelq.model import Model, load
+    from modelq.packed_array import QuantizedArray, dequantize_array, fake_quantize_array, quantize_array
 
-__all__ = ["Model", "__version__", "load"]
+__all__ = ["Model", "QuantizedArray", "__version__", "dequantize_array", "fake_quantize_array", "load", "quantize_array"]
+_HOME = {"Model": "model", "load": "model", "QuantizedArray": "packed_array", "dequantize_array": "packed_array",
+         "fake_quantize_array": "packed_array", "quantize_array": "packed_array"}
 
 
 def __getattr__(name: str) -> Any:
-    """`load` and `Model` come with the runtime: imported when first asked for, so that `import modelq` is instant."""
-    if name in ("load", "Model"):
-        from modelq import model
-        return getattr(model, name)
+    """What needs the C core is imported when first asked for, so that `import modelq` is instant."""
+    if name in _HOME:
+        return getattr(import_module(f"modelq.{_HOME[name]}"), name)
     raise AttributeError(f"module 'modelq' has no attribute {name!r}")

@@ -24,6 +24,7 @@ from modelq.quantizers import block_extents, make_quantizer, stage_quantizers
 from modelq.rules import stages
 from modelq.smoothing import as_loaded, own_weight, stated_weight
 from modelq.stated import own_weight_amax, stated_weight_amax
+from modelq.torch_models import is_torch_model
 
 if TYPE_CHECKING:
     from modelq.model import Model
@@ -140,6 +141,11 @@ def fold_weight(model: Model, keep_attrs: bool = False) -> Model:
     keep_attrs: keep the amax of those quantizers. What the model computes stays as it is; quantizers of activations are left alone.
     Quantizing the model again starts from the folded weights. There is nothing to export then but a model in high precision.
     """
+    if is_torch_model(model):
+        from modelq.torch_models import quantize as torch_models
+
+        torch_models.fold_weight(model, keep_attrs)
+        return model
     rows = [row for row in model.modules if (q := quantizer_of(model, f"{row['name']}.weight_quantizer")) is not None and q.enabled]
     if not rows:
         raise ValueError("nothing to fold: no weight of this model is quantized; call modelq.quantization.quantize first")

@@ -64,11 +64,11 @@ def make_quantizer(setting: Setting) -> Any:
 
 def _make_stage(setting: Setting, attributes: QuantizerAttributeConfig) -> Any:
     try:
-        quantizer = _core_quantizer(attributes)
+        quantizer = core_quantizer(attributes)
     except (ValueError, NotImplementedError) as error:
         if setting.enable:
             raise type(error)(f"{setting.slot.name}: {error}") from error
-        quantizer = _core_quantizer(QuantizerAttributeConfig())
+        quantizer = core_quantizer(QuantizerAttributeConfig())
     quantizer.enabled = setting.enable
     quantizer.rotate = rotated_columns(setting)
     constant = KV_CAST_AMAX if attributes.use_constant_amax else attributes.constant_amax
@@ -77,17 +77,17 @@ def _make_stage(setting: Setting, attributes: QuantizerAttributeConfig) -> Any:
     return quantizer
 
 
-def _core_quantizer(attributes: QuantizerAttributeConfig) -> Any:
+def core_quantizer(attributes: QuantizerAttributeConfig) -> Any:
     return _core.Quantizer(num_bits=attributes.num_bits, axis=attributes.axis, block_sizes=attributes.block_sizes, type=attributes.type,
                            unsigned=attributes.unsigned, narrow_range=attributes.narrow_range)
 
 
 def needs_amax(setting: Setting) -> bool:
     """Whether calibration must find its amax (of any stage)."""
-    return any(_needs_amax(attributes) for attributes in stages(setting))
+    return any(attributes_need_amax(attributes) for attributes in stages(setting))
 
 
-def _needs_amax(attributes: QuantizerAttributeConfig) -> bool:
+def attributes_need_amax(attributes: QuantizerAttributeConfig) -> bool:
     """Not for scales taken on the fly (dynamic, microscaling) nor for constant ones."""
     blocks = attributes.block_sizes or {}
     microscaling = blocks.get("type") == "dynamic" and blocks.get("scale_bits") == MICROSCALING
@@ -135,10 +135,10 @@ def takes_histogram(setting: Setting) -> bool:
 
 def weight_amax(setting: Setting, weight: np.ndarray) -> list[np.ndarray | None]:
     """float32 amax of a [O, I] weight for each stage (all look at the weight itself), None where a stage needs none."""
-    return [_stage_amax(attributes, weight) if _needs_amax(attributes) else None for attributes in stages(setting)]
+    return [stage_amax(attributes, weight) if attributes_need_amax(attributes) else None for attributes in stages(setting)]
 
 
-def _stage_amax(attributes: QuantizerAttributeConfig, weight: np.ndarray) -> np.ndarray:
+def stage_amax(attributes: QuantizerAttributeConfig, weight: np.ndarray) -> np.ndarray:
     """In the grain that the attributes ask for: one, per axis kept, or per static block."""
     blocks = block_extents(attributes)
     if blocks and (attributes.block_sizes or {}).get("type") != "dynamic":

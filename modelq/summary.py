@@ -13,6 +13,7 @@ from modelq.quantizers import KV_CAST_AMAX, MICROSCALING, stage_quantizers
 from modelq.rotation import rotation_of
 from modelq.rules import Setting, describe_rule, stages
 from modelq.smoothing import own_scale
+from modelq.torch_models import is_torch_model
 
 if TYPE_CHECKING:
     from modelq.model import Model
@@ -35,6 +36,11 @@ def print_quant_summary(model: Model, output_dir: str | Path | None = None) -> N
 
 def summary_lines(model: Model) -> list[str]:
     """Model Optimizer's lines, one per quantizer and the count at the end, and before it what stayed in high precision and why."""
+    if is_torch_model(model):
+        from modelq.torch_models.quantize import quantizers_of
+
+        lines = [f"{name:80} {quantizer.describe()}" for name, quantizer in quantizers_of(model).items()]
+        return [*lines, f"{len(lines)} TensorQuantizers found in model"]
     lines = [f"{name:80} {text}" for whole, quantizer in model.quantizers.items()
              for name, text in describe_stages(whole, model.settings[whole], quantizer)]
     reports = [*high_precision_lines(model), *unseen_lines(model), *changed_lines(model), *count_lines(model)]

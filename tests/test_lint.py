@@ -144,7 +144,8 @@ def test_python_file(path):
     assert not wide, f"lines over {LONGEST_PYTHON_LINE} columns: {wide}"
     tree = ast.parse(text)
     assert ast.get_docstring(tree) is not None or path.name == "_version.py", "a file says what it is"
-    heavy = [imported for imported in module_level_imports(tree) if imported.split(".")[0] in HEAVY]
+    allowed = {"torch"} if "torch_models" in path.parts else set()       # imported for who has a torch model, and so torch
+    heavy = [imported for imported in module_level_imports(tree) if imported.split(".")[0] in HEAVY - allowed]
     assert not heavy, f"imported when the module is: {heavy}"
 
 

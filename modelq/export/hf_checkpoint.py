@@ -12,6 +12,7 @@ from modelq.checkpoint import dialects
 from modelq.export import compressed_tensors, modelopt, native
 from modelq.export.plan import FLOATS, Linear, Plan, make_plan
 from modelq.export.side_files import copy_side_files, patched_config, write_json
+from modelq.torch_models import is_torch_model
 
 PIECE_BYTES = 4 << 20
 
@@ -26,8 +27,9 @@ def export_hf_checkpoint(model: Any, export_dir: str | os.PathLike[str] | None =
                          engine: str | None = None) -> Path:
     """Write a quantized model as a Hugging Face checkpoint folder; returns the folder.
 
-    model: what modelq.quantization.quantize returned. export_dir: the folder to make; it must not exist, or be empty, unless
-    `overwrite`. dtype: of the tensors that stay unquantized (None: the config's). max_shard_size: bytes, or "10GB", "500MB".
+    model: what modelq.quantization.quantize returned, a native model or a transformers model on the CPU. export_dir: the folder to
+    make; it must not exist, or be empty, unless `overwrite`. dtype: of the tensors that stay unquantized (None: the config's).
+    max_shard_size: bytes, or "10GB", "500MB".
     dialect: "modelopt" (config.json and hf_quant_config.json in Model Optimizer's words: vLLM, SGLang and TensorRT-LLM read it;
     transformers does not, and would load codes without their scales), "compressed-tensors" (vLLM, SGLang, transformers), "autoawq" or
     "gptq" (INT4 weights, with float16 scales), "fp8" (FP8 weights in blocks of 128 x 128 as DeepSeek's, and mxfp8).
@@ -42,6 +44,9 @@ def export_hf_checkpoint(model: Any, export_dir: str | os.PathLike[str] | None =
     is left as it was.
     """
     export_dir, dtype = _order(export_dir, dtype)
+    if is_torch_model(model):
+        from modelq.torch_models.twin import twin_of
+        model = twin_of(model)
     if not hasattr(model, "checkpoint") or not hasattr(model, "quantizers"):
         raise TypeError(f"expected a model opened by modelq.load, got {type(model).__name__}")
     dtype = export_dtype(dtype, model.config)

@@ -18,6 +18,7 @@ from modelq.model import Model
 from modelq.quantizers import block_extents, found_values, make_quantizer, set_found_values
 from modelq.rotation import RotatedCheckpoint
 from modelq.rules import PARENT_CLASSES, Setting, apply_rules, default_setting, describe_rule, expected_to_be_idle, fits, stages
+from modelq.torch_models import is_torch_model
 from modelq.supported import check_settings, warn_partial_blocks
 
 __all__ = ["calibrate", "disable_quantizer", "enable_quantizer", "quantize", "set_quantizer_attributes_full",
@@ -39,6 +40,8 @@ def quantize(model: Model, config: Any, forward_loop: Callable[..., Any] | None 
     ValueError: a config with a mistake, or one that quantizes nothing; a block size that does not divide a layer's width; no
     calibration data; NaN or infinity in weights or activations. UserWarning: a pattern that fits no quantizer.
     """
+    if is_torch_model(model):
+        return _for_torch(checkpoint_dir=checkpoint_dir, compat=compat).quantize(model, config, forward_loop)
     _check_model(model)
     check_source(model)
     parsed = QuantizeConfig.parse(config)
@@ -82,6 +85,8 @@ def planned_quantizers(model: Model, parsed: QuantizeConfig) -> tuple[dict[str, 
 def calibrate(model: Model, algorithm: Any = "max", forward_loop: Callable[..., Any] | None = None, *, checkpoint_dir: Any = None,
               compat: str | None = None) -> Model:
     """Find anew the amax of every enabled quantizer of a quantized model. See `quantize`."""
+    if is_torch_model(model):
+        return _for_torch(checkpoint_dir=checkpoint_dir, compat=compat).calibrate(model, algorithm, forward_loop)
     _check_model(model, quantized=True)
     run_calibration(model, algorithm, forward_loop, checkpoint_dir, compat)
     repack(model)
@@ -103,6 +108,8 @@ def set_quantizer_by_cfg(model: Model, quant_cfg: Any) -> None:
 
     A quantizer that gets new attributes keeps its amax where that has the same meaning (one per tensor, per channel, per block).
     """
+    if is_torch_model(model):
+        return _for_torch().set_quantizer_by_cfg(model, quant_cfg)
     _check_model(model, quantized=True)
     settings, idle = apply_rules(model.settings, normalize_quant_cfg_list(quant_cfg))
     _change(model, settings)
@@ -115,6 +122,10 @@ def set_quantizer_by_cfg_context(model: Model, quant_cfg: Any) -> Iterator[None]
     rules = normalize_quant_cfg_list(quant_cfg)
     if any(isinstance(rule.cfg, tuple) for rule in rules):
         raise ValueError("set_quantizer_by_cfg_context: a list of attributes (quantizers one after the other) is not allowed here")
+    if is_torch_model(model):
+        with _for_torch().settings_within(model, rules):
+            yield
+        return
     before = dict(model.settings)
     set_quantizer_by_cfg(model, rules)
     try:
@@ -150,9 +161,19 @@ def set_quantizer_attributes_partial(model: Model, wildcard_or_filter_func: Patt
 
 # Parts ---------------------------------------------------------------------------------------------------------------------
 
+def _for_torch(**unavailable: Any) -> Any:
+    """The same calls for torch modules."""
+    from modelq.torch_models import quantize as module
+
+    for name, value in unavailable.items():
+        if value is not None:
+            raise NotImplementedError(f"{name} is not available for torch modules yet")
+    return module
+
+
 def _check_model(model: Any, quantized: bool = False) -> None:
     if not isinstance(model, Model):
-        raise TypeError(f"expected a model from modelq.load, got {type(model).__name__}")
+        raise TypeError(f"expected a model from modelq.load or a torch.nn.Module, got {type(model).__name__}")
     if quantized and not model.quantized:
         raise ValueError("the model is not quantized yet: call quantize first")
 
@@ -190,6 +211,8 @@ def _all_or_nothing(model: Model) -> Iterator[None]:
 
 
 def _set(model: Model, pattern: Pattern, parent_class: str | None, change: Callable[[Setting, QuantizerCfgEntry], Setting]) -> None:
+    if is_torch_model(model):
+        return _for_torch().set_attributes(model, pattern, parent_class, change)
     _check_model(model, quantized=True)
     if parent_class is not None and parent_class not in PARENT_CLASSES:
         raise ValueError(f"unknown parent_class {parent_class!r}: known are {', '.join(PARENT_CLASSES)}")

@@ -1,0 +1,226 @@
+"""TensorQuantizer: one quantizer to be called on arrays of any framework, with Model Optimizer's attributes and switches."""
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from modelq import _core
+from modelq.arrays import give_back, take
+from modelq.attributes import QuantizerAttributeConfig
+from modelq.quantizers import (KV_CAST_AMAX, Found, attributes_need_amax, core_quantizer, found_values, set_found_values,
+                               stage_amax, without_rounding)
+
+STATE = ("amax", "pre_quant_scale", "bias", "global_amax")
+
+
+class TensorQuantizer:
+    """Rounds arrays to the numbers of a format, or looks at them first to find the range (calibration).
+
+    quant_attribute_cfg: attributes as in a config's "cfg" (a dictionary or QuantizerAttributeConfig); None: 8-bit integers, one scale for
+    the tensor. Called on an array (NumPy, torch, JAX, anything with DLPack, on the CPU) it returns one of the same framework, dtype and
+    shape. if_quant: rounds; if_calib: takes note of what passes, for `load_calib_amax`; both may be on. Errors: ValueError for attributes
+    that make no quantizer, for NaN or infinity seen by a calibration, and when it has to round without knowing a range.
+    """
+
+    def __init__(self, quant_attribute_cfg: Any = None, amax: Any = None, if_quant: bool = True, if_calib: bool = False,
+                 name: str = "quantizer"):
+        self.name = name
+        self._if_quant, self._if_calib = if_quant, if_calib
+        self.set_from_attribute_config(QuantizerAttributeConfig() if quant_attribute_cfg is None else quant_attribute_cfg)
+        if amax is not None:
+            self.amax = amax
+
+    def set_from_attribute_config(self, quant_attribute_cfg: Any) -> None:
+        """Take these attributes; what is not named gets its default. What was found for others is forgotten."""
+        attributes = QuantizerAttributeConfig.parse(quant_attribute_cfg, self.name)
+        self.core = core_quantizer(attributes)
+        self.attributes, self.core.enabled = attributes, attributes.enable
+        constant = KV_CAST_AMAX if attributes.use_constant_amax else attributes.constant_amax
+        if constant is not None:
+            self.core.amax = np.float32(constant)
+        self.reset_calibrator()
+
+    # Switches ----------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def is_enabled(self) -> bool:
+        return self.core.enabled
+
+    def enable(self) -> None:
+        self.core.enabled = True
+
+    def disable(self) -> None:
+        """Neither rounds nor looks; a pre_quant_scale still multiplies."""
+        self.core.enabled = False
+
+    def enable_quant(self) -> None:
+        self._if_quant = True
+
+    def disable_quant(self) -> None:
+        self._if_quant = False
+
+    def enable_calib(self) -> None:
+        """Look at what passes. ValueError if there is nothing to be found: scales are taken on the fly, or constant."""
+        if not self.needs_calibration:
+            raise ValueError(f"{self.name}: nothing to calibrate: its scales are taken on the fly or constant")
+        self._if_calib = True
+
+    def disable_calib(self) -> None:
+        self._if_calib = False
+
+    # Attributes --------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def num_bits(self) -> Any:
+        return self.attributes.num_bits
+
+    @property
+    def axis(self) -> Any:
+        return self.attributes.axis
+
+    @property
+    def block_sizes(self) -> Any:
+        return self.attributes.block_sizes
+
+    @property
+    def unsigned(self) -> bool:
+        return self.attributes.unsigned
+
+    @property
+    def narrow_range(self) -> bool:
+        return self.attributes.narrow_range
+
+    @property
+    def fake_quant(self) -> bool:
+        return self.attributes.fake_quant
+
+    @property
+    def needs_calibration(self) -> bool:
+        return attributes_need_amax(self.attributes)
+
+    @property
+    def maxbound(self) -> float:
+        """The largest code, as a number."""
+        if isinstance(self.num_bits, tuple):
+            return {(4, 3): 448.0, (2, 1): 6.0, (5, 2): 57344.0, (3, 2): 28.0, (2, 3): 7.5}[self.num_bits]
+        return float(2 ** (self.num_bits - 1 + self.unsigned) - 1)
+
+    @property
+    def step_size(self) -> Any:
+        """amax over the largest code; None without an amax."""
+        return None if self.amax is None else self.amax / np.float32(self.maxbound)
+
+    @property
+    def amax(self) -> np.ndarray | None:
+        """float32, in the grain that the attributes ask for: one, by axis, by block; None before calibration."""
+        return self.core.amax
+
+    @amax.setter
+    def amax(self, value: Any) -> None:
+        self.core.amax = None if value is None else np.asarray(take(value, f"{self.name}: amax"), np.float32)
+
+    @property
+    def pre_quant_scale(self) -> np.ndarray | None:
+        """float32 [columns] that arrays are multiplied by first."""
+        return self.core.pre_quant_scale
+
+    @pre_quant_scale.setter
+    def pre_quant_scale(self, value: Any) -> None:
+        self.core.pre_quant_scale = None if value is None else np.asarray(take(value, f"{self.name}: pre_quant_scale"), np.float32)
+
+    # Calibration -------------------------------------------------------------------------------------------------------------------
+
+    def reset_calibrator(self) -> None:
+        """Forget what was seen."""
+        self._maxima: np.ndarray | None = None
+        kind = self.attributes.calibrator if isinstance(self.attributes.calibrator, str) else "max"
+        self._statistics = _core.Calibrator("histogram", None, 2048) if kind == "histogram" else None
+
+    def collect(self, x: Any) -> None:
+        """Look at an array, as it is."""
+        array = take(x, self.name)
+        if self._statistics is not None:
+            self._statistics.collect(array)
+        elif array.size:
+            seen = np.asarray(stage_amax(self.attributes, self._as_rows(array)), np.float32)
+            if not np.isfinite(seen).all():
+                raise ValueError(f"{self.name}: NaN or infinity in an array of shape {list(array.shape)}")
+            self._maxima = seen if self._maxima is None else np.maximum(self._maxima, seen)
+
+    def compute_amax(self, method: str = "entropy", **options: Any) -> np.ndarray | None:
+        """What the calibration found; None if nothing passed. method: of histograms (entropy, percentile or mse)."""
+        if self._statistics is None:
+            return self._maxima
+        bits = self.num_bits if isinstance(self.num_bits, int) else 0
+        settings = {"stride": 1, "start_bin": 128, "percentile": 99.99, "skip_zeros": False, **options}
+        return self._statistics.compute_range(method, bits, self.unsigned, *(settings[name] for name in (
+            "stride", "start_bin", "percentile", "skip_zeros")))
+
+    def load_calib_amax(self, method: str = "entropy", **options: Any) -> None:
+        """Take the range that was found. ValueError if nothing passed."""
+        found = self.compute_amax(method, **options)
+        if found is None:
+            raise ValueError(f"{self.name}: no array has passed while calibration was on")
+        self.core.amax = np.asarray(found, np.float32)
+
+    def reset_amax(self) -> None:
+        self.core.amax = None
+
+    # Calls -------------------------------------------------------------------------------------------------------------------------
+
+    def __call__(self, x: Any) -> Any:
+        prepares = self.core.pre_quant_scale is not None or bool(self.core.rotate)
+        looks, rounds = self._if_calib and self.is_enabled, self._if_quant and self.is_enabled
+        if not prepares and not looks and not rounds:
+            return x
+        array = take(x, self.name)
+        if looks:
+            self.collect(without_rounding(self.core)(array) if prepares else array)
+        if rounds:
+            if self.needs_calibration and self.core.amax is None and not self._is_plain_cast:
+                raise ValueError(f"{self.name}: no amax yet: calibrate first, or set amax")
+            return give_back(self.core(self._as_rows(array)).reshape(array.shape), x)
+        return give_back(without_rounding(self.core)(array), x) if prepares else x
+
+    def _as_rows(self, array: np.ndarray) -> np.ndarray:
+        """Channels of more than two axes (convolutions) are rows for the core."""
+        return array.reshape(len(array), -1) if self.axis in (0, (0,)) and array.ndim > 2 else array
+
+    @property
+    def _is_plain_cast(self) -> bool:
+        return isinstance(self.num_bits, tuple) and self.block_sizes is None
+
+    # State -------------------------------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, np.ndarray]:
+        """What was found, float32 by name."""
+        return {name: np.asarray(value) for name, value in found_values(self.core)[0]._asdict().items() if value is not None}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take what `state` gave."""
+        unknown = set(state) - set(STATE)
+        if unknown:
+            raise ValueError(f"{self.name}: unknown state {sorted(unknown)}: known are {', '.join(STATE)}")
+        set_found_values(self.core, [Found(**{name: np.asarray(value, np.float32) for name, value in state.items()})])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TensorQuantizer:
+        made = type(self)(self.attributes, if_quant=self._if_quant, if_calib=self._if_calib, name=self.name)
+        memo[id(self)] = made
+        made.core.enabled, made.core.rotate = self.core.enabled, self.core.rotate
+        set_found_values(made.core, found_values(self.core))
+        made._maxima = copy.copy(self._maxima)
+        if self._statistics is not None and made._statistics is not None:
+            made._statistics.load(self._statistics.save())
+        return made
+
+    def describe(self) -> str:
+        """As Model Optimizer prints it."""
+        from modelq.summary import describe_quantizer
+
+        return describe_quantizer(self.attributes, self.core)
+
+    def __repr__(self) -> str:
+        return self.describe()

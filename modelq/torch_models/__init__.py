@@ -1,0 +1,11 @@
+"""torch.nn.Module models in the user's process. Only what the user has imported is used: `import modelq` never imports torch."""
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+
+def is_torch_model(model: Any) -> bool:
+    """Whether it is a torch.nn.Module."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(model, torch.nn.Module)

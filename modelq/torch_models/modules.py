@@ -1,0 +1,128 @@
+"""Modules that quantize: a module's class is replaced by a subclass of it, whose inputs, weight and outputs go through quantizers."""
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import torch
+
+from modelq.nn.tensor_quantizer import STATE, TensorQuantizer
+from modelq.rules import Slot
+
+# Class: its name in rules, and where it has quantizers. The order is the reference's.
+_CONVOLUTIONS = tuple(getattr(torch.nn, f"Conv{kind}{rank}d") for kind in ("", "Transpose") for rank in (1, 2, 3))
+ROLES: dict[type, tuple[str, ...]] = {torch.nn.Linear: ("input", "output", "weight"), torch.nn.Embedding: ("weight", "input", "output"),
+                                      **{convolution: ("input", "output", "weight") for convolution in _CONVOLUTIONS}}
+
+
+class QuantizerModule(TensorQuantizer, torch.nn.Module):
+    """A TensorQuantizer in a model: seen by named_modules(), kept by state_dict() (`_amax`, `_pre_quant_scale`, ...)."""
+
+    def __init__(self, quant_attribute_cfg: Any = None, amax: Any = None, if_quant: bool = True, if_calib: bool = False,
+                 name: str = "quantizer"):
+        torch.nn.Module.__init__(self)
+        TensorQuantizer.__init__(self, quant_attribute_cfg, amax, if_quant, if_calib, name)
+
+    __call__ = torch.nn.Module.__call__         # its hooks are run
+
+    @torch.compiler.disable
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.requires_grad and torch.is_grad_enabled():
+            return _StraightThrough.apply(x, self)
+        return TensorQuantizer.__call__(self, x)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        for name, value in self.state().items():
+            destination[f"{prefix}_{name}"] = torch.from_numpy(value.copy())
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
+                              unexpected_keys: list[str], error_msgs: list[str]) -> None:
+        given = {name: state_dict[f"{prefix}_{name}"].numpy() for name in STATE if f"{prefix}_{name}" in state_dict}
+        try:
+            self.load_state(given)
+        except (ValueError, TypeError) as error:
+            error_msgs.append(f"{prefix}: {error}")
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Rounded on the way in, as if it were not on the way back (Bengio et al. 2013)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, quantizer: QuantizerModule) -> torch.Tensor:
+        made = TensorQuantizer.__call__(quantizer, x.detach())
+        scale = quantizer.pre_quant_scale
+        ctx.scale = None if scale is None else torch.from_numpy(scale).to(x.dtype)
+        return made.view_as(made)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient if ctx.scale is None else gradient * ctx.scale, None
+
+
+class QuantizedModule:
+    """What a replaced class has more than the original."""
+
+    input_quantizer: QuantizerModule
+    weight_quantizer: QuantizerModule
+    output_quantizer: QuantizerModule
+    _in_forward = False
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The parameter; while the module computes, what its quantizer makes of it."""
+        parameter = self._parameters["weight"]      # type: ignore[attr-defined]
+        return self.weight_quantizer(parameter) if self._in_forward else parameter
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        x = self.input_quantizer(x)
+        object.__setattr__(self, "_in_forward", True)
+        try:
+            made = super().forward(x, *args, **kwargs)      # type: ignore[misc]
+        finally:
+            object.__setattr__(self, "_in_forward", False)
+        return self.output_quantizer(made)
+
+
+@cache
+def quantized_class(original: type) -> type:
+    """The class that takes a module's class's place."""
+    return type(f"Quant{original.__name__}", (QuantizedModule, original), {"__module__": original.__module__, "original_class": original})
+
+
+def kind_of(module: torch.nn.Module) -> type | None:
+    """The known class that a module is of; None: it is left alone."""
+    return next((known for known in ROLES if isinstance(module, known)), None)
+
+
+def slots_of(model: torch.nn.Module) -> Iterator[Slot]:
+    """Every place for a quantizer."""
+    for name, module in model.named_modules():
+        kind = kind_of(module)
+        if kind is not None:
+            for role in ROLES[kind]:
+                shape = tuple(module._parameters["weight"].shape)
+                yield Slot(f"{name}.{role}_quantizer".lstrip("."), name, role, f"nn.{kind.__name__}", shape)
+
+
+def insert(module: torch.nn.Module) -> None:
+    """Give a module quantizers, all switched off, and the class that calls them."""
+    kind = kind_of(module)
+    if kind is None or isinstance(module, QuantizedModule):
+        return
+    for role in ROLES[kind]:
+        setattr(module, f"{role}_quantizer", QuantizerModule({"enable": False, "num_bits": 8}))
+    module.__class__ = quantized_class(type(module))
+    if "_old_forward" in vars(module):          # accelerate's hooks call the class's forward by what they found it to be
+        module._old_forward = types.MethodType(type(module).forward, module)
+
+
+def remove(module: torch.nn.Module) -> None:
+    """The module as it was before `insert`."""
+    if isinstance(module, QuantizedModule):
+        for role in ROLES[kind_of(module)]:     # type: ignore[index]
+            delattr(module, f"{role}_quantizer")
+        module.__class__ = type(module).original_class
+        if "_old_forward" in vars(module):
+            module._old_forward = types.MethodType(type(module).forward, module)

@@ -1,0 +1,231 @@
+"""Model Optimizer's calls on torch modules: rules applied to the places in a model, calibration by what passes through it."""
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from modelq.algorithms import normalize_algorithm
+from modelq.config import QuantizeConfig, QuantizerCfgEntry, normalize_quant_cfg_list
+from modelq.rules import PARENT_CLASSES, Setting, apply_rules, default_setting, describe_rule, expected_to_be_idle, fits, stages
+from modelq.torch_models.modules import QuantizedModule, QuantizerModule, insert, kind_of, remove, slots_of
+
+SETTINGS = "_modelq_settings"       # of a quantized model: name of a quantizer to what the rules made of it
+Pattern = str | Callable[[str], bool]
+
+
+def quantize(model: torch.nn.Module, config: Any, forward_loop: Callable[..., Any] | None = None) -> torch.nn.Module:
+    """Quantize a model in place and return it; see `modelq.quantization.quantize`. If anything raises, it is as it was."""
+    parsed = QuantizeConfig.parse(config)
+    steps = _runnable(parsed.algorithm)
+    with _all_or_nothing(model):
+        for module in list(model.modules()):
+            insert(module)
+        settings, idle = apply_rules({slot.name: default_setting(slot) for slot in slots_of(model)}, parsed.quant_cfg)
+        _refuse_nothing(settings)
+        _warn_idle(idle)
+        _take_settings(model, settings, keep=False)
+        for _ in steps:
+            _calibrate_max(model, forward_loop)
+    return model
+
+
+def calibrate(model: torch.nn.Module, algorithm: Any = "max", forward_loop: Callable[..., Any] | None = None) -> torch.nn.Module:
+    """Find anew the amax of every enabled quantizer of a quantized model."""
+    settings_of(model)
+    steps = _runnable(algorithm)
+    with _all_or_nothing(model):
+        for _ in steps:
+            _calibrate_max(model, forward_loop)
+    return model
+
+
+def set_quantizer_by_cfg(model: torch.nn.Module, quant_cfg: Any) -> None:
+    """Apply rules to the quantizers of a quantized model, without calibrating."""
+    settings, idle = apply_rules(settings_of(model), normalize_quant_cfg_list(quant_cfg))
+    with _all_or_nothing(model):
+        _take_settings(model, settings)
+    _warn_idle(idle)
+
+
+@contextmanager
+def settings_within(model: torch.nn.Module, rules: Any) -> Iterator[None]:
+    """Within it the rules hold; afterwards every quantizer is as before, but for an amax found meanwhile."""
+    before = settings_of(model)
+    set_quantizer_by_cfg(model, rules)
+    try:
+        yield
+    finally:
+        _take_settings(model, before)
+
+
+def set_attributes(model: torch.nn.Module, pattern: Pattern, parent_class: str | None,
+                   change: Callable[[Setting, QuantizerCfgEntry], Setting]) -> None:
+    """Change the settings of the quantizers that fit."""
+    if parent_class is not None and parent_class not in PARENT_CLASSES:
+        raise ValueError(f"unknown parent_class {parent_class!r}: known are {', '.join(PARENT_CLASSES)}")
+    rule = QuantizerCfgEntry(pattern if isinstance(pattern, str) else getattr(pattern, "__name__", "a function"))
+    settings = dict(settings_of(model))
+    for name, setting in settings.items():
+        if fits(pattern, setting.slot) and parent_class in (None, setting.slot.parent):
+            settings[name] = change(setting, rule)
+    with _all_or_nothing(model):
+        _take_settings(model, settings)
+
+
+def fold_weight(model: torch.nn.Module, keep_attrs: bool = False) -> None:
+    """Weights become what their quantizers make of them, which are then off (and forget their amax, unless keep_attrs)."""
+    settings = dict(settings_of(model))
+    for name, module in model.named_modules():
+        quantizer = getattr(module, "weight_quantizer", None)
+        if isinstance(module, QuantizedModule) and quantizer.is_enabled:
+            with torch.no_grad():
+                module._parameters["weight"].copy_(quantizer(module._parameters["weight"]))
+            quantizer.disable()
+            quantizer.pre_quant_scale = None
+            if not keep_attrs:
+                quantizer.reset_amax()
+            place = f"{name}.weight_quantizer".lstrip(".")
+            settings[place] = replace(settings[place], enable=False)
+    setattr(model, SETTINGS, settings)
+
+
+def settings_of(model: torch.nn.Module) -> dict[str, Setting]:
+    """ValueError if the model is not quantized."""
+    settings = getattr(model, SETTINGS, None)
+    if settings is None:
+        raise ValueError("the model is not quantized yet: call quantize first")
+    return settings
+
+
+def quantizers_of(model: torch.nn.Module) -> dict[str, QuantizerModule]:
+    """By full name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizerModule)}
+
+
+# Parts ---------------------------------------------------------------------------------------------------------------------------
+
+def _runnable(algorithm: Any) -> list[dict[str, Any]]:
+    steps = normalize_algorithm(algorithm)
+    for step in steps:
+        if step["method"] != "max":
+            raise NotImplementedError(f"calibration method {step['method']!r} is not available for torch modules yet: save the model with "
+                                      "save_pretrained, and quantize that folder with modelq.load")
+    return steps
+
+
+def _refuse_nothing(settings: Mapping[str, Setting]) -> None:
+    if not settings:
+        raise ValueError("no module of this model can be quantized: no linear, convolution or embedding is there")
+    if not any(setting.enable for setting in settings.values()):
+        raise ValueError(f"this config quantizes nothing in this model; a quantizer is named like {next(iter(settings))!r}, and later "
+                         "rules win")
+
+
+def _warn_idle(idle: list[QuantizerCfgEntry]) -> None:
+    unexpected = [describe_rule(rule) for rule in idle if not expected_to_be_idle(rule)]
+    if unexpected:
+        warnings.warn(f"quant_cfg: no quantizer fits {', '.join(unexpected)}", UserWarning, stacklevel=4)
+
+
+def _take_settings(model: torch.nn.Module, settings: dict[str, Setting], keep: bool = True) -> None:
+    """Give quantizers what their settings say. keep: those whose attributes stay keep what was found for them."""
+    before = getattr(model, SETTINGS, {}) if keep else {}
+    for name, quantizer in quantizers_of(model).items():
+        setting = settings[name]
+        if len(stages(setting)) > 1:
+            raise NotImplementedError(f"{name}: quantizers one after the other are not available for torch modules yet")
+        attributes = stages(setting)[0]
+        if name not in before or before[name].attributes != setting.attributes:
+            quantizer.name = name
+            quantizer.set_from_attribute_config(attributes)
+        quantizer.enable() if setting.enable else quantizer.disable()
+    setattr(model, SETTINGS, settings)
+
+
+@contextmanager
+def _all_or_nothing(model: torch.nn.Module) -> Iterator[None]:
+    """Put modules, settings and what was found back if the body raises, Ctrl-C included."""
+    settings = getattr(model, SETTINGS, None)
+    before = {name: copy.deepcopy(quantizer) for name, quantizer in quantizers_of(model).items()}
+    try:
+        yield
+    except BaseException:
+        for name, module in list(model.named_modules()):
+            if kind_of(module) is None or not isinstance(module, QuantizedModule):
+                continue
+            old = {role: before.get(f"{name}.{role}_quantizer".lstrip(".")) for role in ("input", "weight", "output")}
+            if old["weight"] is None:
+                remove(module)
+            for role, quantizer in old.items():
+                if quantizer is not None:
+                    setattr(module, f"{role}_quantizer", quantizer)
+        if settings is None:
+            vars(model).pop(SETTINGS, None)
+        else:
+            setattr(model, SETTINGS, settings)
+        raise
+
+
+# Max calibration -----------------------------------------------------------------------------------------------------------------
+
+def _calibrate_max(model: torch.nn.Module, forward_loop: Callable[..., Any] | None) -> None:
+    """Weights' maxima from the weights; activations' from what passes while nothing is rounded."""
+    _find_weight_amax(model)
+    looking = {name: quantizer for name, quantizer in quantizers_of(model).items()
+               if quantizer.is_enabled and quantizer.needs_calibration and not name.endswith("weight_quantizer")}
+    if not looking:
+        return
+    if forward_loop is None:
+        raise ValueError("this config quantizes activations: calibration data are needed: give a forward_loop")
+    with _only_looking(quantizers_of(model).values(), looking.values()), torch.no_grad():
+        forward_loop(model)
+    idle = [name for name, quantizer in looking.items() if quantizer.compute_amax() is None]
+    for name, quantizer in looking.items():
+        if name not in idle:
+            quantizer.load_calib_amax()
+    if len(idle) == len(looking):
+        raise ValueError("forward_loop ran nothing through the model: no quantizer saw an array")
+    if idle:
+        warnings.warn(f"no data reached {', '.join(idle[:4])}{', ...' if len(idle) > 4 else ''}: they stay off", UserWarning, stacklevel=5)
+        for name in idle:
+            looking[name].disable()
+
+
+def _find_weight_amax(model: torch.nn.Module) -> None:
+    for name, module in model.named_modules():
+        quantizer = getattr(module, "weight_quantizer", None)
+        if isinstance(module, QuantizedModule) and quantizer.is_enabled and quantizer.needs_calibration:
+            weight = module._parameters["weight"]
+            if weight.device.type != "cpu":
+                raise ValueError(f"{name}.weight is on device {weight.device}: modelq quantizes torch models on the CPU: move it with "
+                                 ".to('cpu')")
+            quantizer.reset_calibrator()
+            quantizer.collect(weight)
+            quantizer.load_calib_amax()
+            quantizer.reset_calibrator()
+
+
+@contextmanager
+def _only_looking(quantizers: Any, looking: Any) -> Iterator[None]:
+    """Within it nothing is rounded, and these take note."""
+    quantizers = list(quantizers)
+    before = [(quantizer, quantizer._if_quant) for quantizer in quantizers]
+    for quantizer in quantizers:
+        quantizer.disable_quant()
+    for quantizer in looking:
+        quantizer.reset_calibrator()
+        quantizer.enable_calib()
+    try:
+        yield
+    finally:
+        for quantizer, rounds in before:
+            quantizer._if_quant = rounds
+            quantizer.disable_calib()
+
+

@@ -1,0 +1,174 @@
+"""Single arrays in a format, and the TensorQuantizer by hand, on NumPy arrays. (tests/torch_models has the same on torch's.)"""
+import copy
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import modelq
+import modelq._core as core
+import modelq.quantization as mtq
+from modelq.nn import TensorQuantizer
+
+F32, BF16 = np.float32, ml_dtypes.bfloat16
+NVFP4 = {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}}
+KINDS = {"fp8": {"num_bits": (4, 3)}, "int8": {"num_bits": 8}, "int8 rows": {"num_bits": 8, "axis": 0},
+         "int4 blocks": {"num_bits": 4, "block_sizes": {-1: 16}}, "nvfp4": NVFP4}
+
+
+def array(*shape, dtype=F32, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+# Arrays -------------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype", [F32, BF16, np.float16])
+@pytest.mark.parametrize("scheme", sorted(core.schemes()))
+def test_packed_and_back_is_fake_quantized(scheme, dtype):
+    x = array(2, 64, 256, dtype=dtype)
+    packed = modelq.quantize_array(x, scheme)
+    back, fake = packed.dequantize(), modelq.fake_quantize_array(x, scheme)
+    assert back.shape == fake.shape == x.shape and back.dtype == fake.dtype == x.dtype
+    np.testing.assert_array_equal(back, fake)
+    assert packed.nbytes < x.nbytes and not np.array_equal(back, x)
+    parts = core.quantize(x.reshape(-1, 256), scheme)
+    assert all(np.array_equal(packed.parts[role], part) for role, part in parts.items())
+    np.testing.assert_array_equal(packed.dequantize("float32").astype(dtype), back)
+
+
+@pytest.mark.parametrize("preset, scheme, block", [("NVFP4_DEFAULT_CFG", "nvfp4", 16), ("FP8_DEFAULT_CFG", "fp8", None),
+                                                   ("INT4_AWQ_CFG", "int4", 128), ("W4A8_AWQ_BETA_CFG", "int4", 128),
+                                                   ("MXFP8_DEFAULT_CFG", "mxfp8", 32), ("INT8_DEFAULT_CFG", "int8", None)])
+def test_presets(preset, scheme, block):
+    """By name or as they are: what they make of weights."""
+    x = array(8, 256)
+    for format in (preset, getattr(mtq, preset)):
+        packed = modelq.quantize_array(x, format)
+        assert packed.scheme == scheme and packed.block_size in (block, None)
+    np.testing.assert_array_equal(packed.dequantize(), modelq.quantize_array(x, scheme).dequantize())
+
+
+def test_trees():
+    tree = {"a": array(4, 32), "b": [array(3, 5, 16, seed=1), (array(16, seed=2),)]}
+    packed = modelq.quantize_array(tree, "nvfp4")
+    assert repr(packed["a"]).startswith("<QuantizedArray nvfp4 [4, 32] of float32")
+    back = modelq.dequantize_array(packed)
+    assert back["b"][0].shape == (3, 5, 16) and isinstance(back["b"][1], tuple)
+    np.testing.assert_array_equal(back["b"][1][0], modelq.fake_quantize_array(tree, "nvfp4")["b"][1][0])
+    np.testing.assert_array_equal(modelq.fake_quantize_array([[1.0, 2.0], [3.0, 448.0]], "fp8"), [[1, 2], [3, 448]])      # lists of numbers
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 3), st.integers(1, 5), st.sampled_from(["fp8", "nvfp4", "mxfp4"]), st.integers(0, 99))
+def test_any_shape(axes, blocks, scheme, seed):
+    x = array(*range(2, 2 + axes), 32 * blocks, seed=seed)
+    np.testing.assert_array_equal(modelq.quantize_array(x, scheme).dequantize(), modelq.fake_quantize_array(x, scheme))
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda: modelq.quantize_array(array(4, 32), "fp3"), "unknown format 'fp3'"),
+    (lambda: modelq.quantize_array(array(4, 30), "nvfp4"), "30"), (lambda: modelq.quantize_array(F32(3), "fp8"), "at least one axis"),
+    (lambda: modelq.quantize_array(np.full((2, 16), np.nan, F32), "fp8"), "NaN"),
+    (lambda: modelq.quantize_array(array(2, 16), {"quant_cfg": [{"quantizer_name": "*", "enable": False}]}), "no rule"),
+    (lambda: modelq.dequantize_array(array(2, 16)), "expected a QuantizedArray")])
+def test_what_cannot_be(call, words):
+    with pytest.raises((ValueError, TypeError), match=words):
+        call()
+
+
+# TensorQuantizer ------------------------------------------------------------------------------------------------------------------
+
+def calibrated(kind, *arrays):
+    quantizer = TensorQuantizer(KINDS[kind], name=kind)
+    if quantizer.needs_calibration:
+        quantizer.disable_quant()
+        quantizer.enable_calib()
+        for x in arrays:
+            assert quantizer(x) is x
+        quantizer.disable_calib()
+        quantizer.enable_quant()
+        quantizer.load_calib_amax()
+    return quantizer
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, np.float16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_calibrate_and_round(kind, dtype):
+    """The range is of everything that passed; rounding is the core's."""
+    arrays = [array(8, 64, dtype=dtype, seed=seed) for seed in range(3)]
+    quantizer, plain = calibrated(kind, *arrays), core.Quantizer(**{k: v for k, v in KINDS[kind].items()})
+    if quantizer.needs_calibration:
+        largest = np.max([np.abs(x.astype(F32)) for x in arrays], axis=0)
+        expected = {"int8 rows": largest.max(1, keepdims=True), "int4 blocks": largest.reshape(8, 4, 16).max(-1)}.get(kind, largest.max())
+        np.testing.assert_array_equal(np.ravel(quantizer.amax), np.ravel(expected))
+        np.testing.assert_allclose(quantizer.step_size, quantizer.amax / quantizer.maxbound)
+        plain.amax = quantizer.amax
+    made = quantizer(arrays[0])
+    assert made.dtype == dtype
+    np.testing.assert_array_equal(made, plain(arrays[0]))
+
+
+def test_switches():
+    x, quantizer = array(4, 16), TensorQuantizer({"num_bits": 8}, amax=1.0)
+    rounded = quantizer(x)
+    assert not np.array_equal(rounded, x)
+    quantizer.disable()
+    assert quantizer(x) is x and not quantizer.is_enabled and "disabled" in repr(quantizer)
+    quantizer.pre_quant_scale = np.full(16, 2, F32)      # multiplies even so
+    np.testing.assert_array_equal(quantizer(x), x * 2)
+    quantizer.enable()
+    quantizer.pre_quant_scale = None
+    np.testing.assert_array_equal(quantizer(x), rounded)
+    quantizer.reset_amax()
+    with pytest.raises(ValueError, match="quantizer: no amax yet"):
+        quantizer(x)
+    with pytest.raises(ValueError, match="no array has passed"):
+        quantizer.load_calib_amax()
+    with pytest.raises(ValueError, match="nothing to calibrate"):
+        TensorQuantizer({"num_bits": (4, 3), "type": "dynamic", "block_sizes": {-1: None}}).enable_calib()
+
+
+def test_calibration_sees_what_will_be_rounded():
+    quantizer = TensorQuantizer({"num_bits": 8}, if_quant=False, if_calib=True)
+    quantizer.pre_quant_scale = np.array([10, 1], F32)
+    quantizer(np.array([[1, 2]], F32))
+    quantizer.load_calib_amax()
+    assert quantizer.amax == 10
+
+
+def test_histograms():
+    quantizer, x = TensorQuantizer({"num_bits": 8, "calibrator": "histogram"}, if_quant=False, if_calib=True), array(100, 100)
+    x[0, 0] = 100
+    quantizer(x)
+    quantizer.load_calib_amax("percentile", percentile=99.0)
+    assert 2 < quantizer.amax < 3.5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_copies_and_states(kind):
+    x = array(8, 64)
+    quantizer = calibrated(kind, x)
+    quantizer.pre_quant_scale = np.linspace(1, 2, 64, dtype=F32)
+    other = TensorQuantizer(KINDS[kind])
+    other.load_state(quantizer.state())
+    for made in (copy.deepcopy(quantizer), other):
+        np.testing.assert_array_equal(made(x), quantizer(x))
+    copied = copy.deepcopy(quantizer)
+    copied.pre_quant_scale = None
+    assert quantizer.pre_quant_scale is not None
+    with pytest.raises(ValueError, match="unknown state"):
+        other.load_state({"scale": 1})
+
+
+@pytest.mark.parametrize("given, words", [({"num_bits": 99}, "num_bits"), ({"bits": 8}, "unknown quantizer attribute 'bits'"), (3, "dictionary")])
+def test_attributes_that_make_no_quantizer(given, words):
+    with pytest.raises(ValueError, match=words):
+        TensorQuantizer(given)
+
+
+def test_nan_is_refused_by_calibration():
+    quantizer = TensorQuantizer({"num_bits": 8}, if_quant=False, if_calib=True, name="layer.input_quantizer")
+    with pytest.raises(ValueError, match="layer.input_quantizer"):
+        quantizer(np.array([1, np.nan], F32))

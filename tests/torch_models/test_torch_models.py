@@ -1,0 +1,207 @@
+"""transformers models in the user's process: quantizers under Model Optimizer's names, and its exports byte for byte."""
+import copy
+import json
+import warnings
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+import golden_data  # noqa: E402
+import modelq  # noqa: E402
+import modelq.quantization as mtq  # noqa: E402
+from modelq.export import export_hf_checkpoint  # noqa: E402
+from modelq.nn import TensorQuantizer  # noqa: E402
+
+transformers.utils.logging.disable_progress_bar()
+MAX = ["FP8_DEFAULT_CFG", "INT8_DEFAULT_CFG", "NVFP4_DEFAULT_CFG", "NVFP4_MLP_ONLY_CFG", "W4A16_NVFP4_CFG", "MXFP4_DEFAULT_CFG", "MXFP8_DEFAULT_CFG",
+       "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG", "FP8_PER_CHANNEL_PER_TOKEN_CFG", "INT4_BLOCKWISE_WEIGHT_ONLY_CFG"]
+NAMES = ["llama", "qwen3"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+UP = "model.layers.1.mlp.up_proj"
+
+
+def load(golden_model, dtype="bfloat16"):
+    return transformers.AutoModelForCausalLM.from_pretrained(golden_model.source, dtype=DTYPES[dtype]).eval()
+
+
+def quantize(model, golden_model, config):
+    return mtq.quantize(model, config, lambda model: [model(torch.from_numpy(row[None])) for row in golden_model.calib])
+
+
+def logits(model, golden_model):
+    with torch.no_grad():
+        return model(torch.from_numpy(golden_model.calib[:1])).logits.float().numpy()
+
+
+def quantizers(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, TensorQuantizer)}
+
+
+@pytest.mark.parametrize("case", golden_data.cases(configs=MAX, names=NAMES, needs=["amax.safetensors"]))
+def test_what_was_found_and_what_is_computed(case):
+    model, compared = quantize(load(case.model, case.dtype), case.model, getattr(mtq, case.config)), 0
+    found = quantizers(model)
+    for name, expected in case.amax.items():
+        quantizer, _, field = name.rpartition(".")
+        if quantizer in found:
+            tolerance = 1e-6 if case.dtype == "float32" else 2 ** -6      # another processor's sums may be rounded to the next bfloat16
+            np.testing.assert_allclose(np.ravel(getattr(found[quantizer], field)), np.ravel(expected), rtol=tolerance)
+            compared += 1
+    assert compared >= (0 if "MXFP" in case.config else 6)
+    if case.has("fake_logits.npy"):
+        off = np.linalg.norm(logits(model, case.model) - case.fake_logits) / np.linalg.norm(case.fake_logits)
+        assert off <= (5e-3 if case.dtype == "float32" else 0.03)      # a code may flip
+
+
+@pytest.mark.parametrize("case", golden_data.cases("bfloat16", MAX, NAMES, needs=["model.safetensors"]))
+def test_exports_are_the_reference_s(case, tmp_path):
+    export_hf_checkpoint(quantize(load(case.model), case.model, getattr(mtq, case.config)), export_dir=tmp_path)
+    ours, expected = golden_data.read_safetensors(tmp_path), case.exported
+    assert ours.keys() == expected.keys()
+    for name, theirs in expected.items():
+        if name.endswith("input_scale"):
+            np.testing.assert_allclose(ours[name], theirs, rtol=2 ** -6)      # of activations
+        else:
+            assert ours[name].dtype == theirs.dtype and ours[name].tobytes() == theirs.tobytes(), name
+    for file in ("config.json", "hf_quant_config.json", "generation_config.json"):
+        ours, theirs = (json.loads((folder / file).read_text()) for folder in (tmp_path, case.folder))
+        for words in (ours, theirs, ours.get("quantization_config", {}), theirs.get("quantization_config", {})):
+            words.pop("producer", None)
+        assert ours == theirs
+
+
+@pytest.mark.parametrize("preset", ["INT4_BLOCKWISE_WEIGHT_ONLY_CFG"])      # nothing that siblings would share in an export
+def test_an_export_computes_what_the_model_does(golden, preset, tmp_path):
+    """Opened natively: as near as another implementation of the forward is."""
+    model = quantize(load(golden["llama"]), golden["llama"], getattr(mtq, preset))
+    export_hf_checkpoint(model, export_dir=tmp_path)
+    opened = modelq.load(tmp_path, compute="bfloat16")
+    ours, plain = opened(golden["llama"].calib[:1]).logits, logits(load(golden["llama"]), golden["llama"])
+    off, lost = np.linalg.norm(ours - logits(model, golden["llama"])), np.linalg.norm(plain - logits(model, golden["llama"]))
+    assert off < 0.3 * lost
+
+
+def test_the_model_stays_the_user_s(golden):
+    """Its class, generate(), tied weights, copies, states."""
+    model = load(golden["qwen3"])       # tied
+    kind, ids = type(model), torch.from_numpy(golden["qwen3"].calib[:1, :8])
+    before = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    quantize(model, golden["qwen3"], mtq.FP8_DEFAULT_CFG)
+    assert type(model) is kind and isinstance(model.get_submodule(UP), torch.nn.Linear)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0).shape == before.shape
+    expected, copied = logits(model, golden["qwen3"]), copy.deepcopy(model)
+    np.testing.assert_array_equal(logits(copied, golden["qwen3"]), expected)
+    copied.get_submodule(UP).input_quantizer.disable()
+    assert model.get_submodule(UP).input_quantizer.is_enabled
+    other = mtq.quantize(load(golden["qwen3"]), {**mtq.FP8_DEFAULT_CFG, "algorithm": None})
+    assert f"{UP}.input_quantizer._amax" in model.state_dict()
+    other.load_state_dict(model.state_dict())
+    np.testing.assert_array_equal(logits(other, golden["qwen3"]), expected)
+
+
+def test_switches_and_rules(golden):
+    llama = golden["llama"]
+    model, plain = load(llama), logits(load(llama), llama)
+    quantize(model, llama, mtq.FP8_DEFAULT_CFG)
+    rounded, found = logits(model, llama), quantizers(model)[f"{UP}.input_quantizer"].amax
+    mtq.disable_quantizer(model, "*")
+    np.testing.assert_array_equal(logits(model, llama), plain)
+    mtq.enable_quantizer(model, "*layers*_proj.[iw]*_quantizer")
+    np.testing.assert_array_equal(logits(model, llama), rounded)
+    with mtq.set_quantizer_by_cfg_context(model, [{"quantizer_name": "*", "enable": False}]):
+        np.testing.assert_array_equal(logits(model, llama), plain)
+    np.testing.assert_array_equal(logits(model, llama), rounded)
+    mtq.set_quantizer_attributes_partial(model, "*up_proj.weight_quantizer", {"num_bits": 8})
+    assert quantizers(model)[f"{UP}.weight_quantizer"].num_bits == 8
+    mtq.calibrate(model, "max", lambda model: model(torch.from_numpy(llama.calib)))
+    np.testing.assert_allclose(quantizers(model)[f"{UP}.input_quantizer"].amax, found, rtol=2 ** -7)
+    quantize(model, llama, mtq.FP8_DEFAULT_CFG)         # anew, from the weights as they are
+    np.testing.assert_array_equal(logits(model, llama), rounded)
+
+
+def test_folding_and_summary(golden, capsys):
+    model = quantize(load(golden["llama"]), golden["llama"], mtq.W4A16_NVFP4_CFG)
+    expected = logits(model, golden["llama"])
+    mtq.print_quant_summary(model)
+    said = capsys.readouterr().out
+    assert f"{UP}.weight_quantizer" in said and "TensorQuantizers found in model" in said
+    mtq.fold_weight(model)
+    assert not quantizers(model)[f"{UP}.weight_quantizer"].is_enabled
+    np.testing.assert_array_equal(logits(model, golden["llama"]), expected)
+
+
+def test_training_lowers_the_loss(golden):
+    """Straight-through gradients: rounded forward, as if it were not backward."""
+    model, ids = load(golden["llama"], "float32"), torch.from_numpy(golden["llama"].calib)
+    quantize(model, golden["llama"], mtq.NVFP4_DEFAULT_CFG)
+    optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.5), []
+    for _ in range(8):
+        optimizer.zero_grad()
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.02
+    assert model.get_submodule(UP).weight.grad.abs().sum() > 0
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.up = torch.nn.Conv2d(3, 8, 3), torch.nn.ConvTranspose1d(8, 4, 2)
+        self.linear, self.unused = torch.nn.Linear(8, 16), torch.nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.linear(self.conv(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize("preset", ["INT8_DEFAULT_CFG", "FP8_DEFAULT_CFG"])
+def test_any_module(preset):
+    """Convolutions too; a module that nothing reaches is left off, and said so."""
+    torch.manual_seed(0)
+    model, x = Net(), torch.randn(2, 3, 8, 8)
+    plain = model(x)
+    with pytest.warns(UserWarning, match="no data reached"):
+        mtq.quantize(model, getattr(mtq, preset), lambda model: model(x))
+    assert not torch.equal(model(x), plain) and (model(x) - plain).abs().max() < 0.1
+    axis = (0, 1, 2, 3) if preset == "FP8_DEFAULT_CFG" else (1, 2, 3)
+    np.testing.assert_array_equal(np.ravel(model.conv.weight_quantizer.amax), model.conv.weight.detach().abs().amax(axis).numpy().ravel())
+
+
+def test_a_failure_changes_nothing(golden):
+    model = load(golden["llama"])
+    names, plain = [name for name, _ in model.named_modules()], logits(model, golden["llama"])
+
+    def fails(model):
+        raise RuntimeError("no data today")
+    for config, error in ((mtq.FP8_DEFAULT_CFG, RuntimeError), (mtq.INT4_AWQ_CFG, NotImplementedError),
+                          ({"quant_cfg": [{"quantizer_name": "*", "enable": False}]}, ValueError)):
+        with pytest.raises(error):
+            mtq.quantize(model, config, fails)
+        assert [name for name, _ in model.named_modules()] == names and type(model.get_submodule(UP)) is torch.nn.Linear
+        np.testing.assert_array_equal(logits(model, golden["llama"]), plain)
+    quantize(model, golden["llama"], mtq.FP8_DEFAULT_CFG)
+    rounded = logits(model, golden["llama"])
+    with pytest.raises(RuntimeError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        mtq.quantize(model, mtq.INT8_DEFAULT_CFG, fails)
+    np.testing.assert_array_equal(logits(model, golden["llama"]), rounded)
+    with pytest.raises(ValueError, match="calibration data are needed"):
+        mtq.quantize(model, mtq.INT8_DEFAULT_CFG)
+    with pytest.raises(ValueError, match="not quantized yet"):
+        mtq.calibrate(load(golden["llama"]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_arrays_of_torch(dtype):
+    x = torch.randn(4, 6, 32).to(dtype)
+    for view in (x, x.transpose(0, 1), x[:, ::2], x.clone().requires_grad_()):
+        fake, packed = modelq.fake_quantize_array(view, "nvfp4"), modelq.quantize_array(view, "nvfp4")
+        assert isinstance(fake, torch.Tensor) and fake.dtype == dtype and fake.shape == view.shape
+        assert torch.equal(fake, packed.dequantize())
+    quantizer = TensorQuantizer({"num_bits": (4, 3)}, amax=2.0)
+    assert torch.equal(quantizer(x), quantizer(x.contiguous()))
