@@ -51,12 +51,13 @@ class Model:
     places: where the quantizers of experts' linears are. unseen_experts: by layer, those that no token of the calibration reached.
     packed: modules whose weights `compress` holds in memory. low_rank: module name to the branch beside its weight (SVDQuant).
     search_losses: what the last search found each module or quantizer to lose.
+    own_scales: siblings keep scales of their own until an export.
     stored_layers: modules whose weights the checkpoint holds quantized already (an export opened again), and how.
     """
 
     def __init__(self, checkpoint: Any, compute: str = "auto"):
         self.float32_weights = compute == "float32"
-        self.training = False
+        self.training = self.own_scales = False
         self._tokenizer: Any = None
         self._recorded: list[Batch] | None = None
         self._open: list[weakref.ref[Output]] = []

@@ -7,10 +7,12 @@
 
 cases() lists what the folder holds (MODELQ_GOLDEN, else tests/data/golden), so a fuller folder means more tests.
 """
+import copy
 import json
 import os
+import warnings
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -135,3 +137,46 @@ def cases(dtype=None, configs=None, names=None, needs=(), any_family=False, root
             if wanted and case.has(*needs):
                 out.append(pytest.param(case, id=str(case)))
     return out
+
+
+# Calibrations that search -----------------------------------------------------------------------------------------------------
+
+INT4, LAYERWISE = "INT4_BLOCKWISE_WEIGHT_ONLY_CFG", {"method": "gptq", "layerwise": {"enable": True}}
+OTHER_ALGORITHMS = {       # case: (preset, algorithm in the place of the preset's), as make_search_golden.py has them
+    "INT4_AWQ_CLIP": ("INT4_AWQ_CFG", "awq_clip"), "INT4_AWQ_FULL": ("INT4_AWQ_CFG", "awq_full"),
+    "INT8_SMOOTHQUANT_ALPHA_0.5": ("INT8_SMOOTHQUANT_CFG", {"method": "smoothquant", "alpha": 0.5}),
+    "INT8_MSE": ("INT8_DEFAULT_CFG", "mse"), "INT4_MSE": (INT4, "mse"), "FP8_MSE": ("FP8_DEFAULT_CFG", "mse"), "INT4_GPTQ": (INT4, "gptq"),
+    "INT8_GPTQ": ("INT8_WEIGHT_ONLY_CFG", "gptq"), "FP8_GPTQ": ("FP8_DEFAULT_CFG", "gptq"), "INT4_GPTQ_LAYERWISE": (INT4, LAYERWISE),
+    "INT4_SVDQUANT": (INT4, {"method": "svdquant", "lowrank": 32})}
+SEARCHING = ["INT8_SMOOTHQUANT_CFG", "INT4_AWQ_CFG", "W4A8_AWQ_BETA_CFG", "NVFP4_AWQ_LITE_CFG", "NVFP4_AWQ_CLIP_CFG",
+             "NVFP4_SVDQUANT_DEFAULT_CFG"]
+LITE_OF = {"NVFP4_SVDQUANT_DEFAULT_CFG": "NVFP4_AWQ_LITE_CFG", "NVFP4_AWQ_FULL_CFG": "NVFP4_AWQ_LITE_CFG",
+           "INT4_AWQ_FULL": "INT4_AWQ_CFG", "INT4_SVDQUANT": "INT4_AWQ_CFG"}      # whose first step is awq_lite
+
+
+def search_cases(dtype, needs) -> list:
+    """Of both sets: what searches."""
+    return cases(dtype, SEARCHING, needs=needs) + cases(dtype, needs=needs, root=SEARCH_ROOT)
+
+
+@cache
+def search_model(case):
+    """The model, calibrated as the reference calibrated it."""
+    import modelq
+    import modelq.quantization as mtq
+
+    preset, algorithm = OTHER_ALGORITHMS.get(case.config, (case.config, None))
+    config = copy.deepcopy(getattr(mtq, preset))
+    config = config if algorithm is None else {**config, "algorithm": algorithm}
+    model = modelq.load(case.model.source, compute=case.dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return mtq.quantize(model, config, lambda model: [model(row[None]) for row in case.model.calib], compat="modelopt")
+
+
+def search_losses(case) -> dict[str, tuple[np.ndarray, int]]:
+    """The reference's losses of a linear by exponent, and the index of the exponent that it chose. Empty where they were not kept."""
+    path = SEARCH_ROOT / case.model.name / case.dtype / LITE_OF.get(case.config, case.config) / "losses.json"
+    said = json.loads(path.read_text()) if path.exists() else {}
+    return {module: (np.array(list(words["losses"].values())), list(map(float, words["losses"])).index(words["best_alpha"]))
+            for module, words in said.items() if words["enabled"]}

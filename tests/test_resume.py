@@ -1,21 +1,27 @@
 """A calibration with a checkpoint_dir goes on where it was interrupted, and ends with the same result, bit for bit."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import warnings
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import golden_data
 import modelq
 import modelq.quantization as mtq
 from modelq import streaming
+from modelq.calibration import METHODS
 from modelq.quantizers import found_values
 
 GPTQ = {"method": "gptq"}
+HEAD = [{"quantizer_name": f"lm_head.{side}_quantizer", "cfg": {"num_bits": (4, 3)}, "enable": True} for side in ("weight", "input")]
 INT8_GPTQ = {**mtq.INT8_DEFAULT_CFG, "algorithm": GPTQ}      # activations are quantized, so two kinds of hidden states are on their way
 CONFIGS = {
     **{name: getattr(mtq, name) for name in (
@@ -24,24 +30,21 @@ CONFIGS = {
     "INT8_GPTQ": INT8_GPTQ,
     "AWQ_THEN_CLIP": {**mtq.INT4_AWQ_CFG, "algorithm": ["awq_lite", "awq_clip"]},
     "ROTATED": {**mtq.FP8_DEFAULT_CFG, "algorithm": ["rotate", "max"]},
-    "HEAD": {**mtq.FP8_DEFAULT_CFG, "quant_cfg": [*mtq.FP8_DEFAULT_CFG["quant_cfg"], *(
-        {"quantizer_name": f"lm_head.{side}_quantizer", "cfg": {"num_bits": (4, 3)}, "enable": True} for side in ("weight", "input"))]},
+    "HEAD": {**mtq.FP8_DEFAULT_CFG, "quant_cfg": [*mtq.FP8_DEFAULT_CFG["quant_cfg"], *HEAD]},
+    "HEAD_GPTQ": {**INT8_GPTQ, "quant_cfg": [*INT8_GPTQ["quant_cfg"], *HEAD]},
 }
-
-
-class Stop(Exception):
-    pass
 
 
 def load(golden_model):
     return modelq.load(golden_model.source, compute="bfloat16")
 
 
-def quantize(golden_model, config, folder=None, model=None):
+def quantize(golden_model, config, folder=None, model=None, tokens=None):
     model = model or load(golden_model)
+    tokens = golden_model.calib if tokens is None else tokens
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)       # few tokens: singular Gram matrices, experts that see none
-        return mtq.quantize(model, config, lambda model: [model(row[None]) for row in golden_model.calib], checkpoint_dir=folder)
+        return mtq.quantize(model, config, lambda model: [model(row[None]) for row in tokens], checkpoint_dir=folder)
 
 
 def everything(model, ids):
@@ -75,53 +78,113 @@ class Layers:
         return self.run_layer(model, run, layer, visitor)
 
 
+def interrupted(monkeypatch, stop_at, *arguments, **options):
+    """quantize(), stopped before the pass with this number."""
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        Layers(patch, stop_at)
+        quantize(*arguments, **options)
+
+
+def counted(monkeypatch, *arguments, **options):
+    """What quantize() gives, and the layers that it ran."""
+    with monkeypatch.context() as patch:
+        layers = Layers(patch)
+        return quantize(*arguments, **options), layers.seen
+
+
+def begin_of_layer(seen, at):
+    """The first of the passes over the same layer."""
+    while at and seen[at - 1] == seen[at]:
+        at -= 1
+    return at
+
+
+def copy_of(golden_model, folder, change, **config):
+    """A copy of a checkpoint with other tensors, as a golden_data.Model has it."""
+    shutil.copytree(golden_model.source, folder / "source", ignore=shutil.ignore_patterns("*.safetensors*"), copy_function=shutil.copyfile)
+    tensors = {name: np.array(tensor) for name, tensor in golden_data.read_safetensors(golden_model.source).items()}
+    save_file(change(tensors), folder / "source" / "model.safetensors")
+    said = json.loads((folder / "source" / "config.json").read_text())
+    (folder / "source" / "config.json").write_text(json.dumps({**said, **config}))
+    return Copy(folder / "source", golden_model.calib)
+
+
+class Copy(NamedTuple):
+    source: Path
+    calib: np.ndarray
+
+
+@pytest.fixture
+def deep(golden, tmp_path):
+    """golden llama with four layers instead of two."""
+    def twice(tensors):
+        again = {name.replace(f"layers.{i}.", f"layers.{i + 2}."): np.ascontiguousarray(tensor[..., ::-1])
+                 for i in range(2) for name, tensor in tensors.items() if f"layers.{i}." in name}
+        return {**tensors, **again}
+    return copy_of(golden["llama"], tmp_path / "deep", twice, num_hidden_layers=4)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("golden_model", golden_data.models(names=["llama", "qwen3moe"]))
 def test_it_goes_on_where_it_was_interrupted(golden_model, name, tmp_path, monkeypatch):
     config, ids = CONFIGS[name], golden_model.calib[:1]
     expected = everything(quantize(golden_model, config), ids)
-    with monkeypatch.context() as patch:
-        total = Layers(patch)
-        quantize(golden_model, config, tmp_path / "whole")
-    for stop_at in range(1, len(total.seen)):
+    _, total = counted(monkeypatch, golden_model, config, tmp_path / "whole")
+    for stop_at in range(1, len(total)):
         folder, model = tmp_path / str(stop_at), load(golden_model)
         plain = model(ids).logits
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            Layers(patch, stop_at)
-            quantize(golden_model, config, folder, model)
-        assert not model.quantized and not model.quantizers      # nothing half done
+        interrupted(monkeypatch, stop_at, golden_model, config, folder, model)
+        assert not model.quantized and not model.quantizers and not hasattr(model.checkpoint, "changed")      # nothing half done
         np.testing.assert_array_equal(model(ids).logits, plain)
-        with monkeypatch.context() as patch:
-            rest = Layers(patch)
-            quantize(golden_model, config, folder, model)
-        assert len(rest.seen) <= len(total.seen) - (stop_at if config["algorithm"] == "max" else total.seen[:stop_at].index(
-            total.seen[stop_at - 1]))
+        _, rest = counted(monkeypatch, golden_model, config, folder, model)
+        assert rest == total[begin_of_layer(total, stop_at):]       # finished layers are not run again
         same(everything(model, ids), expected)
 
 
-@pytest.mark.parametrize("name", ["INT4_AWQ_CFG", "HEAD", "INT8_GPTQ"])
+@pytest.mark.parametrize("name", ["INT8_SMOOTHQUANT_CFG", "INT4_AWQ_CFG", "NVFP4_GPTQ_CFG", "NVFP4_SVDQUANT_DEFAULT_CFG"])
+def test_interrupted_when_a_layer_has_changed_but_is_not_kept(golden, name, tmp_path, monkeypatch):
+    """After each search: what it gave the layer is not there twice."""
+    config, ids = CONFIGS[name], golden["llama"].calib[:1]
+    expected, method = everything(quantize(golden["llama"], config), ids), METHODS[
+        config["algorithm"] if isinstance(config["algorithm"], str) else config["algorithm"]["method"]]
+    real, calls = method.search, []
+
+    def search(self, part, inputs):
+        real(self, part, inputs)
+        calls.append(part.layer)
+        if len(calls) == stop_at:
+            raise KeyboardInterrupt
+    for stop_at in range(1, 5):      # embedding, head, and two layers
+        calls.clear()
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(method, "search", search)
+            quantize(golden["llama"], config, tmp_path / str(stop_at))
+        assert calls == [-1, -1, 0, 1][:stop_at]
+        model, rest = counted(monkeypatch, golden["llama"], config, tmp_path / str(stop_at))
+        assert (0 in rest) == (stop_at < 4)
+        same(everything(model, ids), expected)
+
+
+@pytest.mark.parametrize("name", ["INT4_AWQ_CFG", "HEAD", "INT8_GPTQ", "AWQ_THEN_CLIP"])
 def test_a_whole_one_is_not_run_again(golden, name, tmp_path, monkeypatch):
     expected = everything(quantize(golden["llama"], CONFIGS[name], tmp_path), golden["llama"].calib[:1])
-    with monkeypatch.context() as patch:
-        layers = Layers(patch)
-        model = quantize(golden["llama"], CONFIGS[name], tmp_path)
-        assert layers.seen == []
+    model, rest = counted(monkeypatch, golden["llama"], CONFIGS[name], tmp_path)
+    assert rest == []
     same(everything(model, golden["llama"].calib[:1]), expected)
     assert not list(tmp_path.glob("*/states_*"))     # hidden states are large, and not needed any more
 
 
-def test_between_the_last_layer_and_the_head(golden, tmp_path, monkeypatch):
-    expected = everything(quantize(golden["llama"], CONFIGS["HEAD"]), golden["llama"].calib[:1])
+@pytest.mark.parametrize("name", ["HEAD", "HEAD_GPTQ"])
+def test_between_the_last_layer_and_the_head(golden, name, tmp_path, monkeypatch):
+    expected = everything(quantize(golden["llama"], CONFIGS[name]), golden["llama"].calib[:1])
 
-    def stop(self):
+    def stop(self, watch):
         raise KeyboardInterrupt
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("modelq.calibration.walk.Walk.head", stop)
-        quantize(golden["llama"], CONFIGS["HEAD"], tmp_path)
-    with monkeypatch.context() as patch:
-        layers = Layers(patch)
-        model = quantize(golden["llama"], CONFIGS["HEAD"], tmp_path)
-        assert layers.seen == []
+        patch.setattr("modelq.calibration.walk.Walk._finish", stop)
+        quantize(golden["llama"], CONFIGS[name], tmp_path)
+    model, rest = counted(monkeypatch, golden["llama"], CONFIGS[name], tmp_path)
+    assert rest == []
     same(everything(model, golden["llama"].calib[:1]), expected)
 
 
@@ -175,16 +238,34 @@ def test_killed(golden, tmp_path, monkeypatch):
     same(everything(model, llama.calib[:1]), everything(quantize(llama, mtq.INT4_AWQ_CFG), llama.calib[:1]))
 
 
-def test_save_every(golden, tmp_path, monkeypatch):
-    """Progress counts every other layer here: interrupted after one of two, it starts again."""
-    config = {**mtq.FP8_DEFAULT_CFG, "algorithm": {"method": "max", "layerwise": {"enable": True, "save_every": 2}}}
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        Layers(patch, 1)
-        quantize(golden["llama"], config, tmp_path)
-    with monkeypatch.context() as patch:
-        layers = Layers(patch)
-        quantize(golden["llama"], config, tmp_path)
-        assert layers.seen[0] == 0
+@pytest.mark.parametrize("method", ["max", "gptq"])
+@pytest.mark.parametrize("stop_at, begins", [(1, 0), (2, 2), (3, 2)])
+def test_save_every(deep, method, stop_at, begins, tmp_path, monkeypatch):
+    """Progress counts every other layer here: interrupted after one of two, both are run again. How often may change meanwhile."""
+    def config(save_every):
+        return {**mtq.INT8_DEFAULT_CFG, "algorithm": {"method": method, "layerwise": {"enable": False, "save_every": save_every}}}
+    passes = 2 if method == "gptq" else 1
+    interrupted(monkeypatch, stop_at * passes, deep, config(2), tmp_path / "progress")
+    model, rest = counted(monkeypatch, deep, config(1), tmp_path / "progress")
+    assert rest == [layer for layer in range(begins, 4) for _ in range(passes)]
+    same(everything(model, deep.calib[:1]), everything(quantize(deep, config(1)), deep.calib[:1]))
+
+
+@pytest.mark.parametrize("algorithm", ["max", ["awq_lite", "awq_clip"], "gptq"])
+def test_experts_that_saw_no_token_are_remembered(golden, algorithm, tmp_path, monkeypatch):
+    """Those of this calibration: also where the model was calibrated before, and where a later step does without the data."""
+    moe, one = golden["qwen3moe"], golden["qwen3moe"].calib[:1, :1]
+    config = {**(mtq.FP8_DEFAULT_CFG if algorithm == "max" else mtq.INT4_AWQ_CFG), "algorithm": algorithm}
+    few, all_ = (quantize(moe, config, tokens=tokens) for tokens in (one, moe.calib))
+    assert few.unseen_experts.keys() == {0, 1} and all_.unseen_experts == {}
+    for tokens, expected, other in ((one, few, all_), (moe.calib, all_, few)):
+        folder, before = tmp_path / str(len(tokens)), dict(other.unseen_experts)
+        interrupted(monkeypatch, 3 if isinstance(algorithm, list) else 1, moe, config, folder, model=other, tokens=tokens)
+        assert other.unseen_experts == before
+        same(everything(quantize(moe, config, folder, other, tokens), one), everything(expected, one))
+        quantize(moe, config, model=other, tokens=one if other is few else moe.calib)        # as it was
+    assert quantize(moe, {**mtq.INT4_AWQ_CFG, "algorithm": ["awq_lite", "mse"]}, tokens=one).unseen_experts == few.unseen_experts
+    assert quantize(moe, mtq.INT4_BLOCKWISE_WEIGHT_ONLY_CFG, model=few).unseen_experts == {}
 
 
 def test_the_folder_may_be_named_by_the_algorithm(golden, tmp_path):
@@ -192,38 +273,3 @@ def test_the_folder_may_be_named_by_the_algorithm(golden, tmp_path):
     quantize(golden["llama"], {**mtq.FP8_DEFAULT_CFG, "algorithm": {
         "method": "max", "layerwise": {"enable": True, "checkpoint_dir": str(tmp_path / "here")}}})
     assert (tmp_path / "here" / "manifest.json").exists()
-
-
-@pytest.mark.parametrize("other", ["config", "data", "model", "rotation"])
-def test_the_progress_of_another_calibration_is_refused(golden, other, tmp_path):
-    quantize(golden["llama"], mtq.FP8_DEFAULT_CFG, tmp_path)
-    config, data, source = mtq.FP8_DEFAULT_CFG, golden["llama"].calib, golden["llama"].source
-    if other == "config":
-        config = mtq.INT8_DEFAULT_CFG
-    elif other == "data":
-        data = data[::-1]
-    elif other == "model":
-        source = golden["qwen3"].source
-    else:
-        config = {**config, "algorithm": [{"method": "rotate", "residual": False}, "max"]}
-    model = modelq.load(source, compute="bfloat16")
-    with pytest.raises(ValueError, match="progress of another calibration"):
-        mtq.quantize(model, config, lambda model: [model(row[None]) for row in data], checkpoint_dir=tmp_path)
-    assert not model.quantized
-
-
-@pytest.mark.parametrize("damage", ["manifest", "not json", "layer", "missing"])
-def test_damaged_progress_is_named(golden, damage, tmp_path):
-    quantize(golden["llama"], mtq.FP8_DEFAULT_CFG, tmp_path)
-    manifest, layer = tmp_path / "manifest.json", tmp_path / "step_0" / "layer_0001.safetensors"
-    if damage == "manifest":
-        manifest.write_text(json.dumps({"version": 1}))
-    elif damage == "not json":
-        manifest.write_text("{")
-    elif damage == "layer":
-        layer.write_bytes(layer.read_bytes()[:100])
-    else:
-        layer.unlink()
-    named = manifest if "manifest" in str(damage) or damage == "not json" else layer
-    with pytest.raises((ValueError, FileNotFoundError), match=str(named)):
-        quantize(golden["llama"], mtq.FP8_DEFAULT_CFG, tmp_path)

@@ -1,218 +1,178 @@
 """Calibrations that search, against what Model Optimizer found (tests/data/make_search_golden.py), from the same weights and tokens.
 
-In float32 choices agree, and numbers to the last digits; where two candidates lose the same, either is right, and the losses say so. In
-bfloat16 activations differ in their last bits already, so that maxima and means do, and with them what is made of them.
+In float32 choices agree, and numbers to the last digits. Where two candidates come out the same but for a last bit, either is right, and
+the tests show that they do. What becomes of all this in an export: tests/test_search_exports.py.
 """
-import copy
-import json
-import warnings
-from functools import cache
-
+import ml_dtypes
 import numpy as np
 import pytest
 
-import modelq
-import modelq.quantization as mtq
-from golden_data import SEARCH_ROOT, cases, read_safetensors
+from golden_data import read_safetensors, search_cases, search_losses, search_model
 from modelq.calibration.smooth import alphas
-from modelq.export import export_hf_checkpoint
-from modelq.groups import siblings
+from modelq.experts import place_of
 from modelq.quantizers import stage_quantizers
 
-INT4, LAYERWISE = "INT4_BLOCKWISE_WEIGHT_ONLY_CFG", {"method": "gptq", "layerwise": {"enable": True}}
-OTHER_ALGORITHMS = {       # case: (preset, algorithm in the place of the preset's), as make_search_golden.py has them
-    "INT4_AWQ_CLIP": ("INT4_AWQ_CFG", "awq_clip"), "INT4_AWQ_FULL": ("INT4_AWQ_CFG", "awq_full"),
-    "INT8_SMOOTHQUANT_ALPHA_0.5": ("INT8_SMOOTHQUANT_CFG", {"method": "smoothquant", "alpha": 0.5}),
-    "INT8_MSE": ("INT8_DEFAULT_CFG", "mse"), "INT4_MSE": (INT4, "mse"), "FP8_MSE": ("FP8_DEFAULT_CFG", "mse"), "INT4_GPTQ": (INT4, "gptq"),
-    "INT8_GPTQ": ("INT8_WEIGHT_ONLY_CFG", "gptq"), "FP8_GPTQ": ("FP8_DEFAULT_CFG", "gptq"), "INT4_GPTQ_LAYERWISE": (INT4, LAYERWISE),
-    "INT4_SVDQUANT": (INT4, {"method": "svdquant", "lowrank": 32})}
-SEARCHING = ["INT8_SMOOTHQUANT_CFG", "INT4_AWQ_CFG", "W4A8_AWQ_BETA_CFG", "NVFP4_AWQ_LITE_CFG", "NVFP4_AWQ_CLIP_CFG",
-             "NVFP4_SVDQUANT_DEFAULT_CFG"]
-FLOAT32 = [*cases("float32", SEARCHING, needs=["amax.safetensors"]), *cases("float32", needs=["amax.safetensors"], root=SEARCH_ROOT)]
-EXPORTS = [case for case in cases("bfloat16", SEARCHING, needs=["model.safetensors"])
-           + cases("bfloat16", needs=["model.safetensors"], root=SEARCH_ROOT) if "INT4_SVDQUANT" not in case.id]    # no engine reads that
+FLOAT32 = search_cases("float32", ["amax.safetensors"])
+LITE = [case for case in FLOAT32 if any(word in case.id for word in ("AWQ_CFG", "AWQ_LITE", "AWQ_FULL", "AWQ_BETA", "SVDQUANT"))]
 FIELDS = {"amax": "amax", "pre_quant_scale": "pre_quant_scale", "bias_value": "bias", "global_amax": "global_amax"}
+NO_QUANTIZER_HAS = ("svdquant_lora_a", "svdquant_lora_b")
+LAST_DIGITS = 5e-6
+FP4_MIDDLES = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5])
+FP8 = np.arange(1, 127).astype(np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64)
+FP8_MIDDLES = (FP8[1:] + FP8[:-1]) / 2
 
-# How many of the maxima may be others, where each block chooses among many that are nearly as good.
-TIES = {"NVFP4_FOUR_OVER_SIX_CFG": 1e-3, "NVFP4_W4A4_WEIGHT_LOCAL_HESSIAN_CFG": 0.02, "NVFP4_W4A4_WEIGHT_MSE_FP8_SWEEP_CFG": 1e-3}
-
-
-def config_of(name):
-    preset, algorithm = OTHER_ALGORITHMS.get(name, (name, None))
-    config = copy.deepcopy(getattr(mtq, preset))
-    return config if algorithm is None else {**config, "algorithm": algorithm}
-
-
-@cache
-def calibrated(case):
-    model = modelq.load(case.model.source, compute=case.dtype)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        return mtq.quantize(model, config_of(case.config), lambda model: [model(row[None]) for row in case.model.calib], compat="modelopt")
+# How many blocks of 16 may have another maximum: where a value or a scale is in the middle of two numbers, so that the last bit decides.
+TIES = {"NVFP4_FOUR_OVER_SIX_CFG": 0.001, "NVFP4_W4A4_WEIGHT_LOCAL_HESSIAN_CFG": 0.015, "NVFP4_W4A4_WEIGHT_MSE_FP8_SWEEP_CFG": 0.001}
 
 
-def found(model, name):
-    """What we have under a name of the reference's; None for what belongs to no single quantizer."""
-    quantizer, _, field = name.rpartition(".")
-    if field not in FIELDS or "_shared_quant" in name:
-        return None
-    parent, _, stage = quantizer.rpartition(".")
-    stages = stage_quantizers(model.quantizers[quantizer if quantizer in model.quantizers else parent])
-    return np.asarray(getattr(stages[int(stage) if quantizer not in model.quantizers else 0], FIELDS[field]))
+def quantizer_of(model, name):
+    """The quantizer, or stage of one, that the reference calls so."""
+    if name in model.quantizers:
+        return stage_quantizers(model.quantizers[name])[0]
+    parent, _, stage = name.rpartition(".")
+    return stage_quantizers(model.quantizers[parent])[int(stage)]
 
 
-def best_is_another(losses, most=0.001):
-    """Whether two exponents lose so nearly the same that either may be chosen."""
-    least, second = np.sort(losses)[:2]
-    return second / least - 1 <= most
+def off(ours, theirs):
+    """By what part, element by element."""
+    ours, theirs = (np.asarray(values, np.float64).ravel() for values in (ours, theirs))
+    assert ours.shape == theirs.shape
+    return np.abs(ours - theirs) / np.maximum(np.abs(theirs), 1e-30)
 
 
-def said_losses(case):
-    """The reference's losses by linear and exponent, and its choice; SVDQuant's and awq_full's are those of awq_lite."""
-    config = {"NVFP4_SVDQUANT_DEFAULT_CFG": "NVFP4_AWQ_LITE_CFG", "NVFP4_AWQ_FULL_CFG": "NVFP4_AWQ_LITE_CFG",
-              "INT4_AWQ_FULL": "INT4_AWQ_CFG"}.get(case.config, case.config)
-    path = SEARCH_ROOT / case.model.name / case.dtype / config / "losses.json"
-    said = json.loads(path.read_text()) if path.exists() else {}
-    return {module: (np.array(list(words["losses"].values())), words["best_alpha"]) for module, words in said.items() if words["enabled"]}
+def costs_nothing(model, case, module):
+    """Whether another exponent is as good: the reference's, where its losses are there, else the second best."""
+    ours = model.search_losses[module]
+    said = search_losses(case).get(module)
+    return (ours[said[1]] if said else np.sort(ours)[1]) / ours.min() - 1 <= 0.001
 
 
-# float32 ----------------------------------------------------------------------------------------------------------------------
+# What was found ---------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("case", FLOAT32)
-def test_what_was_found(case):
-    model, compared, others, total = calibrated(case), 0, 0, 0
-    for name, expected in case.amax.items():
-        if (ours := found(model, name)) is None:
+def test_every_number(case):
+    model, compared = search_model(case), 0
+    for name, theirs in case.amax.items():
+        quantizer, _, field = name.rpartition(".")
+        if field in NO_QUANTIZER_HAS or "_shared_quant" in name or (case.config in TIES and "weight_quantizer" in name and field == "amax"):
             continue
-        difference = np.abs(ours.ravel() - expected.ravel()) / np.maximum(np.abs(expected.ravel()), 1e-30)
+        apart = off(getattr(quantizer_of(model, quantizer), FIELDS[field]), theirs).max(initial=0)
+        module = quantizer.removesuffix(".0").removesuffix(".1").rpartition(".")[0]
+        assert apart <= LAST_DIGITS or module in model.search_losses and costs_nothing(model, case, module), (name, apart)
         compared += 1
-        module = name.partition(".input_quantizer")[0].partition(".weight_quantizer")[0]
-        if "weight_quantizer" in name and name.endswith(".amax") and case.config in TIES:
-            others, total = others + (difference > 3e-6).sum(), total + difference.size
-        elif difference.max() > 3e-6:
-            assert best_is_another(model.search_losses[module]), (name, difference.max())
     assert compared >= 14
-    assert others <= TIES.get(case.config, 0) * total
 
 
-@pytest.mark.parametrize("case", [case for case in FLOAT32 if "AWQ" in case.id and "CLIP" not in case.id])
-def test_every_linear_was_searched(case):
-    """And takes the first of the best exponents."""
-    model = calibrated(case)
+@pytest.mark.parametrize("case", [case for case in FLOAT32 if case.values[0].config in TIES])
+def test_every_block(case):
+    """Those with another maximum are ties."""
+    model, weights, others, total = search_model(case), weights_by_quantizer(search_model(case)), 0, 0
+    for name, theirs in case.amax.items():
+        quantizer, _, field = name.rpartition(".")
+        if "weight_quantizer" in name and field == "amax":
+            ours, theirs = quantizer_of(model, quantizer).amax.ravel(), theirs.ravel()
+            where = off(ours, theirs) > LAST_DIGITS
+            blocks = weights[quantizer].astype(np.float64).reshape(-1, 16)[where]
+            assert is_tie(case.config, blocks, ours[where], theirs[where], quantizer_of(model, quantizer)).all(), name
+            others, total = others + where.sum(), total + where.size
+    assert total >= 18432 and others <= TIES[case.config] * total
+
+
+def weights_by_quantizer(model):
+    """Experts that share a quantizer are one weight."""
+    found = {}
+    for row in model.modules:
+        if row["kind"] == "linear":
+            found.setdefault(place_of(model, f"{row['name']}.weight_quantizer").name, []).append(model.checkpoint.read(row["weight"]))
+    return {name: np.concatenate(parts) for name, parts in found.items()}
+
+
+def is_tie(config, blocks, ours, theirs, quantizer):
+    """By block. What decides: in a plain sweep both lose the same; in four over six the candidate's scale is in the middle of two FP8
+    numbers; weighed by a Hessian, in which direction a value in the middle of two FP4 numbers is off."""
+    if "SWEEP" in config:
+        ours, theirs = (np.square(blocks - nearest_fp4(blocks, amax)).sum(axis=1) for amax in (ours, theirs))
+        return np.abs(ours / theirs - 1) <= 1e-6
+    if "FOUR" in config:
+        second = float(quantizer.global_amax) / quantizer.second_divisor
+        return np.any([in_the_middle(amax / 6.0 / second, FP8_MIDDLES) for amax in (ours, theirs)], axis=0)
+    return np.any([in_the_middle(blocks / (amax[:, None] / 6.0), FP4_MIDDLES).any(axis=1) for amax in (ours, theirs)], axis=0)
+
+
+def in_the_middle(values, middles):
+    return (np.abs(np.abs(values)[..., None] / middles - 1) <= 1e-6).any(axis=-1)
+
+
+def nearest_fp4(blocks, amax):
+    scale = amax[:, None] / 6.0
+    return np.sign(blocks) * np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])[np.searchsorted(FP4_MIDDLES, np.abs(blocks) / scale)] * scale
+
+
+# AWQ --------------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("case", LITE)
+def test_every_linear_is_searched(case):
+    model = search_model(case)
     smoothed = {name.partition(".input_quantizer")[0] for name in case.amax if name.endswith("pre_quant_scale")}
-    assert set(model.search_losses) == smoothed and smoothed
+    assert set(model.search_losses) == smoothed and len(smoothed) >= 8
     assert all(losses.shape == (11,) and losses.dtype == np.float64 for losses in model.search_losses.values())
 
 
-@pytest.mark.parametrize("case", [case for case in FLOAT32 if said_losses(case.values[0])])
+@pytest.mark.parametrize("case", [case for case in LITE if search_losses(case.values[0])])
 def test_losses_of_every_exponent(case):
-    """The reference's are means over outputs and tokens, added up over calls: ours but for one factor in each linear, and but for values
-    in the middle of two codes."""
-    model = calibrated(case)
-    for module, (theirs, best) in said_losses(case).items():
-        ours = model.search_losses[module]
-        np.testing.assert_allclose(ours / ours.min(), theirs / theirs.min(), rtol=0.03 if "NVFP4" in case.config or "moe" in case.model.name else 5e-3)
-        assert np.isclose(alphas(0.1)[np.argmin(ours)], best) or best_is_another(ours)
+    """The reference's are means over outputs and the 64 tokens of a call, ours sums. A value in the middle of two codes makes some differ.
+    Experts before a linear are quantized during the reference's search, not during ours."""
+    model, ratios = search_model(case), []
+    rows = {row["name"]: row["shape"][0] for row in model.modules}
+    for module, (theirs, best) in search_losses(case).items():
+        ours, behind_experts = model.search_losses[module], "moe" in case.model.name and "layers.0." not in module
+        ratio = ours / (theirs * rows[module] * case.model.calib.shape[1])
+        np.testing.assert_allclose(ratio, 1, rtol=0.04 if behind_experts else 0.015, err_msg=module)
+        ratios += [] if behind_experts else [ratio]
+        assert np.argmin(ours) == best or costs_nothing(model, case, module), module
+    assert np.mean(np.abs(np.array(ratios) - 1) <= 1e-5) >= 0.85
+    assert len(alphas(0.1)) == len(ratios[0])
 
+
+# GPTQ, SVDQuant ---------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("case", [case for case in FLOAT32 if case.values[0].has("weights.safetensors")])
 def test_rounded_weights(case):
-    """GPTQ: but for values in the middle of two numbers, and what they change behind them in their row."""
-    model, different, total = calibrated(case), 0, 0
+    """But for values in the middle of two numbers, and what they change behind them in their row."""
+    model, different, total = search_model(case), 0, 0
     for name, expected in read_safetensors(case.folder / "weights.safetensors").items():
-        ours = model.checkpoint.read(name if name.endswith(".weight") else f"{name}.weight").astype(np.float32)
-        different += (np.abs(ours - expected) > 1e-6 * np.abs(expected).max()).sum()
-        total += expected.size
-        assert np.mean(np.abs(model.checkpoint.original.read(name).astype(np.float32) - expected) > 1e-6) > 0.9
-    assert total and different <= 0.003 * total
+        ours, before = (store.read(name).astype(np.float32) for store in (model.checkpoint, model.checkpoint.original))
+        different, total = different + (off(ours, expected) > 1e-6).sum(), total + expected.size
+        assert np.mean(off(before, expected) > 1e-6) > 0.9, name
+    assert total >= 16384 and different <= 0.003 * total
 
 
 @pytest.mark.parametrize("case", [case for case in FLOAT32 if "SVDQUANT" in case.id and any(
     name.endswith("svdquant_lora_a") for name in case.values[0].amax)])
 def test_branches_of_low_rank(case):
-    model, compared = calibrated(case), 0
+    """Halves are unique but for a rotation between them: their product."""
+    model, compared = search_model(case), 0
     for name, down in case.amax.items():
         if name.endswith("svdquant_lora_a"):
-            branch = model.low_rank[name.partition(".weight_quantizer")[0]]
-            expected = case.amax[name.replace("lora_a", "lora_b")] @ down
-            np.testing.assert_allclose(branch.up @ branch.down, expected, atol=1e-4 * np.linalg.norm(expected))
+            branch, expected = model.low_rank[name.partition(".weight_quantizer")[0]], case.amax[name.replace("lora_a", "lora_b")] @ down
+            assert branch.down.shape == down.shape
+            assert np.linalg.norm(branch.up @ branch.down - expected) <= 1e-5 * np.linalg.norm(expected), name
             compared += 1
-    assert compared
+    assert compared == len(model.low_rank) >= 8
+
+
+# What comes out ---------------------------------------------------------------------------------------------------------------
+
+# Of the logits, in their norm. Where no inputs are quantized, in all digits; an input in the middle of two codes, or a weight that GPTQ
+# rounds to another, makes other inputs flip behind it. With four-bit inputs that goes on, to a part of what quantization does.
+LOGITS = {"INT4_AWQ": 1e-5, "INT4_MSE": 1e-5, "INT4_SVDQUANT": 0.005, "INT8": 0.015, "W4A8": 0.03, "": 0.06}
+OF_WHAT_IS_LOST = {"FOUR_OVER_SIX": 0.85, "NVFP4": 0.65}
 
 
 @pytest.mark.parametrize("case", [case for case in FLOAT32 if case.values[0].has("fake_logits.npy")])
 def test_logits(case):
-    """Four-bit activations that flip make others flip: then no nearer than what quantization does, but nearer."""
-    ours, theirs = calibrated(case)(case.model.calib[:1]).logits, case.fake_logits
-    plain = modelq.load(case.model.source, compute="float32")(case.model.calib[:1]).logits
-    off, lost = (np.linalg.norm(logits - theirs) / np.linalg.norm(theirs) for logits in (ours, plain))
-    assert off <= (0.8 * lost if "NVFP4" in case.config else 0.05), (off, lost)
-
-
-# bfloat16 ---------------------------------------------------------------------------------------------------------------------
-
-def quantization_of(folder):
-    said = [json.loads((folder / "hf_quant_config.json").read_text())["quantization"],
-            json.loads((folder / "config.json").read_text())["quantization_config"]]
-    return [{key: value for key, value in words.items() if key != "producer"} for words in said]
-
-
-# How much of each weight's codes are the reference's at least, and how far its scales are off at most (95% of them).
-CODES = {"GPTQ": 0.5, "AWQ_FULL": 0.45, "AWQ": 0.85, "SMOOTHQUANT": 0.85, "SVDQUANT": 0.85, "HESSIAN": 0.85, "": 0.95}
-SCALES = {"AWQ_FULL": 0.35, "AWQ_CLIP_CFG": 0.3, "SVDQUANT": 0.35, "": 0.06}
-
-
-def of_kind(table, config):
-    return next(value for words, value in table.items() if words in config)
-
-
-@pytest.mark.parametrize("case", EXPORTS)
-def test_exports(case, tmp_path):
-    """Names, shapes, dtypes and words are the reference's; scales are near, and nearly all codes the same, where the same exponent wins."""
-    model = calibrated(case)
-    export_hf_checkpoint(model, tmp_path)
-    assert quantization_of(tmp_path) == quantization_of(case.folder)
-    ours, expected, codes = read_safetensors(tmp_path), case.exported, 0
-    whole = len({name.split(".")[2] for name in expected if "layers" in name}) == model.num_layers      # the subset has parts of some
-    assert ours.keys() == expected.keys() if whole else ours.keys() > expected.keys()
-    others = other_exponents(case, model)
-    for name, theirs in expected.items():
-        assert ours[name].shape == theirs.shape and ours[name].dtype == theirs.dtype, name
-        if name.rpartition(".")[0] in others or "svdquant_lora" in name or (others and "norm" in name):
-            continue        # branches are unique but for a rotation between their halves
-        if theirs.dtype.itemsize > 1:
-            a, b = ours[name].astype(np.float32), theirs.astype(np.float32)
-            assert np.quantile(np.abs(a - b) / (np.abs(b) + 1e-30), 0.95) <= of_kind(SCALES, case.config), name
-        elif name.endswith(".weight"):
-            assert np.mean(ours[name].view(np.uint8) == theirs.view(np.uint8)) >= of_kind(CODES, case.config), name
-            codes += 1
-    assert codes
-
-
-def other_exponents(case, model):
-    """Linears with whose siblings another exponent won than in the reference, as their mean scale shows: then the losses of two exponents
-    of one of them are within 0.5% of each other there, as bfloat16 activations make them."""
-    apart, suffix = set(), ".input_quantizer.pre_quant_scale"
-    for rows in siblings(row for row in model.modules if row["kind"] == "linear"):
-        names = [row["name"] for row in rows if row["name"] + suffix in case.amax and row["name"] in model.search_losses]
-        if not names:
-            continue        # not searched
-        theirs = np.mean([case.amax[name + suffix] for name in names], axis=0)
-        ours = np.mean([model.quantizers[f"{name}.input_quantizer"].pre_quant_scale for name in names], axis=0)
-        if np.median(np.abs(ours / theirs - 1)) > 0.01:
-            assert any(best_is_another(said_losses(case)[name][0], most=0.005) for name in names), names
-            apart.update(names)
-    return apart
-
-
-@pytest.mark.parametrize("case", EXPORTS)
-def test_siblings_share_their_scale(case, tmp_path):
-    """q, k, v and gate, up are stored with one pre_quant_scale or none, which is then in the norm before; experts have none."""
-    model = calibrated(case)
-    export_hf_checkpoint(model, tmp_path)
-    tensors = read_safetensors(tmp_path)
-    for rows in siblings(row for row in model.modules if row["kind"] == "linear"):
-        scales = [tensors.get(f"{row['name']}.pre_quant_scale") for row in rows]
-        assert all(scale is None for scale in scales) or all(np.array_equal(scale, scales[0]) for scale in scales)
-        if rows[0]["expert"] is not None:
-            assert scales[0] is None
+    ours, theirs = np.asarray(search_model(case)(case.model.calib[:1]).logits), case.fake_logits
+    apart, lost = (np.linalg.norm(logits - theirs) / np.linalg.norm(theirs) for logits in (ours, case.model.logits))
+    part = next((value for words, value in OF_WHAT_IS_LOST.items() if words in case.config), 1)
+    most = part * lost if part < 1 else next(value for words, value in LOGITS.items() if words in case.config)
+    assert apart <= most < lost, (apart, lost)

@@ -1,8 +1,8 @@
 """Progress of a calibration, kept in a folder layer by layer, so that an interrupted one goes on where it was.
 
-    manifest.json              what is being calibrated (a digest of config, weights' names and sizes, and data), and how far it is
+    manifest.json              what is being calibrated (a digest of config, weights and data), and how far it is
     step_0/layer_0003.safetensors   what calibration found for the quantizers of layer 3 in the first step of the algorithm
-    step_0/states_0003.safetensors  the hidden states behind layer 3, from where the next one goes on
+    step_0/states_0003.safetensors  the hidden states behind layer 3, from where the next one goes on; empty if none is run any more
 
 Files appear whole (written beside, synced, renamed), and the manifest after what it speaks of. No pickle.
 """
@@ -26,7 +26,9 @@ from modelq.rotation import rotation_of
 if TYPE_CHECKING:
     from modelq.model import Model
 
-MANIFEST, VERSION, LOSS = "manifest.json", 2, ":loss"
+MANIFEST, VERSION, LOSS = "manifest.json", 3, ":loss"
+UNSEEN = "layer:unseen_experts"
+SAMPLES, SAMPLE_BYTES = 256, 4096       # of each file: enough to tell weights from others of the same shapes
 
 
 class Progress:
@@ -63,8 +65,7 @@ class Saved(Progress):
         losses |= {key.removesuffix(LOSS): found.pop(key) for key in list(found) if key.endswith(LOSS)}
         _give_back(self.model, layer, found)
         self._kept.update(losses)
-        states = self._states(layer)
-        return _read(states) if layer == self.count - 1 and states.exists() else {}
+        return _read(self._states(layer)) if layer == self.count - 1 and not self.is_complete else {}
 
     def save(self, layer: int, states: Mapping[str, np.ndarray], losses: Mapping[str, Any]) -> None:
         from modelq.checkpoint.writer import write_tensors
@@ -76,8 +77,7 @@ class Saved(Progress):
         self._kept.update(losses)
         if (layer + 1) % self.save_every and layer + 1 < self.model.num_layers:
             return
-        if states:
-            write_tensors(self._states(layer), states)
+        write_tensors(self._states(layer), states)
         self._note(layer + 1)
         self._remove_states(but=self._states(layer))
 
@@ -105,16 +105,36 @@ class Saved(Progress):
 
 
 def digest_of(model: Model, steps: Sequence[Mapping[str, Any]], batches: Sequence[Batch], compat: str | None) -> str:
-    """What a calibration depends on: rules, steps, the weights' names, shapes, files' sizes and rotation, the data, the precision."""
+    """What a calibration depends on: rules, steps, the weights and their rotation, what was found for them before, the data, the
+    precision."""
     found = hashlib.sha256()
     found.update(repr([(name, setting.enable, setting.attributes) for name, setting in model.settings.items()]).encode())
-    found.update(json.dumps([{k: v for k, v in step.items() if k != "layerwise"} for step in steps], sort_keys=True, default=str).encode())
+    found.update(json.dumps([_that_matter(step) for step in steps], sort_keys=True, default=str).encode())
     found.update(repr((model.runtime.compute, model.float32_weights, compat, rotation_of(model.checkpoint))).encode())
     files = {info.file for info in model.checkpoint.tensors.values() if info.file is not None}
-    found.update(repr(sorted((str(file.name), file.stat().st_size) for file in files)).encode())
+    found.update(repr(sorted((str(file.name), file.stat().st_size, _sample(file)) for file in files)).encode())
     found.update(repr([(name, info.dtype, info.shape) for name, info in model.checkpoint.tensors.items()]).encode())
+    for layer in range(-1, model.num_layers):
+        for name, array in _collect(model, layer).items():
+            if name != UNSEEN:
+                found.update(name.encode() + array.tobytes())
     for batch in batches:
         found.update(repr(batch.ids.shape).encode() + batch.ids.tobytes() + (b"" if batch.mask is None else batch.mask.tobytes()))
+    return found.hexdigest()
+
+
+def _that_matter(step: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a step that its result depends on."""
+    return {**step, "layerwise": {name: value for name, value in step["layerwise"].items() if name not in ("checkpoint_dir", "save_every")}}
+
+
+def _sample(path: Path) -> str:
+    """A digest of some of a file's bytes."""
+    found, size = hashlib.sha256(), path.stat().st_size
+    with open(path, "rb") as file:
+        for start in range(0, size, max(size // SAMPLES, SAMPLE_BYTES)):
+            file.seek(start)
+            found.update(file.read(SAMPLE_BYTES))
     return found.hexdigest()
 
 
@@ -123,6 +143,8 @@ def _read_manifest(path: Path, digest: str) -> dict[str, int]:
     try:
         said = json.loads(path.read_text())
         steps, version, other = said["layers_done"], said["version"], said["digest"]
+        if not isinstance(steps, dict) or any(type(count) is not int for count in steps.values()):
+            raise TypeError("layers_done maps steps to numbers")
     except FileNotFoundError:
         return {}
     except (ValueError, KeyError, TypeError) as error:
@@ -156,12 +178,12 @@ def _collect(model: Model, layer: int) -> dict[str, np.ndarray]:
             word = f"{changed.scheme},{changed.block_size or 0},{changed.dtype}"
             found |= {f"{row['weight']}:rounded:{word}:{role}": part for role, part in changed.parts.items()}
     if layer in model.unseen_experts:
-        found["layer:unseen_experts"] = np.asarray(model.unseen_experts[layer], np.int64)
+        found[UNSEEN] = np.asarray(model.unseen_experts[layer], np.int64)
     return found
 
 
 def _give_back(model: Model, layer: int, found: dict[str, np.ndarray]) -> None:
-    if (unseen := found.pop("layer:unseen_experts", None)) is not None:
+    if (unseen := found.pop(UNSEEN, None)) is not None:
         model.unseen_experts[layer] = unseen.tolist()
     branches: dict[str, dict[str, np.ndarray]] = {}
     rounded: dict[str, tuple[str, dict[str, np.ndarray]]] = {}
@@ -186,10 +208,12 @@ def _give_back(model: Model, layer: int, found: dict[str, np.ndarray]) -> None:
 def _read(path: Path) -> dict[str, np.ndarray]:
     from modelq.checkpoint.safetensors import SafetensorsFile
 
-    file = SafetensorsFile(path)
+    try:
+        file = SafetensorsFile(path)
+    except (ValueError, FileNotFoundError) as error:
+        what = "missing" if isinstance(error, FileNotFoundError) else "damaged"
+        raise ValueError(f"{path}: this part of a calibration's progress is {what}: remove {path.parent.parent} to begin anew") from error
     try:
         return {name: np.array(file.read(name)) for name in file.tensors}
     finally:
         file.close()
-
-

@@ -121,4 +121,4 @@ def input_statistics(model: Model, rows: Sequence[dict[str, Any]], kinds: Mappin
 
 def same_scale(model: Model, row: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether two linears' inputs are smoothed alike. Siblings are, but in a model loaded as float32."""
-    return not model.float32_weights or np.array_equal(own_scale(model, row["name"]), own_scale(model, other["name"]))
+    return not (model.float32_weights or model.own_scales) or np.array_equal(own_scale(model, row["name"]), own_scale(model, other["name"]))

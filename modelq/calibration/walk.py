@@ -70,11 +70,8 @@ class Method:
         algorithm's layerwise setting says so."""
         layerwise = self.settings["layerwise"]
         quantized = layerwise["enable"] and layerwise["get_qdq_activations_from_prev_layer"]
-        start = walk.run.state() if quantized or (layerwise["enable"] and self.changes_weights) else None
-        if self.under_quantization:
-            walk.through_twice(layer, self, apart=not layerwise["enable"])
-        else:
-            walk.through(layer, walk.slots_of(layer), self)
+        start = walk.run.state() if quantized or (layerwise["enable"] and (self.changes_weights or self.under_quantization)) else None
+        walk.look(layer)
         if start is not None:
             walk.run.restore(start, layer)
             with self.model.simulating(weights=quantized, activations=quantized):
@@ -96,12 +93,12 @@ class Walk:
         self.wants_head = -1 in layers
         self.last = model.num_layers - 1 if self.wants_head else max(layers, default=-1)
         self.run = streaming.start(model, batches, method.compat == "modelopt") if layers and not done.is_complete else None
+        # those of an earlier step stay where this one does without the data
+        model.unseen_experts = {} if layers or not batches else dict(model.unseen_experts)
 
     def go(self) -> None:
         model, method = self.model, self.method
         method.begin()
-        if not self.done.layers:
-            model.unseen_experts = {}
         for modules in (model.embedding_modules, () if self.wants_head else model.head_modules):
             self.weights_only([], Part(-1, None, modules, streaming.unread(model)))
         for layer in progress(range(model.num_layers), method.description):
@@ -115,7 +112,7 @@ class Walk:
                     self.weights_only(names, part)
             self.done.save(layer, self.states() if layer < self.last or self.wants_head else {}, method.losses)
         if self.wants_head and self.done.restore(model.num_layers, method.losses) is None:
-            self.head()
+            self.look(model.num_layers)
             self.done.save(model.num_layers, {}, method.losses)
         model.search_losses = {**model.search_losses, **method.losses}
         method.end()
@@ -132,41 +129,52 @@ class Walk:
             self._clean = states.get("clean")
 
     def slots_of(self, layer: int) -> list[Slot]:
-        return [slot for slot in self.slots if slot.layer == layer]
+        return [slot for slot in self.slots if slot.layer == (layer if layer < self.model.num_layers else -1)]
 
-    def through(self, layer: int, slots: Sequence[Slot] = (), method: Method | None = None) -> None:
-        """All batches through one layer; ranges are found at these slots; method, if any, looks on."""
-        watch = _Watch(self.model, slots, method, self.method.histogram)
-        with watch.attached():
-            tokens = streaming.run_layer(self.model, self.run, layer, watch if method is not None else None)
-        watch.take_ranges()
-        _note_unseen(self.model, layer, tokens)
+    def look(self, layer: int) -> None:
+        """The method looks on while all batches go through one layer, or, behind the last, reach lm_head."""
+        if self.method.under_quantization:
+            self._look_twice(layer, apart=not self.method.settings["layerwise"]["enable"])
+        else:
+            self.through(layer, self.slots_of(layer), self.method)
 
-    def through_twice(self, layer: int, method: Method, apart: bool) -> None:
-        """Ranges are found first, where nothing is quantized; then method looks on while activations are. apart: each time, what comes in
-        is what came out of the layer before under the same conditions; else both start from where the run is. Without activation
-        quantizers, once is enough."""
+    def _look_twice(self, layer: int, apart: bool) -> None:
+        """Ranges are found first, where nothing is quantized; then the method looks on while activations are. apart: each time, what comes
+        in is what came out of the layer before under the same conditions; else both start from where the run is. Before the first
+        activation quantizer, once is enough."""
         slots = self.slots_of(layer)
-        if slots:
+        if slots or self._clean is not None:
             start = self.run.state()
-            if apart and self._clean is not None:
+            if self._clean is not None:
                 self.run.restore(self._clean, layer)
             self.through(layer, slots)
-            self._clean = self.run.state() if apart else None
+            if layer < self.model.num_layers:
+                self._clean = self.run.state() if apart else None
             self.run.restore(start, layer)
         with self.model.simulating(weights=False, activations=True):
-            self.through(layer, (), method)
+            self.through(layer, (), self.method)
 
-    def head(self) -> None:
+    def through(self, layer: int, slots: Sequence[Slot] = (), method: Method | None = None) -> None:
+        """All batches through one layer, or from the last to lm_head; ranges are found at these slots; method, if any, looks on."""
+        watch = _Watch(self.model, slots, method, self.method.histogram)
+        with watch.attached():
+            if layer < self.model.num_layers:
+                tokens = streaming.run_layer(self.model, self.run, layer, watch if method is not None else None)
+                if method is not None:
+                    _note_unseen(self.model, layer, tokens)
+            else:
+                self._finish(watch if method is not None else None)
+        watch.take_ranges()
+
+    def _finish(self, watch: _Watch | None) -> None:
         """What reaches lm_head, without logits."""
         tensors = streaming.head_tensors(self.model)
         part = Part(-1, None, self.model.head_modules, tensors)
-        watch = _Watch(self.model, self.slots_of(-1), self.method, self.method.histogram)
-        with watch.attached():
+        if watch is not None:
             watch.enter(part)
-            self.run.finish(tensors)
+        self.run.finish(tensors)
+        if watch is not None:
             watch.leave(part)
-        watch.take_ranges()
 
     def weights_only(self, names: Sequence[str], part: Part) -> None:
         self.method.enter(part)

@@ -32,8 +32,8 @@ def quantized_weights(model: Model, part: Part) -> Iterator[tuple[str, Setting, 
 
 def freeze_scales(model: Any, part: Part, rows: Sequence[dict[str, Any]]) -> None:
     """Give smoothed siblings the scale that an export will state for all of them, so that what is found for their weights now is what
-    is written. (A model loaded as float32 follows the reference, which searches first and averages at export.)"""
-    if model.float32_weights:
+    is written. (A model loaded as float32, and torch models, follow the reference, which searches first and averages at export.)"""
+    if model.float32_weights or model.own_scales:
         return
     scales = {row["name"]: stated_scale(model, row) for row in rows}
     for row in rows:

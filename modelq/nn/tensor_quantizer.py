@@ -193,6 +193,10 @@ class TensorQuantizer:
     def _is_plain_cast(self) -> bool:
         return isinstance(self.num_bits, tuple) and self.block_sizes is None
 
+    def prepared(self, x: Any) -> Any:
+        """What would be rounded of an array: times pre_quant_scale, rotated."""
+        return give_back(without_rounding(self.core)(take(x, self.name)), x)
+
     # State -------------------------------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, np.ndarray]:

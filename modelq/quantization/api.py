@@ -41,7 +41,7 @@ def quantize(model: Model, config: Any, forward_loop: Callable[..., Any] | None 
     calibration data; NaN or infinity in weights or activations. UserWarning: a pattern that fits no quantizer.
     """
     if is_torch_model(model):
-        return _for_torch(checkpoint_dir=checkpoint_dir, compat=compat).quantize(model, config, forward_loop)
+        return _for_torch(checkpoint_dir=checkpoint_dir).quantize(model, config, forward_loop, compat)
     _check_model(model)
     check_source(model)
     parsed = QuantizeConfig.parse(config)
@@ -86,7 +86,7 @@ def calibrate(model: Model, algorithm: Any = "max", forward_loop: Callable[..., 
               compat: str | None = None) -> Model:
     """Find anew the amax of every enabled quantizer of a quantized model. See `quantize`."""
     if is_torch_model(model):
-        return _for_torch(checkpoint_dir=checkpoint_dir, compat=compat).calibrate(model, algorithm, forward_loop)
+        return _for_torch(checkpoint_dir=checkpoint_dir).calibrate(model, algorithm, forward_loop, compat)
     _check_model(model, quantized=True)
     run_calibration(model, algorithm, forward_loop, checkpoint_dir, compat)
     repack(model)

@@ -10,11 +10,15 @@ import torch
 
 from modelq.nn.tensor_quantizer import STATE, TensorQuantizer
 from modelq.rules import Slot
+from modelq.torch_models.attention import intercept, is_attention, let_go
 
 # Class: its name in rules, and where it has quantizers. The order is the reference's.
 _CONVOLUTIONS = tuple(getattr(torch.nn, f"Conv{kind}{rank}d") for kind in ("", "Transpose") for rank in (1, 2, 3))
 ROLES: dict[type, tuple[str, ...]] = {torch.nn.Linear: ("input", "output", "weight"), torch.nn.Embedding: ("weight", "input", "output"),
                                       **{convolution: ("input", "output", "weight") for convolution in _CONVOLUTIONS}}
+
+
+ATTENTION_ROLES = ("q_bmm", "k_bmm", "v_bmm")
 
 
 class QuantizerModule(TensorQuantizer, torch.nn.Module):
@@ -96,23 +100,38 @@ def kind_of(module: torch.nn.Module) -> type | None:
     return next((known for known in ROLES if isinstance(module, known)), None)
 
 
+def roles_of(module: torch.nn.Module) -> tuple[str, ...]:
+    """Where a module has quantizers, or could have; nowhere for most."""
+    kind = kind_of(module)
+    return ROLES[kind] if kind is not None else ATTENTION_ROLES if is_attention(module) else ()
+
+
+def is_inserted(module: torch.nn.Module) -> bool:
+    """Whether a module has its quantizers."""
+    roles = roles_of(module)
+    return bool(roles) and isinstance(getattr(module, f"{roles[0]}_quantizer", None), QuantizerModule)
+
+
 def slots_of(model: torch.nn.Module) -> Iterator[Slot]:
     """Every place for a quantizer."""
     for name, module in model.named_modules():
         kind = kind_of(module)
-        if kind is not None:
-            for role in ROLES[kind]:
-                shape = tuple(module._parameters["weight"].shape)
-                yield Slot(f"{name}.{role}_quantizer".lstrip("."), name, role, f"nn.{kind.__name__}", shape)
+        shape = tuple(module._parameters["weight"].shape) if kind is not None else (1, getattr(module, "head_dim", 1))
+        for role in roles_of(module):
+            parent = f"nn.{kind.__name__}" if kind is not None else "Attention"
+            yield Slot(f"{name}.{role}_quantizer".lstrip("."), name, role, parent, shape)
 
 
 def insert(module: torch.nn.Module) -> None:
     """Give a module quantizers, all switched off, and the class that calls them."""
-    kind = kind_of(module)
-    if kind is None or isinstance(module, QuantizedModule):
+    if not roles_of(module) or is_inserted(module):
         return
-    for role in ROLES[kind]:
+    for role in roles_of(module):
         setattr(module, f"{role}_quantizer", QuantizerModule({"enable": False, "num_bits": 8}))
+    if kind_of(module) is None:
+        object.__setattr__(module, "_config_before", module.config)
+        intercept(module)
+        return
     module.__class__ = quantized_class(type(module))
     if "_old_forward" in vars(module):          # accelerate's hooks call the class's forward by what they found it to be
         module._old_forward = types.MethodType(type(module).forward, module)
@@ -120,9 +139,13 @@ def insert(module: torch.nn.Module) -> None:
 
 def remove(module: torch.nn.Module) -> None:
     """The module as it was before `insert`."""
-    if isinstance(module, QuantizedModule):
-        for role in ROLES[kind_of(module)]:     # type: ignore[index]
-            delattr(module, f"{role}_quantizer")
+    if not is_inserted(module):
+        return
+    for role in roles_of(module):
+        delattr(module, f"{role}_quantizer")
+    if kind_of(module) is None:
+        let_go(module, vars(module).pop("_config_before"))
+    else:
         module.__class__ = type(module).original_class
         if "_old_forward" in vars(module):
             module._old_forward = types.MethodType(type(module).forward, module)

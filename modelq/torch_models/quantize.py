@@ -10,19 +10,20 @@ from typing import Any
 
 import torch
 
-from modelq.algorithms import normalize_algorithm
 from modelq.config import QuantizeConfig, QuantizerCfgEntry, normalize_quant_cfg_list
+from modelq.quantizers import rotated_columns
 from modelq.rules import PARENT_CLASSES, Setting, apply_rules, default_setting, describe_rule, expected_to_be_idle, fits, stages
-from modelq.torch_models.modules import QuantizedModule, QuantizerModule, insert, kind_of, remove, slots_of
+from modelq.torch_models.modules import QuantizedModule, QuantizerModule, insert, is_inserted, remove, roles_of, slots_of
 
 SETTINGS = "_modelq_settings"       # of a quantized model: name of a quantizer to what the rules made of it
 Pattern = str | Callable[[str], bool]
 
 
-def quantize(model: torch.nn.Module, config: Any, forward_loop: Callable[..., Any] | None = None) -> torch.nn.Module:
+def quantize(model: torch.nn.Module, config: Any, forward_loop: Callable[..., Any] | None = None,
+             compat: str | None = None) -> torch.nn.Module:
     """Quantize a model in place and return it; see `modelq.quantization.quantize`. If anything raises, it is as it was."""
     parsed = QuantizeConfig.parse(config)
-    steps = _runnable(parsed.algorithm)
+    steps = _runnable(parsed.algorithm, compat)
     with _all_or_nothing(model):
         for module in list(model.modules()):
             insert(module)
@@ -30,18 +31,17 @@ def quantize(model: torch.nn.Module, config: Any, forward_loop: Callable[..., An
         _refuse_nothing(settings)
         _warn_idle(idle)
         _take_settings(model, settings, keep=False)
-        for _ in steps:
-            _calibrate_max(model, forward_loop)
+        _calibrate(model, steps, forward_loop, compat)
     return model
 
 
-def calibrate(model: torch.nn.Module, algorithm: Any = "max", forward_loop: Callable[..., Any] | None = None) -> torch.nn.Module:
+def calibrate(model: torch.nn.Module, algorithm: Any = "max", forward_loop: Callable[..., Any] | None = None,
+              compat: str | None = None) -> torch.nn.Module:
     """Find anew the amax of every enabled quantizer of a quantized model."""
     settings_of(model)
-    steps = _runnable(algorithm)
+    steps = _runnable(algorithm, compat)
     with _all_or_nothing(model):
-        for _ in steps:
-            _calibrate_max(model, forward_loop)
+        _calibrate(model, steps, forward_loop, compat)
     return model
 
 
@@ -110,13 +110,22 @@ def quantizers_of(model: torch.nn.Module) -> dict[str, QuantizerModule]:
 
 # Parts ---------------------------------------------------------------------------------------------------------------------------
 
-def _runnable(algorithm: Any) -> list[dict[str, Any]]:
-    steps = normalize_algorithm(algorithm)
+def _runnable(algorithm: Any, compat: str | None) -> list[dict[str, Any]]:
+    from modelq.calibration import COMPAT, runnable_steps
+
+    if compat not in COMPAT:
+        raise ValueError(f"compat must be None or 'modelopt', got {compat!r}")
+    return runnable_steps(algorithm)
+
+
+def _calibrate(model: torch.nn.Module, steps: list[dict[str, Any]], forward_loop: Callable[..., Any] | None, compat: str | None) -> None:
     for step in steps:
-        if step["method"] != "max":
-            raise NotImplementedError(f"calibration method {step['method']!r} is not available for torch modules yet: save the model with "
-                                      "save_pretrained, and quantize that folder with modelq.load")
-    return steps
+        if step["method"] == "max":
+            _calibrate_max(model, forward_loop)
+        else:
+            from modelq.torch_models.search import run_step
+
+            run_step(model, step, forward_loop, compat)
 
 
 def _refuse_nothing(settings: Mapping[str, Setting]) -> None:
@@ -141,9 +150,12 @@ def _take_settings(model: torch.nn.Module, settings: dict[str, Setting], keep: b
         if len(stages(setting)) > 1:
             raise NotImplementedError(f"{name}: quantizers one after the other are not available for torch modules yet")
         attributes = stages(setting)[0]
+        if setting.enable and attributes.bias is not None:
+            raise NotImplementedError(f"{name}: biases are not available for torch modules yet")
         if name not in before or before[name].attributes != setting.attributes:
             quantizer.name = name
             quantizer.set_from_attribute_config(attributes)
+            quantizer.core.rotate = rotated_columns(setting)
         quantizer.enable() if setting.enable else quantizer.disable()
     setattr(model, SETTINGS, settings)
 
@@ -157,14 +169,14 @@ def _all_or_nothing(model: torch.nn.Module) -> Iterator[None]:
         yield
     except BaseException:
         for name, module in list(model.named_modules()):
-            if kind_of(module) is None or not isinstance(module, QuantizedModule):
+            if not is_inserted(module):
                 continue
-            old = {role: before.get(f"{name}.{role}_quantizer".lstrip(".")) for role in ("input", "weight", "output")}
-            if old["weight"] is None:
+            old = {role: before.get(f"{name}.{role}_quantizer".lstrip(".")) for role in roles_of(module)}
+            if None in old.values():
                 remove(module)
+                continue
             for role, quantizer in old.items():
-                if quantizer is not None:
-                    setattr(module, f"{role}_quantizer", quantizer)
+                setattr(module, f"{role}_quantizer", quantizer)
         if settings is None:
             vars(model).pop(SETTINGS, None)
         else:

@@ -57,12 +57,14 @@ class TorchCheckpoint(Checkpoint):
         return written
 
 
-def twin_of(model: Any) -> Model:
+def twin_of(model: Any, for_search: bool = False) -> Model:
     """ValueError: not a transformers model of a family that modelq knows, or a parameter that is not on the CPU."""
     if not hasattr(model, "config") or not hasattr(model.config, "to_dict"):
         raise ValueError(f"an export needs a transformers model, with a config: got {type(model).__name__}")
     settings, quantizers = settings_of(model), quantizers_of(model)
-    twin = Model(TorchCheckpoint(model), "bfloat16")
+    checkpoint = TorchCheckpoint(model)
+    dtypes = {info.dtype for info in checkpoint.tensors.values()}
+    twin = Model(checkpoint, "float32" if for_search and dtypes == {"float32"} else "bfloat16")
     twin.settings = {name: replace(settings[name], slot=twin.slots[name]) if name in settings else replace(setting, enable=False)
                      for name, setting in twin.settings.items()}
     twin.quantizers = {name: make_quantizer(setting) for name, setting in twin.settings.items()}
@@ -70,7 +72,7 @@ def twin_of(model: Any) -> Model:
         if name in twin.quantizers:
             set_found_values(twin.quantizers[name], found_values(quantizer.core))
             twin.quantizers[name].enabled = quantizer.is_enabled
-    twin.quantized = True
+    twin.quantized = twin.own_scales = True
     return twin
 
 

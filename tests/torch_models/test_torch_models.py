@@ -178,7 +178,7 @@ def test_a_failure_changes_nothing(golden):
 
     def fails(model):
         raise RuntimeError("no data today")
-    for config, error in ((mtq.FP8_DEFAULT_CFG, RuntimeError), (mtq.INT4_AWQ_CFG, NotImplementedError),
+    for config, error in ((mtq.FP8_DEFAULT_CFG, RuntimeError), (mtq.INT4_AWQ_CFG, RuntimeError), (mtq.NVFP4_SVDQUANT_DEFAULT_CFG, NotImplementedError),
                           ({"quant_cfg": [{"quantizer_name": "*", "enable": False}]}, ValueError)):
         with pytest.raises(error):
             mtq.quantize(model, config, fails)
@@ -205,3 +205,37 @@ def test_arrays_of_torch(dtype):
         assert torch.equal(fake, packed.dequantize())
     quantizer = TensorQuantizer({"num_bits": (4, 3)}, amax=2.0)
     assert torch.equal(quantizer(x), quantizer(x.contiguous()))
+
+
+KV = golden_data.cases(configs=[f"{a}__{b}" for a in MAX for b in ("FP8_KV_CFG", "NVFP4_KV_CFG")], names=NAMES, needs=["amax.safetensors"])
+
+
+@pytest.mark.parametrize("case", KV)
+def test_caches(case, tmp_path):
+    """Keys and values are quantized as the attention kernel gets them; the model's own config stays."""
+    base, cache = (getattr(mtq, name) for name in case.configs)
+    config = {**base, "quant_cfg": [*base["quant_cfg"], *cache["quant_cfg"]]}
+    model, plain = load(case.model, case.dtype), logits(load(case.model, case.dtype), case.model)
+    used = model.config._attn_implementation
+    quantize(model, case.model, config)
+    assert model.config._attn_implementation == used
+    found, compared = quantizers(model), 0
+    for name, expected in case.amax.items():
+        if "_bmm_" in name:
+            np.testing.assert_allclose(found[name.rpartition(".")[0]].amax, expected, rtol=1e-6 if case.dtype == "float32" else 2 ** -6)
+            compared += 1
+    assert compared == 4
+    if case.has("fake_logits.npy"):
+        off = np.linalg.norm(logits(model, case.model) - case.fake_logits) / np.linalg.norm(case.fake_logits)
+        assert off <= (5e-3 if case.dtype == "float32" else 0.03)
+    ids = torch.from_numpy(case.model.calib[:1, :8])
+    assert model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (1, 11)
+    if case.has("model.safetensors"):
+        export_hf_checkpoint(model, export_dir=tmp_path)
+        ours = golden_data.read_safetensors(tmp_path)
+        assert ours.keys() == case.exported.keys()
+        for name in ours:
+            if name.endswith(("k_scale", "v_scale")):
+                np.testing.assert_allclose(ours[name], case.exported[name], rtol=2 ** -6)
+    mtq.disable_quantizer(model, "*")
+    np.testing.assert_array_equal(logits(model, case.model), plain)

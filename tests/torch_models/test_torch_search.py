@@ -1,0 +1,116 @@
+"""Algorithms that search, on transformers models: torch's forward, the native methods, and so Model Optimizer's choices."""
+import json
+import warnings
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+import modelq.quantization as mtq  # noqa: E402
+from golden_data import OTHER_ALGORITHMS, SEARCH_ROOT, SEARCHING, cases  # noqa: E402
+from modelq.export import export_hf_checkpoint  # noqa: E402
+from modelq.torch_models import search  # noqa: E402
+from test_torch_models import UP, load, logits, quantizers  # noqa: E402
+
+LATER = ["W4A8", "SVDQUANT", "LAYERWISE"]       # two quantizers in a row, branches of low rank, layer by layer
+TIES = {"FOUR_OVER_SIX": 0.02, "LOCAL_HESSIAN": 0.05, "FP8_SWEEP": 0.01, "AWQ_CLIP": 0.01}
+FIELDS = {"amax": "amax", "pre_quant_scale": "pre_quant_scale", "global_amax": "global_amax"}
+
+
+def config_of(name):
+    preset, algorithm = OTHER_ALGORITHMS.get(name, (name, None))
+    return getattr(mtq, preset) if algorithm is None else {**getattr(mtq, preset), "algorithm": algorithm}
+
+
+def available(dtype):
+    found = cases(dtype, SEARCHING, ["llama", "qwen3"], needs=["amax.safetensors"]) + cases(
+        dtype, None, ["llama", "qwen3"], needs=["amax.safetensors"], root=SEARCH_ROOT)
+    return [case for case in found if not any(word in case.id for word in LATER)]
+
+
+def quantize(model, golden_model, config, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return mtq.quantize(model, config, lambda model: [model(torch.from_numpy(row[None])) for row in golden_model.calib], **options)
+
+
+@pytest.mark.parametrize("case", available("float32") + [case for case in available("bfloat16") if "FULL" not in case.id])
+def test_what_was_found(case):
+    """In float32 to the last digits. In bfloat16 too where torch rounds sums as the reference's did; another processor's may not."""
+    model, compared = quantize(load(case.model, case.dtype), case.model, config_of(case.config), compat="modelopt"), 0
+    found, tolerance = quantizers(model), 3e-6 if case.dtype == "float32" else 0.03
+    ties = next((share for word, share in TIES.items() if word in case.config), 0)
+    for name, expected in case.amax.items():
+        quantizer, _, field = name.rpartition(".")
+        if quantizer in found and field in FIELDS:
+            ours = np.ravel(getattr(found[quantizer].core, FIELDS[field]))
+            off = np.abs(ours / np.maximum(np.ravel(expected), 1e-30) - 1) > tolerance
+            assert off.mean() <= (max(ties, 0.05 if case.dtype == "bfloat16" else 0) if off.size > 1 else 0.5 * bool(ties)), name
+            compared += 1
+    assert compared >= 14
+
+
+@pytest.mark.parametrize("preset", ["INT4_AWQ_CFG", "INT8_SMOOTHQUANT_CFG", "NVFP4_AWQ_LITE_CFG", "INT4_GPTQ_CFG", "NVFP4_GPTQ_CFG"])
+def test_exports(golden, preset, tmp_path):
+    """What is written of the model is what the reference writes for the same scales: names, words, and numbers that compute the same."""
+    config = getattr(mtq, preset)
+    if preset.endswith("GPTQ_CFG"):
+        config = {**config, "algorithm": {**config["algorithm"], "layerwise": {"enable": False}}}
+    model = quantize(load(golden["llama"]), golden["llama"], config)
+    export_hf_checkpoint(model, export_dir=tmp_path)
+    said = json.loads((tmp_path / "hf_quant_config.json").read_text())["quantization"]
+    assert said["quant_algo"] in ("W4A16_AWQ", "W8A8_SQ_PER_CHANNEL", "NVFP4_AWQ", "INT4", "NVFP4", "W4A16")
+    import modelq
+    opened, plain = modelq.load(tmp_path, compute="bfloat16"), logits(load(golden["llama"]), golden["llama"])
+    off = np.linalg.norm(opened(golden["llama"].calib[:1]).logits - plain)
+    assert off < 1.5 * np.linalg.norm(logits(model, golden["llama"]) - plain)
+
+
+def test_rounding_helps_and_changes_the_weights(golden):
+    config = {**mtq.INT4_GPTQ_CFG, "algorithm": {**mtq.INT4_GPTQ_CFG["algorithm"], "layerwise": {"enable": False}}}
+    plain, original = logits(load(golden["llama"]), golden["llama"]), load(golden["llama"]).get_submodule(UP).weight
+    rounded = quantize(load(golden["llama"]), golden["llama"], config)
+    nearest = quantize(load(golden["llama"]), golden["llama"], mtq.INT4_BLOCKWISE_WEIGHT_ONLY_CFG)
+    errors = [np.linalg.norm(logits(model, golden["llama"]) - plain) for model in (rounded, nearest)]
+    assert errors[0] < errors[1]
+    assert not torch.equal(rounded.get_submodule(UP).weight, original) and torch.equal(nearest.get_submodule(UP).weight, original)
+
+
+def test_groups_of_layers_find_the_same(golden, monkeypatch):
+    """However much has room at once."""
+    runs, results = [], []
+    for room in (1 << 30, 1):
+        monkeypatch.setattr(search, "ROOM", room)
+        count = [0]
+
+        def loop(model, count=count):
+            count[0] += 1
+            model(torch.from_numpy(golden["llama"].calib))
+        model = mtq.quantize(load(golden["llama"]), mtq.INT4_AWQ_CFG, loop)
+        runs.append(count[0])
+        results.append({name: quantizer.amax for name, quantizer in quantizers(model).items() if quantizer.is_enabled})
+    assert runs == [1, 2]
+    for name, amax in results[0].items():
+        np.testing.assert_array_equal(amax, results[1][name])
+
+
+def test_a_failing_loop_leaves_weights_and_quantizers(golden):
+    model = load(golden["llama"])
+    plain = logits(model, golden["llama"])
+
+    def fails(model):
+        model(torch.from_numpy(golden["llama"].calib[:1]))
+        raise RuntimeError("the disk is on fire")
+    for preset in ("INT4_AWQ_CFG", "INT8_SMOOTHQUANT_CFG", "NVFP4_W4A4_WEIGHT_LOCAL_HESSIAN_CFG"):
+        with pytest.raises(RuntimeError, match="the disk is on fire"):
+            mtq.quantize(model, getattr(mtq, preset), fails)
+        np.testing.assert_array_equal(logits(model, golden["llama"]), plain)
+        assert not quantizers(model)
+    with pytest.raises(ValueError, match="awq_lite looks at activations"):
+        mtq.quantize(model, mtq.INT4_AWQ_CFG)
+    with pytest.raises(NotImplementedError, match="svdquant is not available for torch models yet"):
+        quantize(model, golden["llama"], mtq.NVFP4_SVDQUANT_DEFAULT_CFG)
+    with pytest.raises(ValueError, match="transformers model"):
+        mtq.quantize(torch.nn.Sequential(torch.nn.Linear(128, 128)), mtq.INT4_AWQ_CFG, lambda model: model(torch.ones(2, 128)))
