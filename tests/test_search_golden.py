@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from golden_data import read_safetensors, search_cases, search_losses, search_model
-from modelq.calibration.smooth import alphas
 from modelq.experts import place_of
 from modelq.quantizers import stage_quantizers
 
@@ -131,7 +130,6 @@ def test_losses_of_every_exponent(case):
         ratios += [] if behind_experts else [ratio]
         assert np.argmin(ours) == best or costs_nothing(model, case, module), module
     assert np.mean(np.abs(np.array(ratios) - 1) <= 1e-5) >= 0.85
-    assert len(alphas(0.1)) == len(ratios[0])
 
 
 # GPTQ, SVDQuant ---------------------------------------------------------------------------------------------------------------
