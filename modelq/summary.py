@@ -39,7 +39,8 @@ def summary_lines(model: Model) -> list[str]:
     if is_torch_model(model):
         from modelq.torch_models.quantize import quantizers_of
 
-        lines = [f"{name:80} {quantizer.describe()}" for name, quantizer in quantizers_of(model).items()]
+        described = [line for name, quantizer in quantizers_of(model).items() for line in quantizer.describe_stages(name)]
+        lines = [f"{name:80} {text}" for name, text in described]
         return [*lines, f"{len(lines)} TensorQuantizers found in model"]
     lines = [f"{name:80} {text}" for whole, quantizer in model.quantizers.items()
              for name, text in describe_stages(whole, model.settings[whole], quantizer)]

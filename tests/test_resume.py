@@ -260,7 +260,8 @@ def test_experts_that_saw_no_token_are_remembered(golden, algorithm, tmp_path, m
     assert few.unseen_experts.keys() == {0, 1} and all_.unseen_experts == {}
     for tokens, expected, other in ((one, few, all_), (moe.calib, all_, few)):
         folder, before = tmp_path / str(len(tokens)), dict(other.unseen_experts)
-        interrupted(monkeypatch, 3 if isinstance(algorithm, list) else 1, moe, config, folder, model=other, tokens=tokens)
+        interrupted(monkeypatch, 3 if isinstance(algorithm, list) else 1, moe, config, folder, tokens=tokens)
+        interrupted(monkeypatch, 0, moe, config, folder, model=other, tokens=tokens)
         assert other.unseen_experts == before
         same(everything(quantize(moe, config, folder, other, tokens), one), everything(expected, one))
         quantize(moe, config, model=other, tokens=one if other is few else moe.calib)        # as it was

@@ -43,6 +43,11 @@ class TensorQuantizer:
             self.core.amax = np.float32(constant)
         self.reset_calibrator()
 
+    @property
+    def native(self) -> Any:
+        """The core's quantizer."""
+        return self.core
+
     # Switches ----------------------------------------------------------------------------------------------------------------------
 
     @property

@@ -2,13 +2,14 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 
 from modelq.nn.tensor_quantizer import STATE, TensorQuantizer
+from modelq.quantizers import Sequential
 from modelq.rules import Slot
 from modelq.torch_models.attention import intercept, is_attention, let_go
 
@@ -37,6 +38,19 @@ class QuantizerModule(TensorQuantizer, torch.nn.Module):
             return _StraightThrough.apply(x, self)
         return TensorQuantizer.__call__(self, x)
 
+    @property
+    def rounds(self) -> bool:
+        """Whether it rounds while it is on."""
+        return self._if_quant
+
+    @rounds.setter
+    def rounds(self, value: bool) -> None:
+        self._if_quant = value
+
+    def describe_stages(self, name: str) -> list[tuple[str, str]]:
+        """(name, line of a summary), one for each of several in a row."""
+        return [(name, self.describe())]
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         for name, value in self.state().items():
             destination[f"{prefix}_{name}"] = torch.from_numpy(value.copy())
@@ -48,6 +62,85 @@ class QuantizerModule(TensorQuantizer, torch.nn.Module):
             self.load_state(given)
         except (ValueError, TypeError) as error:
             error_msgs.append(f"{prefix}: {error}")
+
+
+class SequentialQuantizer(torch.nn.Sequential):
+    """Quantizers one after the other (INT4 blocks, then FP8), as one. What is asked of it, the first answers; all look at the array
+    itself."""
+
+    def __init__(self, *stages: QuantizerModule):
+        super().__init__(*stages)
+
+    @property
+    def native(self) -> Any:
+        return Sequential(tuple(stage.core for stage in self))
+
+    @property
+    def is_enabled(self) -> bool:
+        return all(stage.is_enabled for stage in self)
+
+    @property
+    def needs_calibration(self) -> bool:
+        return any(stage.needs_calibration for stage in self)
+
+    @property
+    def amax(self) -> Any:
+        return self[0].amax
+
+    @property
+    def pre_quant_scale(self) -> Any:
+        return self[0].pre_quant_scale
+
+    @pre_quant_scale.setter
+    def pre_quant_scale(self, value: Any) -> None:
+        self[0].pre_quant_scale = value
+
+    @property
+    def rounds(self) -> bool:
+        return self[0].rounds
+
+    @rounds.setter
+    def rounds(self, value: bool) -> None:
+        self._all("rounds", value)
+
+    def collect(self, x: torch.Tensor) -> None:
+        for stage in self:
+            if stage.needs_calibration:
+                stage.collect(x)
+
+    def load_calib_amax(self) -> None:
+        for stage in self:
+            if stage.needs_calibration:
+                stage.load_calib_amax()
+
+    def enable(self) -> None:
+        for stage in self:
+            stage.enable()
+
+    def disable(self) -> None:
+        for stage in self:
+            stage.disable()
+
+    def reset_calibrator(self) -> None:
+        for stage in self:
+            stage.reset_calibrator()
+
+    def reset_amax(self) -> None:
+        for stage in self:
+            stage.reset_amax()
+
+    def describe_stages(self, name: str) -> list[tuple[str, str]]:
+        return [(f"{name}.{index}", stage.describe()) for index, stage in enumerate(self)]
+
+    def _all(self, attribute: str, value: Any) -> None:
+        for stage in self:
+            setattr(stage, attribute, value)
+
+
+def make_quantizer(name: str, stages: Sequence[Any]) -> QuantizerModule | SequentialQuantizer:
+    """A module for one place, by the attributes of each of its quantizers."""
+    made = [QuantizerModule(attributes, name=name) for attributes in stages]
+    return made[0] if len(made) == 1 else SequentialQuantizer(*made)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -109,7 +202,15 @@ def roles_of(module: torch.nn.Module) -> tuple[str, ...]:
 def is_inserted(module: torch.nn.Module) -> bool:
     """Whether a module has its quantizers."""
     roles = roles_of(module)
-    return bool(roles) and isinstance(getattr(module, f"{roles[0]}_quantizer", None), QuantizerModule)
+    return bool(roles) and isinstance(getattr(module, f"{roles[0]}_quantizer", None), (QuantizerModule, SequentialQuantizer))
+
+
+def places(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, str]]:
+    """(full name, module, its attribute) of every quantizer of a quantized model."""
+    for name, module in model.named_modules():
+        if is_inserted(module):
+            for role in roles_of(module):
+                yield f"{name}.{role}_quantizer".lstrip("."), module, f"{role}_quantizer"
 
 
 def slots_of(model: torch.nn.Module) -> Iterator[Slot]:

@@ -13,7 +13,7 @@ import torch
 from modelq.config import QuantizeConfig, QuantizerCfgEntry, normalize_quant_cfg_list
 from modelq.quantizers import rotated_columns
 from modelq.rules import PARENT_CLASSES, Setting, apply_rules, default_setting, describe_rule, expected_to_be_idle, fits, stages
-from modelq.torch_models.modules import QuantizedModule, QuantizerModule, insert, is_inserted, remove, roles_of, slots_of
+from modelq.torch_models.modules import QuantizedModule, insert, is_inserted, make_quantizer, places, remove, roles_of, slots_of
 
 SETTINGS = "_modelq_settings"       # of a quantized model: name of a quantizer to what the rules made of it
 Pattern = str | Callable[[str], bool]
@@ -103,9 +103,9 @@ def settings_of(model: torch.nn.Module) -> dict[str, Setting]:
     return settings
 
 
-def quantizers_of(model: torch.nn.Module) -> dict[str, QuantizerModule]:
-    """By full name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizerModule)}
+def quantizers_of(model: torch.nn.Module) -> dict[str, Any]:
+    """By full name; several in a row are one."""
+    return {name: getattr(module, attribute) for name, module, attribute in places(model)}
 
 
 # Parts ---------------------------------------------------------------------------------------------------------------------------
@@ -145,17 +145,17 @@ def _warn_idle(idle: list[QuantizerCfgEntry]) -> None:
 def _take_settings(model: torch.nn.Module, settings: dict[str, Setting], keep: bool = True) -> None:
     """Give quantizers what their settings say. keep: those whose attributes stay keep what was found for them."""
     before = getattr(model, SETTINGS, {}) if keep else {}
-    for name, quantizer in quantizers_of(model).items():
+    for name, module, attribute in list(places(model)):
         setting = settings[name]
-        if len(stages(setting)) > 1:
-            raise NotImplementedError(f"{name}: quantizers one after the other are not available for torch modules yet")
-        attributes = stages(setting)[0]
-        if setting.enable and attributes.bias is not None:
+        if setting.enable and stages(setting)[0].bias is not None:
             raise NotImplementedError(f"{name}: biases are not available for torch modules yet")
+        if setting.enable and len(stages(setting)) > 1 and setting.slot.role != "weight":
+            raise NotImplementedError(f"{name}: quantizers one after the other are for weights only")
         if name not in before or before[name].attributes != setting.attributes:
-            quantizer.name = name
-            quantizer.set_from_attribute_config(attributes)
-            quantizer.core.rotate = rotated_columns(setting)
+            made = make_quantizer(name, stages(setting))
+            made.native.rotate = rotated_columns(setting)
+            setattr(module, attribute, made)
+        quantizer = getattr(module, attribute)
         quantizer.enable() if setting.enable else quantizer.disable()
     setattr(model, SETTINGS, settings)
 
@@ -227,9 +227,9 @@ def _find_weight_amax(model: torch.nn.Module) -> None:
 def _only_looking(quantizers: Any, looking: Any) -> Iterator[None]:
     """Within it nothing is rounded, and these take note."""
     quantizers = list(quantizers)
-    before = [(quantizer, quantizer._if_quant) for quantizer in quantizers]
+    before = [(quantizer, quantizer.rounds) for quantizer in quantizers]
     for quantizer in quantizers:
-        quantizer.disable_quant()
+        quantizer.rounds = False
     for quantizer in looking:
         quantizer.reset_calibrator()
         quantizer.enable_calib()
@@ -237,7 +237,8 @@ def _only_looking(quantizers: Any, looking: Any) -> Iterator[None]:
         yield
     finally:
         for quantizer, rounds in before:
-            quantizer._if_quant = rounds
+            quantizer.rounds = rounds
+        for quantizer in looking:
             quantizer.disable_calib()
 
 

@@ -107,16 +107,16 @@ def _collector(calibrators: Sequence[Any], prepared: bool) -> Any:
 
 
 @contextmanager
-def _rounding(quantizers: Mapping[str, QuantizerModule], activations: bool) -> Iterator[None]:
+def _rounding(quantizers: Mapping[str, Any], activations: bool) -> Iterator[None]:
     """Within it weights are not rounded, activations if so wished."""
-    before = {name: quantizer._if_quant for name, quantizer in quantizers.items()}
+    before = {name: quantizer.rounds for name, quantizer in quantizers.items()}
     for name, quantizer in quantizers.items():
-        quantizer._if_quant = activations and not name.endswith("weight_quantizer")
+        quantizer.rounds = activations and not name.endswith("weight_quantizer")
     try:
         yield
     finally:
         for name, quantizer in quantizers.items():
-            quantizer._if_quant = before[name]
+            quantizer.rounds = before[name]
 
 
 def _take_ranges(twin: Any, ranges: Mapping[str, Range]) -> None:
@@ -141,7 +141,7 @@ def _hand_over(twin: Any, model: Any) -> None:
         if twin.settings[name].attributes != settings[name].attributes:
             settings[name] = twin.settings[name]
             quantizer.set_from_attribute_config(stages(settings[name])[0])
-        set_found_values(quantizer.core, found_values(twin.quantizers[name]))
+        set_found_values(quantizer.native, found_values(twin.quantizers[name]))
     setattr(model, SETTINGS, settings)
     if isinstance(twin.checkpoint, ChangedCheckpoint):
         parameters = dict(model.named_parameters(remove_duplicate=False))

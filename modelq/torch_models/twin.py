@@ -70,7 +70,7 @@ def twin_of(model: Any, for_search: bool = False) -> Model:
     twin.quantizers = {name: make_quantizer(setting) for name, setting in twin.settings.items()}
     for name, quantizer in quantizers.items():
         if name in twin.quantizers:
-            set_found_values(twin.quantizers[name], found_values(quantizer.core))
+            set_found_values(twin.quantizers[name], found_values(quantizer.native))
             twin.quantizers[name].enabled = quantizer.is_enabled
     twin.quantized = twin.own_scales = True
     return twin
