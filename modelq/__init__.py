@@ -13,10 +13,12 @@ from modelq._version import __version__
 if TYPE_CHECKING:
     from modelq.model import Model, load
     from modelq.packed_array import QuantizedArray, dequantize_array, fake_quantize_array, quantize_array
+    from modelq.saved import restore, save
 
-__all__ = ["Model", "QuantizedArray", "__version__", "dequantize_array", "fake_quantize_array", "load", "quantize_array"]
+__all__ = ["Model", "QuantizedArray", "__version__", "dequantize_array", "fake_quantize_array", "load", "quantize_array",
+           "restore", "save"]
 _HOME = {"Model": "model", "load": "model", "QuantizedArray": "packed_array", "dequantize_array": "packed_array",
-         "fake_quantize_array": "packed_array", "quantize_array": "packed_array"}
+         "fake_quantize_array": "packed_array", "quantize_array": "packed_array", "restore": "saved", "save": "saved"}
 
 
 def __getattr__(name: str) -> Any:

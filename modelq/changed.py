@@ -44,7 +44,9 @@ class ChangedCheckpoint:
     def _stored(self, part: np.ndarray) -> np.ndarray:
         """The same array as a view of the file."""
         if part.size == 0 or part.nbytes < ALIGNMENT:
-            return part
+            kept = part.copy()
+            kept.flags.writeable = False
+            return kept
         start = -(-self._file.seek(0, 2) // ALIGNMENT) * ALIGNMENT
         self._file.seek(start)
         self._file.write(np.ascontiguousarray(part).view(np.uint8).data)

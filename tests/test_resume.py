@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -229,7 +230,8 @@ mtq.quantize(modelq.load(sys.argv[1], compute="bfloat16"), mtq.INT4_AWQ_CFG, lam
 def test_killed(golden, tmp_path, monkeypatch):
     llama = golden["llama"]
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", KILLED, llama.source, llama.folder / "calib.npy", tmp_path / "progress"],
-                          env={**os.environ, "TQDM_DISABLE": "1"}, capture_output=True, text=True)
+                          env={**os.environ, "TQDM_DISABLE": "1", "PYTHONPATH": str(Path(modelq.__file__).parents[1])}, cwd=tmp_path,
+                          capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     with monkeypatch.context() as patch:
         layers = Layers(patch)

@@ -63,7 +63,7 @@ class Saved(Progress):
             return None
         found = _read(self.folder / _file(layer))
         losses |= {key.removesuffix(LOSS): found.pop(key) for key in list(found) if key.endswith(LOSS)}
-        _give_back(self.model, layer, found)
+        give_back(self.model, layer, found)
         self._kept.update(losses)
         return _read(self._states(layer)) if layer == self.count - 1 and not self.is_complete else {}
 
@@ -71,7 +71,7 @@ class Saved(Progress):
         from modelq.checkpoint.writer import write_tensors
 
         self.folder.mkdir(parents=True, exist_ok=True)
-        found = _collect(self.model, layer if layer < self.model.num_layers else -1)
+        found = collect(self.model, layer if layer < self.model.num_layers else -1)
         found |= {name + LOSS: np.asarray(loss) for name, loss in losses.items() if name not in self._kept}
         write_tensors(self.folder / _file(layer), found)
         self._kept.update(losses)
@@ -115,7 +115,7 @@ def digest_of(model: Model, steps: Sequence[Mapping[str, Any]], batches: Sequenc
     found.update(repr(sorted((str(file.name), file.stat().st_size, _sample(file)) for file in files)).encode())
     found.update(repr([(name, info.dtype, info.shape) for name, info in model.checkpoint.tensors.items()]).encode())
     for layer in range(-1, model.num_layers):
-        for name, array in _collect(model, layer).items():
+        for name, array in collect(model, layer).items():
             if name != UNSEEN:
                 found.update(name.encode() + array.tobytes())
     for batch in batches:
@@ -161,7 +161,7 @@ def _file(layer: int) -> str:
 
 # What calibration found ------------------------------------------------------------------------------------------------------------
 
-def _collect(model: Model, layer: int) -> dict[str, np.ndarray]:
+def collect(model: Model, layer: int) -> dict[str, np.ndarray]:
     """Everything that calibration found for a layer (-1: outside the layers), by names that say where it belongs."""
     found: dict[str, np.ndarray] = {}
     for name, slot in model.slots.items():
@@ -182,7 +182,7 @@ def _collect(model: Model, layer: int) -> dict[str, np.ndarray]:
     return found
 
 
-def _give_back(model: Model, layer: int, found: dict[str, np.ndarray]) -> None:
+def give_back(model: Model, layer: int, found: dict[str, np.ndarray]) -> None:
     if (unseen := found.pop(UNSEEN, None)) is not None:
         model.unseen_experts[layer] = unseen.tolist()
     branches: dict[str, dict[str, np.ndarray]] = {}

@@ -47,8 +47,8 @@ def quantize(model: Model, config: Any, forward_loop: Callable[..., Any] | None 
     parsed = QuantizeConfig.parse(config)
     rotation, steps = split_rotation(parsed.algorithm)
     runnable_steps(steps)
-    with _all_or_nothing(model):
-        _take_original(model, rotation)
+    with all_or_nothing(model):
+        take_original(model, rotation)
         settings, quantizers, idle = planned_quantizers(model, parsed)
         _warn_idle(idle)
         warn_partial_blocks(settings.values(), model.head_dim)
@@ -58,7 +58,7 @@ def quantize(model: Model, config: Any, forward_loop: Callable[..., Any] | None 
     return model
 
 
-def _take_original(model: Model, rotation: Mapping[str, Any] | None) -> None:
+def take_original(model: Model, rotation: Mapping[str, Any] | None) -> None:
     """Go back to the weights as they were loaded, rotated if so wished."""
     while isinstance(model.checkpoint, ChangedCheckpoint):
         model.checkpoint = model.checkpoint.original
@@ -197,7 +197,7 @@ def _warn_idle(idle: Iterable[QuantizerCfgEntry]) -> None:
 
 
 @contextmanager
-def _all_or_nothing(model: Model) -> Iterator[None]:
+def all_or_nothing(model: Model) -> Iterator[None]:
     """Put the model back as it was if the body raises, Ctrl-C included."""
     model.settle()
     before = dict(vars(model))
@@ -234,7 +234,7 @@ def _change(model: Model, settings: dict[str, Setting]) -> None:
             quantizers[name] = make_quantizer(setting)
             if quantizers[name].amax is None and _grain(setting) == _grain(model.settings[name]):
                 set_found_values(quantizers[name], found_values(model.quantizers[name]))
-    with _all_or_nothing(model):
+    with all_or_nothing(model):
         model.settings, model.quantizers = settings, quantizers
         repack(model)
         model.connect()

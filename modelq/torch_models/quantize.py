@@ -24,13 +24,11 @@ def quantize(model: torch.nn.Module, config: Any, forward_loop: Callable[..., An
     """Quantize a model in place and return it; see `modelq.quantization.quantize`. If anything raises, it is as it was."""
     parsed = QuantizeConfig.parse(config)
     steps = _runnable(parsed.algorithm, compat)
-    with _all_or_nothing(model):
-        for module in list(model.modules()):
-            insert(module)
-        settings, idle = apply_rules({slot.name: default_setting(slot) for slot in slots_of(model)}, parsed.quant_cfg)
+    with inserted(model) as defaults:
+        settings, idle = apply_rules(defaults, parsed.quant_cfg)
         _refuse_nothing(settings)
         _warn_idle(idle)
-        _take_settings(model, settings, keep=False)
+        take_settings(model, settings, keep=False)
         _calibrate(model, steps, forward_loop, compat)
     return model
 
@@ -49,7 +47,7 @@ def set_quantizer_by_cfg(model: torch.nn.Module, quant_cfg: Any) -> None:
     """Apply rules to the quantizers of a quantized model, without calibrating."""
     settings, idle = apply_rules(settings_of(model), normalize_quant_cfg_list(quant_cfg))
     with _all_or_nothing(model):
-        _take_settings(model, settings)
+        take_settings(model, settings)
     _warn_idle(idle)
 
 
@@ -61,7 +59,7 @@ def settings_within(model: torch.nn.Module, rules: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        _take_settings(model, before)
+        take_settings(model, before)
 
 
 def set_attributes(model: torch.nn.Module, pattern: Pattern, parent_class: str | None,
@@ -75,7 +73,7 @@ def set_attributes(model: torch.nn.Module, pattern: Pattern, parent_class: str |
         if fits(pattern, setting.slot) and parent_class in (None, setting.slot.parent):
             settings[name] = change(setting, rule)
     with _all_or_nothing(model):
-        _take_settings(model, settings)
+        take_settings(model, settings)
 
 
 def fold_weight(model: torch.nn.Module, keep_attrs: bool = False) -> None:
@@ -142,7 +140,7 @@ def _warn_idle(idle: list[QuantizerCfgEntry]) -> None:
         warnings.warn(f"quant_cfg: no quantizer fits {', '.join(unexpected)}", UserWarning, stacklevel=4)
 
 
-def _take_settings(model: torch.nn.Module, settings: dict[str, Setting], keep: bool = True) -> None:
+def take_settings(model: torch.nn.Module, settings: dict[str, Setting], keep: bool = True) -> None:
     """Give quantizers what their settings say. keep: those whose attributes stay keep what was found for them."""
     before = getattr(model, SETTINGS, {}) if keep else {}
     for name, module, attribute in list(places(model)):
@@ -158,6 +156,15 @@ def _take_settings(model: torch.nn.Module, settings: dict[str, Setting], keep: b
         quantizer = getattr(module, attribute)
         quantizer.enable() if setting.enable else quantizer.disable()
     setattr(model, SETTINGS, settings)
+
+
+@contextmanager
+def inserted(model: torch.nn.Module) -> Iterator[dict[str, Setting]]:
+    """Quantizers wherever they can be, whose settings are given as they are before any rule; all as before if the body raises."""
+    with _all_or_nothing(model):
+        for module in list(model.modules()):
+            insert(module)
+        yield {slot.name: default_setting(slot) for slot in slots_of(model)}
 
 
 @contextmanager

@@ -239,3 +239,15 @@ def test_caches(case, tmp_path):
                 np.testing.assert_allclose(ours[name], case.exported[name], rtol=2 ** -6)
     mtq.disable_quantizer(model, "*")
     np.testing.assert_array_equal(logits(model, case.model), plain)
+
+
+@pytest.mark.parametrize("preset", ["FP8_DEFAULT_CFG", "W4A8_AWQ_BETA_CFG", "NVFP4_DEFAULT_CFG"])
+def test_save_and_restore(golden, preset, tmp_path):
+    model = quantize(load(golden["llama"]), golden["llama"], getattr(mtq, preset))
+    modelq.save(model, tmp_path)
+    other = modelq.restore(load(golden["llama"]), tmp_path)
+    np.testing.assert_array_equal(logits(other, golden["llama"]), logits(model, golden["llama"]))
+    with pytest.raises(ValueError, match="another model"):
+        modelq.restore(Net(), tmp_path)
+    with pytest.raises(ValueError, match="not quantized yet"):
+        modelq.save(load(golden["llama"]), tmp_path)
