@@ -16,7 +16,7 @@ _SEARCH = {"step_size": 0.1, "start_multiplier": 0.25, "stop_multiplier": 4.0, "
 _AWQ_LITE = {"alpha_step": 0.1, "debug": False}
 _AWQ_CLIP = {"max_co_batch_size": 1024, "max_tokens_per_batch": 64, "min_clip_ratio": 0.5, "shrink_step": 0.05, "debug": False}
 
-_HISTOGRAM = {"percentile": 99.99, "num_bins": 2048, "start_bin": 128, "stride": 1, "skip_zeros": False}
+HISTOGRAM = {"percentile": 99.99, "num_bins": 2048, "start_bin": 128, "stride": 1, "skip_zeros": False}
 
 METHODS: dict[str, dict[str, Any]] = {
     "max": {"distributed_sync": True, "sync_expert_weight_amax": False, "skip_forward_without_activation_calib": False,
@@ -30,9 +30,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "svdquant": {"lowrank": 32, "skip_layers": None},
     "gptq": {"perc_damp": 0.01, "block_size": 128, "fused": False, "act_order": False, "static_groups": True, "scale_algorithm": None},
     "rotate": {"seed": 0, "residual": True, "values": True},
-    "histogram": {"range_method": "entropy", **_HISTOGRAM},
-    "entropy": _HISTOGRAM,
-    "percentile": _HISTOGRAM,
+    "histogram": {"range_method": "entropy", **HISTOGRAM},
+    "entropy": HISTOGRAM,
+    "percentile": HISTOGRAM,
     "nvfp4_act_headroom": {"anchor_percentile": 1.0, "upper_percentile": 99.99, "rho": 16384.0,
                            "weight_scale_algorithm": {"method": "max"}},
     "lsq": {"learnable_amax": ["post"], "tied_amax": False, "quantize_pre_scale": True, "scale_algorithm": None},

@@ -1,6 +1,7 @@
 """From the attributes of a config to quantizers of the C core, and what each needs to know before it can work."""
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -71,10 +72,15 @@ def _make_stage(setting: Setting, attributes: QuantizerAttributeConfig) -> Any:
         quantizer = core_quantizer(QuantizerAttributeConfig())
     quantizer.enabled = setting.enable
     quantizer.rotate = rotated_columns(setting)
+    set_constant_amax(quantizer, attributes)
+    return quantizer
+
+
+def set_constant_amax(quantizer: Any, attributes: QuantizerAttributeConfig) -> None:
+    """The amax that attributes state, if they do."""
     constant = KV_CAST_AMAX if attributes.use_constant_amax else attributes.constant_amax
     if constant is not None:
         quantizer.amax = np.float32(constant)
-    return quantizer
 
 
 def core_quantizer(attributes: QuantizerAttributeConfig) -> Any:
@@ -164,6 +170,18 @@ def set_found_values(quantizer: Any, values: list[Found]) -> None:
         stage.amax, stage.bias, stage.pre_quant_scale = found.amax, found.bias, found.pre_quant_scale
         if has_static_levels(stage):
             stage.global_amax = found.global_amax
+
+
+def named_values(name: str, quantizer: Any) -> dict[str, np.ndarray]:
+    """What was found for a quantizer, by "name:stage:what", for a file."""
+    return {f"{name}:{index}:{what}": np.asarray(value) for index, found in enumerate(found_values(quantizer))
+            for what, value in found._asdict().items() if value is not None}
+
+
+def set_named_value(quantizers: Mapping[str, Any], key: str, value: np.ndarray) -> None:
+    """Put one of these back."""
+    name, stage, what = key.split(":")
+    setattr(stage_quantizers(quantizers[name])[int(stage)], what, value)
 
 
 def has_static_levels(quantizer: Any) -> bool:

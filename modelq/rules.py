@@ -7,7 +7,8 @@ only `enable` just switches. Before any rule, weights and inputs are 8-bit integ
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -107,6 +108,23 @@ def expected_to_be_idle(rule: QuantizerCfgEntry) -> bool:
 def describe_rule(rule: QuantizerCfgEntry) -> str:
     words = repr(rule.quantizer_name)
     return words if rule.parent_class is None else f"{words} with parent_class {rule.parent_class!r}"
+
+
+def changed_settings(settings: Mapping[str, Setting], pattern: str | Callable[[str], bool], parent_class: str | None,
+                     change: Callable[[Setting, QuantizerCfgEntry], Setting]) -> dict[str, Setting]:
+    """The settings with those changed that the pattern fits. ValueError for an unknown parent_class."""
+    if parent_class is not None and parent_class not in PARENT_CLASSES:
+        raise ValueError(f"unknown parent_class {parent_class!r}: known are {', '.join(PARENT_CLASSES)}")
+    rule = QuantizerCfgEntry(pattern if isinstance(pattern, str) else getattr(pattern, "__name__", "a function"))
+    return {name: change(setting, rule) if fits(pattern, setting.slot) and parent_class in (None, setting.slot.parent) else setting
+            for name, setting in settings.items()}
+
+
+def warn_idle(rules: Iterable[QuantizerCfgEntry], stacklevel: int) -> None:
+    """UserWarning for rules that fit nothing, but for those of presets for parts that only some families have."""
+    unexpected = [describe_rule(rule) for rule in rules if not expected_to_be_idle(rule)]
+    if unexpected:
+        warnings.warn(f"quant_cfg: no quantizer fits {', '.join(unexpected)}", UserWarning, stacklevel=stacklevel + 1)
 
 
 def stages(setting: Setting) -> tuple[Any, ...]:

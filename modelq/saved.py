@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from modelq.attributes import QuantizerAttributeConfig
-from modelq.quantizers import Found, found_values, set_found_values
+from modelq.quantizers import named_values, set_named_value
 from modelq.rules import Setting, stages
 from modelq.torch_models import is_torch_model
 
@@ -45,17 +45,13 @@ def restore(model: Any, path: str | Path) -> Any:
     FileNotFoundError, ValueError: no such folder, a damaged one, or one of a model with other quantizers. Then nothing is changed.
     """
     from modelq.checkpoint.base import read_json_object
-    from modelq.checkpoint.safetensors import SafetensorsFile
+    from modelq.checkpoint.safetensors import read_tensors
 
     folder = Path(path)
     said = read_json_object(folder / JSON_FILE, "the state of quantizers")
     if said.get("version") != VERSION or not isinstance(said.get("quantizers"), dict):
         raise ValueError(f"{folder / JSON_FILE}: not a state that this version reads; save it again")
-    file = SafetensorsFile(folder / TENSOR_FILE)
-    try:
-        found = {name: np.array(file.read(name)) for name in file.tensors}
-    finally:
-        file.close()
+    found = read_tensors(folder / TENSOR_FILE)
     (_restore_torch if is_torch_model(model) else _restore_native)(model, said, found, folder)
     return model
 
@@ -68,8 +64,8 @@ def _state_of(model: Any) -> tuple[Mapping[str, Setting], dict[str, np.ndarray],
         from modelq.torch_models.quantize import quantizers_of, settings_of
 
         settings = settings_of(model)
-        torch_found = {key: value for name, quantizer in quantizers_of(model).items() for key, value in _found(name, quantizer.native)}
-        return settings, torch_found, None
+        values = [named_values(name, quantizer.native) for name, quantizer in quantizers_of(model).items()]
+        return settings, {key: value for named in values for key, value in named.items()}, None
     if not model.quantized:
         raise ValueError("the model is not quantized yet: call quantize first")
     found: dict[str, np.ndarray] = {}
@@ -77,11 +73,6 @@ def _state_of(model: Any) -> tuple[Mapping[str, Setting], dict[str, np.ndarray],
         found |= {name: array for name, array in collect(model, layer).items() if not name.startswith("layer:")}
     rotation = rotation_of(model.checkpoint)
     return model.settings, found, None if rotation is None else rotation._asdict()
-
-
-def _found(name: str, quantizer: Any) -> list[tuple[str, np.ndarray]]:
-    return [(f"{name}:{stage}:{what}", np.asarray(value)) for stage, values in enumerate(found_values(quantizer))
-            for what, value in values._asdict().items() if value is not None]
 
 
 def _settings_from(said: Mapping[str, Any], known: Mapping[str, Setting], folder: Path) -> dict[str, Setting]:
@@ -103,13 +94,9 @@ def _restore_torch(model: Any, said: Mapping[str, Any], found: Mapping[str, np.n
 
     with inserted(model) as defaults:
         take_settings(model, _settings_from(said, defaults, folder), keep=False)
-        for name, quantizer in quantizers_of(model).items():
-            values = [{} for _ in found_values(quantizer.native)]       # type: list[dict[str, Any]]
-            for key, array in found.items():
-                if key.rpartition(":")[0].rpartition(":")[0] == name:
-                    _, stage, what = key.rsplit(":", 2)
-                    values[int(stage)][what] = array
-            set_found_values(quantizer.native, [Found(**value) for value in values])
+        quantizers = {name: quantizer.native for name, quantizer in quantizers_of(model).items()}
+        for key, array in found.items():
+            set_named_value(quantizers, key, array)
 
 
 def _restore_native(model: Any, said: Mapping[str, Any], found: dict[str, np.ndarray], folder: Path) -> None:

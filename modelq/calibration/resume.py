@@ -20,7 +20,7 @@ import numpy as np
 from modelq.changed import ChangedCheckpoint, Rounded
 from modelq.inputs import Batch
 from modelq.low_rank import LowRank
-from modelq.quantizers import Found, stage_quantizers
+from modelq.quantizers import named_values, set_named_value
 from modelq.rotation import rotation_of
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ SAMPLES, SAMPLE_BYTES = 256, 4096       # of each file: enough to tell weights f
 class Progress:
     """How far one step of a calibration is. This one keeps nothing."""
 
-    layers: Sequence[int] = ()
     is_complete = False
 
     def restore(self, layer: int, losses: dict[str, Any]) -> Mapping[str, np.ndarray] | None:
@@ -55,7 +54,6 @@ class Saved(Progress):
         self.digest = digest
         self._kept: set[str] = set()        # whose losses are in files
         self.count = _read_manifest(self.manifest, digest).get(str(step), 0)      # layers done, and the head behind them
-        self.layers = range(min(self.count, model.num_layers))
         self.is_complete = self.count > model.num_layers
 
     def restore(self, layer: int, losses: dict[str, Any]) -> Mapping[str, np.ndarray] | None:
@@ -166,9 +164,7 @@ def collect(model: Model, layer: int) -> dict[str, np.ndarray]:
     found: dict[str, np.ndarray] = {}
     for name, slot in model.slots.items():
         if slot.layer == layer:
-            for index, stage in enumerate(stage_quantizers(model.quantizers[name])):
-                values = {what: getattr(stage, what) for what in Found._fields}
-                found |= {f"{name}:{index}:{what}": np.asarray(value) for what, value in values.items() if value is not None}
+            found |= named_values(name, model.quantizers[name])
     for row in model.modules:
         if row["layer"] == layer and row["name"] in model.low_rank:
             branch = model.low_rank[row["name"]]
@@ -194,7 +190,7 @@ def give_back(model: Model, layer: int, found: dict[str, np.ndarray]) -> None:
         elif kind == "rounded":
             rounded.setdefault(name, (rest[0], {}))[1][rest[1]] = array
         else:
-            setattr(stage_quantizers(model.quantizers[name])[int(kind)], rest[0], array)
+            set_named_value(model.quantizers, key, array)
     model.low_rank |= {name: LowRank(parts["down"], parts["up"]) for name, parts in branches.items()}
     for name, (word, parts) in rounded.items():
         scheme, size, dtype = word.split(",")
@@ -206,14 +202,10 @@ def give_back(model: Model, layer: int, found: dict[str, np.ndarray]) -> None:
 # Files -----------------------------------------------------------------------------------------------------------------------------
 
 def _read(path: Path) -> dict[str, np.ndarray]:
-    from modelq.checkpoint.safetensors import SafetensorsFile
+    from modelq.checkpoint.safetensors import read_tensors
 
     try:
-        file = SafetensorsFile(path)
+        return read_tensors(path)
     except (ValueError, FileNotFoundError) as error:
         what = "missing" if isinstance(error, FileNotFoundError) else "damaged"
         raise ValueError(f"{path}: this part of a calibration's progress is {what}: remove {path.parent.parent} to begin anew") from error
-    try:
-        return {name: np.array(file.read(name)) for name in file.tensors}
-    finally:
-        file.close()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from modelq import _core
+from modelq.algorithms import HISTOGRAM
 from modelq.experts import place_of
 from modelq.groups import siblings
 from modelq.quantizers import calibrator_of, needs_amax, takes_histogram
@@ -17,7 +18,7 @@ from modelq.smoothing import own_scale
 if TYPE_CHECKING:
     from modelq.model import Model
 
-RANGES = {"range_method": "entropy", "percentile": 99.99, "num_bins": 2048, "start_bin": 128, "stride": 1, "skip_zeros": False}
+RANGES = {"range_method": "entropy", **HISTOGRAM}
 
 
 def activation_slots(model: Model) -> list[Slot]:
@@ -97,7 +98,7 @@ class InputStatistics:
     def gram(self) -> np.ndarray:
         """float32 [C, C], or its blocks [blocks, size, size]. The calibrator's own sums are dropped."""
         found = self._found("gram", "compute_gram")
-        self.count      # noqa: B018: cached before it is gone
+        self.count      # noqa: B018 (cached before it is gone)
         self.calibrators["gram"].reset()
         return found
 

@@ -25,6 +25,21 @@ SIDE_PATTERNS = (
 )  # fmt: skip
 
 
+def side_files_of(folder: Path) -> tuple[Path, ...]:
+    """What an export of the checkpoint in a folder copies as it is."""
+    return tuple(sorted({file for pattern in SIDE_PATTERNS for file in folder.glob(pattern) if file.is_file()}))
+
+
+def copy_files(files: Iterable[Path], source: Path, target: Path) -> list[Path]:
+    """Copy files below one folder to the same places below another; return the copies."""
+    written = []
+    for file in files:
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        written.append(Path(shutil.copyfile(file, copy)))
+    return written
+
+
 class FolderCheckpoint(Checkpoint):
     """A folder (or, with weights, one .safetensors file in it). Views are zero-copy. See Checkpoint.
 
@@ -40,7 +55,7 @@ class FolderCheckpoint(Checkpoint):
             self.close()
             raise
         super().__init__(path, config, tensors)
-        self.side_files = tuple(sorted({file for pattern in SIDE_PATTERNS for file in path.glob(pattern) if file.is_file()}))
+        self.side_files = side_files_of(path)
 
     def read(self, name: str) -> np.ndarray:
         return self._files[_file_of(self._info(name))].read(name)
@@ -59,12 +74,7 @@ class FolderCheckpoint(Checkpoint):
         return Tokenizer.from_folder(self.path)
 
     def save_tokenizer(self, directory: Path | str) -> list[Path]:
-        written = []
-        for source in self.side_files:
-            target = Path(directory) / source.relative_to(self.path)
-            target.parent.mkdir(exist_ok=True)
-            written.append(Path(shutil.copyfile(source, target)))
-        return written
+        return copy_files(self.side_files, self.path, Path(directory))
 
     def close(self) -> None:
         for file in self._files.values():

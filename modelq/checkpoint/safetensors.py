@@ -104,6 +104,15 @@ class SafetensorsFile:
         close_mapping(mapping)
 
 
+def read_tensors(path: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a file, copied to memory. Errors as SafetensorsFile's."""
+    file = SafetensorsFile(path)
+    try:
+        return {name: np.array(file.read(name)) for name in file.tensors}
+    finally:
+        file.close()
+
+
 def drop_pages(mapping: mmap.mmap, offset: int, length: int) -> None:
     """madvise(DONTNEED) on every page that [offset, offset + length) touches: for a read-only file mapping always harmless."""
     start = offset - offset % mmap.PAGESIZE

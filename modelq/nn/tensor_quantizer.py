@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from modelq import _core
+from modelq.algorithms import HISTOGRAM
 from modelq.arrays import give_back, take
 from modelq.attributes import QuantizerAttributeConfig
-from modelq.quantizers import (KV_CAST_AMAX, Found, attributes_need_amax, core_quantizer, found_values, set_found_values,
-                               stage_amax, without_rounding)
+from modelq.quantizers import (Found, attributes_need_amax, core_quantizer, found_values, set_constant_amax, set_found_values, stage_amax,
+                               without_rounding)
 
 STATE = ("amax", "pre_quant_scale", "bias", "global_amax")
 
@@ -38,9 +39,7 @@ class TensorQuantizer:
         attributes = QuantizerAttributeConfig.parse(quant_attribute_cfg, self.name)
         self.core = core_quantizer(attributes)
         self.attributes, self.core.enabled = attributes, attributes.enable
-        constant = KV_CAST_AMAX if attributes.use_constant_amax else attributes.constant_amax
-        if constant is not None:
-            self.core.amax = np.float32(constant)
+        set_constant_amax(self.core, attributes)
         self.reset_calibrator()
 
     @property
@@ -110,7 +109,7 @@ class TensorQuantizer:
     def maxbound(self) -> float:
         """The largest code, as a number."""
         if isinstance(self.num_bits, tuple):
-            return {(4, 3): 448.0, (2, 1): 6.0, (5, 2): 57344.0, (3, 2): 28.0, (2, 3): 7.5}[self.num_bits]
+            return next(row["max"] for row in _core.formats().values() if row["num_bits"] == self.num_bits)
         return float(2 ** (self.num_bits - 1 + self.unsigned) - 1)
 
     @property
@@ -142,7 +141,7 @@ class TensorQuantizer:
         """Forget what was seen."""
         self._maxima: np.ndarray | None = None
         kind = self.attributes.calibrator if isinstance(self.attributes.calibrator, str) else "max"
-        self._statistics = _core.Calibrator("histogram", None, 2048) if kind == "histogram" else None
+        self._statistics = _core.Calibrator("histogram", None, HISTOGRAM["num_bins"]) if kind == "histogram" else None
 
     def collect(self, x: Any) -> None:
         """Look at an array, as it is."""
@@ -160,7 +159,7 @@ class TensorQuantizer:
         if self._statistics is None:
             return self._maxima
         bits = self.num_bits if isinstance(self.num_bits, int) else 0
-        settings = {"stride": 1, "start_bin": 128, "percentile": 99.99, "skip_zeros": False, **options}
+        settings = {**HISTOGRAM, **options}
         return self._statistics.compute_range(method, bits, self.unsigned, *(settings[name] for name in (
             "stride", "start_bin", "percentile", "skip_zeros")))
 

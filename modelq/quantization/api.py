@@ -1,7 +1,6 @@
 """quantize, calibrate and the calls that set quantizers by name."""
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,9 +16,9 @@ from modelq.config import QuantizeConfig, QuantizerAttributeConfig, QuantizerCfg
 from modelq.model import Model
 from modelq.quantizers import block_extents, found_values, make_quantizer, set_found_values
 from modelq.rotation import RotatedCheckpoint
-from modelq.rules import PARENT_CLASSES, Setting, apply_rules, default_setting, describe_rule, expected_to_be_idle, fits, stages
-from modelq.torch_models import is_torch_model
+from modelq.rules import Setting, apply_rules, changed_settings, default_setting, describe_rule, stages, warn_idle
 from modelq.supported import check_settings, warn_partial_blocks
+from modelq.torch_models import is_torch_model
 
 __all__ = ["calibrate", "disable_quantizer", "enable_quantizer", "quantize", "set_quantizer_attributes_full",
            "set_quantizer_attributes_partial", "set_quantizer_by_cfg", "set_quantizer_by_cfg_context"]
@@ -50,7 +49,7 @@ def quantize(model: Model, config: Any, forward_loop: Callable[..., Any] | None 
     with all_or_nothing(model):
         take_original(model, rotation)
         settings, quantizers, idle = planned_quantizers(model, parsed)
-        _warn_idle(idle)
+        warn_idle(idle, stacklevel=2)
         warn_partial_blocks(settings.values(), model.head_dim)
         model.settings, model.quantizers, model.quantized = settings, quantizers, True
         model.packed, model.low_rank, model.search_losses = {}, {}, {}
@@ -113,7 +112,7 @@ def set_quantizer_by_cfg(model: Model, quant_cfg: Any) -> None:
     _check_model(model, quantized=True)
     settings, idle = apply_rules(model.settings, normalize_quant_cfg_list(quant_cfg))
     _change(model, settings)
-    _warn_idle(idle)
+    warn_idle(idle, stacklevel=2)
 
 
 @contextmanager
@@ -190,12 +189,6 @@ def _refuse_nothing(settings: Mapping[str, Setting], rules: Iterable[QuantizerCf
                      "later rules win")
 
 
-def _warn_idle(idle: Iterable[QuantizerCfgEntry]) -> None:
-    unexpected = [describe_rule(rule) for rule in idle if not expected_to_be_idle(rule)]
-    if unexpected:
-        warnings.warn(f"quant_cfg: no quantizer fits {', '.join(unexpected)}", UserWarning, stacklevel=3)
-
-
 @contextmanager
 def all_or_nothing(model: Model) -> Iterator[None]:
     """Put the model back as it was if the body raises, Ctrl-C included."""
@@ -214,14 +207,7 @@ def _set(model: Model, pattern: Pattern, parent_class: str | None, change: Calla
     if is_torch_model(model):
         return _for_torch().set_attributes(model, pattern, parent_class, change)
     _check_model(model, quantized=True)
-    if parent_class is not None and parent_class not in PARENT_CLASSES:
-        raise ValueError(f"unknown parent_class {parent_class!r}: known are {', '.join(PARENT_CLASSES)}")
-    rule = QuantizerCfgEntry(pattern if isinstance(pattern, str) else getattr(pattern, "__name__", "a function"))
-    settings = dict(model.settings)
-    for name, setting in settings.items():
-        if fits(pattern, setting.slot) and parent_class in (None, setting.slot.parent):
-            settings[name] = change(setting, rule)
-    _change(model, settings)
+    _change(model, changed_settings(model.settings, pattern, parent_class, change))
 
 
 def _change(model: Model, settings: dict[str, Setting]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 PREFIX = "modelq_"
+CONFIG = "_config_before"       # of an intercepted module: the config that it had
 
 
 def is_attention(module: torch.nn.Module) -> bool:
@@ -23,15 +24,16 @@ def intercept(module: torch.nn.Module) -> None:
 
     used = module.config._attn_implementation
     AttentionInterface.register(PREFIX + used, _quantized_attention)
+    object.__setattr__(module, CONFIG, module.config)
     module.config = copy.copy(module.config)
     module.config._attn_implementation_internal = PREFIX + used
     if module.config._attn_implementation != PREFIX + used:
         raise NotImplementedError(f"this version of transformers chooses attention kernels in another way ({used!r} cannot be replaced)")
 
 
-def let_go(module: torch.nn.Module, config: Any) -> None:
+def let_go(module: torch.nn.Module) -> None:
     """Undo it."""
-    module.config = config
+    module.config = vars(module).pop(CONFIG)
 
 
 def _quantized_attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *arguments: Any, **options: Any) -> Any:

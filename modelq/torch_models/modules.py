@@ -17,8 +17,6 @@ from modelq.torch_models.attention import intercept, is_attention, let_go
 _CONVOLUTIONS = tuple(getattr(torch.nn, f"Conv{kind}{rank}d") for kind in ("", "Transpose") for rank in (1, 2, 3))
 ROLES: dict[type, tuple[str, ...]] = {torch.nn.Linear: ("input", "output", "weight"), torch.nn.Embedding: ("weight", "input", "output"),
                                       **{convolution: ("input", "output", "weight") for convolution in _CONVOLUTIONS}}
-
-
 ATTENTION_ROLES = ("q_bmm", "k_bmm", "v_bmm")
 
 
@@ -101,7 +99,8 @@ class SequentialQuantizer(torch.nn.Sequential):
 
     @rounds.setter
     def rounds(self, value: bool) -> None:
-        self._all("rounds", value)
+        for stage in self:
+            stage.rounds = value
 
     def collect(self, x: torch.Tensor) -> None:
         for stage in self:
@@ -131,10 +130,6 @@ class SequentialQuantizer(torch.nn.Sequential):
 
     def describe_stages(self, name: str) -> list[tuple[str, str]]:
         return [(f"{name}.{index}", stage.describe()) for index, stage in enumerate(self)]
-
-    def _all(self, attribute: str, value: Any) -> None:
-        for stage in self:
-            setattr(stage, attribute, value)
 
 
 def make_quantizer(name: str, stages: Sequence[Any]) -> QuantizerModule | SequentialQuantizer:
@@ -230,7 +225,6 @@ def insert(module: torch.nn.Module) -> None:
     for role in roles_of(module):
         setattr(module, f"{role}_quantizer", QuantizerModule({"enable": False, "num_bits": 8}))
     if kind_of(module) is None:
-        object.__setattr__(module, "_config_before", module.config)
         intercept(module)
         return
     module.__class__ = quantized_class(type(module))
@@ -245,7 +239,7 @@ def remove(module: torch.nn.Module) -> None:
     for role in roles_of(module):
         delattr(module, f"{role}_quantizer")
     if kind_of(module) is None:
-        let_go(module, vars(module).pop("_config_before"))
+        let_go(module)
     else:
         module.__class__ = type(module).original_class
         if "_old_forward" in vars(module):

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 
 from modelq.config import QuantizeConfig, QuantizerCfgEntry, normalize_quant_cfg_list
 from modelq.quantizers import rotated_columns
-from modelq.rules import PARENT_CLASSES, Setting, apply_rules, default_setting, describe_rule, expected_to_be_idle, fits, stages
+from modelq.rules import Setting, apply_rules, changed_settings, default_setting, stages, warn_idle
 from modelq.torch_models.modules import QuantizedModule, insert, is_inserted, make_quantizer, places, remove, roles_of, slots_of
 
 SETTINGS = "_modelq_settings"       # of a quantized model: name of a quantizer to what the rules made of it
@@ -27,7 +27,7 @@ def quantize(model: torch.nn.Module, config: Any, forward_loop: Callable[..., An
     with inserted(model) as defaults:
         settings, idle = apply_rules(defaults, parsed.quant_cfg)
         _refuse_nothing(settings)
-        _warn_idle(idle)
+        warn_idle(idle, stacklevel=3)
         take_settings(model, settings, keep=False)
         _calibrate(model, steps, forward_loop, compat)
     return model
@@ -48,7 +48,7 @@ def set_quantizer_by_cfg(model: torch.nn.Module, quant_cfg: Any) -> None:
     settings, idle = apply_rules(settings_of(model), normalize_quant_cfg_list(quant_cfg))
     with _all_or_nothing(model):
         take_settings(model, settings)
-    _warn_idle(idle)
+    warn_idle(idle, stacklevel=3)
 
 
 @contextmanager
@@ -65,13 +65,7 @@ def settings_within(model: torch.nn.Module, rules: Any) -> Iterator[None]:
 def set_attributes(model: torch.nn.Module, pattern: Pattern, parent_class: str | None,
                    change: Callable[[Setting, QuantizerCfgEntry], Setting]) -> None:
     """Change the settings of the quantizers that fit."""
-    if parent_class is not None and parent_class not in PARENT_CLASSES:
-        raise ValueError(f"unknown parent_class {parent_class!r}: known are {', '.join(PARENT_CLASSES)}")
-    rule = QuantizerCfgEntry(pattern if isinstance(pattern, str) else getattr(pattern, "__name__", "a function"))
-    settings = dict(settings_of(model))
-    for name, setting in settings.items():
-        if fits(pattern, setting.slot) and parent_class in (None, setting.slot.parent):
-            settings[name] = change(setting, rule)
+    settings = changed_settings(settings_of(model), pattern, parent_class, change)
     with _all_or_nothing(model):
         take_settings(model, settings)
 
@@ -132,12 +126,6 @@ def _refuse_nothing(settings: Mapping[str, Setting]) -> None:
     if not any(setting.enable for setting in settings.values()):
         raise ValueError(f"this config quantizes nothing in this model; a quantizer is named like {next(iter(settings))!r}, and later "
                          "rules win")
-
-
-def _warn_idle(idle: list[QuantizerCfgEntry]) -> None:
-    unexpected = [describe_rule(rule) for rule in idle if not expected_to_be_idle(rule)]
-    if unexpected:
-        warnings.warn(f"quant_cfg: no quantizer fits {', '.join(unexpected)}", UserWarning, stacklevel=4)
 
 
 def take_settings(model: torch.nn.Module, settings: dict[str, Setting], keep: bool = True) -> None:
@@ -202,7 +190,7 @@ def _calibrate_max(model: torch.nn.Module, forward_loop: Callable[..., Any] | No
         return
     if forward_loop is None:
         raise ValueError("this config quantizes activations: calibration data are needed: give a forward_loop")
-    with _only_looking(quantizers_of(model).values(), looking.values()), torch.no_grad():
+    with _only_looking(quantizers_of(model), looking.values()), torch.no_grad():
         forward_loop(model)
     idle = [name for name, quantizer in looking.items() if quantizer.compute_amax() is None]
     for name, quantizer in looking.items():
@@ -231,21 +219,29 @@ def _find_weight_amax(model: torch.nn.Module) -> None:
 
 
 @contextmanager
-def _only_looking(quantizers: Any, looking: Any) -> Iterator[None]:
+def _only_looking(quantizers: Mapping[str, Any], looking: Collection[Any]) -> Iterator[None]:
     """Within it nothing is rounded, and these take note."""
-    quantizers = list(quantizers)
-    before = [(quantizer, quantizer.rounds) for quantizer in quantizers]
-    for quantizer in quantizers:
-        quantizer.rounds = False
     for quantizer in looking:
         quantizer.reset_calibrator()
         quantizer.enable_calib()
     try:
-        yield
+        with rounding(quantizers, activations=False):
+            yield
     finally:
-        for quantizer, rounds in before:
-            quantizer.rounds = rounds
         for quantizer in looking:
             quantizer.disable_calib()
+
+
+@contextmanager
+def rounding(quantizers: Mapping[str, Any], activations: bool) -> Iterator[None]:
+    """Within it weights are not rounded, activations if so wished."""
+    before = {name: quantizer.rounds for name, quantizer in quantizers.items()}
+    for name, quantizer in quantizers.items():
+        quantizer.rounds = activations and not name.endswith("weight_quantizer")
+    try:
+        yield
+    finally:
+        for name, quantizer in quantizers.items():
+            quantizer.rounds = before[name]
 
 

@@ -8,23 +8,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 
-from modelq.arrays import take
+from modelq.arrays import give_back, take
 from modelq.calibration import METHODS
 from modelq.calibration.statistics import InputStatistics, Range, activation_slots, input_statistics
 from modelq.calibration.walk import Method
 from modelq.calibration.weights import take_amax
 from modelq.changed import ChangedCheckpoint
-from modelq.experts import place_of
 from modelq.quantizers import found_values, set_found_values
 from modelq.rules import stages
 from modelq.streaming import Part, unread
 from modelq.torch_models.modules import QuantizerModule
-from modelq.torch_models.quantize import SETTINGS, quantizers_of
+from modelq.torch_models.quantize import SETTINGS, quantizers_of, rounding
 from modelq.torch_models.twin import twin_of
 
 ROOM = 2 << 30      # bytes of Gram matrices at once
@@ -85,7 +84,7 @@ def _look(model: Any, forward_loop: Any, ranges: Mapping[str, Range], statistics
           sees_rounded: bool) -> None:
     """Run the data through the model while ranges and statistics take note. quantized: activations are."""
     quantizers = quantizers_of(model)
-    seen = {place_of(model, f"{module}.input_quantizer").name: found for layer in statistics for module, found in layer.items()}
+    seen = {f"{module}.input_quantizer": found for layer in statistics for module, found in layer.items()}
     by_object = {id(found): name for name, found in reversed(seen.items())}       # siblings share theirs: the first collects
     with ExitStack() as hooks, torch.no_grad():
         for name, found in ranges.items():
@@ -93,7 +92,7 @@ def _look(model: Any, forward_loop: Any, ranges: Mapping[str, Range], statistics
         for name in by_object.values():
             collector = _collector(list(seen[name].calibrators.values()), quantized and not sees_rounded)
             hooks.callback(quantizers[name].register_forward_hook(collector).remove)
-        hooks.enter_context(_rounding(quantizers, quantized))
+        hooks.enter_context(rounding(quantizers, quantized))
         forward_loop(model)
 
 
@@ -104,19 +103,6 @@ def _collector(calibrators: Sequence[Any], prepared: bool) -> Any:
         for calibrator in calibrators:
             calibrator.collect(array)
     return collect
-
-
-@contextmanager
-def _rounding(quantizers: Mapping[str, Any], activations: bool) -> Iterator[None]:
-    """Within it weights are not rounded, activations if so wished."""
-    before = {name: quantizer.rounds for name, quantizer in quantizers.items()}
-    for name, quantizer in quantizers.items():
-        quantizer.rounds = activations and not name.endswith("weight_quantizer")
-    try:
-        yield
-    finally:
-        for name, quantizer in quantizers.items():
-            quantizer.rounds = before[name]
 
 
 def _take_ranges(twin: Any, ranges: Mapping[str, Range]) -> None:
@@ -147,11 +133,4 @@ def _hand_over(twin: Any, model: Any) -> None:
         parameters = dict(model.named_parameters(remove_duplicate=False))
         for name, rounded in twin.checkpoint.changed.items():
             with torch.no_grad():
-                parameters[name].copy_(_as_parameter(rounded.read(), parameters[name]))
-
-
-def _as_parameter(array: Any, parameter: torch.Tensor) -> torch.Tensor:
-    from modelq.arrays import give_back
-
-    made: torch.Tensor = give_back(array, parameter)
-    return made
+                parameters[name].copy_(give_back(rounded.read(), parameters[name]))

@@ -14,7 +14,7 @@ import torch
 
 from modelq.arrays import take
 from modelq.checkpoint.base import Checkpoint, TensorInfo
-from modelq.checkpoint.folder import SIDE_PATTERNS
+from modelq.checkpoint.folder import copy_files, side_files_of
 from modelq.model import Model
 from modelq.quantizers import found_values, make_quantizer, set_found_values
 from modelq.torch_models.quantize import quantizers_of, settings_of
@@ -28,9 +28,7 @@ class TorchCheckpoint(Checkpoint):
         infos = {name: TensorInfo(name, take(value, name).dtype.name, tuple(value.shape), value.numel() * value.element_size())
                  for name, value in self._parameters.items()}
         super().__init__(Path(str(model.config._name_or_path or ".")), _config_of(model), infos)
-        source = self.path if self.path.is_dir() else None
-        self.side_files = tuple(sorted({file for pattern in SIDE_PATTERNS for file in source.glob(pattern) if file.is_file()})) \
-            if source is not None else ()
+        self.side_files = side_files_of(self.path) if self.path.is_dir() else ()
 
     def read(self, name: str) -> np.ndarray:
         return take(self._parameters[self._info(name).name], name)
@@ -45,12 +43,7 @@ class TorchCheckpoint(Checkpoint):
 
     def save_tokenizer(self, directory: Path | str) -> list[Path]:
         """What lies beside the weights where the model came from, and its generation config as it is now."""
-        written = []
-        for source in self.side_files:
-            target = Path(directory) / source.relative_to(self.path)
-            target.parent.mkdir(exist_ok=True)
-            target.write_bytes(source.read_bytes())
-            written.append(target)
+        written = copy_files(self.side_files, self.path, Path(directory))
         if getattr(self._model, "generation_config", None) is not None:
             self._model.generation_config.save_pretrained(directory)
             written.append(Path(directory) / "generation_config.json")
