@@ -92,7 +92,7 @@ def _settings_from(said: Mapping[str, Any], known: Mapping[str, Setting], folder
 def _restore_torch(model: Any, said: Mapping[str, Any], found: Mapping[str, np.ndarray], folder: Path) -> None:
     from modelq.torch_models.quantize import inserted, quantizers_of, take_settings
 
-    with inserted(model) as defaults:
+    with inserted(model) as (defaults, _):
         take_settings(model, _settings_from(said, defaults, folder), keep=False)
         quantizers = {name: quantizer.native for name, quantizer in quantizers_of(model).items()}
         for key, array in found.items():

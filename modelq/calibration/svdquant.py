@@ -1,7 +1,7 @@
 """SVDQuant (Li et al. 2024): AWQ's smoothing, then a branch of low rank beside each weight, and the rest of the weight is quantized.
 
-Linears that read one input share the smoothing scale and the branch's first half, as an export writes them; in a model loaded as float32
-each linear has its own, as in Model Optimizer before its export.
+Linears that read one input share the smoothing scale and the branch's first half, as an export writes them; in a model loaded as float32,
+and a torch model under compat "modelopt", each linear has its own, as in Model Optimizer before its export.
 """
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ class SvdQuant(AwqLite):
         rows = self.searched(part)
         freeze_scales(self.model, part, rows)
         for members in siblings(rows):
-            together = [members] if not self.model.float32_weights else [[row] for row in members]
+            apart = self.model.float32_weights or self.model.own_scales
+            together = [[row] for row in members] if apart else [members]
             for group in together:
                 self.split(group, part)
             for row in members:

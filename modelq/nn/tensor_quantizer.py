@@ -149,7 +149,7 @@ class TensorQuantizer:
         if self._statistics is not None:
             self._statistics.collect(array)
         elif array.size:
-            seen = np.asarray(stage_amax(self.attributes, self._as_rows(array)), np.float32)
+            seen = np.asarray(stage_amax(self.attributes, self.as_rows(array)), np.float32)
             if not np.isfinite(seen).all():
                 raise ValueError(f"{self.name}: NaN or infinity in an array of shape {list(array.shape)}")
             self._maxima = seen if self._maxima is None else np.maximum(self._maxima, seen)
@@ -186,12 +186,21 @@ class TensorQuantizer:
         if rounds:
             if self.needs_calibration and self.core.amax is None and not self._is_plain_cast:
                 raise ValueError(f"{self.name}: no amax yet: calibrate first, or set amax")
-            return give_back(self.core(self._as_rows(array)).reshape(array.shape), x)
+            return give_back(self._as_it_came(self.core(self.as_rows(array)), array), x)
         return give_back(without_rounding(self.core)(array), x) if prepares else x
 
-    def _as_rows(self, array: np.ndarray) -> np.ndarray:
-        """Channels of more than two axes (convolutions) are rows for the core."""
+    def as_rows(self, array: np.ndarray) -> np.ndarray:
+        """As the core takes it: channels of more than two axes (convolutions) are rows; where a cache [batch, heads, tokens, channels] has
+        biases, the heads' channels are columns."""
+        if self.attributes.bias is not None and array.ndim == 4:
+            return array.swapaxes(1, 2).reshape(array.shape[0], array.shape[2], -1)
         return array.reshape(len(array), -1) if self.axis in (0, (0,)) and array.ndim > 2 else array
+
+    def _as_it_came(self, rows: np.ndarray, array: np.ndarray) -> np.ndarray:
+        if self.attributes.bias is not None and array.ndim == 4:
+            batch, heads, tokens, channels = array.shape
+            return np.ascontiguousarray(rows.reshape(batch, tokens, heads, channels).swapaxes(1, 2))
+        return rows.reshape(array.shape)
 
     @property
     def _is_plain_cast(self) -> bool:

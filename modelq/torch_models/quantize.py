@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -13,7 +13,9 @@ import torch
 from modelq.config import QuantizeConfig, QuantizerCfgEntry, normalize_quant_cfg_list
 from modelq.quantizers import rotated_columns
 from modelq.rules import Setting, apply_rules, changed_settings, default_setting, stages, warn_idle
-from modelq.torch_models.modules import QuantizedModule, insert, is_inserted, make_quantizer, places, remove, roles_of, slots_of
+from modelq.torch_models.modules import QuantizedModule, insert, is_inserted, places, places_in, remove, slots_of
+from modelq.torch_models.originals import Originals
+from modelq.torch_models.quantizer_module import make_quantizer
 
 SETTINGS = "_modelq_settings"       # of a quantized model: name of a quantizer to what the rules made of it
 Pattern = str | Callable[[str], bool]
@@ -24,12 +26,12 @@ def quantize(model: torch.nn.Module, config: Any, forward_loop: Callable[..., An
     """Quantize a model in place and return it; see `modelq.quantization.quantize`. If anything raises, it is as it was."""
     parsed = QuantizeConfig.parse(config)
     steps = _runnable(parsed.algorithm, compat)
-    with inserted(model) as defaults:
+    with inserted(model) as (defaults, originals):
         settings, idle = apply_rules(defaults, parsed.quant_cfg)
         _refuse_nothing(settings)
         warn_idle(idle, stacklevel=3)
         take_settings(model, settings, keep=False)
-        _calibrate(model, steps, forward_loop, compat)
+        _calibrate(model, steps, forward_loop, compat, originals)
     return model
 
 
@@ -38,8 +40,8 @@ def calibrate(model: torch.nn.Module, algorithm: Any = "max", forward_loop: Call
     """Find anew the amax of every enabled quantizer of a quantized model."""
     settings_of(model)
     steps = _runnable(algorithm, compat)
-    with _all_or_nothing(model):
-        _calibrate(model, steps, forward_loop, compat)
+    with _all_or_nothing(model) as originals:
+        _calibrate(model, steps, forward_loop, compat, originals)
     return model
 
 
@@ -110,14 +112,12 @@ def _runnable(algorithm: Any, compat: str | None) -> list[dict[str, Any]]:
     return runnable_steps(algorithm)
 
 
-def _calibrate(model: torch.nn.Module, steps: list[dict[str, Any]], forward_loop: Callable[..., Any] | None, compat: str | None) -> None:
-    for step in steps:
-        if step["method"] == "max":
-            _calibrate_max(model, forward_loop)
-        else:
-            from modelq.torch_models.search import run_step
+def _calibrate(model: torch.nn.Module, steps: list[dict[str, Any]], forward_loop: Callable[..., Any] | None, compat: str | None,
+               originals: Originals) -> None:
+    from modelq.torch_models.calibration import run_step
 
-            run_step(model, step, forward_loop, compat)
+    for step in steps:
+        run_step(model, step, forward_loop, compat, originals)
 
 
 def _refuse_nothing(settings: Mapping[str, Setting]) -> None:
@@ -133,8 +133,6 @@ def take_settings(model: torch.nn.Module, settings: dict[str, Setting], keep: bo
     before = getattr(model, SETTINGS, {}) if keep else {}
     for name, module, attribute in list(places(model)):
         setting = settings[name]
-        if setting.enable and stages(setting)[0].bias is not None:
-            raise NotImplementedError(f"{name}: biases are not available for torch modules yet")
         if setting.enable and len(stages(setting)) > 1 and setting.slot.role != "weight":
             raise NotImplementedError(f"{name}: quantizers one after the other are for weights only")
         if name not in before or before[name].attributes != setting.attributes:
@@ -147,31 +145,30 @@ def take_settings(model: torch.nn.Module, settings: dict[str, Setting], keep: bo
 
 
 @contextmanager
-def inserted(model: torch.nn.Module) -> Iterator[dict[str, Setting]]:
-    """Quantizers wherever they can be, whose settings are given as they are before any rule; all as before if the body raises."""
-    with _all_or_nothing(model):
+def inserted(model: torch.nn.Module) -> Iterator[tuple[dict[str, Setting], Originals]]:
+    """Quantizers wherever they can be: their settings before any rule, and where weights are kept that change. All is as before if the
+    body raises."""
+    with _all_or_nothing(model) as originals:
         for module in list(model.modules()):
             insert(module)
-        yield {slot.name: default_setting(slot) for slot in slots_of(model)}
+        yield {slot.name: default_setting(slot) for slot in slots_of(model)}, originals
 
 
 @contextmanager
-def _all_or_nothing(model: torch.nn.Module) -> Iterator[None]:
-    """Put modules, settings and what was found back if the body raises, Ctrl-C included."""
-    settings = getattr(model, SETTINGS, None)
+def _all_or_nothing(model: torch.nn.Module) -> Iterator[Originals]:
+    """Put modules, settings, what was found and the weights back if the body raises, Ctrl-C included."""
+    settings, originals = getattr(model, SETTINGS, None), Originals()
     before = {name: copy.deepcopy(quantizer) for name, quantizer in quantizers_of(model).items()}
     try:
-        yield
+        yield originals
     except BaseException:
+        originals.put_back()
+        for name, owner, attribute in list(places(model)):
+            if name in before:
+                owner.add_module(attribute, before[name])
         for name, module in list(model.named_modules()):
-            if not is_inserted(module):
-                continue
-            old = {role: before.get(f"{name}.{role}_quantizer".lstrip(".")) for role in roles_of(module)}
-            if None in old.values():
+            if is_inserted(module) and f"{name}.{places_in(module)[0].path}".lstrip(".") not in before:
                 remove(module)
-                continue
-            for role, quantizer in old.items():
-                setattr(module, f"{role}_quantizer", quantizer)
         if settings is None:
             vars(model).pop(SETTINGS, None)
         else:
@@ -179,69 +176,28 @@ def _all_or_nothing(model: torch.nn.Module) -> Iterator[None]:
         raise
 
 
-# Max calibration -----------------------------------------------------------------------------------------------------------------
+# Weights and switches that calibration uses ---------------------------------------------------------------------------------------
 
-def _calibrate_max(model: torch.nn.Module, forward_loop: Callable[..., Any] | None) -> None:
-    """Weights' maxima from the weights; activations' from what passes while nothing is rounded."""
-    _find_weight_amax(model)
-    looking = {name: quantizer for name, quantizer in quantizers_of(model).items()
-               if quantizer.is_enabled and quantizer.needs_calibration and not name.endswith("weight_quantizer")}
-    if not looking:
-        return
-    if forward_loop is None:
-        raise ValueError("this config quantizes activations: calibration data are needed: give a forward_loop")
-    with _only_looking(quantizers_of(model), looking.values()), torch.no_grad():
-        forward_loop(model)
-    idle = [name for name, quantizer in looking.items() if quantizer.compute_amax() is None]
-    for name, quantizer in looking.items():
-        if name not in idle:
-            quantizer.load_calib_amax()
-    if len(idle) == len(looking):
-        raise ValueError("forward_loop ran nothing through the model: no quantizer saw an array")
-    if idle:
-        warnings.warn(f"no data reached {', '.join(idle[:4])}{', ...' if len(idle) > 4 else ''}: they stay off", UserWarning, stacklevel=5)
-        for name in idle:
-            looking[name].disable()
-
-
-def _find_weight_amax(model: torch.nn.Module) -> None:
-    for name, module in model.named_modules():
+def find_other_weight_amax(model: torch.nn.Module) -> None:
+    """Of weights that searches leave alone: all but those of linears and embeddings."""
+    for module in model.modules():
         quantizer = getattr(module, "weight_quantizer", None)
-        if isinstance(module, QuantizedModule) and quantizer.is_enabled and quantizer.needs_calibration:
-            weight = module._parameters["weight"]
-            if weight.device.type != "cpu":
-                raise ValueError(f"{name}.weight is on device {weight.device}: modelq quantizes torch models on the CPU: move it with "
-                                 ".to('cpu')")
+        if (isinstance(module, QuantizedModule) and not isinstance(module, (torch.nn.Linear, torch.nn.Embedding))
+                and quantizer.is_enabled and quantizer.needs_calibration):
             quantizer.reset_calibrator()
-            quantizer.collect(weight)
+            quantizer.collect(module._parameters["weight"])
             quantizer.load_calib_amax()
             quantizer.reset_calibrator()
 
 
 @contextmanager
-def _only_looking(quantizers: Mapping[str, Any], looking: Collection[Any]) -> Iterator[None]:
-    """Within it nothing is rounded, and these take note."""
-    for quantizer in looking:
-        quantizer.reset_calibrator()
-        quantizer.enable_calib()
-    try:
-        with rounding(quantizers, activations=False):
-            yield
-    finally:
-        for quantizer in looking:
-            quantizer.disable_calib()
-
-
-@contextmanager
-def rounding(quantizers: Mapping[str, Any], activations: bool) -> Iterator[None]:
-    """Within it weights are not rounded, activations if so wished."""
+def rounding(quantizers: Mapping[str, Any], weights: bool, activations: bool) -> Iterator[None]:
+    """Within it weights and activations are rounded if so wished."""
     before = {name: quantizer.rounds for name, quantizer in quantizers.items()}
     for name, quantizer in quantizers.items():
-        quantizer.rounds = activations and not name.endswith("weight_quantizer")
+        quantizer.rounds = weights if ".weight_quantizer" in f".{name}" or "_weight_quantizers." in name else activations
     try:
         yield
     finally:
         for name, quantizer in quantizers.items():
             quantizer.rounds = before[name]
-
-

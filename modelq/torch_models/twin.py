@@ -4,37 +4,27 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from modelq.arrays import take
-from modelq.checkpoint.base import Checkpoint, TensorInfo
 from modelq.checkpoint.folder import copy_files, side_files_of
 from modelq.model import Model
 from modelq.quantizers import found_values, make_quantizer, set_found_values
+from modelq.torch_models.experts import is_experts, matrix_of
 from modelq.torch_models.quantize import quantizers_of, settings_of
+from modelq.torch_models.stand_in import Weights
 
 
-class TorchCheckpoint(Checkpoint):
+class TorchCheckpoint(Weights):
     """The parameters of a transformers model, by their names on disk; views, not copies."""
 
     def __init__(self, model: Any):
-        self._model, self._parameters = model, _parameters(model)
-        infos = {name: TensorInfo(name, take(value, name).dtype.name, tuple(value.shape), value.numel() * value.element_size())
-                 for name, value in self._parameters.items()}
-        super().__init__(Path(str(model.config._name_or_path or ".")), _config_of(model), infos)
+        self._model = model
+        super().__init__(_parameters(model), Path(str(model.config._name_or_path or ".")), _config_of(model))
         self.side_files = side_files_of(self.path) if self.path.is_dir() else ()
-
-    def read(self, name: str) -> np.ndarray:
-        return take(self._parameters[self._info(name).name], name)
-
-    def release(self, names: Iterable[str] | None = None) -> None:
-        """Nothing to let go of: the memory is the model's."""
 
     def tokenizer(self) -> Any:
         from modelq.checkpoint.tokenizer import Tokenizer
@@ -50,14 +40,17 @@ class TorchCheckpoint(Checkpoint):
         return written
 
 
-def twin_of(model: Any, for_search: bool = False) -> Model:
-    """ValueError: not a transformers model of a family that modelq knows, or a parameter that is not on the CPU."""
+def twin_of(model: Any) -> Model:
+    """ValueError: not a transformers model of a family that modelq knows, a parameter that is not on the CPU, or something quantized that
+    has no place in a checkpoint of that family."""
     if not hasattr(model, "config") or not hasattr(model.config, "to_dict"):
         raise ValueError(f"an export needs a transformers model, with a config: got {type(model).__name__}")
     settings, quantizers = settings_of(model), quantizers_of(model)
-    checkpoint = TorchCheckpoint(model)
-    dtypes = {info.dtype for info in checkpoint.tensors.values()}
-    twin = Model(checkpoint, "float32" if for_search and dtypes == {"float32"} else "bfloat16")
+    twin = Model(TorchCheckpoint(model), "bfloat16")
+    lost = [name for name, quantizer in quantizers.items() if quantizer.is_enabled and name not in twin.settings]
+    if lost:
+        raise ValueError(f"{lost[0]}: a checkpoint of this family has no place for it: switch it off with mtq.disable_quantizer"
+                         + (f" (and {len(lost) - 1} others)" if lost[1:] else ""))
     twin.settings = {name: replace(settings[name], slot=twin.slots[name]) if name in settings else replace(setting, enable=False)
                      for name, setting in twin.settings.items()}
     twin.quantizers = {name: make_quantizer(setting) for name, setting in twin.settings.items()}
@@ -65,19 +58,45 @@ def twin_of(model: Any, for_search: bool = False) -> Model:
         if name in twin.quantizers:
             set_found_values(twin.quantizers[name], found_values(quantizer.native))
             twin.quantizers[name].enabled = quantizer.is_enabled
+        if (branch := quantizer.low_rank) is not None:
+            twin.low_rank[name.removesuffix(".weight_quantizer")] = branch
     twin.quantized = twin.own_scales = True
     return twin
 
 
 def _parameters(model: Any) -> dict[str, torch.Tensor]:
-    found = {}
+    """By names on disk, where experts are linears of their own."""
+    found: dict[str, torch.Tensor] = {}
     tied = model.config.tie_word_embeddings
+    experts = {name: module for name, module in model.named_modules() if is_experts(module)}
     for name, value in model.named_parameters(remove_duplicate=False):
-        if value.device.type != "cpu":
-            raise ValueError(f"{name} is on device {value.device}: an export needs every weight on the CPU: model.to('cpu')")
-        if not (tied and name == "lm_head.weight"):
-            found[name] = value.detach()
+        container, _, matrix = name.rpartition(".")
+        if tied and name == "lm_head.weight":
+            continue
+        views = [value.detach()] if container not in experts else _by_expert(experts[container], matrix)
+        found.update(zip(_names_on_disk(model, name, value), views, strict=True))
     return found
+
+
+def _by_expert(module: torch.nn.Module, matrix: str) -> list[torch.Tensor]:
+    """Views of a stacked matrix, or of its halves (all of gate, then all of up), expert by expert."""
+    if module.has_bias or not module.has_gate or not module.is_concatenated:
+        raise ValueError(f"{type(module).__name__}: experts with biases, without a gate, or with gate and up interleaved are not written "
+                         "yet")
+    whole = [matrix_of(module, matrix, expert).detach() for expert in range(module.num_experts)]
+    if matrix == "down_proj":
+        return whole
+    halves = [view.chunk(2) for view in whole]
+    return [half[0] for half in halves] + [half[1] for half in halves]
+
+
+def _names_on_disk(model: Any, name: str, value: torch.Tensor) -> list[str]:
+    """What transformers would call a parameter, or its parts, in a checkpoint."""
+    if not hasattr(model, "_weight_conversions"):
+        return [name]
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return list(revert_weight_conversion(model, {name: value.detach().to("meta")}))
 
 
 def _config_of(model: Any) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from modelq.nn import TensorQuantizer  # noqa: E402
 transformers.utils.logging.disable_progress_bar()
 MAX = ["FP8_DEFAULT_CFG", "INT8_DEFAULT_CFG", "NVFP4_DEFAULT_CFG", "NVFP4_MLP_ONLY_CFG", "W4A16_NVFP4_CFG", "MXFP4_DEFAULT_CFG", "MXFP8_DEFAULT_CFG",
        "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG", "FP8_PER_CHANNEL_PER_TOKEN_CFG", "INT4_BLOCKWISE_WEIGHT_ONLY_CFG"]
-NAMES = ["llama", "qwen3"]
+NAMES = ["llama", "qwen3", "qwen3moe"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 UP = "model.layers.1.mlp.up_proj"
 
@@ -178,8 +178,8 @@ def test_a_failure_changes_nothing(golden):
 
     def fails(model):
         raise RuntimeError("no data today")
-    for config, error in ((mtq.FP8_DEFAULT_CFG, RuntimeError), (mtq.INT4_AWQ_CFG, RuntimeError), (mtq.NVFP4_SVDQUANT_DEFAULT_CFG, NotImplementedError),
-                          ({"quant_cfg": [{"quantizer_name": "*", "enable": False}]}, ValueError)):
+    for config, error in ((mtq.FP8_DEFAULT_CFG, RuntimeError), (mtq.INT4_AWQ_CFG, RuntimeError), (mtq.NVFP4_SVDQUANT_DEFAULT_CFG, RuntimeError),
+                          (mtq.NVFP4_GPTQ_CFG, RuntimeError), ({"quant_cfg": [{"quantizer_name": "*", "enable": False}]}, ValueError)):
         with pytest.raises(error):
             mtq.quantize(model, config, fails)
         assert [name for name, _ in model.named_modules()] == names and type(model.get_submodule(UP)) is torch.nn.Linear

@@ -11,10 +11,9 @@ transformers = pytest.importorskip("transformers")
 import modelq.quantization as mtq  # noqa: E402
 from golden_data import OTHER_ALGORITHMS, SEARCH_ROOT, SEARCHING, cases  # noqa: E402
 from modelq.export import export_hf_checkpoint  # noqa: E402
-from modelq.torch_models import search  # noqa: E402
+from modelq.torch_models import calibration  # noqa: E402
 from test_torch_models import UP, load, logits, quantizers  # noqa: E402
 
-LATER = ["SVDQUANT", "LAYERWISE"]       # branches of low rank, layer by layer
 TIES = {"FOUR_OVER_SIX": 0.02, "LOCAL_HESSIAN": 0.05, "FP8_SWEEP": 0.01, "AWQ_CLIP": 0.01}
 FIELDS = {"amax": "amax", "pre_quant_scale": "pre_quant_scale", "global_amax": "global_amax"}
 
@@ -25,9 +24,9 @@ def config_of(name):
 
 
 def available(dtype):
-    found = cases(dtype, SEARCHING, ["llama", "qwen3"], needs=["amax.safetensors"]) + cases(
-        dtype, None, ["llama", "qwen3"], needs=["amax.safetensors"], root=SEARCH_ROOT)
-    return [case for case in found if not any(word in case.id for word in LATER)]
+    found = cases(dtype, SEARCHING, ["llama", "qwen3", "qwen3moe"], needs=["amax.safetensors"]) + cases(
+        dtype, None, ["llama", "qwen3", "qwen3moe"], needs=["amax.safetensors"], root=SEARCH_ROOT)
+    return found
 
 
 def quantize(model, golden_model, config, **options):
@@ -83,7 +82,7 @@ def test_groups_of_layers_find_the_same(golden, monkeypatch):
     """However much has room at once."""
     runs, results = [], []
     for room in (1 << 30, 1):
-        monkeypatch.setattr(search, "ROOM", room)
+        monkeypatch.setattr(calibration, "ROOM", room)
         count = [0]
 
         def loop(model, count=count):
@@ -111,7 +110,35 @@ def test_a_failing_loop_leaves_weights_and_quantizers(golden):
         assert not quantizers(model)
     with pytest.raises(ValueError, match="awq_lite looks at activations"):
         mtq.quantize(model, mtq.INT4_AWQ_CFG)
-    with pytest.raises(NotImplementedError, match="svdquant is not available for torch models yet"):
-        quantize(model, golden["llama"], mtq.NVFP4_SVDQUANT_DEFAULT_CFG)
-    with pytest.raises(ValueError, match="transformers model"):
-        mtq.quantize(torch.nn.Sequential(torch.nn.Linear(128, 128)), mtq.INT4_AWQ_CFG, lambda model: model(torch.ones(2, 128)))
+
+
+def test_any_module_can_be_searched():
+    """Not only families that modelq knows. What a search finds helps, and a folded weight computes the same."""
+    torch.manual_seed(1)
+    x = torch.randn(64, 128)
+    x[:, :4] *= 50
+    errors = []
+    for preset in ("INT4_BLOCKWISE_WEIGHT_ONLY_CFG", "INT4_AWQ_CFG"):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(128, 256), torch.nn.ReLU(), torch.nn.Linear(256, 8))
+        plain = model(x)
+        mtq.quantize(model, getattr(mtq, preset), lambda model: model(x))
+        errors.append((model(x) - plain).norm().item())
+    assert errors[1] < 0.9 * errors[0]
+
+
+@pytest.mark.parametrize("preset", ["INT4_GPTQ_CFG", "NVFP4_GPTQ_CFG", "INT4_AWQ_CFG", "FP8_DEFAULT_CFG"])
+def test_layer_by_layer(golden, preset, monkeypatch):
+    """The user's loop is run once, or twice where lm_head is looked at; a model whose every layer is quantized loses less to GPTQ so."""
+    config = getattr(mtq, preset)
+    step = config["algorithm"] if isinstance(config["algorithm"], dict) else {"method": config["algorithm"]}
+    model, count = load(golden["llama"]), [0]
+
+    def loop(model):
+        count[0] += 1
+        for row in golden["llama"].calib:
+            model(torch.from_numpy(row[None]))
+    plain = logits(model, golden["llama"])
+    mtq.quantize(model, {**config, "algorithm": {**step, "layerwise": {"enable": True}}}, loop)
+    assert count[0] == 1 and not torch.equal(torch.from_numpy(plain), torch.from_numpy(logits(model, golden["llama"])))
+    assert all(quantizer.amax is not None for quantizer in quantizers(model).values() if quantizer.is_enabled and quantizer.needs_calibration)

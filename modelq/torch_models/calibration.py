@@ -1,0 +1,234 @@
+"""Calibration of torch modules: torch computes, hooks hand what passes to the statistics, and the same methods search as for native models
+(modelq.calibration), on a stand-in for the model.
+
+A forward_loop is run once per group of layers, as many as have room for their Gram matrices at once (twice for methods that look on while
+activations are quantized); layer by layer (modelq.torch_models.layerwise) it is run once.
+"""
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+
+from modelq.arrays import give_back, take
+from modelq.calibration import METHODS
+from modelq.calibration.statistics import InputStatistics, Range, activation_slots, input_statistics
+from modelq.calibration.walk import Method
+from modelq.calibration.weights import take_amax
+from modelq.changed import ChangedCheckpoint
+from modelq.quantizers import found_values, set_found_values
+from modelq.nn.tensor_quantizer import TensorQuantizer
+from modelq.rules import Setting, stages
+from modelq.streaming import Part, unread
+from modelq.tables import listed
+from modelq.torch_models.experts import QuantizedExperts
+from modelq.torch_models.originals import Originals
+from modelq.torch_models.quantize import SETTINGS, find_other_weight_amax, quantizers_of, rounding
+from modelq.torch_models.quantizer_module import QuantizerModule
+from modelq.torch_models.stand_in import StandIn
+
+ROOM = 2 << 30      # bytes of Gram matrices at once
+Loop = Callable[[], Any]
+
+
+def run_step(model: torch.nn.Module, step: Mapping[str, Any], forward_loop: Callable[..., Any] | None, compat: str | None,
+             originals: Originals) -> None:
+    """One step of an algorithm. ValueError as for native models."""
+    find_other_weight_amax(model)
+    work = Step(model, step, compat, originals)
+    if forward_loop is None and (work.method.needs_data or work.ranges):
+        what = f"{step['method']} looks at activations" if work.method.needs_data else "this config quantizes activations"
+        raise ValueError(f"{what}: calibration data are needed: give a forward_loop")
+    work.method.begin()
+    if step["layerwise"]["enable"] and (work.method.needs_data or work.ranges):
+        from modelq.torch_models.layerwise import layer_by_layer
+
+        layer_by_layer(work, forward_loop)
+    else:
+        for parts in work.groups():
+            work.observe((lambda: forward_loop(model)) if forward_loop is not None else None, parts, work.ranges)
+    work.method.end()
+    work.hand_over()
+    work.say_what_was_not_seen()
+
+
+class Step:
+    """One step of an algorithm on a model. ranges: of the activation quantizers that are still to be found."""
+
+    def __init__(self, model: torch.nn.Module, step: Mapping[str, Any], compat: str | None, originals: Originals):
+        self.model, self.originals = model, originals
+        self.stand_in = StandIn(model, own_scales=step["method"] != "svdquant" or compat == "modelopt")
+        self.method: Method = METHODS[step["method"]](self.stand_in, step, compat)     # type: ignore[arg-type]
+        self.ranges = {slot.name: _range(self.stand_in.settings[slot.name], self.method.histogram)
+                       for slot in activation_slots(self.stand_in) if self.method.finds_range(slot)}        # type: ignore[arg-type]
+        self.experts = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedExperts)}
+        self.unseen: list[str] = []         # quantizers that no data reached; seen: how many it did
+        self.seen = 0
+        self.idle_experts: dict[str, np.ndarray] = {}       # by container, those that no token reached
+
+    def parts(self, rows: Sequence[dict[str, Any]]) -> list[Part]:
+        """These modules by layer and expert."""
+        by = sorted(rows, key=lambda row: (row["layer"], -1 if row["expert"] is None else row["expert"]))
+        return [Part(layer, expert, list(group), unread(self.stand_in))     # type: ignore[arg-type]
+                for (layer, expert), group in groupby(by, key=lambda row: (row["layer"], row["expert"]))]
+
+    def groups(self) -> Iterator[list[Part]]:
+        """Parts of the model whose statistics have room together."""
+        group: list[Part] = []
+        room = ROOM
+        for part in self.parts(self.stand_in.modules):
+            sites = {row["site"]: row["shape"][1] for row in part.modules if row["kind"] == "linear"}
+            needed = sum(4 * width * width for width in sites.values()) if "gram" in self.method.kinds else 0
+            if group and needed > room:
+                yield group
+                group, room = [], ROOM
+            group.append(part)
+            room -= needed
+        yield group
+
+    def observe(self, run: Loop | None, parts: Sequence[Part], ranges: dict[str, Any]) -> None:
+        """Find these ranges, and let the method search these parts, by what passes while `run` computes (None: weights alone do)."""
+        method = self.method
+        for part in parts:
+            method.enter(part)
+        statistics = [input_statistics(self.stand_in, method.searched(part), method.kinds) for part in parts]     # type: ignore[arg-type]
+        if run is not None:
+            if method.under_quantization and ranges:
+                self.look(run, ranges, (), ())
+                self.hand_over()
+            if ranges or any(statistics):
+                parts = self.look(run, ranges, parts, statistics)
+        for part, found in zip(parts, statistics):
+            method.search(part, {} if part.tokens == 0 else found)
+
+    def look(self, run: Loop, ranges: dict[str, Any], parts: Sequence[Part], statistics: Sequence[Mapping[str, InputStatistics]]
+             ) -> list[Part]:
+        """Compute while these take note, and take the ranges; returns the parts with the number of tokens that reached each expert."""
+        quantized = self.method.under_quantization and bool(parts)
+        quantizers = quantizers_of(self.model)
+        with ExitStack() as hooks, torch.no_grad():
+            for name, found in ranges.items():
+                hooks.callback(quantizers[name].register_forward_hook(_range_hook(found)).remove)
+            for point, calibrators in _points(parts, statistics).items():
+                hook = _statistics_hook(calibrators, quantized and not self.method.sees_rounded,
+                                        self.experts.get(point.rpartition(".")[0]))
+                hooks.callback(quantizers[point].register_forward_hook(hook).remove)
+            tokens = hooks.enter_context(self.counting())
+            hooks.enter_context(rounding(quantizers, weights=False, activations=quantized))
+            run()
+        self.take_ranges(ranges)
+        counted = [part if part.expert is None else part._replace(tokens=int(tokens[part.modules[0]["container"]][part.expert]))
+                   for part in parts]
+        return counted
+
+    @contextmanager
+    def counting(self) -> Iterator[dict[str, np.ndarray]]:
+        """Within it, how many tokens reach each expert is counted, by container."""
+        tokens = {name: np.zeros(module.num_experts, np.int64) for name, module in self.experts.items()}       # type: ignore[attr-defined]
+        for name, module in self.experts.items():
+            object.__setattr__(module, "tokens", tokens[name])
+        try:
+            yield tokens
+        finally:
+            for module in self.experts.values():
+                object.__setattr__(module, "tokens", None)
+        self.idle_experts = {name: np.flatnonzero(count == 0) for name, count in tokens.items() if count.any() and not count.all()}
+
+    def take_ranges(self, ranges: dict[str, Any]) -> None:
+        """Those that saw something are found; none is left to be."""
+        for name, found in ranges.items():
+            if (bias := found.bias) is not None:
+                self.stand_in.quantizers[name].bias = bias
+            if (amax := found.amax()) is None:
+                self.unseen.append(name)
+            else:
+                self.seen += 1
+                take_amax(self.stand_in, name, [amax])      # type: ignore[arg-type]
+        ranges.clear()
+
+    def say_what_was_not_seen(self) -> None:
+        """ValueError if no quantizer of activations saw anything; those that did not are off."""
+        if self.unseen and not self.seen:
+            raise ValueError("forward_loop ran nothing through the model: no quantizer saw an array")
+        if self.unseen:
+            warnings.warn(f"no data reached {listed(self.unseen, 4)}: they stay off", UserWarning, stacklevel=6)
+            quantizers = quantizers_of(self.model)
+            for name in self.unseen:
+                quantizers[name].disable()
+        if self.idle_experts:
+            said = [f"{name}: {len(idle)} of {self.experts[name].num_experts}"          # type: ignore[attr-defined]
+                    for name, idle in self.idle_experts.items()]
+            warnings.warn(f"experts that saw no token ({listed(said, 8, '; ')}): they are calibrated from their weights alone; more or "
+                          "longer calibration texts reach more of them", UserWarning, stacklevel=6)
+
+    def hand_over(self) -> None:
+        """What was found, to the model: ranges and scales, settings that a method changed, branches, weights that it rounded."""
+        settings, stand_in = dict(getattr(self.model, SETTINGS)), self.stand_in
+        for name, quantizer in quantizers_of(self.model).items():
+            if stand_in.settings[name].attributes != settings[name].attributes:
+                settings[name] = stand_in.settings[name]
+                quantizer.set_from_attribute_config(stages(settings[name])[0])
+            set_found_values(quantizer.native, found_values(stand_in.quantizers[name]))
+            if name.endswith(".weight_quantizer"):
+                branch = stand_in.low_rank.get(name.removesuffix(".weight_quantizer"))
+                if branch is not None or quantizer.low_rank is not None:
+                    quantizer.low_rank = branch
+        setattr(self.model, SETTINGS, settings)
+        checkpoint = stand_in.checkpoint
+        if isinstance(checkpoint, ChangedCheckpoint):
+            for name in list(checkpoint.changed):
+                weight = checkpoint.original.live(name)
+                self.originals.keep(name, weight)
+                with torch.no_grad():
+                    weight.copy_(give_back(checkpoint.read(name), weight))
+
+
+class _GrainRange:
+    """A range with more than one number, by an axis or static blocks; otherwise as modelq.calibration.statistics.Range."""
+    bias = None
+
+    def __init__(self, setting: Setting):
+        self.name = setting.slot.name
+        self.statistics = TensorQuantizer(stages(setting)[0], name=self.name)
+
+    def amax(self) -> np.ndarray | None:
+        return self.statistics.compute_amax()
+
+
+def _range(setting: Setting, histogram: Mapping[str, Any] | None) -> Any:
+    attributes = stages(setting)[0]
+    grained = attributes.axis is not None or (attributes.block_sizes or {}).get("type", "dynamic") != "dynamic"
+    return _GrainRange(setting) if grained else Range(setting, histogram)
+
+
+# What looks on -------------------------------------------------------------------------------------------------------------------
+
+def _points(parts: Sequence[Part], statistics: Sequence[Mapping[str, InputStatistics]]) -> dict[str, dict[int | None, list[Any]]]:
+    """Quantizers before which statistics look, to calibrators by expert (None: all that passes)."""
+    points: dict[str, dict[int | None, list[Any]]] = {}
+    for part, found in zip(parts, statistics):
+        for seen in found.values():
+            points.setdefault(seen.point, {})[part.expert] = list(seen.calibrators.values())
+    return points
+
+
+def _range_hook(found: Range) -> Any:
+    def collect(quantizer: QuantizerModule, arguments: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        found.statistics.collect(quantizer.as_rows(take(output, found.name)))
+    return collect
+
+
+def _statistics_hook(calibrators: Mapping[int | None, Sequence[Any]], prepared: bool, experts: Any) -> Any:
+    """A hook that looks at what a quantizer gives, or (prepared) at what it would round."""
+    def collect(quantizer: QuantizerModule, arguments: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        looking = calibrators.get(experts.running if experts is not None else None)
+        if looking:
+            array = take(quantizer.prepared(arguments[0]) if prepared else output, quantizer.name)
+            for calibrator in looking:
+                calibrator.collect(array)
+    return collect

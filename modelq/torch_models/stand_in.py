@@ -1,0 +1,108 @@
+"""What the methods of modelq.calibration ask of a model, for any torch module: linears, their weights as they lie in memory, quantizers
+and what the rules said of them."""
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from modelq.arrays import take
+from modelq.checkpoint.base import Checkpoint, TensorInfo
+from modelq.experts import Place
+from modelq.quantizers import found_values, make_quantizer, set_found_values
+from modelq.rules import Slot
+from modelq.torch_models.experts import is_experts, matrices_of, matrix_of
+from modelq.torch_models.modules import kind_of, slots_of
+from modelq.torch_models.quantize import quantizers_of, settings_of
+
+# Linears of one parent that read one input, by the end of their names.
+_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+_LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+
+
+class Weights(Checkpoint):
+    """Tensors that live in a torch model, by name; views, not copies."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], path: Path, config: dict[str, Any]):
+        self._live = dict(tensors)
+        infos = {name: TensorInfo(name, take(value, name).dtype.name, tuple(value.shape), value.numel() * value.element_size())
+                 for name, value in self._live.items()}
+        super().__init__(path, config, infos)
+
+    def read(self, name: str) -> np.ndarray:
+        return take(self._live[self._info(name).name], name)
+
+    def live(self, name: str) -> torch.Tensor:
+        """The tensor itself."""
+        return self._live[name]
+
+    def release(self, names: Any = None) -> None:
+        """Nothing to let go of: the memory is the model's."""
+
+
+class StandIn:
+    """A model as a calibration method sees it (modelq.model.Model says what the attributes are). own_scales: siblings keep scales of their
+    own until an export, as in Model Optimizer."""
+
+    float32_weights = False         # weights have the dtype that they have
+
+    def __init__(self, model: torch.nn.Module, own_scales: bool = True):
+        self.own_scales = own_scales
+        tensors: dict[str, torch.Tensor] = {}
+        self.modules = list(_rows(model, tensors))
+        self.checkpoint: Any = Weights(tensors, Path(str(getattr(getattr(model, "config", None), "_name_or_path", "") or ".")), {})
+        self.num_layers = 1 + max((row["layer"] for row in self.modules), default=-1)
+        self.settings = settings_of(model)
+        self.slots: dict[str, Slot] = {slot.name: slot for slot in slots_of(model)}
+        self.places = {f"{row['name']}.{side}_quantizer": Place(name) for row in self.modules if row["expert"] is not None
+                       for side, name in row["quantizers"].items()}
+        self.quantizers: dict[str, Any] = {name: make_quantizer(setting) for name, setting in self.settings.items()}
+        for name, quantizer in quantizers_of(model).items():
+            set_found_values(self.quantizers[name], found_values(quantizer.native))
+        self.low_rank: dict[str, Any] = {}
+        self.search_losses: dict[str, Any] = {}
+        dtypes = {info.dtype for info in self.checkpoint.tensors.values()}
+        self.runtime = SimpleNamespace(compute="float32" if dtypes <= {"float32"} else "bfloat16")
+
+    def modules_of(self, layer: int, expert: int | None = None) -> list[dict[str, Any]]:
+        return [row for row in self.modules if (row["layer"], row["expert"]) == (layer, expert)]
+
+    def experts_of(self, layer: int) -> list[int]:
+        return sorted({row["expert"] for row in self.modules if row["layer"] == layer and row["expert"] is not None})
+
+    def connect(self) -> None:
+        """The model's own quantizers get what was found when a method is done."""
+
+
+def _rows(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> Iterator[dict[str, Any]]:
+    """A row for every linear, embedding and expert's matrix, and its weight into tensors. Tied weights have one name."""
+    names: dict[int, str] = {}
+    for name, module in model.named_modules():
+        found = _LAYER.search(name)
+        layer = int(found[1]) if found else -1
+        if kind_of(module) in (torch.nn.Linear, torch.nn.Embedding):
+            parameter = module._parameters["weight"]
+            weight = names.setdefault(id(parameter), f"{name}.weight")
+            tensors[weight] = parameter.detach()
+            bias = f"{name}.bias" if module._parameters.get("bias") is not None else ""
+            yield {"name": name, "kind": kind_of(module).__name__.lower(), "layer": layer, "expert": None, "shape": list(parameter.shape),
+                   "weight": weight, "bias": bias, "site": _site(name)}
+        elif is_experts(module):
+            for expert in range(module.num_experts):
+                for matrix in matrices_of(module):
+                    row_name = f"{name}.{matrix}.{expert}"
+                    tensors[row_name] = matrix_of(module, matrix, expert).detach()
+                    yield {"name": row_name, "kind": "linear", "layer": layer, "expert": expert, "shape": list(tensors[row_name].shape),
+                           "weight": row_name, "bias": "", "site": f"{name}.{matrix}", "container": name,
+                           "quantizers": {"weight": f"{name}.{matrix}_weight_quantizers.{expert}",
+                                          "input": f"{name}.{matrix}_input_quantizer"}}
+
+
+def _site(name: str) -> str:
+    parent, _, last = name.rpartition(".")
+    return f"{parent}.{next((group[0] for group in _SIBLINGS if last in group), last)}"
