@@ -57,6 +57,9 @@ class GramLoss:
 # csrc/py/repack.c
 def repack_int4(packed: Any, source: str, target: str) -> np.ndarray: ...
 
+# csrc/py/straight_through.c
+def straight_through(quantizer: Quantizer, x: Any, gradient: Any) -> np.ndarray: ...
+
 # csrc/py/type_quantizer.c
 @final
 class Quantizer:

@@ -57,8 +57,13 @@ def compress(model: Model, config: Any = None) -> Model:
     `model.weight_nbytes` says what its weights take. Calibrating anew or other settings of a
     weight pack it anew from the checkpoint. ValueError: nothing to compress; a weight whose quantizer is no scheme of `modelq formats`.
     """
-    patterns = _patterns(config)
-    wanted = [row for row in model.modules if row["kind"] == "linear" and _is_wanted(row["name"], patterns) and _is_packable(model, row)]
+    if is_torch_model(model):
+        from modelq.torch_models.packing import compress as compress_torch
+
+        compress_torch(model, config)       # type: ignore[arg-type]
+        return model
+    patterns = parse_patterns(config)
+    wanted = [row for row in model.modules if row["kind"] == "linear" and is_wanted(row["name"], patterns) and _is_packable(model, row)]
     if not wanted:
         raise ValueError("nothing to compress: no weight that fits is quantized; call modelq.quantization.quantize first")
     model.settle()
@@ -66,7 +71,8 @@ def compress(model: Model, config: Any = None) -> Model:
     return model
 
 
-def _patterns(config: Any) -> dict[str, bool]:
+def parse_patterns(config: Any) -> dict[str, bool]:
+    """{pattern of module names: whether}, from what `compress` takes."""
     given = {"*": True} if config is None else config
     if isinstance(given, Mapping) and isinstance(given.get("compress"), Mapping):
         given = given["compress"]
@@ -75,7 +81,8 @@ def _patterns(config: Any) -> dict[str, bool]:
     return {str(pattern): on for pattern, on in given.items()}
 
 
-def _is_wanted(name: str, patterns: dict[str, bool]) -> bool:
+def is_wanted(name: str, patterns: dict[str, bool]) -> bool:
+    """What the last pattern that fits says."""
     wanted = False
     for pattern, on in patterns.items():
         if fnmatchcase(name, pattern) or pattern == "default":
@@ -94,7 +101,7 @@ def pack(model: Model, rows: Iterable[dict[str, Any]]) -> None:
 
     packed = dict(model.packed)
     for row in progress(list(rows), "compress", unit="layer"):
-        packed[row["name"]] = _stored(model, row["name"]) if row["name"] in model.stored_layers else _packed(model, row)
+        packed[row["name"]] = _stored(model, row["name"]) if row["name"] in model.stored_layers else packed_weight(model, row)
         model.checkpoint.release([row["weight"]])
     model.packed = packed
 
@@ -112,7 +119,7 @@ def _stored(model: Model, module: str) -> PackedWeight:
     return PackedWeight(model.stored_layers[module].form, kept)
 
 
-def _packed(model: Model, row: dict[str, Any]) -> PackedWeight:
+def packed_weight(model: Model, row: dict[str, Any]) -> PackedWeight:
     name = f"{row['name']}.weight_quantizer"
     pair, quantizers = pair_of(model, row["name"]), stage_quantizers(quantizer_of(model, name))
     schemes = [stage.scheme for stage in quantizers]

@@ -36,6 +36,7 @@ extern const mq_py_part mq_py_repack;
 extern const mq_py_part mq_py_run;
 extern const mq_py_part mq_py_runtime;
 extern const mq_py_part mq_py_search;
+extern const mq_py_part mq_py_straight_through;
 extern const mq_py_part mq_py_system;
 
 #endif

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,6 +26,14 @@ class TensorQuantizer:
     shape. if_quant: rounds; if_calib: takes note of what passes, for `load_calib_amax`; both may be on. Errors: ValueError for attributes
     that make no quantizer, for NaN or infinity seen by a calibration, and when it has to round without knowing a range.
     """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> TensorQuantizer:
+        """Beside torch it is a torch.nn.Module too, which modules can hold."""
+        if cls is TensorQuantizer and "torch" in sys.modules:
+            from modelq.torch_models.quantizer_module import QuantizerModule
+
+            return object.__new__(QuantizerModule)
+        return object.__new__(cls)
 
     def __init__(self, quant_attribute_cfg: Any = None, amax: Any = None, if_quant: bool = True, if_calib: bool = False,
                  name: str = "quantizer"):
@@ -209,6 +218,16 @@ class TensorQuantizer:
     def prepared(self, x: Any) -> Any:
         """What would be rounded of an array: times pre_quant_scale, rotated."""
         return give_back(without_rounding(self.core)(take(x, self.name)), x)
+
+    def gradient(self, gradient: Any, x: Any = None) -> Any:
+        """The gradient of a loss by what was given, from that by what came out: straight through; with x, what was given, nothing passes
+        where its magnitude is above amax. Arrays alike, of any framework, on the CPU."""
+        core, array = self.core if x is not None else without_rounding(self.core), take(gradient, self.name)
+        if x is None and core.pre_quant_scale is None and not core.rotate:
+            return gradient
+        rows = self.as_rows(array)
+        made = _core.straight_through(core, rows if x is None else self.as_rows(take(x, self.name)), rows)
+        return give_back(self._as_it_came(made, array), gradient)
 
     # State -------------------------------------------------------------------------------------------------------------------------
 

@@ -8,11 +8,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from modelq.arrays import give_back, take
+from modelq.checkpoint.dialects import Form
+from modelq.checkpoint.quantized import dequantized
 from modelq.experts import PARENT as EXPERTS
 from modelq.rules import Slot
 from modelq.torch_models.attention import intercept, is_attention, let_go
-from modelq.torch_models.experts import QuantizedExperts, is_experts, matrices_of, matrix_shape
-from modelq.torch_models.quantizer_module import QuantizerModule, SequentialQuantizer
+from modelq.torch_models.experts import QuantizedExperts, is_experts, matrices_of, matrix_of, matrix_shape
+from modelq.torch_models.quantizer_module import SCALES, QuantizerModule, SequentialQuantizer
 
 # Class: its name in rules, and where it has quantizers. The order is the reference's.
 _CONVOLUTIONS = tuple(getattr(torch.nn, f"Conv{kind}{rank}d") for kind in ("", "Transpose") for rank in (1, 2, 3))
@@ -29,12 +32,32 @@ class QuantizedModule:
     weight_quantizer: QuantizerModule
     output_quantizer: QuantizerModule
     _in_forward = False
+    packed: tuple[Form, str] | None = None      # how a compressed weight is held, and its dtype
 
     @property
     def weight(self) -> torch.Tensor:
         """The parameter; while the module computes, what its quantizer makes of it."""
         parameter = self._parameters["weight"]      # type: ignore[attr-defined]
-        return self.weight_quantizer(parameter) if self._in_forward else parameter
+        if not self._in_forward:
+            return parameter        # type: ignore[no-any-return]
+        return self.weight_quantizer(parameter) if self.packed is None else self.dense_weight()
+
+    def dense_weight(self) -> torch.Tensor:
+        """What a compressed weight stands for."""
+        assert self.packed is not None
+        form, dtype = self.packed
+        codes = self._parameters["weight"]      # type: ignore[attr-defined]
+        parts = {"weight": codes, "weight_scale": self.weight_quantizer._scale, "weight_scale_2": self.weight_quantizer._double_scale}
+        held = {role: take(part.cpu(), role) for role, part in parts.items() if part is not None}
+        return give_back(dequantized(form, held, dtype), codes).to(codes.device)        # type: ignore[no-any-return]
+
+    def unpack(self) -> None:
+        """The weight that the packed parts stand for, as an ordinary parameter again."""
+        dense = self.dense_weight()
+        self._parameters["weight"] = torch.nn.Parameter(dense)      # type: ignore[attr-defined]
+        self.packed = None
+        for name in SCALES:
+            setattr(self.weight_quantizer, name, None)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         rounded = self.input_quantizer(x)
@@ -106,11 +129,24 @@ def places(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, str]]
                 yield f"{name}.{place.path}".lstrip("."), module.get_submodule(owner), attribute
 
 
+def weights_of(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """(path of its quantizer, tensor) of every weight of a module with quantizers."""
+    if is_experts(module):
+        return [(f"{matrix}_weight_quantizers.{expert}", matrix_of(module, matrix, expert)) for matrix in matrices_of(module)
+                for expert in range(module.num_experts)]
+    return [("weight_quantizer", module._parameters["weight"])] if hasattr(module, "weight_quantizer") else []
+
+
 def slots_of(model: torch.nn.Module) -> Iterator[Slot]:
     """Every place for a quantizer."""
     for name, module in model.named_modules():
         for place in places_in(module):
             yield Slot(f"{name}.{place.path}".lstrip("."), name, place.role, parent_of(module), place.shape)
+
+
+def is_packed(model: torch.nn.Module) -> bool:
+    """Whether any weight is compressed."""
+    return any(isinstance(module, QuantizedModule) and module.packed is not None for module in model.modules())
 
 
 def insert(module: torch.nn.Module) -> None:

@@ -13,7 +13,8 @@ import torch
 from modelq.config import QuantizeConfig, QuantizerCfgEntry, normalize_quant_cfg_list
 from modelq.quantizers import rotated_columns
 from modelq.rules import Setting, apply_rules, changed_settings, default_setting, stages, warn_idle
-from modelq.torch_models.modules import QuantizedModule, insert, is_inserted, places, places_in, remove, slots_of
+from modelq.torch_models.modules import (QuantizedModule, insert, is_inserted, is_packed, places, places_in, remove, slots_of,
+                                         weights_of)
 from modelq.torch_models.originals import Originals
 from modelq.torch_models.quantizer_module import make_quantizer
 
@@ -24,6 +25,7 @@ Pattern = str | Callable[[str], bool]
 def quantize(model: torch.nn.Module, config: Any, forward_loop: Callable[..., Any] | None = None,
              compat: str | None = None) -> torch.nn.Module:
     """Quantize a model in place and return it; see `modelq.quantization.quantize`. If anything raises, it is as it was."""
+    _refuse_packed(model)
     parsed = QuantizeConfig.parse(config)
     steps = _runnable(parsed.algorithm, compat)
     with inserted(model) as (defaults, originals):
@@ -39,6 +41,7 @@ def calibrate(model: torch.nn.Module, algorithm: Any = "max", forward_loop: Call
               compat: str | None = None) -> torch.nn.Module:
     """Find anew the amax of every enabled quantizer of a quantized model."""
     settings_of(model)
+    _refuse_packed(model)
     steps = _runnable(algorithm, compat)
     with _all_or_nothing(model) as originals:
         _calibrate(model, steps, forward_loop, compat, originals)
@@ -76,17 +79,30 @@ def fold_weight(model: torch.nn.Module, keep_attrs: bool = False) -> None:
     """Weights become what their quantizers make of them, which are then off (and forget their amax, unless keep_attrs)."""
     settings = dict(settings_of(model))
     for name, module in model.named_modules():
-        quantizer = getattr(module, "weight_quantizer", None)
-        if isinstance(module, QuantizedModule) and quantizer.is_enabled:
-            with torch.no_grad():
-                module._parameters["weight"].copy_(quantizer(module._parameters["weight"]))
-            quantizer.disable()
-            quantizer.pre_quant_scale = None
-            if not keep_attrs:
-                quantizer.reset_amax()
-            place = f"{name}.weight_quantizer".lstrip(".")
-            settings[place] = replace(settings[place], enable=False)
+        if not is_inserted(module):
+            continue
+        for place, weight in weights_of(module):
+            quantizer, full = module.get_submodule(place), f"{name}.{place}".lstrip(".")
+            if quantizer.is_enabled:
+                _fold(module, quantizer, weight)
+                quantizer.disable()
+                quantizer.pre_quant_scale = None
+                if not keep_attrs:
+                    quantizer.reset_amax()
+                settings[full] = replace(settings[full], enable=False)
     setattr(model, SETTINGS, settings)
+
+
+def _fold(module: Any, quantizer: Any, weight: torch.Tensor) -> None:
+    """The module's weight as it computes, a branch of low rank included."""
+    branch, quantizer_is_needed = quantizer.low_rank, getattr(module, "packed", None) is None
+    if not quantizer_is_needed:
+        module.unpack()
+        weight = module._parameters["weight"]
+    with torch.no_grad():
+        made = quantizer(weight) if quantizer_is_needed else weight
+        weight.copy_(made if branch is None else made + quantizer.svdquant_lora_b @ quantizer.svdquant_lora_a)
+    quantizer.low_rank = None
 
 
 def settings_of(model: torch.nn.Module) -> dict[str, Setting]:
@@ -118,6 +134,12 @@ def _calibrate(model: torch.nn.Module, steps: list[dict[str, Any]], forward_loop
 
     for step in steps:
         run_step(model, step, forward_loop, compat, originals)
+
+
+def _refuse_packed(model: torch.nn.Module) -> None:
+    if is_packed(model):
+        raise ValueError("the model's weights are compressed: the original ones are gone; load the model again, or call fold_weight to go on "
+                         "from what they stand for")
 
 
 def _refuse_nothing(settings: Mapping[str, Setting]) -> None:

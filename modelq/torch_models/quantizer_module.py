@@ -1,6 +1,7 @@
 """Quantizers as torch modules: seen by named_modules(), kept by state_dict(), crossed by gradients."""
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from modelq.nn.tensor_quantizer import STATE, TensorQuantizer
 from modelq.quantizers import Sequential, core_quantizer, found_values, set_found_values
 
 LOW_RANK = ("svdquant_lora_a", "svdquant_lora_b")       # down [rank, in] and up [out, rank], under Model Optimizer's names
+SCALES = ("_scale", "_double_scale")                    # of a weight that `compress` packed
 
 
 class QuantizerModule(TensorQuantizer, torch.nn.Module):
@@ -22,19 +24,21 @@ class QuantizerModule(TensorQuantizer, torch.nn.Module):
                  name: str = "quantizer"):
         torch.nn.Module.__init__(self)
         TensorQuantizer.__init__(self, quant_attribute_cfg, amax, if_quant, if_calib, name)
-        for half in LOW_RANK:
-            self.register_buffer(half, None)
+        for name in (*LOW_RANK, *SCALES):
+            self.register_buffer(name, None)
 
     __call__ = torch.nn.Module.__call__         # its hooks are run
 
     @torch.compiler.disable
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.requires_grad and torch.is_grad_enabled():
+        if isinstance(x, torch.Tensor) and x.requires_grad and torch.is_grad_enabled():
             return _StraightThrough.apply(x, self)
         return self.compute(x)
 
     def compute(self, x: torch.Tensor) -> torch.Tensor:
         """The same, without gradients."""
+        if isinstance(x, torch.Tensor) and x.device.type != "cpu":
+            return self.compute(x.cpu()).to(x.device)
         if self.low_rank is None:
             return TensorQuantizer.__call__(self, x)
         rest = self.low_rank.taken_from(take(self.prepared(x), self.name))
@@ -43,6 +47,12 @@ class QuantizerModule(TensorQuantizer, torch.nn.Module):
             set_found_values(plain, [found._replace(pre_quant_scale=None) for found in found_values(self.core)])
             rest = plain(rest)
         return give_back(rest, x)
+
+    @property
+    def masks_gradients(self) -> bool:
+        """Whether no gradient passes where a magnitude is above the range."""
+        rounds = self.rounds and self.is_enabled and self.amax is not None and self.low_rank is None
+        return rounds and not self.attributes.pass_through_bwd
 
     @property
     def low_rank(self) -> LowRank | None:
@@ -81,19 +91,21 @@ class QuantizerModule(TensorQuantizer, torch.nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizerModule:
         made = super().__deepcopy__(memo)
         made.low_rank = self.low_rank
+        for name in SCALES:
+            setattr(made, name, copy.deepcopy(getattr(self, name)))
         made.train(self.training)
         return made
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         for name, value in self.state().items():
             destination[f"{prefix}_{name}"] = torch.from_numpy(value.copy())
-        destination.update({f"{prefix}{half}": getattr(self, half) for half in LOW_RANK if getattr(self, half) is not None})
+        destination.update({f"{prefix}{name}": getattr(self, name) for name in (*LOW_RANK, *SCALES) if getattr(self, name) is not None})
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
                               unexpected_keys: list[str], error_msgs: list[str]) -> None:
         given = {name: state_dict[f"{prefix}_{name}"].cpu().numpy() for name in STATE if f"{prefix}_{name}" in state_dict}
-        for half in LOW_RANK:
-            setattr(self, half, state_dict.get(f"{prefix}{half}"))
+        for name in (*LOW_RANK, *SCALES):
+            setattr(self, name, state_dict.get(f"{prefix}{name}"))
         try:
             self.load_state(given)
         except (ValueError, TypeError) as error:
@@ -143,6 +155,22 @@ class SequentialQuantizer(torch.nn.Sequential):
         self[0].pre_quant_scale = value
 
     @property
+    def _scale(self) -> torch.Tensor | None:
+        return self[0]._scale
+
+    @_scale.setter
+    def _scale(self, value: torch.Tensor | None) -> None:
+        self[0]._scale = value
+
+    @property
+    def _double_scale(self) -> torch.Tensor | None:
+        return self[0]._double_scale
+
+    @_double_scale.setter
+    def _double_scale(self, value: torch.Tensor | None) -> None:
+        self[0]._double_scale = value
+
+    @property
     def rounds(self) -> bool:
         return self[0].rounds
 
@@ -188,15 +216,15 @@ def make_quantizer(name: str, stages: Sequence[Any]) -> QuantizerModule | Sequen
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Rounded on the way in, as if it were not on the way back (Bengio et al. 2013)."""
+    """Rounded on the way in, as if it were not on the way back (Bengio et al. 2013), but for what is clipped if so wished."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, quantizer: QuantizerModule) -> torch.Tensor:
-        made = quantizer.compute(x.detach())
-        scale = quantizer.pre_quant_scale
-        ctx.scale = None if scale is None else torch.from_numpy(scale).to(x.dtype)
+        ctx.quantizer, ctx.masks = quantizer, quantizer.masks_gradients
+        ctx.save_for_backward(*[x] * ctx.masks)
+        made: torch.Tensor = quantizer.compute(x.detach())
         return made.view_as(made)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return gradient if ctx.scale is None else gradient * ctx.scale, None
+        return ctx.quantizer.gradient(gradient, *ctx.saved_tensors), None

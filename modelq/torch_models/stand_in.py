@@ -30,7 +30,7 @@ class Weights(Checkpoint):
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], path: Path, config: dict[str, Any]):
         self._live = dict(tensors)
-        infos = {name: TensorInfo(name, take(value, name).dtype.name, tuple(value.shape), value.numel() * value.element_size())
+        infos = {name: TensorInfo(name, str(value.dtype).removeprefix("torch."), tuple(value.shape), value.numel() * value.element_size())
                  for name, value in self._live.items()}
         super().__init__(path, config, infos)
 
@@ -64,7 +64,8 @@ class StandIn:
         self.quantizers: dict[str, Any] = {name: make_quantizer(setting) for name, setting in self.settings.items()}
         for name, quantizer in quantizers_of(model).items():
             set_found_values(self.quantizers[name], found_values(quantizer.native))
-        self.low_rank: dict[str, Any] = {}
+        self.low_rank = {name.removesuffix(".weight_quantizer"): quantizer.low_rank for name, quantizer in quantizers_of(model).items()
+                         if quantizer.low_rank is not None}
         self.search_losses: dict[str, Any] = {}
         dtypes = {info.dtype for info in self.checkpoint.tensors.values()}
         self.runtime = SimpleNamespace(compute="float32" if dtypes <= {"float32"} else "bfloat16")

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from modelq.arrays import take
 from modelq.checkpoint.folder import copy_files, side_files_of
 from modelq.model import Model
 from modelq.quantizers import found_values, make_quantizer, set_found_values
 from modelq.torch_models.experts import is_experts, matrix_of
+from modelq.torch_models.modules import QuantizedModule
 from modelq.torch_models.quantize import quantizers_of, settings_of
 from modelq.torch_models.stand_in import Weights
 
@@ -23,8 +27,21 @@ class TorchCheckpoint(Weights):
 
     def __init__(self, model: Any):
         self._model = model
-        super().__init__(_parameters(model), Path(str(model.config._name_or_path or ".")), _config_of(model))
+        self._packed = {f"{name}.weight": module for name, module in model.named_modules()
+                        if isinstance(module, QuantizedModule) and module.packed is not None}
+        super().__init__(_parameters(model, self._packed), Path(str(model.config._name_or_path or ".")), _config_of(model))
         self.side_files = side_files_of(self.path) if self.path.is_dir() else ()
+
+    def read(self, name: str) -> np.ndarray:
+        """Of a compressed weight, what its parts stand for, without what calibration made of the weight before it was packed."""
+        if name not in self._packed:
+            return super().read(name)
+        module = self._packed[name]
+        quantizer, weight = module.weight_quantizer, module.dense_weight()
+        if quantizer.low_rank is not None:
+            weight = weight + quantizer.svdquant_lora_b @ quantizer.svdquant_lora_a
+        scale = quantizer.pre_quant_scale
+        return take(weight if scale is None else (weight / torch.from_numpy(scale)).to(weight.dtype), name)
 
     def tokenizer(self) -> Any:
         from modelq.checkpoint.tokenizer import Tokenizer
@@ -64,8 +81,8 @@ def twin_of(model: Any) -> Model:
     return twin
 
 
-def _parameters(model: Any) -> dict[str, torch.Tensor]:
-    """By names on disk, where experts are linears of their own."""
+def _parameters(model: Any, packed: Mapping[str, QuantizedModule]) -> dict[str, torch.Tensor]:
+    """By names on disk, where experts are linears of their own. Of compressed weights only dtype and shape are there."""
     found: dict[str, torch.Tensor] = {}
     tied = model.config.tie_word_embeddings
     experts = {name: module for name, module in model.named_modules() if is_experts(module)}
@@ -73,6 +90,9 @@ def _parameters(model: Any) -> dict[str, torch.Tensor]:
         container, _, matrix = name.rpartition(".")
         if tied and name == "lm_head.weight":
             continue
+        if name in packed:
+            form, dtype = packed[name].packed       # type: ignore[misc]
+            value = torch.empty(form.shape, dtype=getattr(torch, dtype), device="meta")
         views = [value.detach()] if container not in experts else _by_expert(experts[container], matrix)
         found.update(zip(_names_on_disk(model, name, value), views, strict=True))
     return found

@@ -251,3 +251,97 @@ def test_save_and_restore(golden, preset, tmp_path):
         modelq.restore(Net(), tmp_path)
     with pytest.raises(ValueError, match="not quantized yet"):
         modelq.save(load(golden["llama"]), tmp_path)
+
+
+def without_negative_zeros(codes):
+    """Of FP8, or of pairs of FP4 codes."""
+    low, high = codes.view(np.uint8) & 15, codes.view(np.uint8) >> 4
+    return np.where(low == 8, 0, low) | (np.where(high == 8, 0, high) << 4)
+
+
+@pytest.mark.parametrize("preset", ["FP8_DEFAULT_CFG", "NVFP4_DEFAULT_CFG", "INT4_AWQ_CFG", "W4A8_AWQ_BETA_CFG", "NVFP4_SVDQUANT_DEFAULT_CFG",
+                                    "INT8_DEFAULT_CFG"])
+def test_compressed_weights(golden, preset, tmp_path):
+    """A fraction of the memory; codes are those of an export, before and afterwards. Copies too."""
+    model = quantize(load(golden["llama"]), golden["llama"], getattr(mtq, preset))
+    before, expected, plain = model.get_submodule(UP).weight.nbytes, logits(model, golden["llama"]), logits(load(golden["llama"]), golden["llama"])
+    export_hf_checkpoint(model, export_dir=tmp_path / "before")
+    mtq.compress(model, {"*": True})
+    module = model.get_submodule(UP)
+    assert module.weight.nbytes <= before / (2 if "8_DEF" in preset else 4) and module.weight_quantizer._scale is not None
+    assert np.linalg.norm(logits(model, golden["llama"]) - plain) <= 1.2 * np.linalg.norm(expected - plain)
+    exported = golden_data.read_safetensors(tmp_path / "before")
+    if "_DEFAULT" in preset and "SVD" not in preset:
+        assert module.weight.detach().view(torch.uint8).numpy().tobytes() == exported[f"{UP}.weight"].tobytes()
+    np.testing.assert_array_equal(logits(copy.deepcopy(model), golden["llama"]), logits(model, golden["llama"]))
+    with pytest.raises(ValueError, match="compressed"):
+        quantize(model, golden["llama"], mtq.FP8_DEFAULT_CFG)
+    with pytest.raises(ValueError, match="nothing to compress"):
+        mtq.compress(model)
+    export_hf_checkpoint(model, export_dir=tmp_path / "after")
+    one, other = exported, golden_data.read_safetensors(tmp_path / "after")
+    assert one.keys() == other.keys()
+    codes = [[without_negative_zeros(tensors[name]) for name in sorted(one) if name.endswith("proj.weight")] for tensors in (one, other)]
+    assert np.mean([np.mean(a != b) for a, b in zip(*codes)]) <= 0.01
+    expected = logits(model, golden["llama"])
+    mtq.fold_weight(model)
+    assert module.weight.nbytes == before and not module.weight_quantizer.is_enabled
+    if "SVD" in preset:     # the branch is in the weight then, and sees rounded inputs
+        assert np.linalg.norm(logits(model, golden["llama"]) - plain) <= 1.5 * np.linalg.norm(expected - plain)
+    else:
+        np.testing.assert_array_equal(logits(model, golden["llama"]), expected)
+
+
+@pytest.mark.parametrize("preset", ["FP8_DEFAULT_CFG", "INT4_BLOCKWISE_WEIGHT_ONLY_CFG"])
+def test_folded_experts(golden, preset):
+    model = quantize(load(golden["qwen3moe"], "float32"), golden["qwen3moe"], getattr(mtq, preset))
+    expected = logits(model, golden["qwen3moe"])
+    mtq.fold_weight(model)
+    np.testing.assert_array_equal(logits(model, golden["qwen3moe"]), expected)
+
+
+@pytest.mark.parametrize("attributes, shape", [({"num_bits": 8}, (5, 40)), ({"num_bits": 8, "axis": 0}, (6, 2, 3, 3)), ({"num_bits": 8, "axis": -1}, (3, 5, 24)),
+                                               ({"num_bits": (4, 3)}, (7,)), ({"num_bits": 4, "block_sizes": {-1: 32}}, (3, 96)),
+                                               ({"num_bits": (4, 3), "block_sizes": {-1: 32, -2: 4}}, (10, 70))])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_no_gradient_passes_where_it_was_clipped(attributes, shape, dtype):
+    """pass_through_bwd False, as Model Optimizer: the mask is |x| <= amax in every grain; otherwise straight through."""
+    torch.manual_seed(0)
+    x, gradient = (torch.randn(shape, dtype=dtype) for _ in range(2))
+    whole = torch.ones_like(x, dtype=torch.float32)
+    for through in (False, True):
+        quantizer = TensorQuantizer({**attributes, "pass_through_bwd": through})
+        quantizer.collect(x.float())
+        amax = np.asarray(quantizer.compute_amax()) * np.float32(0.5)
+        quantizer.amax = amax
+        if "block_sizes" in attributes:
+            rows, columns = attributes["block_sizes"].get(-2, 1), attributes["block_sizes"][-1]
+            limit = torch.from_numpy(amax.reshape(-(-shape[0] // rows), -1)).repeat_interleave(rows, 0)[:shape[0]]
+            limit = limit.repeat_interleave(columns, 1)[:, :shape[1]]
+        elif attributes.get("axis") == -1:
+            limit = torch.from_numpy(np.ravel(amax))
+        else:
+            limit = torch.from_numpy(np.ravel(amax)).reshape(-1, *[1] * (len(shape) - 1)) * whole
+        leaf = x.clone().requires_grad_()
+        quantizer(leaf).backward(gradient)
+        mask = torch.ones_like(x, dtype=torch.bool) if through else x.float().abs() <= limit
+        assert torch.equal(leaf.grad, torch.where(mask, gradient, 0)) and (through or 0 < mask.float().mean() < 1)
+
+
+def test_gradients_cross_scales_and_rotations():
+    torch.manual_seed(0)
+    x, gradient, scale = torch.randn(4, 64, dtype=torch.float32), torch.randn(4, 64), torch.rand(64) + 0.5
+    quantizer = TensorQuantizer({"num_bits": (4, 3), "pass_through_bwd": False}, amax=1.0)
+    quantizer.pre_quant_scale = scale
+    leaf = x.clone().requires_grad_()
+    quantizer(leaf).backward(gradient)
+    torch.testing.assert_close(leaf.grad, torch.where((x * scale).abs() <= 1, gradient, 0) * scale)
+    quantizer.core.rotate = 64
+    hadamard = torch.ones(1, 1)
+    while len(hadamard) < 64:
+        hadamard = torch.cat([torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)])
+    hadamard /= 8
+    leaf = x.clone().requires_grad_()
+    quantizer(leaf).backward(gradient)
+    mask = ((x * scale) @ hadamard).abs() <= 1
+    torch.testing.assert_close(leaf.grad, torch.where(mask, gradient, 0) @ hadamard * scale, atol=1e-5, rtol=1e-5)
