@@ -199,11 +199,11 @@ class TensorQuantizer:
         return give_back(without_rounding(self.core)(array), x) if prepares else x
 
     def as_rows(self, array: np.ndarray) -> np.ndarray:
-        """As the core takes it: channels of more than two axes (convolutions) are rows; where a cache [batch, heads, tokens, channels] has
-        biases, the heads' channels are columns."""
+        """As the core takes it: channels of an array that is no matrix (convolutions, vectors) are rows; where a cache [batch, heads,
+        tokens, channels] has biases, the heads' channels are columns."""
         if self.attributes.bias is not None and array.ndim == 4:
             return array.swapaxes(1, 2).reshape(array.shape[0], array.shape[2], -1)
-        return array.reshape(len(array), -1) if self.axis in (0, (0,)) and array.ndim > 2 else array
+        return array.reshape(len(array), -1) if self.axis in (0, (0,)) and array.ndim not in (0, 2) else array
 
     def _as_it_came(self, rows: np.ndarray, array: np.ndarray) -> np.ndarray:
         if self.attributes.bias is not None and array.ndim == 4:

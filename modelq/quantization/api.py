@@ -20,8 +20,8 @@ from modelq.rules import Setting, apply_rules, changed_settings, default_setting
 from modelq.supported import check_settings, warn_partial_blocks
 from modelq.torch_models import is_torch_model
 
-__all__ = ["calibrate", "disable_quantizer", "enable_quantizer", "quantize", "set_quantizer_attributes_full",
-           "set_quantizer_attributes_partial", "set_quantizer_by_cfg", "set_quantizer_by_cfg_context"]
+__all__ = ["calibrate", "disable_quantizer", "enable_quantizer", "quantize", "register", "set_quantizer_attributes_full",
+           "set_quantizer_attributes_partial", "set_quantizer_by_cfg", "set_quantizer_by_cfg_context", "unregister"]
 
 Pattern = str | Callable[[str], bool]
 
@@ -156,6 +156,22 @@ def set_quantizer_attributes_partial(model: Model, wildcard_or_filter_func: Patt
         attributes = merged if isinstance(setting.attributes, tuple) else merged[0]
         return replace(setting, attributes=attributes, enable=setting.enable if enable is None else enable, rule=rule)
     _set(model, wildcard_or_filter_func, parent_class, change)
+
+
+def register(original_cls: type, quantized_cls: type) -> None:
+    """Let torch modules of a class be quantized by a user's class, a subclass of it or a mix-in: `_setup(self)` makes its quantizers
+    (modelq.nn.TensorQuantizer) as attributes, and forward calls them. `weight_quantizer` is for the parameter `weight`; others see what
+    passes. TypeError: not classes of that kind."""
+    from modelq.torch_models.modules import register as register_class
+
+    register_class(original_cls, quantized_cls)
+
+
+def unregister(original_cls: type) -> None:
+    """Undo `register`. KeyError: the class is not registered."""
+    from modelq.torch_models.modules import unregister as unregister_class
+
+    unregister_class(original_cls)
 
 
 # Parts ---------------------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ _CONVOLUTIONS = tuple(getattr(torch.nn, f"Conv{kind}{rank}d") for kind in ("", "
 ROLES: dict[type, tuple[str, ...]] = {torch.nn.Linear: ("input", "output", "weight"), torch.nn.Embedding: ("weight", "input", "output"),
                                       **{convolution: ("input", "output", "weight") for convolution in _CONVOLUTIONS}}
 ATTENTION_ROLES = ("q_bmm", "k_bmm", "v_bmm")
+registered: dict[type, type] = {}       # users' classes to what quantizes them
 QUANTIZERS = (QuantizerModule, SequentialQuantizer)
 
 
@@ -77,6 +78,43 @@ def quantized_class(original: type, mixin: type = QuantizedModule) -> type:
     return type(f"Quant{original.__name__}", (mixin, original), {"__module__": original.__module__, "original_class": original})
 
 
+# Users' classes ------------------------------------------------------------------------------------------------------------------
+
+def register(original_cls: type, quantized_cls: type) -> None:
+    """Let modules of a class be quantized by a user's subclass of it (or a mix-in), whose `_setup(self)` makes TensorQuantizers as
+    attributes and whose forward calls them. `weight_quantizer` is for the parameter `weight`; others see what passes. TypeError: no
+    classes of modules, or one without _setup."""
+    if not (isinstance(original_cls, type) and issubclass(original_cls, torch.nn.Module)):
+        raise TypeError(f"register: original_cls must be a class of torch modules, got {original_cls!r}")
+    if not (isinstance(quantized_cls, type) and callable(getattr(quantized_cls, "_setup", None))):
+        raise TypeError("register: quantized_cls must be a class with a method _setup(self) that makes its quantizers, got "
+                        f"{quantized_cls!r}")
+    registered[original_cls] = quantized_cls
+
+
+def unregister(original_cls: type) -> None:
+    """Undo `register`. KeyError: it was not registered."""
+    if original_cls not in registered:
+        raise KeyError(f"{original_cls.__name__} is not registered")
+    del registered[original_cls]
+
+
+def is_custom(module: torch.nn.Module) -> bool:
+    """Whether a module is quantized by a user's class."""
+    return hasattr(type(module), "_registered_for")
+
+
+def _custom_class(original: type) -> type | None:
+    """The class that takes the place of one that is registered, or whose nearest known base is."""
+    known = next((base for base in original.__mro__ if base in registered or base in ROLES), None)
+    if known not in registered:
+        return None
+    quantizing = registered[known]      # type: ignore[index]
+    bases = (quantizing,) if issubclass(quantizing, original) else (quantizing, original)
+    names = {"__module__": original.__module__, "original_class": original, "_registered_for": known}
+    return type(quantizing.__name__, bases, names)
+
+
 # Places for quantizers -----------------------------------------------------------------------------------------------------------
 
 class Place(NamedTuple):
@@ -93,6 +131,11 @@ def kind_of(module: torch.nn.Module) -> type | None:
 
 def places_in(module: torch.nn.Module) -> list[Place]:
     """Where a module has quantizers, or could have; nowhere for most."""
+    if is_custom(module):
+        weight = module._parameters.get("weight")
+        return [Place(name, *(("weight", tuple(weight.shape)) if name == "weight_quantizer" and weight is not None else
+                              ("output" if name == "output_quantizer" else "input", None)))
+                for name, child in module.named_children() if isinstance(child, QUANTIZERS)]
     if (kind := kind_of(module)) is not None:
         shape = tuple(module._parameters["weight"].shape)
         return [Place(f"{role}_quantizer", role, shape) for role in ROLES[kind]]
@@ -108,14 +151,21 @@ def places_in(module: torch.nn.Module) -> list[Place]:
     return []
 
 
+def is_searched(module: torch.nn.Module) -> bool:
+    """Whether a module is one whose weight calibration methods know by itself: a linear or an embedding that is not a user's."""
+    return not is_custom(module) and kind_of(module) in (torch.nn.Linear, torch.nn.Embedding)
+
+
 def parent_of(module: torch.nn.Module) -> str:
     """What rules call the class of a module that has places."""
-    kind = kind_of(module)
+    kind = kind_of(module) if not is_custom(module) else type(module)._registered_for       # type: ignore[attr-defined]
     return f"nn.{kind.__name__}" if kind is not None else EXPERTS if is_experts(module) else "Attention"
 
 
 def is_inserted(module: torch.nn.Module) -> bool:
     """Whether a module has its quantizers."""
+    if is_custom(module):
+        return True
     found = places_in(module)
     return bool(found) and isinstance(getattr(module, found[0].path, None), QUANTIZERS)
 
@@ -134,7 +184,8 @@ def weights_of(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
     if is_experts(module):
         return [(f"{matrix}_weight_quantizers.{expert}", matrix_of(module, matrix, expert)) for matrix in matrices_of(module)
                 for expert in range(module.num_experts)]
-    return [("weight_quantizer", module._parameters["weight"])] if hasattr(module, "weight_quantizer") else []
+    return [("weight_quantizer", module._parameters["weight"])] if isinstance(getattr(module, "weight_quantizer", None), QUANTIZERS) and (
+        module._parameters.get("weight") is not None) else []
 
 
 def slots_of(model: torch.nn.Module) -> Iterator[Slot]:
@@ -151,8 +202,15 @@ def is_packed(model: torch.nn.Module) -> bool:
 
 def insert(module: torch.nn.Module) -> None:
     """Give a module quantizers, all switched off, and the class that calls them."""
+    if is_inserted(module):
+        return
+    if (quantizing := _custom_class(type(module))) is not None:
+        module.__dict__["_children_before"] = tuple(module._modules)
+        _take_class(module, quantizing)
+        module._setup()
+        return
     found = places_in(module)
-    if not found or is_inserted(module):
+    if not found:
         return
     for place in found:
         owner, _, attribute = place.path.rpartition(".")
@@ -170,9 +228,13 @@ def remove(module: torch.nn.Module) -> None:
     """The module as it was before `insert`."""
     if not is_inserted(module):
         return
-    for attribute in dict.fromkeys(place.path.partition(".")[0] for place in places_in(module)):
+    if is_custom(module):
+        added = set(module._modules) - set(module.__dict__.pop("_children_before"))
+    else:
+        added = {place.path.partition(".")[0] for place in places_in(module)}
+    for attribute in added:
         delattr(module, attribute)
-    if is_attention(module):
+    if is_attention(module) and not is_custom(module):
         let_go(module)
     else:
         _take_class(module, type(module).original_class)        # type: ignore[attr-defined]

@@ -13,7 +13,8 @@ import torch
 from modelq.config import QuantizeConfig, QuantizerCfgEntry, normalize_quant_cfg_list
 from modelq.quantizers import rotated_columns
 from modelq.rules import Setting, apply_rules, changed_settings, default_setting, stages, warn_idle
-from modelq.torch_models.modules import (QuantizedModule, insert, is_inserted, is_packed, places, places_in, remove, slots_of,
+from modelq.torch_models.experts import is_experts
+from modelq.torch_models.modules import (insert, is_inserted, is_packed, is_searched, places, places_in, remove, slots_of,
                                          weights_of)
 from modelq.torch_models.originals import Originals
 from modelq.torch_models.quantizer_module import make_quantizer
@@ -138,8 +139,8 @@ def _calibrate(model: torch.nn.Module, steps: list[dict[str, Any]], forward_loop
 
 def _refuse_packed(model: torch.nn.Module) -> None:
     if is_packed(model):
-        raise ValueError("the model's weights are compressed: the original ones are gone; load the model again, or call fold_weight to go on "
-                         "from what they stand for")
+        raise ValueError("the model's weights are compressed: the original ones are gone; load the model again, or call fold_weight to go "
+                         "on from what they stand for")
 
 
 def _refuse_nothing(settings: Mapping[str, Setting]) -> None:
@@ -203,13 +204,15 @@ def _all_or_nothing(model: torch.nn.Module) -> Iterator[Originals]:
 def find_other_weight_amax(model: torch.nn.Module) -> None:
     """Of weights that searches leave alone: all but those of linears and embeddings."""
     for module in model.modules():
-        quantizer = getattr(module, "weight_quantizer", None)
-        if (isinstance(module, QuantizedModule) and not isinstance(module, (torch.nn.Linear, torch.nn.Embedding))
-                and quantizer.is_enabled and quantizer.needs_calibration):
-            quantizer.reset_calibrator()
-            quantizer.collect(module._parameters["weight"])
-            quantizer.load_calib_amax()
-            quantizer.reset_calibrator()
+        if not is_inserted(module) or is_experts(module) or is_searched(module):
+            continue
+        for place, weight in weights_of(module):
+            quantizer = module.get_submodule(place)
+            if quantizer.is_enabled and quantizer.needs_calibration:
+                quantizer.reset_calibrator()
+                quantizer.collect(weight)
+                quantizer.load_calib_amax()
+                quantizer.reset_calibrator()
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from modelq.experts import Place
 from modelq.quantizers import found_values, make_quantizer, set_found_values
 from modelq.rules import Slot
 from modelq.torch_models.experts import is_experts, matrices_of, matrix_of
-from modelq.torch_models.modules import kind_of, slots_of
+from modelq.torch_models.modules import is_searched, kind_of, slots_of
 from modelq.torch_models.quantize import quantizers_of, settings_of
 
 # Linears of one parent that read one input, by the end of their names.
@@ -86,7 +86,7 @@ def _rows(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> Iterator[
     for name, module in model.named_modules():
         found = _LAYER.search(name)
         layer = int(found[1]) if found else -1
-        if kind_of(module) in (torch.nn.Linear, torch.nn.Embedding):
+        if is_searched(module):
             parameter = module._parameters["weight"]
             weight = names.setdefault(id(parameter), f"{name}.weight")
             tensors[weight] = parameter.detach()
