@@ -161,7 +161,11 @@ class TensorQuantizer:
             seen = np.asarray(stage_amax(self.attributes, self.as_rows(array)), np.float32)
             if not np.isfinite(seen).all():
                 raise ValueError(f"{self.name}: NaN or infinity in an array of shape {list(array.shape)}")
-            self._maxima = seen if self._maxima is None else np.maximum(self._maxima, seen)
+            self.collect_maxima(seen)
+
+    def collect_maxima(self, seen: np.ndarray) -> None:
+        """Take note of magnitudes that were seen elsewhere, in the grain of amax."""
+        self._maxima = seen if self._maxima is None else np.maximum(self._maxima, seen)
 
     def compute_amax(self, method: str = "entropy", **options: Any) -> np.ndarray | None:
         """What the calibration found; None if nothing passed. method: of histograms (entropy, percentile or mse)."""

@@ -28,6 +28,7 @@ from modelq.streaming import Part, unread
 from modelq.tables import listed
 from modelq.torch_models.experts import QuantizedExperts
 from modelq.torch_models.originals import Originals
+from modelq.torch_models.processes import merge, run_together
 from modelq.torch_models.quantize import SETTINGS, find_other_weight_amax, quantizers_of, rounding
 from modelq.torch_models.quantizer_module import QuantizerModule
 from modelq.torch_models.stand_in import StandIn
@@ -110,17 +111,24 @@ class Step:
              ) -> list[Part]:
         """Compute while these take note, and take the ranges; returns the parts with the number of tokens that reached each expert."""
         quantized = self.method.under_quantization and bool(parts)
-        quantizers = quantizers_of(self.model)
+        quantizers, points = quantizers_of(self.model), _points(parts, statistics)
         with ExitStack() as hooks, torch.no_grad():
+            largest = _Largest()
             for name, found in ranges.items():
-                hooks.callback(quantizers[name].register_forward_hook(_range_hook(found)).remove)
-            for point, calibrators in _points(parts, statistics).items():
+                hooks.callback(quantizers[name].register_forward_hook(_range_hook(found, largest)).remove)
+            for point, calibrators in points.items():
                 hook = _statistics_hook(calibrators, quantized and not self.method.sees_rounded,
                                         self.experts.get(point.rpartition(".")[0]))
                 hooks.callback(quantizers[point].register_forward_hook(hook).remove)
             tokens = hooks.enter_context(self.counting())
             hooks.enter_context(rounding(quantizers, weights=False, activations=quantized))
-            run()
+            run_together(run)
+            largest.hand_over()
+        counters = {f"{point}:{expert}:{index}": calibrator for point, by_expert in points.items()
+                    for expert, calibrators in by_expert.items() for index, calibrator in enumerate(calibrators)}
+        counters |= {name: found.statistics for name, found in ranges.items() if isinstance(found, Range)}
+        merge(counters, {name: found.statistics for name, found in ranges.items() if not isinstance(found, Range)}, tokens)
+        self.idle_experts = {name: np.flatnonzero(count == 0) for name, count in tokens.items() if count.any() and not count.all()}
         self.take_ranges(ranges)
         counted = [part if part.expert is None else part._replace(tokens=int(tokens[part.modules[0]["container"]][part.expert]))
                    for part in parts]
@@ -137,7 +145,6 @@ class Step:
         finally:
             for module in self.experts.values():
                 object.__setattr__(module, "tokens", None)
-        self.idle_experts = {name: np.flatnonzero(count == 0) for name, count in tokens.items() if count.any() and not count.all()}
 
     def take_ranges(self, ranges: dict[str, Any]) -> None:
         """Those that saw something are found; none is left to be."""
@@ -217,9 +224,34 @@ def _points(parts: Sequence[Part], statistics: Sequence[Mapping[str, InputStatis
     return points
 
 
-def _range_hook(found: Range) -> Any:
+class _Largest:
+    """Largest magnitudes that stay on the device where they were found until all data have passed: no call waits for the device."""
+
+    def __init__(self) -> None:
+        self._found: dict[int, tuple[Any, torch.Tensor]] = {}
+
+    def collect(self, found: Range, x: torch.Tensor) -> None:
+        seen = x.detach().abs().amax() if x.numel() else x.new_zeros(())
+        before = self._found.get(id(found))
+        self._found[id(found)] = (found, seen if before is None else torch.maximum(before[1], seen.to(before[1])))
+
+    def hand_over(self) -> None:
+        for found, seen in self._found.values():
+            found.statistics.collect(take(seen.reshape(1).cpu(), found.name))
+
+
+def is_on_cpu(x: torch.Tensor) -> bool:
+    return x.device.type == "cpu"
+
+
+def _range_hook(found: Any, largest: _Largest) -> Any:
+    plain = isinstance(found, Range) and found.statistics.kind == "max"
+
     def collect(quantizer: QuantizerModule, arguments: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        found.statistics.collect(quantizer.as_rows(take(output, found.name)))
+        if plain and not is_on_cpu(output):
+            largest.collect(found, output)
+        else:
+            found.statistics.collect(quantizer.as_rows(take(output.cpu(), found.name)))
     return collect
 
 
@@ -228,7 +260,7 @@ def _statistics_hook(calibrators: Mapping[int | None, Sequence[Any]], prepared: 
     def collect(quantizer: QuantizerModule, arguments: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         looking = calibrators.get(experts.running if experts is not None else None)
         if looking:
-            array = take(quantizer.prepared(arguments[0]) if prepared else output, quantizer.name)
+            array = take(quantizer.prepared(arguments[0].cpu()) if prepared else output.cpu(), quantizer.name)
             for calibrator in looking:
                 calibrator.collect(array)
     return collect

@@ -25,10 +25,9 @@ def matrix_shape(module: torch.nn.Module, matrix: str) -> tuple[int, int]:
     return (shape[2], shape[1]) if module.is_transposed else (shape[1], shape[2])
 
 
-def matrix_of(module: torch.nn.Module, matrix: str, expert: int) -> torch.Tensor:
-    """A view of one expert's matrix [out, in]."""
-    weight: torch.Tensor = module._parameters[matrix][expert]       # type: ignore[index]
-    return weight.t() if module.is_transposed else weight
+def matrix_of(module: torch.nn.Module, stacked: torch.Tensor, expert: int) -> torch.Tensor:
+    """A view of one expert's matrix [out, in] of the stacked ones."""
+    return stacked[expert].t() if module.is_transposed else stacked[expert]
 
 
 class QuantizedExperts:
@@ -38,6 +37,7 @@ class QuantizedExperts:
     running: int | None = None
     tokens: torch.Tensor | None = None
 
+    @torch.compiler.disable
     def forward(self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         """Expert by expert, as transformers' own eager implementation does it: the other ones (grouped or batched products) have no place
         for quantizers between their matrices, and compute while every quantizer is off."""
@@ -63,6 +63,6 @@ class QuantizedExperts:
 
     def _project(self: Any, matrix: str, expert: int, x: torch.Tensor) -> torch.Tensor:
         x = getattr(self, f"{matrix}_input_quantizer")(x)
-        weight = getattr(self, f"{matrix}_weight_quantizers")[expert](matrix_of(self, matrix, expert))
+        weight = getattr(self, f"{matrix}_weight_quantizers")[expert](matrix_of(self, self._parameters[matrix], expert))
         bias = self._parameters[f"{matrix}_bias"][expert] if self.has_bias else None
         return torch.nn.functional.linear(x, weight, bias)

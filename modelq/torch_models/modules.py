@@ -60,6 +60,7 @@ class QuantizedModule:
         for name in SCALES:
             setattr(self.weight_quantizer, name, None)
 
+    @torch.compiler.disable
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         rounded = self.input_quantizer(x)
         object.__setattr__(self, "_in_forward", True)
@@ -182,7 +183,7 @@ def places(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, str]]
 def weights_of(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
     """(path of its quantizer, tensor) of every weight of a module with quantizers."""
     if is_experts(module):
-        return [(f"{matrix}_weight_quantizers.{expert}", matrix_of(module, matrix, expert)) for matrix in matrices_of(module)
+        return [(f"{matrix}_weight_quantizers.{expert}", matrix_of(module, module._parameters[matrix], expert)) for matrix in matrices_of(module)
                 for expert in range(module.num_experts)]
     return [("weight_quantizer", module._parameters["weight"])] if isinstance(getattr(module, "weight_quantizer", None), QUANTIZERS) and (
         module._parameters.get("weight") is not None) else []

@@ -37,7 +37,8 @@ class QuantizerModule(TensorQuantizer, torch.nn.Module):
 
     def compute(self, x: torch.Tensor) -> torch.Tensor:
         """The same, without gradients."""
-        if isinstance(x, torch.Tensor) and x.device.type != "cpu":
+        acts = (self.is_enabled and (self._if_quant or self._if_calib)) or self.core.pre_quant_scale is not None or bool(self.core.rotate)
+        if acts and isinstance(x, torch.Tensor) and x.device.type != "cpu":
             return self.compute(x.cpu()).to(x.device)
         if self.low_rank is None:
             return TensorQuantizer.__call__(self, x)
@@ -58,7 +59,7 @@ class QuantizerModule(TensorQuantizer, torch.nn.Module):
     def low_rank(self) -> LowRank | None:
         """A weight's branch of low rank (SVDQuant), which is taken from it before it is rounded."""
         down, up = (getattr(self, half) for half in LOW_RANK)
-        return None if down is None else LowRank(take(down, LOW_RANK[0]), take(up, LOW_RANK[1]))
+        return None if down is None else LowRank(take(down.cpu(), LOW_RANK[0]), take(up.cpu(), LOW_RANK[1]))
 
     @low_rank.setter
     def low_rank(self, branch: LowRank | None) -> None:
@@ -73,7 +74,7 @@ class QuantizerModule(TensorQuantizer, torch.nn.Module):
     def add_low_rank(self, x: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
         """made plus what the branch makes of x."""
         down, up = (getattr(self, half) for half in LOW_RANK)
-        return made if down is None else made + torch.nn.functional.linear(torch.nn.functional.linear(x, down), up)
+        return made if down is None else made + torch.nn.functional.linear(torch.nn.functional.linear(x, down.to(x)), up.to(x))
 
     @property
     def rounds(self) -> bool:

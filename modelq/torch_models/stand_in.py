@@ -35,7 +35,7 @@ class Weights(Checkpoint):
         super().__init__(path, config, infos)
 
     def read(self, name: str) -> np.ndarray:
-        return take(self._live[self._info(name).name], name)
+        return take(self._live[self._info(name).name].cpu(), name)
 
     def live(self, name: str) -> torch.Tensor:
         """The tensor itself."""
@@ -89,7 +89,7 @@ def _rows(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> Iterator[
         if is_searched(module):
             parameter = module._parameters["weight"]
             weight = names.setdefault(id(parameter), f"{name}.weight")
-            tensors[weight] = parameter.detach()
+            tensors[weight] = live_value(module, "weight", name)
             bias = f"{name}.bias" if module._parameters.get("bias") is not None else ""
             yield {"name": name, "kind": kind_of(module).__name__.lower(), "layer": layer, "expert": None, "shape": list(parameter.shape),
                    "weight": weight, "bias": bias, "site": _site(name)}
@@ -97,11 +97,26 @@ def _rows(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> Iterator[
             for expert in range(module.num_experts):
                 for matrix in matrices_of(module):
                     row_name = f"{name}.{matrix}.{expert}"
-                    tensors[row_name] = matrix_of(module, matrix, expert).detach()
+                    tensors[row_name] = matrix_of(module, live_value(module, matrix, name), expert)
                     yield {"name": row_name, "kind": "linear", "layer": layer, "expert": expert, "shape": list(tensors[row_name].shape),
                            "weight": row_name, "bias": "", "site": f"{name}.{matrix}", "container": name,
                            "quantizers": {"weight": f"{name}.{matrix}_weight_quantizers.{expert}",
                                           "input": f"{name}.{matrix}_input_quantizer"}}
+
+
+def live_value(module: torch.nn.Module, parameter: str, module_name: str) -> torch.Tensor:
+    """A parameter's values, though accelerate keep them elsewhere (on disk, on the CPU). ValueError: it has none."""
+    value = module._parameters[parameter]
+    assert value is not None
+    if value.device.type != "meta":
+        return value.detach()
+    hook = getattr(module, "_hf_hook", None)
+    for one in getattr(hook, "hooks", (hook,)):
+        kept = getattr(one, "weights_map", None)
+        if kept is not None and parameter in kept:
+            return kept[parameter].detach()      # type: ignore[no-any-return]
+    raise ValueError(f"{module_name}.{parameter} is on the meta device, it has no values: load the model's weights first (from_pretrained, or "
+                     "to_empty and load_state_dict)")
 
 
 def _site(name: str) -> str:

@@ -19,7 +19,7 @@ from modelq.quantizers import found_values, make_quantizer, set_found_values
 from modelq.torch_models.experts import is_experts, matrix_of
 from modelq.torch_models.modules import QuantizedModule
 from modelq.torch_models.quantize import quantizers_of, settings_of
-from modelq.torch_models.stand_in import Weights
+from modelq.torch_models.stand_in import Weights, live_value
 
 
 class TorchCheckpoint(Weights):
@@ -84,8 +84,8 @@ def twin_of(model: Any) -> Model:
 def _parameters(model: Any, packed: Mapping[str, QuantizedModule]) -> dict[str, torch.Tensor]:
     """By names on disk, where experts are linears of their own. Of compressed weights only dtype and shape are there."""
     found: dict[str, torch.Tensor] = {}
-    tied = model.config.tie_word_embeddings
-    experts = {name: module for name, module in model.named_modules() if is_experts(module)}
+    tied, modules = model.config.tie_word_embeddings, dict(model.named_modules())
+    experts = {name: module for name, module in modules.items() if is_experts(module)}
     for name, value in model.named_parameters(remove_duplicate=False):
         container, _, matrix = name.rpartition(".")
         if tied and name == "lm_head.weight":
@@ -93,17 +93,19 @@ def _parameters(model: Any, packed: Mapping[str, QuantizedModule]) -> dict[str, 
         if name in packed:
             form, dtype = packed[name].packed       # type: ignore[misc]
             value = torch.empty(form.shape, dtype=getattr(torch, dtype), device="meta")
-        views = [value.detach()] if container not in experts else _by_expert(experts[container], matrix)
+        else:
+            value = live_value(modules[container], matrix, container)
+        views = [value] if container not in experts else _by_expert(experts[container], value, matrix)
         found.update(zip(_names_on_disk(model, name, value), views, strict=True))
     return found
 
 
-def _by_expert(module: torch.nn.Module, matrix: str) -> list[torch.Tensor]:
+def _by_expert(module: torch.nn.Module, stacked: torch.Tensor, matrix: str) -> list[torch.Tensor]:
     """Views of a stacked matrix, or of its halves (all of gate, then all of up), expert by expert."""
     if module.has_bias or not module.has_gate or not module.is_concatenated:
         raise ValueError(f"{type(module).__name__}: experts with biases, without a gate, or with gate and up interleaved are not written "
                          "yet")
-    whole = [matrix_of(module, matrix, expert).detach() for expert in range(module.num_experts)]
+    whole = [matrix_of(module, stacked, expert) for expert in range(module.num_experts)]
     if matrix == "down_proj":
         return whole
     halves = [view.chunk(2) for view in whole]

@@ -1,0 +1,61 @@
+"""Data parallel: two processes with half of the data each find what one with all of it does."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+WORKER = """
+import json, sys, warnings
+import numpy as np, torch, transformers
+import modelq.quantization as mtq
+rank, world, source, rows, out, config, fails = json.loads(sys.argv[1])
+torch.set_num_threads(1)
+if world > 1:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{out}/meet", rank=rank, world_size=world)
+model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+data = torch.from_numpy(np.load(rows))
+def loop(model):
+    if fails and rank == 1:
+        raise OSError("no such disk")
+    for row in data[rank * len(data) // world:(rank + 1) * len(data) // world]:
+        model(row[None])
+config = getattr(mtq, config) if isinstance(config, str) else {**getattr(mtq, config[0]), "algorithm": config[1]}
+warnings.simplefilter("ignore")
+mtq.quantize(model, config, loop)
+found = {name: module.amax for name, module in model.named_modules() if getattr(module, "amax", None) is not None}
+found |= {name + ":pre": module.pre_quant_scale for name, module in model.named_modules() if getattr(module, "pre_quant_scale", None) is not None}
+np.savez(f"{out}/found{world}_{rank}.npz", **found)
+"""
+
+
+def run(world, golden_model, out, config, fails=False):
+    jobs = [subprocess.Popen([sys.executable, "-c", WORKER, json.dumps([rank, world, str(golden_model.source), str(golden_model.folder / "calib.npy"),
+                                                                       str(out), config, fails])], stderr=subprocess.PIPE, text=True)
+            for rank in range(world)]
+    said = [job.communicate(timeout=300)[1] for job in jobs]
+    return [job.returncode for job in jobs], said
+
+
+@pytest.mark.parametrize("name, config", [("llama", "FP8_DEFAULT_CFG"), ("llama", "INT4_AWQ_CFG"), ("qwen3moe", "INT8_DEFAULT_CFG"),
+                                          ("llama", ["INT8_DEFAULT_CFG", {"method": "histogram", "range_method": "mse"}])])
+def test_two_processes_find_the_same(golden, name, config, tmp_path):
+    for world in (1, 2):
+        codes, said = run(world, golden[name], tmp_path, config)
+        assert codes == [0] * world, said
+    alone, first, second = (dict(np.load(tmp_path / f"found{world}_{rank}.npz")) for world, rank in ((1, 0), (2, 0), (2, 1)))
+    assert alone.keys() == first.keys() == second.keys() and len(alone) >= 14
+    for key, expected in alone.items():
+        np.testing.assert_array_equal(first[key], second[key])
+        np.testing.assert_allclose(first[key], expected, rtol=1e-5 if "AWQ" in config else 0)
+
+
+def test_one_that_fails_stops_the_other(golden, tmp_path):
+    """Instead of letting it wait."""
+    codes, said = run(2, golden["llama"], tmp_path, "FP8_DEFAULT_CFG", fails=True)
+    assert 0 not in codes and "OSError: no such disk" in said[1] and "calibration failed in process 1: OSError: no such disk" in said[0]
+    assert not list(Path(tmp_path).glob("found*"))
