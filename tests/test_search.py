@@ -246,6 +246,24 @@ def test_the_sweep_rounds_as_the_quantizer_will(dtype, words):
     np.testing.assert_allclose((change ** 2).reshape(40, 3, 16).sum(-1), np.min(losses, 0), rtol=1e-5)
 
 
+def test_weighed_by_a_hessian_the_sweep_takes_the_codes_of_an_export():
+    """Values in the middle of two numbers of some scale, and inputs so alike that it matters in which direction they are off."""
+    rng, largest = np.random.default_rng(0), 0.37
+    second = F32(largest) / F32(2688)
+    middles = F32([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5]) * rng.choice(F32([-1, 1]), (64, 4, 16, 7))
+    weight = (rng.choice(FP8_SCALES[60:110], (64, 4, 1)) * second * rng.permuted(middles, axis=-1)[..., 0]).reshape(64, 64)
+    weight = np.clip(weight, -F32(largest), F32(largest))
+    h = np.broadcast_to(np.full((16, 16), 1, F32) + np.eye(16, dtype=F32) * F32(0.01), (4, 16, 16))
+    maxima, losses = F32(largest) * (FP8_SCALES / F32(448)), []
+    found = core.sweep_block_scales(weight, largest, hessian=h)
+    for amax in maxima:
+        exported = core.dequantize(core.quantize(weight, "nvfp4", amax=largest, block_amax=np.full((64, 4), amax)), "nvfp4")
+        change = (weight.astype(F64) - exported).reshape(64, 4, 16)
+        losses.append(np.einsum("rbi,bij,rbj->rb", change, h.astype(F64), change))
+    taken = np.abs(maxima[:, None, None] - found).argmin(0)
+    np.testing.assert_allclose(np.take_along_axis(np.array(losses), taken[None], 0)[0], np.min(losses, 0), rtol=1e-3)
+
+
 # What else may come in --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("dtype", [F32, BF16, np.float16])

@@ -12,7 +12,7 @@ enum { NUMBERS = 126 };              /* positive, finite */
 
 typedef struct sweep_run {
     const mq_sweep_job *job;
-    float scale[NUMBERS], reciprocal[NUMBERS], amax[NUMBERS];
+    float scale[NUMBERS], amax[NUMBERS];
     float *out;
     _Atomic int rc;
 } sweep_run;
@@ -25,7 +25,6 @@ static void list_candidates(sweep_run *run)
     for (int i = 0; i < NUMBERS; i++) {
         const float number = mq_decode((uint32_t)i + 1u, MQ_CODEC(FP8_E4M3));
         run->scale[i] = number * second;
-        run->reciprocal[i] = 1.0f / run->scale[i];
         run->amax[i] = job->global_amax * (number / (job->divisor / 6.0f));
     }
 }
@@ -36,7 +35,7 @@ static void sweep_rows(void *argument, int64_t begin, int64_t end, int worker)
     const mq_tensor *weight = run->job->weight;
     const int64_t n = weight->shape[1], blocks = n / MQ_SWEEP_BLOCK;
     const mq_search_ops *ops = mq_search_ops_get();
-    mq_sweep sweep = {.scale = run->scale, .reciprocal = run->reciprocal, .count = NUMBERS};
+    mq_sweep sweep = {.scale = run->scale, .count = NUMBERS};
     float *x = mq_alloc_array((size_t)n, sizeof *x);
     void *contiguous = mq_alloc(mq_row_scratch_bytes(weight));
     (void)worker;
