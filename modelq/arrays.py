@@ -39,7 +39,9 @@ class Origin:
     place: Any = None
 
     def give(self, result: np.ndarray) -> Any:
-        return _GIVING.get(self.framework, _as_numpy)(result, self.place)
+        """The result there; as it is where the framework has not been imported, which a pickled origin may see."""
+        giving = _GIVING.get(self.framework) if self.framework in sys.modules else None
+        return result if giving is None else giving(result, self.place)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Origin:
         return self
@@ -77,10 +79,6 @@ def _readable(array: Any, name: str) -> Any:
         return array
     devices = list(array.devices())
     return array if len(devices) == 1 and devices[0].platform == "cpu" else np.asarray(array)
-
-
-def _as_numpy(result: np.ndarray, place: Any) -> np.ndarray:
-    return result
 
 
 def _as_torch(result: np.ndarray, place: Any) -> Any:
