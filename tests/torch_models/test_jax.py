@@ -211,6 +211,16 @@ def test_paths_name_fields_keys_and_places():
         modelq.quantize_array({"key": jax.random.key(0)}, "fp8", where=lambda path, leaf: True)
 
 
+def test_a_file_of_what_jax_made(tmp_path):
+    tree = parameters()
+    packed = modelq.quantize_array(tree, "nvfp4", axis=-2)
+    modelq.save_arrays(packed, tmp_path / "file")
+    found = modelq.load_arrays(tmp_path / "file", like=tree)
+    assert tree_util.tree_structure(found) == tree_util.tree_structure(packed)
+    for made, expected in zip(*(tree_util.tree_leaves(modelq.dequantize_array(given)) for given in (found, packed))):
+        same(made, np.asarray(expected))
+
+
 def test_a_quantized_model_computes():
     """Through jit, with what came back in the place of what was trained."""
     tree = {"dense": Dense(jnp.asarray(values(64, 32)), jnp.ones(32))}
