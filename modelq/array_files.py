@@ -87,7 +87,8 @@ def _said(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
 
 def _packed(name: str, said: Any, tensors: dict[str, np.ndarray], path: Path) -> QuantizedArray:
     """Takes its parts out of tensors. Whether their sizes fit is asked by who computes with them."""
-    scheme, shape, dtype, block_size, axis = (said.get(field) for field in FIELDS) if isinstance(said, dict) else [None] * len(FIELDS)
+    fields: list[Any] = [said.get(field) if isinstance(said, dict) else None for field in FIELDS]
+    scheme, shape, dtype, block_size, axis = fields
     is_sound = isinstance(scheme, str) and scheme in _core.schemes() and dtype in DTYPES and (block_size is None or _is_count(block_size))
     is_placed = isinstance(shape, list) and all(_is_count(n) for n in shape) and type(axis) is int and -len(shape) <= axis < len(shape)
     if not (is_sound and is_placed):

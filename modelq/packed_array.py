@@ -124,6 +124,8 @@ def _is_float_matrix(path: str, leaf: Any) -> bool:
 def _as_matrix(array: np.ndarray, axis: int, name: str) -> np.ndarray:
     if array.ndim == 0:
         raise ValueError(f"{name}: expected an array of at least one axis, got a single number")
+    if not -array.ndim <= axis < array.ndim:
+        raise ValueError(f"{name}: axis {axis} is out of bounds for an array of {array.ndim} axes")
     moved = np.moveaxis(array, axis, -1)
     return moved.reshape(int(np.prod(moved.shape[:-1])), moved.shape[-1])
 

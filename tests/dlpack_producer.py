@@ -7,7 +7,7 @@ CPU, CUDA = 1, 2
 READ_ONLY, COPIED = 1, 2
 VERSIONED, LEGACY = b"dltensor_versioned", b"dltensor"
 
-# By address, as a destructor gets its capsule when that has no references left to take.
+# Capsules by address, as a destructor gets its capsule when that has no references left to take.
 DELETER = DESTRUCTOR = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _new = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)(("PyCapsule_New", ctypes.pythonapi))
 _is_valid = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p)(("PyCapsule_IsValid", ctypes.pythonapi))
@@ -35,8 +35,8 @@ _exported = {}      # by address: the struct, what it points to, what counts
 @DELETER
 def _delete(address):
     """Of both generations."""
-    *_, producer_counts, alive = _exported.pop(address)
-    producer_counts["deleted"] += 1
+    *_, deletions, alive = _exported.pop(address)
+    deletions.append(address)
     alive.discard(address)
 
 
@@ -56,11 +56,11 @@ def is_named(capsule, name):
 class Producer:
     """Exports one buffer, each time as a tensor of its own whose deleter is counted (a second call of one is an error)."""
 
-    def __init__(self, kind=VERSIONED, shape=(2, 3), strides=None, code=2, bits=32, lanes=1, device=(CPU, 0), said_device=None, version=(1, 0),
-                 flags=0, offset=0, null=False, no_shape=False, know_max_version=True, deleter=True, keep_capsule=True):
+    def __init__(self, kind=VERSIONED, shape=(2, 3), strides=None, code=2, bits=32, lanes=1, device=(CPU, 0), said_device=None,
+                 version=(1, 0), flags=0, offset=0, null=False, no_shape=False, know_max_version=True, deleter=True, keep_capsule=True):
         self.kind, self.said_device, self.know_max_version = kind, said_device or device, know_max_version
         self.version, self.flags, self.has_deleter, self.keep_capsule = version, flags, deleter, keep_capsule
-        self.buffer, self.alive, self.counts, self.capsules, self.capsule = np.arange(256, dtype=np.uint8), set(), {"deleted": 0}, 0, None
+        self.buffer, self.alive, self.deletions, self.exports, self.capsule = np.arange(256, dtype=np.uint8), set(), [], [], None
         self.layout = [None if values is None else (ctypes.c_int64 * max(len(values), 1))(*values) for values in (shape, strides)]
         pointers = [None if values is None else ctypes.cast(values, ctypes.POINTER(ctypes.c_int64)) for values in self.layout]
         self.tensor = (None if null else self.buffer.ctypes.data, *device, len(shape), code, bits, lanes, None if no_shape else pointers[0],
@@ -68,7 +68,11 @@ class Producer:
 
     @property
     def deleted(self):
-        return self.counts["deleted"]
+        return len(self.deletions)
+
+    @property
+    def capsules(self):
+        return len(self.exports)
 
     def __dlpack_device__(self):
         return self.said_device
@@ -81,9 +85,9 @@ class Producer:
         managed.deleter = _delete if self.has_deleter else DELETER()
         managed.tensor = Tensor(*self.tensor)
         address = ctypes.addressof(managed)
-        _exported[address] = managed, self.buffer, self.layout, self.counts, self.alive
+        _exported[address] = managed, self.buffer, self.layout, self.deletions, self.alive
         self.alive.add(address)
-        self.capsules += 1
+        self.exports.append(address)
         capsule = _new(address, self.kind, ctypes.cast(_destroy, ctypes.c_void_p))
         self.capsule = capsule if self.keep_capsule else None
         return capsule

@@ -132,7 +132,9 @@ def test_any_shape(axes, blocks, scheme, seed):
     (lambda: modelq.quantize_array({"w": array(4, 32)}, "fp8", where=lambda path, leaf: False), "where said no"),
     (lambda: modelq.fake_quantize_array({"b": array(4), "n": 3}, "fp8"), "no leaf is a float array"),
     (lambda: modelq.quantize_array(array(4, 32), "fp8", where=lambda path, leaf: True), "single array"),
-    (lambda: modelq.quantize_array(array(4, 32), "fp8", axis=2), "axis 2 is out of bounds"), (lambda: modelq.quantize_array(F32(3), "fp8"), "at least one axis"),
+    (lambda: modelq.quantize_array(array(4, 32), "fp8", axis=2), "axis 2 is out of bounds"),
+    (lambda: modelq.quantize_array({"b": array(32)}, "fp8", axis=-2, where=lambda path, leaf: True), "b: axis -2 is out of bounds"),
+    (lambda: modelq.quantize_array(F32(3), "fp8"), "at least one axis"),
     (lambda: modelq.quantize_array(np.full((2, 16), np.nan, F32), "fp8"), "NaN"),
     (lambda: modelq.quantize_array(array(2, 16), {"quant_cfg": [{"quantizer_name": "*", "enable": False}]}), "no rule"),
     (lambda: modelq.dequantize_array(array(2, 16)), "expected a QuantizedArray")])

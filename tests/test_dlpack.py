@@ -1,6 +1,6 @@
 """DLPack import: who owns the memory when, both capsule generations, dtypes, what is refused. Producers are made with ctypes
-(tests/dlpack_producer.py), so that their deleter can be watched; NumPy and (where it is installed) torch are producers nobody here wrote."""
-import ctypes
+(tests/dlpack_producer.py), so that their deleters can be watched; NumPy and (where it is installed) torch are producers nobody here
+wrote."""
 import gc
 import threading
 import weakref
@@ -255,8 +255,7 @@ def quantizer(**options):
     lambda once: core.amax(once(ONCE)), lambda once: core.amax(once(ONCE.reshape(4, 4, 32)), axis=0), lambda once: core.amax(once(ONCE[0])),
     *(lambda once, scheme=scheme: core.quantize(once(ONCE), scheme, block_size=32)["weight"] for scheme in ("int4", "mxfp4")),
     *(lambda once, scheme=scheme: core.dequantize({role: part if part.dtype.kind == "V" else once(part) for role, part in
-                                                   core.quantize(ONCE, scheme, block_size=size).items()}, scheme, block_size=size)
-      for scheme, size in (("int4", 32), ("nvfp4", None), ("int8", None))),
+                                                   core.quantize(ONCE, scheme).items()}, scheme) for scheme in ("int4", "nvfp4", "int8")),
     lambda once: core.fake_quantize(once(ONCE), "fp8", amax=once(np.array(3, np.float32))), lambda once: quantizer(num_bits=8)(once(ONCE)),
     lambda once: core.encode(once(ONCE), "fp8_e4m3"), lambda once: core.awq_weight_scale(once(ONCE)),
     lambda once: core.quantization_losses(once(ONCE), quantizer(num_bits=8), core.GramLoss(once(np.eye(32, dtype=np.float32))),
@@ -361,9 +360,18 @@ def test_a_pending_exception_survives_the_deleter():
 
 def test_what_fails_behind_the_import_returns_the_memory(run_python):
     """A dtype that nobody can make an array of: ml_dtypes is missing."""
-    code = "import sys; sys.modules['ml_dtypes'] = None\nimport modelq._core as core\nfrom dlpack_producer import LEGACY, VERSIONED, Producer\n" \
-           "for kind in (VERSIONED, LEGACY):\n  producer = Producer(kind, code=4, bits=16)\n  try: core.as_array(producer)\n" \
-           "  except ImportError: print(producer.deleted)"
+    code = """
+import sys
+sys.modules["ml_dtypes"] = None
+import modelq._core as core
+from dlpack_producer import LEGACY, VERSIONED, Producer
+for kind in (VERSIONED, LEGACY):
+    producer = Producer(kind, code=4, bits=16)
+    try:
+        core.as_array(producer)
+    except ImportError:
+        print(producer.deleted)
+"""
     assert run_python(code) == "1\n1"
 
 

@@ -1,4 +1,4 @@
-"""Single arrays and trees of JAX: what comes out is JAX's again, with the bits that NumPy arrays get. (tests/test_arrays.py has the rest.)"""
+"""Single arrays and trees of JAX: what comes out is JAX's again, with the bits that NumPy arrays get. (tests/test_arrays.py: the rest.)"""
 import collections
 import copy
 import dataclasses
@@ -63,8 +63,8 @@ def test_no_copy_on_the_way_in(dtype):
 
 
 def test_amax_may_be_of_jax_too():
-    x = values(4, 32)
-    same(modelq.fake_quantize_array(jnp.asarray(x), "int8", amax=jnp.full(4, 2.0)), modelq.fake_quantize_array(x, "int8", amax=np.full(4, 2.0)))
+    x, amax = values(4, 32), np.full(4, 2.0)
+    same(modelq.fake_quantize_array(jnp.asarray(x), "int8", amax=jnp.asarray(amax)), modelq.fake_quantize_array(x, "int8", amax=amax))
 
 
 def test_results_go_where_the_array_is():
@@ -175,7 +175,8 @@ State = collections.namedtuple("State", "params step")
 def parameters():
     dense = Dense(jnp.asarray(values(32, 48)), jnp.zeros(48))
     norm = collections.OrderedDict(scale=jnp.ones(32), table=jnp.arange(8).reshape(2, 4))
-    return State(Frozen(dense=dense, blocks=[norm, (Dense(jnp.asarray(values(2, 64, 16, dtype=ml_dtypes.bfloat16)), None),)]), jnp.asarray(3))
+    heads = Dense(jnp.asarray(values(2, 64, 16, dtype=ml_dtypes.bfloat16)), None)
+    return State(Frozen(dense=dense, blocks=[norm, (heads,)]), jnp.asarray(3))
 
 
 def test_trees_are_what_jax_says():
