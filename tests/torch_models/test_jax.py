@@ -2,6 +2,7 @@
 import collections
 import copy
 import dataclasses
+import gc
 import os
 import pickle
 
@@ -60,6 +61,29 @@ def test_no_copy_on_the_way_in(dtype):
     x = jnp.asarray(values(8, 32, dtype=dtype))
     assert core.as_array(x).ctypes.data == x.unsafe_buffer_pointer()
     assert not core.as_array(x).flags.writeable      # JAX's arrays never change
+
+
+def test_memory_that_jax_lets_go_of_stays_ours():
+    """Deleted, or donated to a function that would write over it."""
+    x, y = jnp.asarray(values(64, 64)), jnp.asarray(values(64, 64))
+    views = core.as_array(x), core.as_array(y)
+    x.delete()
+    jax.jit(lambda y: y * 0, donate_argnums=0)(y).block_until_ready()
+    others = [jnp.zeros((64, 64)) + count for count in range(50)]
+    assert len(others) == 50 and all(np.array_equal(view, values(64, 64)) for view in views)
+
+
+def test_a_thousand_rounds_leave_nothing_behind():
+    tree = {"x": jnp.asarray(values(64, 256, dtype=ml_dtypes.bfloat16))}
+
+    def rounds(count):
+        for _ in range(count):
+            modelq.dequantize_array(modelq.quantize_array(tree, "nvfp4"))["x"].block_until_ready()
+        gc.collect()
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * 4096, len(jax.live_arrays())
+    (before, alive), (after, still) = rounds(200), rounds(1000)
+    assert still == alive and after - before < 16 << 20      # one array left per round would be 32 MB
 
 
 def test_amax_may_be_of_jax_too():
