@@ -10,19 +10,23 @@
 Of a tree (modelq/trees.py says what is one), the float arrays with two axes or more are meant; the others (biases, the scales of norms,
 integers) stay as they are. where(path, leaf) chooses others, by a leaf's keys, indices and fields, joined by dots. A leaf that was chosen
 and cannot be quantized is an error that names it, and so is a tree of which nothing was chosen.
+
+Of a preset's algorithm, searches by the weight alone are done (mse; local_hessian with no inputs is that, too); those that need inputs
+(AWQ, SmoothQuant, GPTQ, SVDQuant) are left out: they are for models.
 """
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from modelq import _core
 from modelq.arrays import Origin, origin_of, take
 from modelq.attributes import QuantizerAttributeConfig
-from modelq.quantizers import block_extents, core_quantizer
+from modelq.maxima import choose_maxima
+from modelq.quantizers import block_extents, core_quantizer, has_static_levels, stage_amax
 from modelq.trees import is_tree, map_leaves
 
 __all__ = ["QuantizedArray", "dequantize_array", "fake_quantize_array", "quantize_array"]
@@ -67,13 +71,13 @@ def quantize_array(x: Any, format: Any, amax: Any = None, block_size: int | None
     a weight [out, in], -2 of a JAX kernel [in, out]; blocks go along it, other axes count as rows. where: of a tree, says which leaves.
     ValueError: the axis is not whole blocks, NaN, an unknown format.
     """
-    scheme, size = _scheme_of(format)
-    size = block_size or size
+    way = _way_of(format, block_size)
 
     def pack(name: str, leaf: Any) -> QuantizedArray:
         array = take(leaf, name)
-        parts = _core.quantize(_as_matrix(array, axis, name), scheme, amax=amax, block_size=size, name=name)
-        return QuantizedArray(parts, scheme, array.shape, array.dtype.name, size, axis, origin_of(leaf))
+        matrix = _as_matrix(array, axis, name)
+        parts = _core.quantize(matrix, way.scheme, block_size=way.block_size, name=name, **_maxima(way, matrix, amax))
+        return QuantizedArray(parts, way.scheme, array.shape, array.dtype.name, way.block_size, axis, origin_of(leaf))
     return _chosen(pack, x, where)
 
 
@@ -87,16 +91,17 @@ def dequantize_array(packed: Any, dtype: str | None = None) -> Any:
 def fake_quantize_array(x: Any, format: Any, amax: Any = None, block_size: int | None = None, axis: int = -1,
                         where: Where | None = None) -> Any:
     """x with every number rounded to what its code would stand for; framework, device, dtype and shape stay. As quantize_array."""
-    scheme, size = _scheme_of(format)
+    way = _way_of(format, block_size)
 
     def fake(name: str, leaf: Any) -> Any:
         array = take(leaf, name)
-        made = _core.fake_quantize(_as_matrix(array, axis, name), scheme, amax=amax, block_size=block_size or size, name=name)
+        matrix = _as_matrix(array, axis, name)
+        made = _core.fake_quantize(matrix, way.scheme, block_size=way.block_size, name=name, **_maxima(way, matrix, amax))
         return origin_of(leaf).give(_from_matrix(made, array.shape, axis))
     return _chosen(fake, x, where)
 
 
-# Parts ---------------------------------------------------------------------------------------------------------------------------
+# Leaves --------------------------------------------------------------------------------------------------------------------------
 
 def _chosen(function: Callable[[str, Any], Any], x: Any, where: Where | None) -> Any:
     if not is_tree(x):
@@ -136,22 +141,31 @@ def _from_matrix(matrix: np.ndarray, shape: tuple[int, ...], axis: int) -> np.nd
     return np.ascontiguousarray(np.moveaxis(matrix.reshape(moved), -1, axis))
 
 
-# Parts ---------------------------------------------------------------------------------------------------------------------------
+# Formats -------------------------------------------------------------------------------------------------------------------------
 
-def _scheme_of(format: Any) -> tuple[str, int | None]:
-    """(scheme, columns of a block where they are not the scheme's own)."""
+class _Way(NamedTuple):
+    """To quantize a weight. attributes: of a preset; search: the settings of its search for maxima."""
+    scheme: str
+    block_size: int | None
+    attributes: QuantizerAttributeConfig | None = None
+    search: Mapping[str, Any] | None = None
+
+
+def _way_of(format: Any, block_size: int | None) -> _Way:
     if isinstance(format, str) and format in _core.schemes():
-        return format, None
-    attributes = _weight_attributes(format)
-    scheme = core_quantizer(attributes).scheme
+        return _Way(format, block_size)
+    attributes, search = _preset(format)
+    scheme, size = core_quantizer(attributes).scheme, block_extents(attributes).get(-1)
     if scheme is None:
         raise ValueError(f"num_bits {attributes.num_bits} with block_sizes {attributes.block_sizes} is no scheme that can be packed: known "
                          f"are {', '.join(_core.schemes())}")
-    return scheme, block_extents(attributes).get(-1)
+    if size is not None and block_size not in (None, size):
+        attributes = replace(attributes, block_sizes={**(attributes.block_sizes or {}), -1: block_size})
+    return _Way(scheme, block_size or size, attributes, search)
 
 
-def _weight_attributes(format: Any) -> QuantizerAttributeConfig:
-    """What a preset's rules make of a weight: the last that speaks of every weight."""
+def _preset(format: Any) -> tuple[QuantizerAttributeConfig, Mapping[str, Any] | None]:
+    """What a preset's rules make of a weight (the last that speaks of every weight), and how it looks for maxima without inputs."""
     from modelq import presets
     from modelq.config import QuantizeConfig
 
@@ -159,7 +173,31 @@ def _weight_attributes(format: Any) -> QuantizerAttributeConfig:
         if format not in presets.choices:
             raise ValueError(f"unknown format {format!r}: known are {', '.join(_core.schemes())} and presets such as NVFP4_DEFAULT_CFG")
         format = getattr(presets, format)
-    rules = [rule for rule in QuantizeConfig.parse(format).quant_cfg if rule.quantizer_name == "*weight_quantizer" and rule.cfg is not None]
+    config = QuantizeConfig.parse(format)
+    rules = [rule.cfg for rule in config.quant_cfg if rule.quantizer_name == "*weight_quantizer" and rule.cfg is not None]
     if not rules:
         raise ValueError("this config has no rule for '*weight_quantizer'")
-    return rules[-1].cfg[0] if isinstance(rules[-1].cfg, tuple) else rules[-1].cfg
+    attributes = rules[-1][0] if isinstance(rules[-1], tuple) else rules[-1]
+    return attributes, next((step for step in config.steps if step["method"] in ("mse", "local_hessian")), None)
+
+
+def _maxima(way: _Way, matrix: np.ndarray, amax: Any) -> dict[str, Any]:
+    """As arguments of _core.quantize, which finds them itself where nothing is to be chosen, and says what is wrong with a matrix."""
+    quantizer = core_quantizer(way.attributes) if way.attributes is not None else None
+    if quantizer is None or quantizer.is_dynamic or not quantizer.needs_amax:
+        return {"amax": amax}
+    levels = has_static_levels(quantizer)
+    if not levels and (amax is not None or way.search is None):
+        return {"amax": amax}
+    assert way.attributes is not None
+    maxima = stage_amax(way.attributes, matrix)
+    if matrix.size == 0 or not np.isfinite(maxima).all() or (levels and matrix.shape[1] % quantizer.block_sizes[-1]):
+        return {"amax": amax}
+    quantizer.amax = maxima
+    if levels:
+        quantizer.global_amax = maxima.max() if amax is None else take(amax, "amax")
+    if way.search is not None:
+        choose_maxima(quantizer, matrix, way.search)
+    if not levels:
+        return {"amax": quantizer.amax}
+    return {"amax": quantizer.global_amax, "block_amax": quantizer.amax, "second_divisor": quantizer.second_divisor}

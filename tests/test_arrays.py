@@ -1,6 +1,7 @@
 """Single arrays in a format, and the TensorQuantizer by hand, on NumPy arrays. (tests/torch_models has the same on torch's.)"""
 import copy
 import pickle
+import warnings
 from collections import defaultdict, namedtuple
 
 import ml_dtypes
@@ -9,9 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import golden_data
 import modelq
 import modelq._core as core
 import modelq.quantization as mtq
+from modelq.export import export_hf_checkpoint
 from modelq.nn import TensorQuantizer
 
 F32, BF16 = np.float32, ml_dtypes.bfloat16
@@ -50,6 +53,50 @@ def test_presets(preset, scheme, block):
         packed = modelq.quantize_array(x, format)
         assert packed.scheme == scheme and packed.block_size in (block, None)
     np.testing.assert_array_equal(packed.dequantize(), modelq.quantize_array(x, scheme).dequantize())
+
+
+INT4_MSE = {"quant_cfg": mtq.INT4_BLOCKWISE_WEIGHT_ONLY_CFG["quant_cfg"], "algorithm": "mse"}
+
+
+@pytest.mark.parametrize("preset, differs", [
+    ("NVFP4_DEFAULT_CFG", False), ("NVFP4_FOUR_OVER_SIX_CFG", True), ("NVFP4_W4A4_WEIGHT_MSE_FP8_SWEEP_CFG", True),
+    ("FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG", False), ("INT8_DEFAULT_CFG", False), (INT4_MSE, True)])
+def test_a_preset_does_to_an_array_what_it_does_to_a_model(preset, differs, golden, tmp_path):
+    """Searches by the weight alone and their scales with it: the bytes of an export, of a linear that shares nothing with others."""
+    model, name = modelq.load(golden["llama"].source), "model.layers.1.mlp.down_proj.weight"
+    weight = model.checkpoint.read(name)
+    packed = modelq.quantize_array(weight, preset)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        mtq.quantize(model, preset if isinstance(preset, dict) else getattr(mtq, preset), lambda model: model(golden["llama"].calib[:2]))
+    export_hf_checkpoint(model, tmp_path / "export")
+    exported = golden_data.read_safetensors(tmp_path / "export")
+    for role, part in packed.parts.items():
+        assert part.tobytes() == exported[name + role.removeprefix("weight")].tobytes(), role
+    plain = modelq.quantize_array(weight, packed.scheme)
+    assert differs != np.array_equal(packed.dequantize(), plain.dequantize())
+    lost, plainly = (((weight - made.dequantize("float32")) ** 2).sum() for made in (packed, plain))
+    assert lost < plainly if differs else lost == plainly
+    np.testing.assert_array_equal(packed.dequantize(), modelq.fake_quantize_array(weight, preset))
+    kernel = modelq.quantize_array({"kernel": weight.T}, preset, axis=0)["kernel"]
+    np.testing.assert_array_equal(kernel.dequantize(), packed.dequantize().T)
+
+
+def test_searches_and_what_is_given():
+    x, preset = array(8, 256), "NVFP4_FOUR_OVER_SIX_CFG"
+    given = modelq.quantize_array(x, preset, amax=8.0)
+    assert given.parts["weight_scale_2"] == F32(8) / F32(1536)
+    np.testing.assert_array_equal(given.dequantize(), modelq.fake_quantize_array(x, preset, amax=F32(8)))
+    wide = modelq.quantize_array(x, preset, block_size=32)
+    assert wide.block_size == 32 and wide.parts["weight_scale"].shape == (8, 8)
+    np.testing.assert_array_equal(wide.dequantize(), modelq.fake_quantize_array(x, preset, block_size=32))
+    x[3, 4] = np.nan
+    for bad, words in ((x, "b: row 3|b .*row 3 holds NaN"), (array(4, 30), r"b \[4, 30\]")):
+        with pytest.raises(ValueError, match=words):
+            modelq.quantize_array({"b": bad}, preset)
+    assert modelq.quantize_array(array(0, 32), preset).dequantize().shape == (0, 32)
+    hessian = modelq.quantize_array(array(8, 256), "NVFP4_W4A4_WEIGHT_LOCAL_HESSIAN_CFG")      # no inputs: plain squares
+    np.testing.assert_array_equal(hessian.dequantize(), modelq.fake_quantize_array(array(8, 256), "NVFP4_W4A4_WEIGHT_MSE_FP8_SWEEP_CFG"))
 
 
 Layer = namedtuple("Layer", "kernel bias")
