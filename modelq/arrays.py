@@ -1,11 +1,12 @@
 """Arrays of any framework: in by DLPack without a copy, and what is computed of them back out as the caller's kind.
 
-No framework is imported here: whoever hands over a torch tensor has imported torch.
+No framework is imported here: whoever hands over a torch tensor or a JAX array has imported it.
 """
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,14 +18,42 @@ def take(array: Any, name: str = "array") -> np.ndarray:
     """A view of an array on the CPU (or what NumPy makes of it). TypeError names what cannot be: another device, an unknown dtype."""
     if isinstance(array, (list, tuple, float, int)):
         return np.asarray(array, np.float32)
-    if framework_of(array) == "torch" and array.requires_grad:
+    framework = framework_of(array)
+    if framework == "torch" and array.requires_grad:
         array = array.detach()
-    return _core.as_array(array, name)
+    return _core.as_array(_readable(array, name) if framework == "jax" else array, name)
 
 
 def give_back(result: np.ndarray, like: Any) -> Any:
-    """A new array as one of the framework of `like`; a NumPy array where that has none."""
-    return _GIVING.get(framework_of(like), _as_numpy)(result, like)
+    """A new array as one of the framework of `like`, where `like` is; a NumPy array where that has none."""
+    return origin_of(like).give(result)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where an array came from, so that what is made of it goes back there.
+
+    framework: as framework_of says; place: of a JAX array that was put somewhere, its sharding.
+    """
+    framework: str = "numpy"
+    place: Any = None
+
+    def give(self, result: np.ndarray) -> Any:
+        """The result there; as it is where the framework has not been imported, which a pickled origin may see."""
+        giving = _GIVING.get(self.framework) if self.framework in sys.modules else None
+        return result if giving is None else giving(result, self.place)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Origin:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Origin, (self.framework,)     # devices belong to a process
+
+
+def origin_of(array: Any) -> Origin:
+    framework = framework_of(array)
+    is_placed = framework == "jax" and getattr(array, "committed", False)
+    return Origin(framework, array.sharding if is_placed else None)
 
 
 def framework_of(array: Any) -> str:
@@ -40,11 +69,19 @@ def _is_torch(array: Any) -> bool:
     return torch is not None and isinstance(array, torch.Tensor)
 
 
-def _as_numpy(result: np.ndarray, like: Any) -> np.ndarray:
-    return result
+def _readable(array: Any, name: str) -> Any:
+    """JAX hands out memory of one CPU device; what is elsewhere, or in pieces, NumPy copies."""
+    jax = sys.modules["jax"]
+    if isinstance(array, jax.core.Tracer):
+        raise TypeError(f"{name}: is being traced by JAX (jit, grad, vmap) and has no values to quantize yet: call this outside, on "
+                        "arrays, or through jax.pure_callback")
+    if not isinstance(array, jax.Array):
+        return array
+    devices = list(array.devices())
+    return array if len(devices) == 1 and devices[0].platform == "cpu" else np.asarray(array)
 
 
-def _as_torch(result: np.ndarray, like: Any) -> Any:
+def _as_torch(result: np.ndarray, place: Any) -> Any:
     """The same memory. Neither NumPy nor its DLPack knows ml_dtypes' formats: their bits are viewed as torch's of the same name."""
     torch = sys.modules["torch"]
     plain, dtype = result, getattr(torch, result.dtype.name, None)
@@ -57,8 +94,9 @@ def _as_torch(result: np.ndarray, like: Any) -> Any:
     return torch.from_numpy(plain)
 
 
-def _as_jax(result: np.ndarray, like: Any) -> Any:
-    return sys.modules["jax"].numpy.asarray(result)
+def _as_jax(result: np.ndarray, place: Any) -> Any:
+    jax = sys.modules["jax"]
+    return jax.numpy.asarray(result) if place is None else jax.device_put(result, place)
 
 
 _GIVING: dict[str, Callable[[np.ndarray, Any], Any]] = {"torch": _as_torch, "jax": _as_jax}

@@ -1,74 +1,16 @@
-"""DLPack import: who owns the memory when, both capsule generations, dtypes, what is refused. Producers are made with ctypes here, so
-that their deleter can be watched; NumPy and (where it is installed) torch are producers nobody here wrote."""
-import ctypes
+"""DLPack import: who owns the memory when, both capsule generations, dtypes, what is refused. Producers are made with ctypes
+(tests/dlpack_producer.py), so that their deleters can be watched; NumPy is one nobody here wrote. tests/torch_models has torch and JAX."""
 import gc
 import threading
+import weakref
 
 import ml_dtypes
 import numpy as np
 import pytest
 
+import modelq
 import modelq._core as core
-
-CPU, CUDA = 1, 2
-VERSIONED, LEGACY = b"dltensor_versioned", b"dltensor"
-api = ctypes.pythonapi
-api.PyCapsule_New.restype, api.PyCapsule_New.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-api.PyCapsule_IsValid.argtypes = [ctypes.py_object, ctypes.c_char_p]
-
-
-class Tensor(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), ("device_type", ctypes.c_int32), ("device_id", ctypes.c_int32), ("ndim", ctypes.c_int32),
-                ("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16),
-                ("shape", ctypes.POINTER(ctypes.c_int64)), ("strides", ctypes.POINTER(ctypes.c_int64)), ("byte_offset", ctypes.c_uint64)]
-
-
-DELETER = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-
-
-class Managed(ctypes.Structure):
-    _fields_ = [("tensor", Tensor), ("manager", ctypes.c_void_p), ("deleter", DELETER)]
-
-
-class Versioned(ctypes.Structure):
-    _fields_ = [("major", ctypes.c_uint32), ("minor", ctypes.c_uint32), ("manager", ctypes.c_void_p), ("deleter", DELETER),
-                ("flags", ctypes.c_uint64), ("tensor", Tensor)]
-
-
-class Producer:
-    """Exports one buffer. Counts deleter calls, in whatever thread they come; keeps everything alive itself, so that a late deleter
-    is seen and not crashed on."""
-
-    def __init__(self, kind=VERSIONED, shape=(2, 3), strides=None, code=2, bits=32, lanes=1, device=(CPU, 0), version=(1, 0), flags=0,
-                 offset=0, null=False, know_max_version=True):
-        self.kind, self.device, self.know_max_version, self.deleted, self.capsules = kind, device, know_max_version, 0, 0
-        self.buffer = np.arange(64, dtype=np.uint8)
-        self.shape = (ctypes.c_int64 * max(len(shape), 1))(*shape)
-        self.strides = (ctypes.c_int64 * max(len(strides), 1))(*strides) if strides is not None else None
-        self.managed = Versioned(*version, flags=flags) if kind == VERSIONED else Managed()
-        self.callback = DELETER(self._delete)
-        self.managed.deleter = self.callback
-        self.managed.tensor = Tensor(None if null else self.buffer.ctypes.data, *device, len(shape), code, bits, lanes,
-                                     ctypes.cast(self.shape, ctypes.POINTER(ctypes.c_int64)),
-                                     ctypes.cast(self.strides, ctypes.POINTER(ctypes.c_int64)) if strides is not None else None, offset)
-
-    def _delete(self, pointer):
-        assert pointer == ctypes.addressof(self.managed)
-        self.deleted += 1
-
-    def __dlpack_device__(self):
-        return self.device
-
-    def __dlpack__(self, **options):
-        if not self.know_max_version and options:
-            raise TypeError("__dlpack__() got an unexpected keyword argument")
-        self.options = options
-        self.capsules += 1
-        self.capsule = api.PyCapsule_New(ctypes.addressof(self.managed), self.kind, None)
-        return self.capsule
-
-    def values(self, dtype="float32"):
-        return np.frombuffer(self.buffer, dtype=dtype)
+from dlpack_producer import COPIED, CPU, CUDA, LEGACY, READ_ONLY, VERSIONED, Producer, is_named
 
 
 @pytest.mark.parametrize("kind", [VERSIONED, LEGACY])
@@ -78,7 +20,7 @@ def test_memory_is_shared_and_returned_once(kind):
     assert array.dtype == np.float32 and array.shape == (2, 3)
     assert array.ctypes.data == producer.buffer.ctypes.data
     np.testing.assert_array_equal(array.ravel(), producer.values()[:6])
-    assert api.PyCapsule_IsValid(producer.capsule, b"used_" + kind)   # so its own destructor leaves the memory alone
+    assert is_named(producer.capsule, b"used_" + kind)   # so its own destructor leaves the memory alone
     view = array[1:]
     del array
     gc.collect()
@@ -110,8 +52,19 @@ def test_any_strides():
     assert one.tolist() == [[0, 1, 2]] and one.flags.c_contiguous
 
 
+def test_strides_that_overlap_and_memory_between_elements():
+    repeated = core.as_array(Producer(shape=(3, 4), strides=(0, 1), offset=8))
+    assert repeated.tolist() == [Producer().values()[2:6].tolist()] * 3
+    window = core.as_array(Producer(shape=(3, 2), strides=(1, 1), code=1, bits=8))
+    assert window.tolist() == [[0, 1], [1, 2], [2, 3]]
+    producer = Producer(shape=(3, 4), offset=5)      # the core reads what is not aligned, too
+    np.testing.assert_array_equal(core.amax(producer, axis=0), np.abs(producer.values(offset=5)[:12].reshape(3, 4)).max(1, keepdims=True))
+
+
 def test_scalar_and_empty():
-    assert core.as_array(Producer(shape=(), code=1, bits=8, offset=9)).item() == 9
+    scalar = Producer(shape=(), code=1, bits=8, offset=9, no_shape=True)
+    assert core.as_array(scalar).item() == 9
+    assert scalar.deleted == 1
     producer = Producer(shape=(0, 3), null=True)
     array = core.as_array(producer)
     assert array.shape == (0, 3)
@@ -120,9 +73,17 @@ def test_scalar_and_empty():
 
 
 def test_read_only():
-    assert core.as_array(Producer()).flags.writeable
-    assert not core.as_array(Producer(flags=1)).flags.writeable
+    assert core.as_array(Producer()).flags.writeable and core.as_array(Producer(flags=COPIED)).flags.writeable
+    assert not core.as_array(Producer(flags=READ_ONLY)).flags.writeable
     assert not core.as_array(Producer(LEGACY)).flags.writeable   # that generation cannot say
+    for flags in (READ_ONLY, READ_ONLY | COPIED):
+        producer = Producer(shape=(4, 4), flags=flags)
+        with pytest.raises(ValueError, match="writable"):
+            core.factor(producer)
+        assert producer.deleted == 1
+    writable = Producer(shape=(2, 2))
+    writable.values()[:4] = [4, 0, 0, 9]
+    assert core.factor(writable).tolist() == [4, 9] and writable.values()[:4].tolist() == [1, 0, 0, 1]
 
 
 @pytest.mark.parametrize("code, bits, dtype", [
@@ -148,18 +109,26 @@ def test_dtypes(code, bits, dtype):
     (dict(shape=(2, -1)), ValueError, "dimension 1 of -1 is negative"),
     (dict(shape=(1 << 40, 1 << 40)), ValueError, "too large"),
     (dict(shape=(2,), strides=(1 << 62,)), ValueError, "stride 0 of .* is too large"),
+    (dict(shape=(3, 3, 3), strides=(1 << 58, 1 << 58, 1)), ValueError, "stride 1 of .* is too large"),
+    (dict(shape=(2,), strides=(-1 << 63,)), ValueError, "stride 0 of -9223372036854775808 is too large"),
     (dict(null=True), ValueError, "has elements but no memory"),
+    (dict(no_shape=True), ValueError, "2 dimensions but no shape"),
+    (dict(said_device=(CPU, 0), device=(CUDA, 0)), ValueError, "capsule is not of CPU memory .device type 2"),
+    (dict(shape=(1 << 62, 0, 1 << 62)), ValueError, "too large"),
     (dict(version=(2, 0)), BufferError, "DLPack version 2.0, expected 1.x"),
 ])
 def test_what_is_refused_stays_the_producers(options, error, message):
-    producer = Producer(**options)
-    with pytest.raises(error, match=message):
-        core.as_array(producer, name="weight")
-    assert producer.deleted == 0   # not consumed: the capsule keeps its name, and its own destructor would delete
-    if producer.capsules:
-        assert api.PyCapsule_IsValid(producer.capsule, VERSIONED)
-    else:
-        assert options.get("device")   # refused before the producer was made to do anything
+    kinds = [VERSIONED] if "version" in options else [VERSIONED, LEGACY]
+    for producer in [Producer(kind, **options) for kind in kinds]:
+        with pytest.raises(error, match=message):
+            core.as_array(producer, name="weight")
+        assert producer.deleted == 0   # not consumed: the capsule keeps its name, and its own destructor deletes
+        if producer.capsules:
+            assert is_named(producer.capsule, producer.kind)
+        else:
+            assert options.get("device")   # refused before the producer was made to do anything
+        producer.capsule = None
+        assert producer.deleted == producer.capsules
 
 
 def test_a_consumer_that_fails_after_the_import_returns_the_memory():
@@ -199,7 +168,49 @@ def test_producers_that_misbehave():
         core.as_array(type("Half", (), {"__dlpack__": lambda self: None})())
 
 
-def test_the_producer_may_go_first():
+def test_a_capsule_that_nobody_consumes_deletes_its_tensor():
+    for kind in (VERSIONED, LEGACY):
+        producer = Producer(kind)
+        producer.__dlpack__()
+        assert is_named(producer.capsule, kind) and producer.deleted == 0
+        producer.capsule = None
+        assert producer.deleted == 1
+
+
+def test_a_destructor_that_is_python_code_does_not_hide_why_a_capsule_was_refused():
+    for kind in (VERSIONED, LEGACY):
+        producer = Producer(kind, lanes=2, keep_capsule=False)      # so the destructor runs within the call
+        with pytest.raises(TypeError, match="2 lanes"):
+            core.as_array(producer)
+        assert producer.deleted == 1
+
+
+def test_a_tensor_without_a_deleter():
+    for kind in (VERSIONED, LEGACY):
+        producer = Producer(kind, deleter=False)
+        array = core.as_array(producer)
+        assert array.ravel().tolist() == producer.values()[:6].tolist()
+        del array
+        assert producer.deleted == 0
+
+
+@pytest.mark.parametrize("kind", [VERSIONED, LEGACY])
+def test_the_producer_may_go_first(kind):
+    """All that keeps the memory then is what the deleter lets go of."""
+    producer = Producer(kind, shape=(2, 4))
+    buffer, gone, deleted = weakref.ref(producer.buffer), weakref.ref(producer), producer.alive
+    expected = producer.values()[:8].tolist()
+    view = core.as_array(producer)[1:]
+    del producer
+    gc.collect()
+    assert gone() is None and buffer() is not None and len(deleted) == 1
+    assert view.tolist() == [expected[4:]]
+    del view
+    gc.collect()
+    assert buffer() is None and not deleted
+
+
+def test_numpy_memory_outlives_its_array():
     class Fleeting:
         def __init__(self):
             self.array = np.arange(5.0)
@@ -213,6 +224,107 @@ def test_the_producer_may_go_first():
     array = core.as_array(Fleeting())
     gc.collect()
     assert array.tolist() == [0, 1, 2, 3, 4]
+
+
+ONCE = np.random.default_rng(0).standard_normal((16, 32)).astype(np.float32)
+
+
+class Once:
+    """A producer of a capsule that it hands out one time."""
+
+    def __init__(self, array):
+        self.array, self.asked = array, 0
+
+    def __dlpack_device__(self):
+        return CPU, 0
+
+    def __dlpack__(self, *, stream=None, max_version=None, dl_device=None, copy=None):
+        self.asked += 1
+        assert self.asked == 1, "asked again"
+        return self.array.__dlpack__(max_version=max_version)
+
+
+def quantizer(**options):
+    made = core.Quantizer(**options)
+    made.amax = core.amax(ONCE, block=16) if "block_sizes" in options else core.amax(ONCE)
+    return made
+
+
+@pytest.mark.parametrize("call", [
+    lambda once: core.amax(once(ONCE)), lambda once: core.amax(once(ONCE.reshape(4, 4, 32)), axis=0), lambda once: core.amax(once(ONCE[0])),
+    *(lambda once, scheme=scheme: core.quantize(once(ONCE), scheme, block_size=32)["weight"] for scheme in ("int4", "mxfp4")),
+    *(lambda once, scheme=scheme: core.dequantize({role: part if part.dtype.kind == "V" else once(part) for role, part in
+                                                   core.quantize(ONCE, scheme).items()}, scheme) for scheme in ("int4", "nvfp4", "int8")),
+    lambda once: core.fake_quantize(once(ONCE), "fp8", amax=once(np.array(3, np.float32))), lambda once: quantizer(num_bits=8)(once(ONCE)),
+    lambda once: core.encode(once(ONCE), "fp8_e4m3"), lambda once: core.awq_weight_scale(once(ONCE)),
+    lambda once: core.quantization_losses(once(ONCE), quantizer(num_bits=8), core.GramLoss(once(np.eye(32, dtype=np.float32))),
+                                          factors=once(np.float32([1, 0.5]))),
+    lambda once: core.best_amax(once(ONCE), quantizer(num_bits=8), once(np.float32([1, 0.5]))),
+    lambda once: core.sweep_block_scales(once(ONCE), 4.0, hessian=once(np.ones((2, 16, 16), np.float32))),
+    lambda once: core.gptq(once(ONCE), quantizer(num_bits=4, block_sizes={-1: 16}), once(np.eye(32, dtype=np.float32)),
+                           once(np.ones(32, np.float32)))[0],
+    lambda once: core.subtract_product(once(ONCE), once(ONCE[:, :2].copy()), once(ONCE[:2])),
+    lambda once: modelq.quantize_array(once(ONCE), "nvfp4").dequantize(), lambda once: modelq.fake_quantize_array(once(ONCE), "fp8"),
+    *(lambda once, dtype=dtype: collected(once(ONCE.astype(dtype))) for dtype in (np.float32, np.float16))])
+def test_a_producer_is_asked_once(call):
+    made = []
+
+    def once(array):
+        made.append(Once(array))
+        return made[-1]
+    np.testing.assert_array_equal(call(once), call(lambda array: array))
+    assert made and all(producer.asked == 1 for producer in made)
+
+
+def collected(x):
+    calibrator = core.Calibrator("max")
+    calibrator.collect(x)
+    return calibrator.compute_amax()
+
+
+def in_threads(work, count=8):
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+@pytest.mark.parametrize("kind", [VERSIONED, LEGACY])
+def test_many_threads_consume_at_once(kind):
+    """Producers of their own, computed on while others let go of theirs; and one producer that all of them ask."""
+    shared, results, wrong = [Producer(kind, shape=(4, 4)) for _ in range(50)], [], []
+    expected = core.amax(shared[0].values()[:16])
+
+    def work(number):
+        for round in range(50):
+            own = Producer(kind, shape=(4, 4), lanes=1 + (round % 5 == 4))
+            try:
+                results.append(core.amax(own) == expected and core.as_array(shared[round]).shape == (4, 4))
+            except TypeError:
+                own.capsule = None
+            wrong.extend([own] * (own.deleted != 1))
+    in_threads(work)
+    assert len(results) == 8 * 40 and all(results) and not wrong
+    assert [producer.deleted for producer in shared] == [producer.capsules for producer in shared]
+
+
+def test_of_many_threads_one_gets_a_capsule():
+    for _ in range(50):
+        producer, got, refused = Producer(), [], []
+        capsule = producer.__dlpack__()
+        again = type("Again", (), {"__dlpack__": lambda self, **options: capsule, "__dlpack_device__": lambda self: (CPU, 0)})()
+
+        def work(number):
+            try:
+                got.append(core.as_array(again))
+            except ValueError as error:
+                refused.append(str(error))
+        in_threads(work, 4)
+        assert len(got) == 1 and len(refused) == 3 and all("consumed before" in text for text in refused)
+        assert producer.deleted == 0
+        got.clear()
+        assert producer.deleted == 1
 
 
 def test_the_last_reference_may_go_on_another_thread():
@@ -245,46 +357,36 @@ def test_a_pending_exception_survives_the_deleter():
     assert producer.deleted == 1
 
 
+def test_what_fails_behind_the_import_returns_the_memory(run_python):
+    """A dtype that nobody can make an array of: ml_dtypes is missing."""
+    code = """
+import sys
+sys.modules["ml_dtypes"] = None
+import modelq._core as core
+from dlpack_producer import LEGACY, VERSIONED, Producer
+for kind in (VERSIONED, LEGACY):
+    producer = Producer(kind, code=4, bits=16)
+    try:
+        core.as_array(producer)
+    except ImportError:
+        print(producer.deleted)
+"""
+    assert run_python(code) == "1\n1"
+
+
+def test_what_modelq_hands_out_is_a_producer():
+    """Results are NumPy arrays that own their memory, which any consumer may take, and outlive."""
+    parts = core.quantize(ONCE, "int8")
+    taken = np.from_dlpack(parts["weight"])
+    assert taken.ctypes.data == parts["weight"].ctypes.data
+    expected = parts["weight"].copy()
+    del parts
+    np.testing.assert_array_equal(taken, expected)
+
+
 def test_numpy_arrays_pass_through_and_other_things_are_converted():
     array = np.arange(3)
     assert core.as_array(array) is array
     assert core.as_array([1.5, 2]).tolist() == [1.5, 2.0]
     with pytest.raises(TypeError, match="tokens: dtype object is not supported"):
         core.as_array([object()], name="tokens")
-
-
-def test_a_thousand_rounds_leave_nothing_behind():
-    import sys
-
-    def round_trip():
-        producer = Producer()
-        array = core.as_array(producer)
-        try:
-            core.as_array(Producer(lanes=2))
-        except TypeError:
-            pass
-        del array
-        assert producer.deleted == 1
-
-    for _ in range(1000):   # ctypes fills caches of its own
-        round_trip()
-    gc.collect()
-    before = sys.getallocatedblocks()
-    for _ in range(1000):
-        round_trip()
-    gc.collect()
-    assert sys.getallocatedblocks() - before < 200   # one object leaked per round would be 1000
-
-
-def test_torch_tensors_are_viewed():
-    torch = pytest.importorskip("torch")
-    tensor = torch.arange(6, dtype=torch.float32).reshape(2, 3).to(torch.bfloat16)
-    array = core.as_array(tensor)
-    assert array.dtype == ml_dtypes.bfloat16 and array.ctypes.data == tensor.data_ptr()
-    tensor[1, 2] = 40
-    assert array[1, 2] == 40
-    assert core.as_array(tensor.t()).strides == (2, 6)
-    assert core.as_array(torch.tensor([True, False])).tolist() == [True, False]
-    assert core.as_array(torch.tensor([1.5]).to(torch.float8_e4m3fn)).dtype == ml_dtypes.float8_e4m3fn
-    with pytest.raises((BufferError, RuntimeError), match="grad"):
-        core.as_array(torch.zeros(2, requires_grad=True))

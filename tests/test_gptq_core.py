@@ -187,6 +187,19 @@ def test_scales_made_when_their_turn_comes(kind):
     np.testing.assert_allclose(said, loss(weight, made, h), rtol=1e-3)
 
 
+@pytest.mark.parametrize("regroup", [False, True])
+@pytest.mark.parametrize("kind", ["int4 blocks", "nvfp4"])
+def test_groups_of_zeros_stay_zeros(kind, regroup):
+    """What is fed to them has no scale to be rounded by, unless maxima are taken anew."""
+    weight, h = weights(32, 64) * F32(1000), damped(inputs(300, 64))
+    weight[:, 16:32] = 0
+    quantizer = quantizer_of(kind, weight)
+    made, amax, said = gptq(weight, quantizer, h, regroup=regroup)
+    assert (made[:, 16:32] != 0).any() == regroup == (np.reshape(amax, (-1, 4))[:, 1] != 0).any()
+    np.testing.assert_allclose(said, loss(weight, made, h), rtol=1e-3)
+    assert said < loss(weight, quantizer(weight), h)
+
+
 @pytest.mark.parametrize("dtype", [BF16, np.float16])
 def test_narrow_weights(dtype):
     weight, h = weights(30, 64).astype(dtype), damped(inputs(300, 64))

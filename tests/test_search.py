@@ -89,6 +89,24 @@ def test_without_a_gram_matrix_the_loss_is_of_the_weight(kind):
     np.testing.assert_allclose(found, ((weight.astype(F64) - rounded_by(KINDS[kind], weight)) ** 2).sum(), rtol=1e-5)
 
 
+DYNAMIC = {"int8 by token": dict(num_bits=8, type="dynamic"), "int4 by block": dict(num_bits=4, block_sizes={-1: 16, "type": "dynamic"})}
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *DYNAMIC])
+def test_factors_count_beside_scales(kind):
+    """The quantizer multiplies what it finds in the scaled weight, whoever finds it."""
+    weight, quantizer, ones = weights(20, 64), core.Quantizer(**{**KINDS, **DYNAMIC}[kind]), np.ones((3, 64), F32)
+    apart = [core.quantization_losses(weight, quantizer, factors=np.float32([factor]))[0] for factor in (1, 0.7, 0.4)]
+    made = core.quantization_losses(weight, quantizer, None, ones, ones, np.float32([1, 0.7, 0.4]))
+    np.testing.assert_allclose(made, apart, rtol=1e-6)
+    assert len(set(made)) == 3
+    if not quantizer.needs_amax:
+        np.testing.assert_allclose(made[0], ((weight.astype(F64) - quantizer(weight)) ** 2).sum(), rtol=1e-5)
+    with pytest.raises(ValueError, match="no maxima to multiply"):
+        core.quantization_losses(weight, core.Quantizer(num_bits=(4, 3), block_sizes={-1: 32, "type": "dynamic", "scale_bits": (8, 0)}),
+                                 factors=np.float32([0.7]))
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 70), st.integers(1, 20), st.integers(0, 1000))
 def test_any_shape_whole_and_in_blocks(rows, width, size, seed):
@@ -246,6 +264,24 @@ def test_the_sweep_rounds_as_the_quantizer_will(dtype, words):
     np.testing.assert_allclose((change ** 2).reshape(40, 3, 16).sum(-1), np.min(losses, 0), rtol=1e-5)
 
 
+def test_weighed_by_a_hessian_the_sweep_takes_the_codes_of_an_export():
+    """Values in the middle of two numbers of some scale, and inputs so alike that it matters in which direction they are off."""
+    rng, largest = np.random.default_rng(0), 0.37
+    second = F32(largest) / F32(2688)
+    middles = F32([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5]) * rng.choice(F32([-1, 1]), (64, 4, 16, 7))
+    weight = (rng.choice(FP8_SCALES[60:110], (64, 4, 1)) * second * rng.permuted(middles, axis=-1)[..., 0]).reshape(64, 64)
+    weight = np.clip(weight, -F32(largest), F32(largest))
+    h = np.broadcast_to(np.full((16, 16), 1, F32) + np.eye(16, dtype=F32) * F32(0.01), (4, 16, 16))
+    maxima, losses = F32(largest) * (FP8_SCALES / F32(448)), []
+    found = core.sweep_block_scales(weight, largest, hessian=h)
+    for amax in maxima:
+        exported = core.dequantize(core.quantize(weight, "nvfp4", amax=largest, block_amax=np.full((64, 4), amax)), "nvfp4")
+        change = (weight.astype(F64) - exported).reshape(64, 4, 16)
+        losses.append(np.einsum("rbi,bij,rbj->rb", change, h.astype(F64), change))
+    taken = np.abs(maxima[:, None, None] - found).argmin(0)
+    np.testing.assert_allclose(np.take_along_axis(np.array(losses), taken[None], 0)[0], np.min(losses, 0), rtol=1e-3)
+
+
 # What else may come in --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("dtype", [F32, BF16, np.float16])
@@ -282,10 +318,35 @@ def test_any_layout_and_read_only(dtype):
     (lambda: core.best_amax(np.zeros((5, 4), np.int32), core.Quantizer(num_bits=8), RATIOS), "weight"),
     (lambda: core.sweep_block_scales(weights(4, 30), 1.0), "16"),
     (lambda: core.awq_scales(np.ones(3, F32), np.ones(4, F32), ALPHAS), "3|4"),
+    (lambda: core.awq_weight_scale(np.ones((0, 4), F32)), r"weight \[0, 4\]: there is no mean over no rows"),
     (lambda: core.subtract_product(weights(4, 32), np.ones((4, 2), F32), np.ones((3, 32), F32)), "2|3")])
 def test_what_does_not_fit_is_named(call, words):
     with pytest.raises((ValueError, TypeError), match=words):
         call()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_refused(bad):
+    """In the place it would have been passed on from as a number."""
+    one, wrong, h = np.ones(4, F32), F32([1, 1, bad, 1]), np.ones((2, 16, 16), F32)
+    for scales in (lambda a, w, alpha: core.awq_scales(a, w, F32([0.5, alpha])), core.smoothquant_scale):
+        with pytest.raises(ValueError, match="activations: channel 2 is"):
+            scales(wrong, one, 0.5)
+        with pytest.raises(ValueError, match="weights: channel 2 is"):
+            scales(one, wrong, 0.5)
+        with pytest.raises(ValueError, match="alpha"):
+            scales(one, one, bad)
+    weight = weights(40, 32)
+    for amax, divisor in ((bad, 2688), (1, np.nan), (1, 0), (-1, 2688)):
+        with pytest.raises(ValueError, match="is no scale"):
+            core.sweep_block_scales(weight, amax, divisor)
+    h[1, 3, 4] = bad
+    with pytest.raises(ValueError, match="hessian"):
+        core.sweep_block_scales(weight, 1.0, hessian=h)
+    for dtype in (F32, BF16, np.float16):
+        weight[[30, 17], 20] = bad
+        with pytest.raises(ValueError, match="row 17 holds NaN or infinity"):
+            core.sweep_block_scales(weight.astype(dtype), 1.0)
 
 
 @pytest.mark.parametrize("call", [

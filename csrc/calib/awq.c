@@ -46,6 +46,7 @@ static void add_rows(void *argument, int64_t begin, int64_t end, int worker)
 int mq_awq_weight_scale(const mq_tensor *weight, int64_t block, const char *name, float *out, mq_error *err)
 {
     const int64_t rows = weight->shape[0], n = weight->shape[1], chunks = MQ_CEIL_DIV(rows, (int64_t)ROWS);
+    if (rows == 0) return mq_fail(err, MQ_ERR_VALUE, "%s [0, %lld]: there is no mean over no rows", name, (long long)n);
     weight_job job = {.weight = weight, .block = block > 0 ? block : MQ_MAX(n, (int64_t)1)};
     job.partial = mq_alloc_zeroed((size_t)(MQ_MAX(chunks, (int64_t)1) * n) * sizeof(double));
     if (job.partial == NULL) return mq_fail_memory(err, name, (size_t)(chunks * n) * sizeof(double));
@@ -64,9 +65,30 @@ static float clamped(float x)
     return MQ_MIN(MQ_MAX(x, 1e-4f), 1e4f);
 }
 
-void mq_awq_scale(const float *activations, const float *weights, int64_t n, float alpha, float *out)
+/* NaN would pass the clamps as a number. */
+static int check_magnitudes(const char *name, const float *values, int64_t n, mq_error *err)
+{
+    for (int64_t i = 0; i < n; i++)
+        if (!(values[i] >= 0.0f && values[i] <= FLT_MAX))
+            return mq_fail(err, MQ_ERR_VALUE, "%s: channel %lld is %g; expected finite numbers >= 0", name,
+                           (long long)i, (double)values[i]);
+    return MQ_OK;
+}
+
+static int check_channels(const float *activations, const float *weights, int64_t n, float alpha, mq_error *err)
+{
+    int rc = check_magnitudes("activations", activations, n, err);
+    if (rc == MQ_OK) rc = check_magnitudes("weights", weights, n, err);
+    if (rc == MQ_OK && !isfinite(alpha))
+        rc = mq_fail(err, MQ_ERR_VALUE, "alpha: expected a finite number, got %g", (double)alpha);
+    return rc;
+}
+
+int mq_awq_scale(const float *activations, const float *weights, int64_t n, float alpha, float *out, mq_error *err)
 {
     float least = INFINITY, most = 0.0f;
+    int rc = check_channels(activations, weights, n, alpha, err);
+    if (rc != MQ_OK) return rc;
     for (int64_t i = 0; i < n; i++) {
         out[i] = clamped(powf(activations[i], alpha) / (powf(weights[i], 1.0f - alpha) + FLT_MIN));
         least = MQ_MIN(least, out[i]);
@@ -74,14 +96,18 @@ void mq_awq_scale(const float *activations, const float *weights, int64_t n, flo
     }
     const float middle = sqrtf(most * least);
     for (int64_t i = 0; i < n; i++) out[i] /= middle;
+    return MQ_OK;
 }
 
-void mq_smoothquant_scale(const float *activations, const float *weights, mq_dtype dtype, int64_t n, float alpha,
-                          float *out)
+int mq_smoothquant_scale(const float *activations, const float *weights, mq_dtype dtype, int64_t n, float alpha,
+                         float *out, mq_error *err)
 {
     static const float silent = 0x1p-31f;
+    int rc = check_channels(activations, weights, n, alpha, err);
+    if (rc != MQ_OK) return rc;
     for (int64_t i = 0; i < n; i++) {
         const float scale = rounded(dtype, powf(weights[i], 1.0f - alpha)) / powf(activations[i], alpha);
         out[i] = activations[i] <= silent ? 1.0f : clamped(scale);
     }
+    return MQ_OK;
 }

@@ -1,11 +1,13 @@
 #include "calib/gptq.h"
 
+#include <float.h>
 #include <stdatomic.h>
 #include <string.h>
 
 #include "core/alloc.h"
 #include "core/pool.h"
 #include "kernels/gemm.h"
+#include "kernels/scales.h"
 #include "kernels/search_ops.h"
 #include "quant/rows.h"
 #include "quant/scale.h"
@@ -45,22 +47,24 @@ static int is_two_level(const gptq_run *run)
     return run->job->quantizer->spec.scale == MQ_FMT_FP8_E4M3;
 }
 
-/* Scales of maxima, as the export makes them. */
-static void make_scales(const gptq_run *run, const float *amax, int64_t count, float *scale)
+static void make_two_levels(const gptq_run *run, const float *amax, int64_t count, float *scale)
 {
-    if (!is_two_level(run)) {
-        for (int64_t i = 0; i < count; i++) {
-            const float s = amax[i] / run->largest;
-            scale[i] = s == 0.0f ? 1.0f : s;
-        }
-        return;
-    }
     const float second = mq_second_scale(&run->second, run->largest);
     mq_static_amax(&run->second, run->largest, amax, count, scale);
     for (int64_t i = 0; i < count; i++) {   /* the number that the maximum stands for, as it will be read */
         const uint32_t code = mq_encode(scale[i] / (run->largest * second), MQ_CODEC(FP8_E4M3));
         scale[i] = mq_decode(code, MQ_CODEC(FP8_E4M3)) * second;
     }
+}
+
+/* Scales of maxima, as the export makes them. What is fed to a group of zeros would be rounded by a scale that stands
+ * for nothing: divided by the largest number, it stays zeros. */
+static void make_scales(const gptq_run *run, const float *amax, int64_t count, float *scale)
+{
+    if (is_two_level(run)) make_two_levels(run, amax, count, scale);
+    else mq_scales_fp32(amax, count, run->largest, scale);
+    for (int64_t i = 0; i < count; i++)
+        if (amax[i] == 0.0f) scale[i] = FLT_MAX;
 }
 
 static int64_t column_at(const gptq_run *run, int64_t k)

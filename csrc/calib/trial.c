@@ -47,13 +47,13 @@ static int is_static_levels(const mq_quant_spec *spec)
     return spec->scale == MQ_FMT_FP8_E4M3 && !spec->dynamic;
 }
 
-/* Two-level scales of dynamic blocks have the tensor's amax alone. */
+/* Two-level scales of dynamic blocks have the tensor's amax alone; other dynamic scales are made row by row. */
 static mq_grid grid_of(const mq_trial *trial)
 {
     const mq_quant_spec *spec = trial->spec;
     const int whole = spec->scale != MQ_FMT_FP32 && spec->dynamic;
-    return mq_grid_make(trial->weight->shape[0], trial->weight->shape[1], whole ? 0 : spec->block_rows,
-                        whole ? 0 : spec->block_cols);
+    return mq_grid_make(trial->weight->shape[0], trial->weight->shape[1],
+                        whole ? 0 : spec->dynamic ? 1 : spec->block_rows, whole ? 0 : spec->block_cols);
 }
 
 int64_t mq_trial_amax_count(const mq_trial *trial)
@@ -278,17 +278,26 @@ static int find_amax(const trial_job *job, const float *scale, float *amax, mq_e
     return rc;
 }
 
-/* Whether rows find the maxima of their blocks by themselves. */
-static int rows_find_amax(const mq_quant_spec *spec)
-{
-    return spec->scale == MQ_FMT_E8M0 || (spec->scale == MQ_FMT_FP32 && (spec->block_rows == 1 || spec->dynamic));
-}
-
 static int has_scales(const mq_trial *trial)
 {
     int found = 0;
     for (int64_t c = 0; c < trial->count; c++) found |= trial->candidates[c].scale != NULL;
     return found;
+}
+
+static int has_factors(const mq_trial *trial)
+{
+    int found = 0;
+    for (int64_t c = 0; c < trial->count; c++) found |= trial->candidates[c].factor != 1.0f;
+    return found;
+}
+
+/* Whether rows find the maxima of their blocks by themselves; they multiply them by nothing. */
+static int rows_find_amax(const mq_trial *trial)
+{
+    const mq_quant_spec *spec = trial->spec;
+    return spec->scale == MQ_FMT_E8M0 ||
+           (spec->scale == MQ_FMT_FP32 && (spec->block_rows == 1 || spec->dynamic) && !has_factors(trial));
 }
 
 static int check(const mq_trial *trial, mq_error *err)
@@ -304,6 +313,8 @@ static int check(const mq_trial *trial, mq_error *err)
         return mq_fail(err, MQ_ERR_VALUE, "%s %s: the Gram matrix has %lld channels", trial->name,
                        mq_tensor_describe(trial->weight, text, sizeof text), (long long)trial->gram->n);
     if (trial->count < 1) return mq_fail(err, MQ_ERR_VALUE, "%s: no candidates", trial->name);
+    if (trial->spec->scale == MQ_FMT_E8M0 && has_factors(trial))
+        return mq_fail(err, MQ_ERR_VALUE, "%s: there are no maxima to multiply", trial->name);
     return MQ_OK;
 }
 
@@ -357,7 +368,7 @@ int mq_trial_losses(const mq_trial *trial, double *losses, mq_error *err)
         goto done;
     }
     if (trial->amax != NULL) rc = run(&job, trial->amax, 0, trial->count, err);
-    else if (has_scales(trial) && rows_find_amax(trial->spec)) rc = run(&job, NULL, 0, trial->count, err);
+    else if (has_scales(trial) && rows_find_amax(trial)) rc = run(&job, NULL, 0, trial->count, err);
     else if (has_scales(trial)) rc = run_scaled(&job, amax, err);
     else {
         rc = find_amax(&job, NULL, amax, err);

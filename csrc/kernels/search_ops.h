@@ -24,7 +24,6 @@ typedef struct mq_feedback_tile {
 /* Candidates for the scale of a block of MQ_LANES FP4 elements. */
 typedef struct mq_sweep {
     const float *scale;          /* [count], ascending */
-    const float *reciprocal;     /* [count] */
     int64_t count;
     const float *hessian;        /* [MQ_LANES][MQ_LANES] or NULL: plain squares */
 } mq_sweep;

@@ -121,8 +121,10 @@ static PyObject *amax(PyObject *module, PyObject *args, PyObject *kwargs)
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|OO:amax", names, &object, &axis, &block)) return NULL;
     if (mq_view_object(state, object, "x", &x, &keep) < 0) return NULL;
     if (x.ndim != 2) {
-        Py_CLEAR(keep);
-        if (mq_view_contiguous(state, object, "x", &x, &keep) < 0) return NULL;
+        PyObject *array = keep;
+        int rc = mq_view_contiguous(state, array, "x", &x, &keep);
+        Py_DECREF(array);
+        if (rc < 0) return NULL;
     }
     if ((int)x.dtype > MQ_F16) {
         PyErr_Format(PyExc_TypeError, "x: expected float32, bfloat16 or float16, got %s", mq_dtype_name(x.dtype));
@@ -298,47 +300,52 @@ static int same_layout(mq_dtype got, mq_dtype wanted)
     return got == wanted || (mq_dtype_size(got) == 1 && (got == MQ_U8 || (wanted == MQ_U8 && got == MQ_F8_E8M0)));
 }
 
-/* Views parts[role] as what *want describes: float32 by conversion, one-byte codes as they are. */
-static int view_part(mq_state *state, PyObject *dict, int role, mq_tensor *want, PyObject **keep)
+/* Views parts[role]: float32 by conversion, one-byte codes as they are. */
+static int view_part(mq_state *state, PyObject *dict, int role, int is_float, mq_tensor *out, PyObject **keep)
 {
     PyObject *object = PyMapping_GetItemString(dict, roles[role]);
-    mq_tensor got;
     if (object == NULL) {
         PyErr_Format(PyExc_ValueError, "parts: '%s' is missing", roles[role]);
         return -1;
     }
-    int rc = want->dtype == MQ_F32 ? mq_view_as(state, object, roles[role], MQ_F32, &got, keep)
-                                   : mq_view_contiguous(state, object, roles[role], &got, keep);
+    int rc = is_float ? mq_view_as(state, object, roles[role], MQ_F32, out, keep)
+                      : mq_view_contiguous(state, object, roles[role], out, keep);
     Py_DECREF(object);
-    if (rc < 0) return -1;
+    return rc;
+}
+
+static int view_parts(mq_state *state, PyObject *dict, const mq_scheme_row *row, mq_tensor *out, PyObject **keep)
+{
+    if (view_part(state, dict, PART_WEIGHT, 0, &out[PART_WEIGHT], &keep[PART_WEIGHT]) < 0 ||
+        view_part(state, dict, PART_SCALE, row->scale == MQ_FMT_FP32, &out[PART_SCALE], &keep[PART_SCALE]) < 0)
+        return -1;
+    if (row->second_divisor == 0.0f) return 0;
+    return view_part(state, dict, PART_SCALE_2, 1, &out[PART_SCALE_2], &keep[PART_SCALE_2]);
+}
+
+/* *want becomes a view of a part that is laid out as it says. */
+static int use_part(int role, const mq_tensor *got, mq_tensor *want)
+{
     char have[96], expected[96];
-    if (!same_layout(got.dtype, want->dtype) || mq_tensor_count(&got) != mq_tensor_count(want)) {
+    if (!same_layout(got->dtype, want->dtype) || mq_tensor_count(got) != mq_tensor_count(want)) {
         PyErr_Format(PyExc_ValueError, "%s: expected %s, got %s", roles[role],
-                     mq_tensor_describe(want, expected, sizeof expected), mq_tensor_describe(&got, have, sizeof have));
+                     mq_tensor_describe(want, expected, sizeof expected), mq_tensor_describe(got, have, sizeof have));
         return -1;
     }
-    want->data = got.data;
+    want->data = got->data;
     return 0;
 }
 
-/* [rows, cols] of the matrix whose packed weight has this shape. */
-static int unpacked_shape(mq_state *state, PyObject *dict, mq_scheme scheme, int64_t *shape)
+/* [rows, cols] of the matrix whose packed weight this is. */
+static int unpacked_shape(const mq_scheme_row *row, const mq_tensor *weight, int64_t *shape)
 {
-    const mq_scheme_row *row = mq_scheme_get(scheme);
-    PyObject *object = PyMapping_GetItemString(dict, "weight"), *keep = NULL;
-    mq_tensor weight;
-    if (object == NULL) return -1;
-    int rc = mq_view_object(state, object, "weight", &weight, &keep);
-    Py_DECREF(object);
-    if (rc < 0) return -1;
-    Py_DECREF(keep);
-    if (weight.ndim != 2) {
-        PyErr_Format(PyExc_ValueError, "weight: expected 2 dimensions, got %d", weight.ndim);
+    if (weight->ndim != 2) {
+        PyErr_Format(PyExc_ValueError, "weight: expected 2 dimensions, got %d", weight->ndim);
         return -1;
     }
-    shape[0] = weight.shape[0] * (row->packing == MQ_PACK_ROW_PAIRS ? 2 : 1);
+    shape[0] = weight->shape[0] * (row->packing == MQ_PACK_ROW_PAIRS ? 2 : 1);
     shape[1] =
-        row->packing == MQ_PACK_ROW ? weight.shape[1] * 8 / mq_format_get(row->element)->codec.bits : weight.shape[1];
+        row->packing == MQ_PACK_ROW ? weight->shape[1] * 8 / mq_format_get(row->element)->codec.bits : weight->shape[1];
     return 0;
 }
 
@@ -355,7 +362,7 @@ static PyObject *dequantize(PyObject *module, PyObject *args, PyObject *kwargs)
     const char *scheme, *dtype_name = "float32";
     mq_block_job job = {0};
     mq_parts parts;
-    mq_tensor out;
+    mq_tensor given[PARTS], out;
     mq_dtype dtype;
     mq_error err;
     int64_t shape[2];
@@ -365,11 +372,15 @@ static PyObject *dequantize(PyObject *module, PyObject *args, PyObject *kwargs)
     if (parse_scheme(scheme, &job.scheme) < 0 || parse_block_size(block_size, &job.block_cols) < 0) return NULL;
     if (mq_dtype_from_name(dtype_name, &dtype) != MQ_OK || (int)dtype > MQ_F16)
         return PyErr_Format(PyExc_ValueError, "dtype: expected float32, bfloat16 or float16, got '%s'", dtype_name);
-    if (unpacked_shape(state, dict, job.scheme, shape) < 0) return NULL;
-    if (mq_block_shapes(&job, shape[0], shape[1], &parts, &err) != MQ_OK) return mq_raise(&err);
-    if (view_part(state, dict, PART_WEIGHT, &parts.weight, &keep[PART_WEIGHT]) < 0 ||
-        view_part(state, dict, PART_SCALE, &parts.scale, &keep[PART_SCALE]) < 0 ||
-        (parts.has_scale_2 && view_part(state, dict, PART_SCALE_2, &parts.scale_2, &keep[PART_SCALE_2]) < 0))
+    const mq_scheme_row *row = mq_scheme_get(job.scheme);
+    if (view_parts(state, dict, row, given, keep) < 0 || unpacked_shape(row, &given[PART_WEIGHT], shape) < 0) goto done;
+    if (mq_block_shapes(&job, shape[0], shape[1], &parts, &err) != MQ_OK) {
+        mq_raise(&err);
+        goto done;
+    }
+    if (use_part(PART_WEIGHT, &given[PART_WEIGHT], &parts.weight) < 0 ||
+        use_part(PART_SCALE, &given[PART_SCALE], &parts.scale) < 0 ||
+        (parts.has_scale_2 && use_part(PART_SCALE_2, &given[PART_SCALE_2], &parts.scale_2) < 0))
         goto done;
     const mq_tensor wanted = mq_tensor_make(NULL, dtype, 2, shape);
     result = mq_output_array(state, given_out, "out", &wanted, &out);

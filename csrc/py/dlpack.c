@@ -1,7 +1,5 @@
 #include "py/dlpack.h"
 
-#include <stdlib.h>
-
 #include "core/mq.h"
 
 static const char legacy_name[] = "dltensor", legacy_used[] = "used_dltensor";
@@ -93,6 +91,23 @@ static int find_dtype(mq_dl_dtype given, const char *name, mq_dtype *out)
     return -1;
 }
 
+/* What any of the tensor's bytes may be away from its first must be a distance that fits. */
+static int fill_strides(const mq_dl_tensor *given, const char *name, mq_tensor *out)
+{
+    int64_t room = PY_SSIZE_T_MAX / 8;
+    for (int i = 0; given->strides != NULL && i < given->ndim; i++) {
+        const int64_t stride = given->strides[i], steps = given->shape[i] - 1;
+        out->stride[i] = stride;
+        if (steps < 1) continue;
+        if (stride > room / steps || stride < -(room / steps)) {
+            PyErr_Format(PyExc_ValueError, "%s: stride %d of %lld is too large", name, i, (long long)stride);
+            return -1;
+        }
+        room -= steps * (stride < 0 ? -stride : stride);
+    }
+    return 0;
+}
+
 static int fill_view(const mq_dl_tensor *given, const char *name, mq_tensor *out)
 {
     mq_dtype dtype;
@@ -103,6 +118,10 @@ static int fill_view(const mq_dl_tensor *given, const char *name, mq_tensor *out
     }
     if (given->ndim < 0 || given->ndim > MQ_MAX_NDIM) {
         PyErr_Format(PyExc_ValueError, "%s: %d dimensions, at most %d are supported", name, given->ndim, MQ_MAX_NDIM);
+        return -1;
+    }
+    if (given->ndim > 0 && given->shape == NULL) {
+        PyErr_Format(PyExc_ValueError, "%s: its DLPack capsule has %d dimensions but no shape", name, given->ndim);
         return -1;
     }
     if (find_dtype(given->dtype, name, &dtype) < 0) return -1;
@@ -117,12 +136,7 @@ static int fill_view(const mq_dl_tensor *given, const char *name, mq_tensor *out
         return -1;
     }
     *out = mq_tensor_make(given->data, dtype, given->ndim, given->shape);
-    for (int i = 0; given->strides != NULL && i < given->ndim; i++) {
-        out->stride[i] = given->strides[i];
-        if (given->shape[i] < 2 || llabs(given->strides[i]) <= PY_SSIZE_T_MAX / 8) continue;
-        PyErr_Format(PyExc_ValueError, "%s: stride %d of %lld is too large", name, i, (long long)given->strides[i]);
-        return -1;
-    }
+    if (fill_strides(given, name, out) < 0) return -1;
     if (given->data != NULL) {
         out->data = (char *)given->data + given->byte_offset;
     } else if (mq_tensor_count(out) != 0) {
@@ -132,15 +146,14 @@ static int fill_view(const mq_dl_tensor *given, const char *name, mq_tensor *out
     return 0;
 }
 
-/* From here on the memory is ours to return: the capsule is renamed, which tells its destructor to let go. */
+/* From here on the memory is ours to return: the capsule is renamed, which tells its destructor to let go. That comes
+ * first, as making an object may let other threads run. */
 static PyObject *take_over(PyObject *capsule, void *managed, int versioned)
 {
+    if (PyCapsule_SetName(capsule, versioned ? versioned_used : legacy_used) < 0) return NULL;
     PyObject *owner = PyCapsule_New(managed, owner_name, versioned ? return_versioned : return_legacy);
-    if (owner == NULL) return NULL;
-    if (PyCapsule_SetName(capsule, versioned ? versioned_used : legacy_used) == 0) return owner;
-    PyCapsule_SetDestructor(owner, NULL);
-    Py_DECREF(owner);
-    return NULL;
+    if (owner == NULL) PyCapsule_SetName(capsule, versioned ? versioned_name : legacy_name);
+    return owner;
 }
 
 static int import_versioned(PyObject *capsule, const char *name, mq_tensor *out, PyObject **owner)
@@ -167,6 +180,15 @@ static int import_legacy(PyObject *capsule, const char *name, mq_tensor *out, Py
     return *owner != NULL ? 0 : -1;
 }
 
+/* Of a capsule that was refused the destructor runs, which may be Python code: keep the exception that says why. */
+static void drop_capsule(PyObject *capsule)
+{
+    PyObject *type, *value, *traceback;
+    PyErr_Fetch(&type, &value, &traceback);
+    Py_DECREF(capsule);
+    PyErr_Restore(type, value, traceback);
+}
+
 int mq_dlpack_import(PyObject *obj, const char *name, mq_tensor *out, PyObject **owner)
 {
     if (check_device(obj, name) < 0) return -1;
@@ -181,6 +203,6 @@ int mq_dlpack_import(PyObject *obj, const char *name, mq_tensor *out, PyObject *
         PyErr_Format(PyExc_ValueError, "%s: its DLPack capsule was consumed before", name);
     else
         PyErr_Format(PyExc_TypeError, "%s: __dlpack__() gave no DLPack capsule", name);
-    Py_DECREF(capsule);
+    drop_capsule(capsule);
     return rc;
 }

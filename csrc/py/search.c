@@ -91,7 +91,7 @@ static PyObject *new_floats(mq_state *state, int ndim, const int64_t *shape, mq_
 PyDoc_STRVAR(awq_weight_scale_doc,
 "awq_weight_scale(weight, block_size=0)\n--\n\n"
 "float32 [in]: the mean over rows of |w| / the largest |w| of its block along the row (0: of its row), in weight's\n"
-"dtype (AWQ, Lin et al. 2024; the reference's get_weight_scale).");
+"dtype (AWQ, Lin et al. 2024; the reference's get_weight_scale). ValueError: no rows.");
 
 static PyObject *awq_weight_scale(PyObject *module, PyObject *args, PyObject *kwargs)
 {
@@ -125,13 +125,16 @@ done:
 PyDoc_STRVAR(awq_scales_doc,
 "awq_scales(activations, weights, alphas)\n--\n\n"
 "float32 [alphas, in]: activations^alpha / weights^(1 - alpha), clamped to [1e-4, 1e4], over the root of the largest\n"
-"times the smallest. activations: means of |x| [in]; weights: of awq_weight_scale.");
+"times the smallest. activations: means of |x| [in]; weights: of awq_weight_scale. ValueError: NaN, infinity or less\n"
+"than 0.");
 
 static PyObject *awq_scales(PyObject *module, PyObject *args)
 {
     call c = {.state = mq_state_of(module)};
     PyObject *objects[3], *result = NULL;
     mq_tensor activations, weights, alphas, view;
+    mq_error err;
+    int rc = MQ_OK;
     if (!PyArg_ParseTuple(args, "OOO:awq_scales", &objects[0], &objects[1], &objects[2])) return NULL;
     if (need_floats(&c, objects[0], "activations", 1, -1, &activations) < 0 ||
         need_floats(&c, objects[1], "weights", 1, activations.shape[0], &weights) < 0 ||
@@ -139,9 +142,13 @@ static PyObject *awq_scales(PyObject *module, PyObject *args)
         goto done;
     const int64_t shape[2] = {alphas.shape[0], activations.shape[0]};
     result = new_floats(c.state, 2, shape, &view);
-    for (int64_t i = 0; result != NULL && i < shape[0]; i++)
-        mq_awq_scale(activations.data, weights.data, shape[1], ((const float *)alphas.data)[i],
-                     (float *)view.data + i * shape[1]);
+    for (int64_t i = 0; result != NULL && rc == MQ_OK && i < shape[0]; i++)
+        rc = mq_awq_scale(activations.data, weights.data, shape[1], ((const float *)alphas.data)[i],
+                          (float *)view.data + i * shape[1], &err);
+    if (rc != MQ_OK) {
+        Py_CLEAR(result);
+        mq_raise(&err);
+    }
 done:
     end_call(&c);
     return result;
@@ -150,7 +157,8 @@ done:
 PyDoc_STRVAR(smoothquant_scale_doc,
 "smoothquant_scale(activations, weights, alpha, dtype='float32')\n--\n\n"
 "float32 [in]: weights^(1 - alpha), rounded to dtype, / activations^alpha, clamped to [1e-4, 1e4]; 1 for channels\n"
-"that were silent. Both are maxima of |x| by channel (SmoothQuant, Xiao et al. 2023).");
+"that were silent. Both are maxima of |x| by channel (SmoothQuant, Xiao et al. 2023). ValueError: NaN, infinity or\n"
+"less than 0.");
 
 static PyObject *smoothquant_scale(PyObject *module, PyObject *args, PyObject *kwargs)
 {
@@ -161,6 +169,7 @@ static PyObject *smoothquant_scale(PyObject *module, PyObject *args, PyObject *k
     float alpha;
     mq_dtype dtype;
     mq_tensor activations, weights, view;
+    mq_error err;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOf|s", names, &objects[0], &objects[1], &alpha, &dtype_name))
         return NULL;
     if (parse_float_dtype(dtype_name, &dtype) < 0) return NULL;
@@ -168,8 +177,11 @@ static PyObject *smoothquant_scale(PyObject *module, PyObject *args, PyObject *k
         need_floats(&c, objects[1], "weights", 1, activations.shape[0], &weights) < 0)
         goto done;
     result = new_floats(c.state, 1, activations.shape, &view);
-    if (result != NULL)
-        mq_smoothquant_scale(activations.data, weights.data, dtype, activations.shape[0], alpha, view.data);
+    if (result != NULL && mq_smoothquant_scale(activations.data, weights.data, dtype, activations.shape[0], alpha,
+                                               view.data, &err) != MQ_OK) {
+        Py_CLEAR(result);
+        mq_raise(&err);
+    }
 done:
     end_call(&c);
     return result;
@@ -211,17 +223,16 @@ static int make_candidates(trial_args *a)
     return 0;
 }
 
-/* The quantizer's own maxima count only where there are no scales. */
-static int take_trial(trial_args *a, PyObject *weight, PyObject *quantizer_object, PyObject *gram)
+/* The quantizer's own maxima count only where there are no scales; one that takes them from the data has none. */
+static int take_trial(trial_args *a, PyObject *quantizer_object, PyObject *gram)
 {
     const mq_quantizer *quantizer = take_quantizer(&a->c, quantizer_object);
-    if (quantizer == NULL || take_matrix(&a->c, weight, "weight", &a->weight) < 0 ||
-        mq_gram_loss_of(a->c.state, gram, &a->trial.gram) < 0)
-        return -1;
+    if (quantizer == NULL || mq_gram_loss_of(a->c.state, gram, &a->trial.gram) < 0) return -1;
     a->trial.name = "weight";
     a->trial.weight = &a->weight;
     a->trial.spec = &quantizer->spec;
-    if (quantizer->amax == NULL || a->scales.data != NULL) return 0;
+    const int takes_none = quantizer->spec.dynamic && quantizer->spec.scale == MQ_FMT_FP32;
+    if (quantizer->amax == NULL || a->scales.data != NULL || takes_none) return 0;
     if (quantizer->amax_count != mq_trial_amax_count(&a->trial)) {
         PyErr_Format(PyExc_ValueError, "quantizer: %lld amax values, the weight has %lld",
                      (long long)quantizer->amax_count, (long long)mq_trial_amax_count(&a->trial));
@@ -254,7 +265,7 @@ static PyObject *quantization_losses(PyObject *module, PyObject *args, PyObject 
         take_floats(&a.c, scales, "scales", 2, a.weight.shape[1], &a.scales) < 0 ||
         take_floats(&a.c, backs, "backs", 2, a.weight.shape[1], &a.backs) < 0 ||
         take_floats(&a.c, factors, "factors", 1, a.scales.data != NULL ? a.scales.shape[0] : -1, &a.factors) < 0 ||
-        take_trial(&a, weight, quantizer, gram) < 0 || make_candidates(&a) < 0)
+        take_trial(&a, quantizer, gram) < 0 || make_candidates(&a) < 0)
         goto done;
     result = mq_new_array(a.c.state, MQ_F64, 1, &a.trial.count, &view);
     if (result == NULL) goto done;
@@ -290,7 +301,8 @@ static PyObject *best_amax(PyObject *module, PyObject *args, PyObject *kwargs)
                                      &amax_dtype) ||
         parse_float_dtype(amax_dtype, &a.trial.amax_dtype) < 0)
         return NULL;
-    if (need_floats(&a.c, factors, "factors", 1, -1, &a.factors) < 0 || take_trial(&a, weight, quantizer, gram) < 0 ||
+    if (take_matrix(&a.c, weight, "weight", &a.weight) < 0 ||
+        need_floats(&a.c, factors, "factors", 1, -1, &a.factors) < 0 || take_trial(&a, quantizer, gram) < 0 ||
         make_candidates(&a) < 0)
         goto done;
     const int64_t count = mq_trial_amax_count(&a.trial);
@@ -313,7 +325,8 @@ done:
 PyDoc_STRVAR(sweep_block_scales_doc,
 "sweep_block_scales(weight, global_amax, divisor=2688, hessian=None)\n--\n\n"
 "float32 [out, in / 16]: the amax of each NVFP4 block of weight whose scale, of all positive FP8 numbers, loses\n"
-"least: the squared error, or with hessian [in / 16, 16, 16] (X^T X of the block's inputs) that of the outputs.");
+"least: the squared error, or with hessian [in / 16, 16, 16] (X^T X of the block's inputs) that of the outputs.\n"
+"ValueError: NaN or infinity in any of them.");
 
 static PyObject *sweep_block_scales(PyObject *module, PyObject *args, PyObject *kwargs)
 {

@@ -111,8 +111,11 @@ static int view_rows(mq_state *state, PyObject *x, mq_tensor *view, PyObject **k
 {
     if (mq_view_contiguous(state, x, "x", view, keep) < 0) return -1;
     if (view->dtype == MQ_F32 || view->dtype == MQ_BF16) return 0;
-    Py_CLEAR(*keep);
-    return mq_view_as(state, x, "x", MQ_F32, view, keep);
+    PyObject *array = *keep;
+    *keep = NULL;
+    int rc = mq_view_as(state, array, "x", MQ_F32, view, keep);
+    Py_DECREF(array);
+    return rc;
 }
 
 static int view_mask(mq_state *state, PyObject *mask, int64_t rows, mq_tensor *view, PyObject **keep)

@@ -27,6 +27,7 @@ from modelq.calibration.weights import quantized_weights, tensor_of
 from modelq.changed import ChangedCheckpoint, Rounded
 from modelq.experts import place_of
 from modelq.groups import pair_of
+from modelq.maxima import choose_maxima
 from modelq.quantizers import block_extents, has_static_levels, make_quantizer, stage_quantizers
 from modelq.rules import Setting, stages
 from modelq.streaming import Part
@@ -93,7 +94,7 @@ class Gptq(Method):
         size = (quantizer.block_sizes or {}).get(-1) or 16
         blocks = diagonal_blocks(gram, size) if isinstance(self.scales, LocalHessian) else None
         assert self.scales is not None
-        self.scales.choose(name, quantizer, weight, blocks)
+        choose_maxima(quantizer, weight, self.scales.settings, blocks)
 
     def _factor(self, name: str, seen: InputStatistics) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
         """(order of the columns, or None; the factor; what squares count) of a damped Gram matrix."""

@@ -162,9 +162,10 @@ class ShardedWriter:
             os.fsync(file.fileno())
 
 
-def write_tensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+def write_tensors(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
     """One file of tensors that appears whole: written beside its place, synced, renamed."""
-    header, offsets, size = _header([TensorInfo(name, array.dtype.name, array.shape, array.nbytes) for name, array in arrays.items()], {})
+    infos = [TensorInfo(name, array.dtype.name, array.shape, array.nbytes) for name, array in arrays.items()]
+    header, offsets, size = _header(infos, dict(metadata or {}))
     partial = path.with_name(path.name + ".partial")
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:
