@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -31,7 +32,7 @@ from modelq.torch_models.originals import Originals
 from modelq.torch_models.processes import merge, run_together
 from modelq.torch_models.quantize import SETTINGS, find_other_weight_amax, quantizers_of, rounding
 from modelq.torch_models.quantizer_module import QuantizerModule
-from modelq.torch_models.stand_in import StandIn
+from modelq.torch_models.stand_in import StandIn, key_of
 
 ROOM = 2 << 30      # bytes of Gram matrices at once
 Loop = Callable[[], Any]
@@ -111,7 +112,7 @@ class Step:
              ) -> list[Part]:
         """Compute while these take note, and take the ranges; returns the parts with the number of tokens that reached each expert."""
         quantized = self.method.under_quantization and bool(parts)
-        quantizers, points = quantizers_of(self.model), _points(parts, statistics)
+        quantizers, points = self.quantizers(), _points(parts, statistics)
         with ExitStack() as hooks, torch.no_grad():
             largest = _Largest()
             for name, found in ranges.items():
@@ -164,7 +165,7 @@ class Step:
             raise ValueError("forward_loop ran nothing through the model: no quantizer saw an array")
         if self.unseen:
             warnings.warn(f"no data reached {listed(self.unseen, 4)}: they stay off", UserWarning, stacklevel=6)
-            quantizers = quantizers_of(self.model)
+            quantizers = self.quantizers()
             for name in self.unseen:
                 quantizers[name].disable()
         if self.idle_experts:
@@ -173,14 +174,19 @@ class Step:
             warnings.warn(f"experts that saw no token ({listed(said, 8, '; ')}): they are calibrated from their weights alone; more or "
                           "longer calibration texts reach more of them", UserWarning, stacklevel=6)
 
+    def quantizers(self) -> dict[str, Any]:
+        """The model's, by the stand-in's names."""
+        return {key_of(name): quantizer for name, quantizer in quantizers_of(self.model).items()}
+
     def hand_over(self) -> None:
         """What was found, to the model: ranges and scales, settings that a method changed, branches, weights that it rounded."""
         settings, stand_in = dict(getattr(self.model, SETTINGS)), self.stand_in
         for name, quantizer in quantizers_of(self.model).items():
-            if stand_in.settings[name].attributes != settings[name].attributes:
-                settings[name] = stand_in.settings[name]
-                quantizer.set_from_attribute_config(stages(settings[name])[0])
-            set_found_values(quantizer.native, found_values(stand_in.quantizers[name]))
+            found = stand_in.settings[key_of(name)]
+            if found.attributes != settings[name].attributes:
+                settings[name] = replace(found, slot=settings[name].slot)
+                quantizer.set_from_attribute_config(stages(found)[0])
+            set_found_values(quantizer.native, found_values(stand_in.quantizers[key_of(name)]))
             if name.endswith(".weight_quantizer"):
                 branch = stand_in.low_rank.get(name.removesuffix(".weight_quantizer"))
                 if branch is not None or quantizer.low_rank is not None:
@@ -234,6 +240,10 @@ class _Largest:
         seen = x.detach().abs().amax() if x.numel() else x.new_zeros(())
         before = self._found.get(id(found))
         self._found[id(found)] = (found, seen if before is None else torch.maximum(before[1], seen.to(before[1])))
+
+    def quantizers(self) -> dict[str, Any]:
+        """The model's, by the stand-in's names."""
+        return {key_of(name): quantizer for name, quantizer in quantizers_of(self.model).items()}
 
     def hand_over(self) -> None:
         for found, seen in self._found.values():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from modelq.experts import Place
 from modelq.quantizers import found_values, make_quantizer, set_found_values
 from modelq.rules import Slot
 from modelq.torch_models.experts import is_experts, matrices_of, matrix_of
-from modelq.torch_models.modules import is_searched, kind_of, slots_of
+from modelq.torch_models.modules import is_searched, kind_of
 from modelq.torch_models.quantize import quantizers_of, settings_of
 
 # Linears of one parent that read one input, by the end of their names.
@@ -57,13 +58,14 @@ class StandIn:
         self.modules = list(_rows(model, tensors))
         self.checkpoint: Any = Weights(tensors, Path(str(getattr(getattr(model, "config", None), "_name_or_path", "") or ".")), {})
         self.num_layers = 1 + max((row["layer"] for row in self.modules), default=-1)
-        self.settings = settings_of(model)
-        self.slots: dict[str, Slot] = {slot.name: slot for slot in slots_of(model)}
+        self.settings = {key_of(name): replace(setting, slot=replace(setting.slot, name=key_of(name)))
+                         for name, setting in settings_of(model).items()}
+        self.slots: dict[str, Slot] = {name: setting.slot for name, setting in self.settings.items()}
         self.places = {f"{row['name']}.{side}_quantizer": Place(name) for row in self.modules if row["expert"] is not None
                        for side, name in row["quantizers"].items()}
         self.quantizers: dict[str, Any] = {name: make_quantizer(setting) for name, setting in self.settings.items()}
         for name, quantizer in quantizers_of(model).items():
-            set_found_values(self.quantizers[name], found_values(quantizer.native))
+            set_found_values(self.quantizers[key_of(name)], found_values(quantizer.native))
         self.low_rank = {name.removesuffix(".weight_quantizer"): quantizer.low_rank for name, quantizer in quantizers_of(model).items()
                          if quantizer.low_rank is not None}
         self.search_losses: dict[str, Any] = {}
@@ -78,6 +80,11 @@ class StandIn:
 
     def connect(self) -> None:
         """The model's own quantizers get what was found when a method is done."""
+
+
+def key_of(name: str) -> str:
+    """What a quantizer is called here: `<module>.weight_quantizer`, though the module be the model itself, which has no name."""
+    return name if "." in name else f".{name}"
 
 
 def _rows(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> Iterator[dict[str, Any]]:

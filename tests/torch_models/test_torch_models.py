@@ -241,7 +241,7 @@ def test_caches(case, tmp_path):
     np.testing.assert_array_equal(logits(model, case.model), plain)
 
 
-@pytest.mark.parametrize("preset", ["FP8_DEFAULT_CFG", "W4A8_AWQ_BETA_CFG", "NVFP4_DEFAULT_CFG"])
+@pytest.mark.parametrize("preset", ["FP8_DEFAULT_CFG", "W4A8_AWQ_BETA_CFG", "NVFP4_SVDQUANT_DEFAULT_CFG"])
 def test_save_and_restore(golden, preset, tmp_path):
     model = quantize(load(golden["llama"]), golden["llama"], getattr(mtq, preset))
     modelq.save(model, tmp_path)
