@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from modelq.arrays import give_back, take
-from modelq.calibration import METHODS
+from modelq.calibration import METHODS, progress_folder
+from modelq.calibration.resume import Progress, Saved
 from modelq.calibration.statistics import InputStatistics, Range, activation_slots, input_statistics
 from modelq.calibration.walk import Method
 from modelq.calibration.weights import take_amax
@@ -39,18 +40,24 @@ Loop = Callable[[], Any]
 
 
 def run_step(model: torch.nn.Module, step: Mapping[str, Any], forward_loop: Callable[..., Any] | None, compat: str | None,
-             originals: Originals) -> None:
-    """One step of an algorithm. ValueError as for native models."""
+             originals: Originals, index: int = 0, checkpoint_dir: Any = None) -> None:
+    """One step of an algorithm, the index-th. ValueError as for native models, and for a checkpoint_dir where layerwise is off."""
+    layerwise, folder = step["layerwise"]["enable"], progress_folder(checkpoint_dir, [step])
+    if folder is not None and not layerwise:
+        raise ValueError("checkpoint_dir: progress of a torch model is kept layer by layer: use {'layerwise': {'enable': True}} in the "
+                         "algorithm")
     find_other_weight_amax(model)
     work = Step(model, step, compat, originals)
     if forward_loop is None and (work.method.needs_data or work.ranges):
         what = f"{step['method']} looks at activations" if work.method.needs_data else "this config quantizes activations"
         raise ValueError(f"{what}: calibration data are needed: give a forward_loop")
     work.method.begin()
-    if step["layerwise"]["enable"] and (work.method.needs_data or work.ranges):
+    if layerwise and (work.method.needs_data or work.ranges):
         from modelq.torch_models.layerwise import layer_by_layer
 
-        layer_by_layer(work, forward_loop)
+        before = "" if folder is None else work.stand_in.digest([step], compat)
+        layer_by_layer(work, forward_loop, lambda data: Progress() if folder is None else Saved(
+            work.stand_in, folder, index, before + data, step["layerwise"]["save_every"]))       # type: ignore[arg-type]
     else:
         for parts in work.groups():
             work.observe((lambda: forward_loop(model)) if forward_loop is not None else None, parts, work.ranges)
@@ -146,6 +153,11 @@ class Step:
         finally:
             for module in self.experts.values():
                 object.__setattr__(module, "tokens", None)
+
+    def take_restored(self, ranges: dict[str, Any]) -> None:
+        """These ranges were found before."""
+        self.seen += len(ranges)
+        self.hand_over()
 
     def take_ranges(self, ranges: dict[str, Any]) -> None:
         """Those that saw something are found; none is left to be."""

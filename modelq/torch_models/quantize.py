@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from modelq.algorithms import split_rotation
 from modelq.config import QuantizeConfig, QuantizerCfgEntry, normalize_quant_cfg_list
 from modelq.quantizers import rotated_columns
 from modelq.rules import Setting, apply_rules, changed_settings, default_setting, stages, warn_idle
@@ -25,30 +26,35 @@ Pattern = str | Callable[[str], bool]
 
 
 def quantize(model: torch.nn.Module, config: Any, forward_loop: Callable[..., Any] | None = None,
-             compat: str | None = None) -> torch.nn.Module:
+             compat: str | None = None, checkpoint_dir: Any = None) -> torch.nn.Module:
     """Quantize a model in place and return it; see `modelq.quantization.quantize`. If anything raises, it is as it was."""
     inner = unwrapped(model)
     _refuse_packed(inner)
     parsed = QuantizeConfig.parse(config)
-    steps = _runnable(parsed.algorithm, compat)
+    rotation, steps = split_rotation(parsed.algorithm)
+    steps = _runnable(steps, compat)
     with inserted(inner) as (defaults, originals):
         settings, idle = apply_rules(defaults, parsed.quant_cfg)
         _refuse_nothing(settings)
         warn_idle(idle, stacklevel=3)
         take_settings(inner, settings, keep=False)
-        _calibrate(inner, steps, _with_wrapping(forward_loop, model), compat, originals)
+        if rotation is not None:
+            from modelq.torch_models.rotation import rotate
+
+            rotate(inner, rotation, originals)
+        _calibrate(inner, steps, _with_wrapping(forward_loop, model), compat, originals, checkpoint_dir)
     return model
 
 
 def calibrate(model: torch.nn.Module, algorithm: Any = "max", forward_loop: Callable[..., Any] | None = None,
-              compat: str | None = None) -> torch.nn.Module:
+              compat: str | None = None, checkpoint_dir: Any = None) -> torch.nn.Module:
     """Find anew the amax of every enabled quantizer of a quantized model."""
     inner = unwrapped(model)
     settings_of(inner)
     _refuse_packed(inner)
     steps = _runnable(algorithm, compat)
     with _all_or_nothing(inner) as originals:
-        _calibrate(inner, steps, _with_wrapping(forward_loop, model), compat, originals)
+        _calibrate(inner, steps, _with_wrapping(forward_loop, model), compat, originals, checkpoint_dir)
     return model
 
 
@@ -142,11 +148,11 @@ def _runnable(algorithm: Any, compat: str | None) -> list[dict[str, Any]]:
 
 
 def _calibrate(model: torch.nn.Module, steps: list[dict[str, Any]], forward_loop: Callable[..., Any] | None, compat: str | None,
-               originals: Originals) -> None:
+               originals: Originals, checkpoint_dir: Any) -> None:
     from modelq.torch_models.calibration import run_step
 
-    for step in steps:
-        run_step(model, step, forward_loop, compat, originals)
+    for index, step in enumerate(steps):
+        run_step(model, step, forward_loop, compat, originals, index, checkpoint_dir)
 
 
 def _refuse_packed(model: torch.nn.Module) -> None:
