@@ -110,7 +110,8 @@ class Calls:
     def go_on(self, index: int, states: Mapping[str, np.ndarray]) -> None:
         """Past a layer that was done before, from these states behind it, if the next one was not."""
         if states:
-            self.hidden = [give_back(np.array(states[f"hidden.{call}"]), hidden).to(hidden.device) for call, hidden in enumerate(self.hidden)]
+            self.hidden = [give_back(np.array(states[f"hidden.{call}"]), hidden).to(hidden.device)
+                           for call, hidden in enumerate(self.hidden)]
         self._others[index] = []
 
     def digest(self) -> str:
