@@ -17,6 +17,7 @@ from modelq.calibration.resume import Progress, Saved
 from modelq.progress import progress
 from modelq.torch_models.calibration import Step
 from modelq.torch_models.modules import is_inserted
+from modelq.torch_models.processes import run_together
 from modelq.torch_models.quantize import quantizers_of, rounding
 
 Loop = Callable[..., Any]
@@ -28,7 +29,9 @@ def layer_by_layer(work: Step, forward_loop: Loop, keep: Callable[[str], Progres
     model, layerwise, inside = work.model, work.method.settings["layerwise"], set()
     layers = decoder_layers(model)
     with rounding(quantizers_of(model), weights=False, activations=False):
-        calls = Calls(layers, lambda: forward_loop(model))
+        captured: list[Calls] = []
+        run_together(lambda: captured.append(Calls(layers, lambda: forward_loop(model))))
+    calls, = captured
     quantized, done = layerwise["get_qdq_activations_from_prev_layer"], keep(calls.digest())
     for index, (name, _) in enumerate(progress(layers, work.method.description)):
         rows = [row for row in work.stand_in.modules if row["name"].startswith(f"{name}.")]

@@ -165,7 +165,7 @@ class Net(torch.nn.Module):
         return self.linear(self.conv(x).mean((2, 3)))
 
 
-@pytest.mark.parametrize("preset", ["INT8_DEFAULT_CFG", "FP8_DEFAULT_CFG"])
+@pytest.mark.parametrize("preset", ["INT8_DEFAULT_CFG", "FP8_DEFAULT_CFG", "INT8_SMOOTHQUANT_CFG"])
 def test_any_module(preset):
     """Convolutions too; a module that nothing reaches is left off, and said so."""
     torch.manual_seed(0)

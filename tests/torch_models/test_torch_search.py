@@ -127,6 +127,23 @@ def test_any_module_can_be_searched():
     assert errors[1] < 0.9 * errors[0]
 
 
+@pytest.mark.parametrize("preset", ["INT4_AWQ_CFG", "INT4_GPTQ_CFG", "NVFP4_W4A4_WEIGHT_LOCAL_HESSIAN_CFG", "NVFP4_SVDQUANT_DEFAULT_CFG"])
+def test_a_linear_that_no_data_reaches(preset):
+    """It keeps its weight's maxima, and is said."""
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"0": torch.nn.Linear(128, 128), "1": torch.nn.Linear(128, 128)})
+    config = getattr(mtq, preset)
+    if "GPTQ" in preset:
+        config = {**config, "algorithm": {**config["algorithm"], "layerwise": {"enable": False}}}
+    with pytest.warns(UserWarning, match="no data reached 1.input_quantizer"):
+        mtq.quantize(model, config, lambda model: model["0"](torch.randn(300, 128)))
+    unused = model["1"].weight_quantizer
+    assert unused.is_enabled and unused.amax is not None and unused.pre_quant_scale is None
+    assert not torch.equal(model["1"](torch.ones(1, 128)), torch.nn.functional.linear(torch.ones(1, 128), model["1"].weight, model["1"].bias))
+    with pytest.raises(ValueError, match="no quantizer saw an array"):
+        mtq.quantize(model, config, lambda model: None)
+
+
 @pytest.mark.parametrize("preset", ["INT4_GPTQ_CFG", "NVFP4_GPTQ_CFG", "INT4_AWQ_CFG", "FP8_DEFAULT_CFG"])
 def test_layer_by_layer(golden, preset, monkeypatch):
     """The user's loop is run once, or twice where lm_head is looked at; a model whose every layer is quantized loses less to GPTQ so."""

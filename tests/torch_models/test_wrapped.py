@@ -167,12 +167,12 @@ def test_quantized_already(golden):
 
 def test_what_stays_on_a_device(golden, monkeypatch):
     """Maxima of tensors that are not on the CPU are kept where they are until all data have passed, and are the same."""
-    from modelq.torch_models import calibration
+    from modelq.torch_models import looking
 
     expected = {name: q.amax for name, q in quantizers(quantize(load(golden["llama"]), golden["llama"], mtq.FP8_DEFAULT_CFG)).items()}
     handed = []
-    monkeypatch.setattr(calibration, "is_on_cpu", lambda x: False)
-    monkeypatch.setattr(calibration._Largest, "hand_over", lambda self, original=calibration._Largest.hand_over: (
+    monkeypatch.setattr(looking, "is_on_cpu", lambda x: False)
+    monkeypatch.setattr(looking.Largest, "hand_over", lambda self, original=looking.Largest.hand_over: (
         handed.append(len(self._found)), original(self)))
     model = quantize(load(golden["llama"]), golden["llama"], mtq.FP8_DEFAULT_CFG)
     assert handed == [14]
