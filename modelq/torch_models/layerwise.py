@@ -108,12 +108,12 @@ class Calls:
 
     def states(self) -> dict[str, np.ndarray]:
         """What the next layer is given, by name."""
-        return {f"hidden.{call}": take(hidden.cpu()) for call, hidden in enumerate(self.hidden)}
+        return {f"hidden.{call}": take(hidden) for call, hidden in enumerate(self.hidden)}
 
     def go_on(self, index: int, states: Mapping[str, np.ndarray]) -> None:
         """Past a layer that was done before, from these states behind it, if the next one was not."""
         if states:
-            self.hidden = [give_back(np.array(states[f"hidden.{call}"]), hidden).to(hidden.device)
+            self.hidden = [give_back(np.array(states[f"hidden.{call}"]), hidden)
                            for call, hidden in enumerate(self.hidden)]
         self._others[index] = []
 

@@ -55,7 +55,7 @@ class Largest:
 
     def hand_over(self) -> None:
         for found, seen in self._found.values():
-            found.statistics.collect(take(seen.reshape(1).cpu(), found.name))
+            found.statistics.collect(take(seen.reshape(1), found.name))
 
 
 def is_on_cpu(x: torch.Tensor) -> bool:
@@ -69,7 +69,7 @@ def range_hook(found: Any, largest: Largest) -> Any:
         if plain and not is_on_cpu(output):
             largest.collect(found, output)
         else:
-            found.statistics.collect(quantizer.as_rows(take(output.cpu(), found.name)))
+            found.statistics.collect(quantizer.as_rows(take(output, found.name)))
     return collect
 
 
@@ -78,7 +78,7 @@ def statistics_hook(calibrators: Mapping[int | None, Sequence[Any]], prepared: b
     def collect(quantizer: QuantizerModule, arguments: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         looking = calibrators.get(experts.running if experts is not None else None)
         if looking:
-            array = take(quantizer.prepared(arguments[0].cpu()) if prepared else output.cpu(), quantizer.name)
+            array = take(quantizer.prepared(arguments[0]) if prepared else output, quantizer.name)
             for calibrator in looking:
                 calibrator.collect(array)
     return collect

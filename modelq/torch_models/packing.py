@@ -49,7 +49,7 @@ def compress(model: torch.nn.Module, config: Any = None) -> None:
 
 def _hold(module: Any, packed: Any) -> None:
     weight = module._parameters["weight"]
-    parts = {role: give_back(np.array(part), weight).to(weight.device) for role, part in packed.parts.items()}
+    parts = {role: give_back(np.array(part), weight) for role, part in packed.parts.items()}
     module._parameters["weight"] = torch.nn.Parameter(parts["weight"], requires_grad=False)
     for name, role in zip(SCALES, ("weight_scale", "weight_scale_2")):
         setattr(module.weight_quantizer, name, parts.get(role))

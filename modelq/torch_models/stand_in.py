@@ -39,7 +39,7 @@ class Weights(Checkpoint):
         super().__init__(path, config, infos)
 
     def read(self, name: str) -> np.ndarray:
-        return take(self._live[self._info(name).name].cpu(), name)
+        return take(self._live[self._info(name).name], name)
 
     def live(self, name: str) -> torch.Tensor:
         """The tensor itself."""
