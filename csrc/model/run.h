@@ -82,6 +82,10 @@ int mq_run_logits(mq_run *run, int64_t batch, const mq_named_tensor *tensors, si
  * follows it. */
 int mq_run_loss(mq_run *run, const int32_t *labels, const mq_named_tensor *tensors, size_t count, double *sums,
                 int64_t *counts, mq_error *err);
+/* Its two steps: what each row is to predict, < 0 = nothing, into targets (rows); and losses (rows) of these. */
+void mq_run_targets(const mq_run *run, const int32_t *labels, int32_t *targets);
+int mq_run_row_losses(mq_run *run, const int32_t *targets, const mq_named_tensor *tensors, size_t count,
+                      mq_loss_row *losses, mq_error *err);
 
 /* Scratch for every worker that the pool has now. */
 int mq_run_reserve(mq_run *run, mq_error *err);
