@@ -153,9 +153,11 @@ int mq_backward_reserve(mq_backward *back, mq_error *err)
 
 static int observe(const mq_back_rows *rows, const mq_linear *linear, const mq_back_linear *it)
 {
+    const mq_run *run = rows->back->run;
     mq_observed observed = {
-        .input = it->in, .output = it->out, .gradient = it->d_out, .dtype = rows->back->run->runtime->dtype,
-        .rows = rows->rows, .columns = linear->cols, .width = linear->rows, .first = rows->first, .expert = -1,
+        .input = it->in, .output = it->out, .gradient = it->d_out, .dtype = run->runtime->dtype,
+        .output_dtype = run->runtime->dtype, .rows = rows->rows, .columns = linear->cols, .width = linear->rows,
+        .first = rows->first, .total = run->rows, .expert = -1,
     };
     return linear->observer->see(linear->observer, &observed, rows->err);
 }

@@ -45,11 +45,13 @@ static int observe(const mq_back_rows *rows, int64_t width)
 {
     mq_observer *observer = rows->layer->experts_observer;
     const mq_back_scratch *scratch = &rows->back->scratch;
+    const mq_run *run = rows->back->run;
     float *gathered = scratch->d_output;
     mq_observed observed = {
         .input = scratch->mlp_normed, .output = scratch->output, .gradient = gathered, .rows = rows->rows,
-        .dtype = rows->back->run->runtime->dtype, .columns = width, .width = width, .first = rows->first,
-        .expert = rows->expert, .tokens = rows->tokens, .shares = rows->shares,
+        .dtype = run->runtime->dtype, .output_dtype = run->runtime->dtype, .columns = width, .width = width,
+        .first = rows->first, .total = run->rows, .expert = rows->expert, .tokens = rows->tokens,
+        .shares = rows->shares,
     };
     mq_row_sizes sizes = {.rows = rows->rows, .width = width, .dtype = MQ_F32};
     mq_gather_forward(gathered, rows->back->gradient, rows->tokens, &sizes);
@@ -108,7 +110,8 @@ static int observe_end(const mq_backward *back, mq_observer *observer, mq_error 
 {
     const mq_run *run = back->run;
     mq_observed observed = {
-        .gradient = back->gradient, .dtype = run->runtime->dtype, .rows = run->rows, .expert = -1,
+        .gradient = back->gradient, .dtype = run->runtime->dtype, .output_dtype = run->runtime->dtype,
+        .rows = run->rows, .total = run->rows, .expert = -1,
         .columns = run->runtime->config.hidden_size, .width = run->runtime->config.hidden_size,
     };
     return observer->see(observer, &observed, err);

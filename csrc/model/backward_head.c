@@ -91,11 +91,12 @@ static void weigh_batches(head_pass *it, const mq_batch_losses *out)
 
 static int observe(const head_pass *it, int64_t first, int64_t rows, mq_error *err)
 {
-    mq_observer *observer = it->back->run->runtime->head_observer;
+    const mq_run *run = it->back->run;
+    mq_observer *observer = run->runtime->head_observer;
     mq_observed observed = {
-        .input = it->normed, .output = it->logits, .gradient = it->gradient, .dtype = it->back->run->runtime->dtype,
-        .rows = rows, .columns = config_of(it)->hidden_size, .width = it->columns, .first = first, .column = it->first,
-        .expert = -1,
+        .input = it->normed, .output = it->logits, .gradient = it->gradient, .dtype = run->runtime->dtype,
+        .output_dtype = MQ_F32, .rows = rows, .columns = config_of(it)->hidden_size, .width = it->columns,
+        .first = first, .total = run->rows, .column = it->first, .expert = -1,
     };
     return observer->see(observer, &observed, err);
 }

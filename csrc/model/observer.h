@@ -6,11 +6,12 @@
 #include "core/tensor.h"
 
 typedef struct mq_observed {
-    const void *input, *output;     /* (rows, columns), (rows, width) of dtype, without gaps */
+    const void *input, *output;     /* (rows, columns) of dtype, (rows, width) of output_dtype, without gaps */
     const float *gradient;          /* (rows, width): of the loss by the output */
-    mq_dtype dtype;
+    mq_dtype dtype, output_dtype;
     int64_t rows, columns, width;
     int64_t first;                  /* row of the run of the first one */
+    int64_t total;                  /* rows of the run */
     int64_t column;                 /* of lm_head's, which comes a slice at a time: the first one */
     /* Of a layer's experts: the rows of one expert after the other. output is that expert's alone, gradient the one by
      * the sum of all, of which it is a share. Then once expert = -1 with all rows' gradient, and neither input nor

@@ -4,13 +4,9 @@
 #include <string.h>
 
 #include "core/alloc.h"
-#include "core/pool.h"
-#include "kernels/row_ops.h"
 #include "model/ops.h"
 #include "model/runtime.h"
-
-enum { LANES = 8 };
-static const double LARGEST = 1e10;     /* of a product, as in Model Optimizer */
+#include "model/score_parts.h"
 
 static void forget_rows(mq_output_score *score)
 {
@@ -20,6 +16,7 @@ static void forget_rows(mq_output_score *score)
     score->quantized = score->output = NULL;
     score->sums = NULL;
     score->capacity = 0;
+    score->input_nbytes = score->output_nbytes = 0;
 }
 
 static void forget_weights(mq_output_score *score)
@@ -77,78 +74,33 @@ static int pack(mq_output_score *score, const mq_observed *rows, mq_error *err)
 
 static int reserve(mq_output_score *score, const mq_observed *rows, mq_error *err)
 {
-    const size_t size = mq_dtype_size(rows->dtype), count = (size_t)rows->rows;
-    if (score->capacity >= rows->rows) return MQ_OK;
+    const size_t inputs = (size_t)(rows->rows * rows->columns) * mq_dtype_size(rows->dtype);
+    const size_t outputs = (size_t)(rows->rows * rows->width) * mq_dtype_size(rows->output_dtype);
+    if (score->capacity >= rows->rows && score->input_nbytes >= inputs && score->output_nbytes >= outputs) return MQ_OK;
     forget_rows(score);
-    score->quantized = mq_alloc_array(count, (size_t)rows->columns * size);
-    score->output = mq_alloc_array(count, (size_t)rows->width * size);
-    score->sums = mq_alloc_array(count, sizeof *score->sums);
+    score->quantized = mq_alloc(inputs);
+    score->output = mq_alloc(outputs);
+    score->sums = mq_alloc_array((size_t)rows->rows, sizeof *score->sums);
     if (score->quantized == NULL || score->output == NULL || score->sums == NULL) {
         forget_rows(score);
-        return mq_fail_memory(err, "outputs of a candidate", count * (size_t)(rows->columns + rows->width) * size);
+        return mq_fail_memory(err, "outputs of a candidate", inputs + outputs);
     }
     score->capacity = rows->rows;
+    score->input_nbytes = inputs;
+    score->output_nbytes = outputs;
     return MQ_OK;
 }
 
-typedef struct score_job {
-    const mq_output_score *score;
-    const mq_score_candidate *candidate;
-    const mq_observed *rows;
-} score_job;
-
-static float value_of(const void *x, mq_dtype dtype, int64_t i)
+/* output (rows, width) = what the candidate makes of the input. */
+static void make(const mq_output_score *score, const mq_score_candidate *candidate, const mq_observed *rows)
 {
-    uint32_t bits;
-    float value;
-    if (dtype == MQ_F32) return ((const float *)x)[i];
-    bits = (uint32_t)((const uint16_t *)x)[i] << 16;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-static float rounded(float x, mq_dtype dtype)
-{
-    uint16_t half;
-    if (dtype == MQ_F32) return x;
-    mq_row_ops_of(MQ_BF16)->from_f32(&half, &x, 1);
-    return value_of(&half, MQ_BF16, 0);
-}
-
-/* The sum over one row; LANES sums next to each other, as one after the other would wait for each addition. */
-static double sum_row(const score_job *job, int64_t row)
-{
-    const mq_observed *rows = job->rows;
-    const int64_t at = row * rows->width;
-    double sums[LANES] = {0.0};
-    for (int64_t j = 0; j < rows->width; j++) {
-        float made = value_of(job->score->output, rows->dtype, at + j), was = value_of(rows->output, rows->dtype, at + j);
-        double product = (double)(rows->gradient[at + j] * rounded(made - was, rows->dtype));
-        product = MQ_MIN(MQ_MAX(product, -LARGEST), LARGEST);
-        sums[j % LANES] += product * product;
-    }
-    for (int i = 1; i < LANES; i++) sums[0] += sums[i];
-    return sums[0];
-}
-
-static void quantize_rows(void *argument, int64_t begin, int64_t end, int worker)
-{
-    const score_job *job = argument;
-    const int64_t columns = job->rows->columns;
-    const size_t at = (size_t)(begin * columns) * mq_dtype_size(job->rows->dtype);
-    mq_quant_rows rows = {
-        .x = (const char *)job->rows->input + at, .y = (char *)job->score->quantized + at, .dtype = job->rows->dtype,
-        .rows = end - begin, .cols = columns, .ldx = columns, .ldy = columns, .steps = MQ_QUANT_ALL,
+    const mq_row_sizes sizes = {.rows = rows->rows, .width = rows->columns, .dtype = rows->dtype};
+    mq_gemm_args args = {
+        .m = rows->rows, .a = mq_score_quantized(candidate->input, score->quantized, rows->input, &sizes),
+        .a_dtype = rows->dtype, .lda = rows->columns, .b = &candidate->packed, .bias = score->packed_bias,
+        .c = score->output, .c_dtype = rows->output_dtype, .ldc = rows->width, .alpha = 1.0f,
     };
-    (void)worker;
-    mq_quantizer_apply(job->candidate->input, &rows);
-}
-
-static void sum_rows(void *argument, int64_t begin, int64_t end, int worker)
-{
-    const score_job *job = argument;
-    (void)worker;
-    for (int64_t i = begin; i < end; i++) job->score->sums[i] = sum_row(job, i);
+    mq_gemm_run(&args);
 }
 
 static int see(mq_observer *observer, const mq_observed *rows, mq_error *err)
@@ -159,15 +111,10 @@ static int see(mq_observer *observer, const mq_observed *rows, mq_error *err)
     int rc = pack(score, rows, err);
     if (rc == MQ_OK) rc = reserve(score, rows, err);
     for (size_t i = 0; rc == MQ_OK && i < score->count; i++) {
-        mq_score_candidate *candidate = &score->candidates[i];
-        score_job job = {.score = score, .candidate = candidate, .rows = rows};
-        const int quantized = candidate->input != NULL && mq_quantizer_acts(candidate->input);
-        const mq_linear_weight weight = {.packed = candidate->packed, .bias = score->packed_bias};
-        const mq_row_sizes sizes = {.rows = rows->rows, .width = rows->columns, .dtype = rows->dtype};
-        if (quantized) mq_parallel_for(rows->rows, mq_row_grain(rows->columns), quantize_rows, &job);
-        mq_linear_forward(score->output, quantized ? score->quantized : rows->input, &weight, 0, &sizes);
-        mq_parallel_for(rows->rows, mq_row_grain(rows->width), sum_rows, &job);
-        for (int64_t j = 0; j < rows->rows; j++) candidate->score += score->sums[j];
+        const mq_score_rows sum = {.gradient = rows->gradient, .made = score->output, .was = rows->output,
+                                   .dtype = rows->output_dtype, .rows = rows->rows, .width = rows->width};
+        make(score, &score->candidates[i], rows);
+        score->candidates[i].score += mq_score_sum(score->sums, &sum);
     }
     return rc;
 }

@@ -22,9 +22,10 @@ typedef struct mq_output_score {
     mq_tensor bias;                 /* (width); data NULL = none */
     int64_t column;                 /* of what is packed; -1: nothing is */
     float *packed_bias;
-    void *quantized, *output;       /* (capacity, columns), (capacity, width) */
+    void *quantized, *output;       /* (rows, columns), (rows, width) */
+    size_t input_nbytes, output_nbytes;
     double *sums;                   /* (capacity) */
-    int64_t capacity;               /* rows */
+    int64_t capacity;
 } mq_output_score;
 
 /* Candidates are copied; what they point to must last. */

@@ -31,6 +31,7 @@ static int core_traverse(PyObject *module, visitproc visit, void *arg)
     Py_VISIT(state->gram_loss_type);
     Py_VISIT(state->backward_type);
     Py_VISIT(state->output_score_type);
+    Py_VISIT(state->experts_score_type);
     Py_VISIT(state->output_gradient_type);
     return 0;
 }
@@ -47,6 +48,7 @@ static int core_clear(PyObject *module)
     Py_CLEAR(state->gram_loss_type);
     Py_CLEAR(state->backward_type);
     Py_CLEAR(state->output_score_type);
+    Py_CLEAR(state->experts_score_type);
     Py_CLEAR(state->output_gradient_type);
     return 0;
 }

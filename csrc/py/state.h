@@ -16,6 +16,7 @@ typedef struct mq_state {
     PyTypeObject *gram_loss_type;
     PyTypeObject *backward_type;
     PyTypeObject *output_score_type;
+    PyTypeObject *experts_score_type;
     PyTypeObject *output_gradient_type;
 } mq_state;
 

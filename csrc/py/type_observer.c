@@ -1,11 +1,12 @@
-/* OutputScore and OutputGradient: observers of a linear's output on the way back (csrc/model/score.h). */
+/* OutputScore, ExpertsScore and OutputGradient: observers on the way back (csrc/model/{score,experts_score}.h). */
 #include "py/runtime.h"
 
 #include "core/alloc.h"
+#include "model/experts_score.h"
 #include "model/score.h"
 #include "py/type_quantizer.h"
 
-/* What both types begin with. taken: it is at a place of a Runtime. */
+/* What all types begin with. taken: it is at a place of a Runtime. */
 typedef struct ObserverObject {
     PyObject_HEAD
     mq_observer *observer;
@@ -19,6 +20,14 @@ typedef struct OutputScoreObject {
     Py_ssize_t count;
 } OutputScoreObject;
 
+typedef struct ExpertsScoreObject {
+    ObserverObject base;
+    mq_experts_score score;
+    mq_gemm_kind kind;
+    PyObject **quantizers;     /* held: two for each candidate, or NULL */
+    _Atomic int busy;
+} ExpertsScoreObject;
+
 typedef struct OutputGradientObject {
     ObserverObject base;
     mq_kept_gradient kept;
@@ -28,8 +37,9 @@ typedef struct OutputGradientObject {
 mq_observer *mq_observer_take(mq_state *state, PyObject *object)
 {
     ObserverObject *self = (ObserverObject *)object;
-    if (!Py_IS_TYPE(object, state->output_score_type) && !Py_IS_TYPE(object, state->output_gradient_type)) {
-        PyErr_Format(PyExc_TypeError, "expected an OutputScore, an OutputGradient or None, got %s",
+    if (!Py_IS_TYPE(object, state->output_score_type) && !Py_IS_TYPE(object, state->output_gradient_type) &&
+        !Py_IS_TYPE(object, state->experts_score_type)) {
+        PyErr_Format(PyExc_TypeError, "expected an OutputScore, ExpertsScore, OutputGradient or None, got %s",
                      Py_TYPE(object)->tp_name);
         return NULL;
     }
@@ -182,6 +192,165 @@ static PyType_Spec score_spec = {
     .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE, .slots = score_slots,
 };
 
+/* ExpertsScore ---------------------------------------------------------------------------------------------------- */
+
+static PyObject *experts_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"candidates", "compute", NULL};
+    long long candidates;
+    const char *compute = "float32";
+    mq_dtype dtype;
+    mq_error err;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "L|s:ExpertsScore", names, &candidates, &compute)) return NULL;
+    if (candidates < 1 || candidates > 4096)
+        return PyErr_Format(PyExc_ValueError, "ExpertsScore: %lld candidates", candidates);
+    if (mq_dtype_from_name(compute, &dtype) != MQ_OK || (dtype != MQ_F32 && dtype != MQ_BF16))
+        return PyErr_Format(PyExc_ValueError, "compute: expected bfloat16 or float32, got '%s'", compute);
+    ExpertsScoreObject *self = (ExpertsScoreObject *)type->tp_alloc(type, 0);
+    if (self == NULL) return NULL;
+    self->base.observer = &self->score.observer;
+    self->kind = dtype == MQ_BF16 ? MQ_GEMM_BF16 : MQ_GEMM_F32;
+    self->quantizers = mq_alloc_zeroed((size_t)candidates * 2 * sizeof *self->quantizers);
+    if (self->quantizers == NULL) PyErr_NoMemory();
+    else if (mq_experts_score_init(&self->score, (size_t)candidates, &err) == MQ_OK) return (PyObject *)self;
+    else mq_raise(&err);
+    Py_DECREF(self);
+    return NULL;
+}
+
+static void release_quantizers(ExpertsScoreObject *self)
+{
+    for (size_t i = 0; self->quantizers != NULL && i < 2 * self->score.count; i++) {
+        if (self->quantizers[i] == NULL) continue;
+        mq_quantizer_release(self->quantizers[i]);
+        Py_CLEAR(self->quantizers[i]);
+    }
+}
+
+static void experts_dealloc(PyObject *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    ExpertsScoreObject *object = (ExpertsScoreObject *)self;
+    PyObject_GC_UnTrack(self);
+    release_quantizers(object);
+    mq_experts_score_free(&object->score);
+    mq_free(object->quantizers);
+    type->tp_free(self);
+    Py_DECREF(type);
+}
+
+/* (gate, up, down, quantizer of the input or None, of down's or None) of one candidate. */
+static int view_expert(ExpertsScoreObject *self, PyObject *given, size_t index, mq_expert_weights *out, PyObject **keep)
+{
+    static const char *const parts[MQ_SCORE_LINEARS] = {"gate", "up", "down"};
+    mq_state *state = mq_state_of_object((PyObject *)self);
+    const mq_quantizer **places[2] = {&out->input, &out->product};
+    PyObject *objects[5];
+    if (!PyTuple_Check(given) || !PyArg_UnpackTuple(given, "candidate", 5, 5, &objects[0], &objects[1], &objects[2],
+                                                    &objects[3], &objects[4])) {
+        if (!PyErr_Occurred())
+            PyErr_SetString(PyExc_TypeError, "candidates: expected tuples (gate, up, down, quantizer, quantizer)");
+        return -1;
+    }
+    for (int i = 0; i < MQ_SCORE_LINEARS; i++) {
+        if (mq_view_object(state, objects[i], parts[i], &out->linears[i], &keep[i]) < 0) return -1;
+        if (out->linears[i].ndim == 2 && mq_tensor_is_float(&out->linears[i])) continue;
+        PyErr_Format(PyExc_ValueError, "%s: expected a matrix of float32, bfloat16 or float16", parts[i]);
+        return -1;
+    }
+    for (size_t i = 0; i < 2; i++) {
+        if (objects[3 + i] == Py_None) continue;
+        *places[i] = mq_quantizer_hold(state, objects[3 + i]);
+        if (*places[i] == NULL) return -1;
+        self->quantizers[2 * index + i] = Py_NewRef(objects[3 + i]);
+    }
+    return 0;
+}
+
+PyDoc_STRVAR(experts_load_doc,
+"load($self, expert, candidates, /)\n--\n\n"
+"The weights of one expert by every candidate, in place of another's: tuples (gate, up, down, quantizer of their input\n"
+"or None, quantizer of down's input or None), as the candidates compute with them. To be called before gradients pass\n"
+"the expert.");
+
+static PyObject *experts_load(PyObject *self, PyObject *args)
+{
+    ExpertsScoreObject *object = (ExpertsScoreObject *)self;
+    const size_t count = object->score.count;
+    PyObject *list_object, *list, *result = NULL;
+    long long expert;
+    mq_error err;
+    int rc = 0;
+    if (!PyArg_ParseTuple(args, "LO:load", &expert, &list_object)) return NULL;
+    list = PySequence_Fast(list_object, "load: candidates must be a sequence of tuples");
+    if (list == NULL) return NULL;
+    mq_expert_weights *weights = mq_alloc_zeroed(count * sizeof *weights);
+    PyObject **keep = mq_alloc_zeroed(count * MQ_SCORE_LINEARS * sizeof *keep);
+    if (weights == NULL || keep == NULL) {
+        PyErr_NoMemory();
+        goto done;
+    }
+    if (PySequence_Fast_GET_SIZE(list) != (Py_ssize_t)count) {
+        PyErr_Format(PyExc_ValueError, "load: %zd candidates of %zu", PySequence_Fast_GET_SIZE(list), count);
+        goto done;
+    }
+    object->score.expert = -1;      /* what it has is of no use without its quantizers */
+    release_quantizers(object);
+    for (size_t i = 0; rc == 0 && i < count; i++)
+        rc = view_expert(object, PySequence_Fast_GET_ITEM(list, (Py_ssize_t)i), i, &weights[i],
+                         &keep[i * MQ_SCORE_LINEARS]);
+    if (rc < 0 || mq_enter(&object->busy, "the ExpertsScore") < 0) goto done;
+    Py_BEGIN_ALLOW_THREADS
+    rc = mq_experts_score_load(&object->score, expert, object->kind, weights, &err);
+    Py_END_ALLOW_THREADS
+    mq_leave(&object->busy);
+    result = rc == MQ_OK ? Py_NewRef(Py_None) : mq_raise(&err);
+done:
+    for (size_t i = 0; keep != NULL && i < count * MQ_SCORE_LINEARS; i++) Py_XDECREF(keep[i]);
+    mq_free(keep);
+    mq_free(weights);
+    Py_DECREF(list);
+    return result;
+}
+
+static PyObject *experts_scores_get(PyObject *self, void *unused)
+{
+    const mq_experts_score *score = &((ExpertsScoreObject *)self)->score;
+    const int64_t count = (int64_t)score->count;
+    mq_tensor view;
+    (void)unused;
+    PyObject *array = mq_new_array(mq_state_of_object(self), MQ_F64, 1, &count, &view);
+    for (int64_t i = 0; array != NULL && i < count; i++) ((double *)view.data)[i] = score->candidates[i].score;
+    return array;
+}
+
+PyDoc_STRVAR(experts_doc,
+"ExpertsScore(candidates, compute='float32')\n--\n\n"
+"An observer (Runtime.set_observer) of a layer's experts that adds up, for each of so many candidates,\n"
+"sum((gradient * (y' - y))^2) over what the experts together add to the hidden states: AutoQuantize's gradient score.\n"
+"compute: of the model. It holds a change of all rows for each candidate. After an error it is of no more use.");
+
+static PyMethodDef experts_methods[] = {
+    {"load", experts_load, METH_VARARGS, experts_load_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyGetSetDef experts_properties[] = {
+    {"scores", experts_scores_get, NULL, "float64, an entry per candidate: the sums so far.", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyType_Slot experts_slots[] = {
+    {Py_tp_doc, (void *)experts_doc}, {Py_tp_new, experts_new}, {Py_tp_dealloc, experts_dealloc},
+    {Py_tp_traverse, observer_traverse}, {Py_tp_methods, experts_methods}, {Py_tp_getset, experts_properties},
+    {0, NULL},
+};
+
+static PyType_Spec experts_spec = {
+    .name = "modelq._core.ExpertsScore", .basicsize = sizeof(ExpertsScoreObject),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE, .slots = experts_slots,
+};
+
 /* OutputGradient -------------------------------------------------------------------------------------------------- */
 
 static PyObject *gradient_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
@@ -243,8 +412,11 @@ static int observer_init(PyObject *module, mq_state *state)
 {
     state->output_score_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &score_spec, NULL);
     state->output_gradient_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &gradient_spec, NULL);
-    if (state->output_score_type == NULL || state->output_gradient_type == NULL) return -1;
+    state->experts_score_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &experts_spec, NULL);
+    if (state->output_score_type == NULL || state->output_gradient_type == NULL || state->experts_score_type == NULL)
+        return -1;
     if (PyModule_AddType(module, state->output_score_type) < 0) return -1;
+    if (PyModule_AddType(module, state->experts_score_type) < 0) return -1;
     return PyModule_AddType(module, state->output_gradient_type);
 }
 

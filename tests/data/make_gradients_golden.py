@@ -9,7 +9,10 @@ right and has labels of -100 besides; gradients are of the sum of both losses. P
   names, norms, signs       of every weight (named as on disk), "input <layer> <batch>" (hidden states before a layer, behind the last) and
                             "output <linear> <batch>": the gradient's norm, and its products with four vectors of +-1 (`signs_of`)
   full <name>               the gradients themselves of norms and biases
+And scores.json: of the golden set's AUTO_6.0, what Model Optimizer's AutoQuantize scored FP8_DEFAULT_CFG with: by model, dtype and group
+of modules.
 """
+import json
 import sys
 import zlib
 from pathlib import Path
@@ -95,6 +98,17 @@ def make(folder: Path, ids: np.ndarray, out: Path):
                         signs=np.array([signs_of(name, g.size) @ g for name, g in flat.items()]), **arrays, **full)
 
 
+def scores(golden: Path) -> dict:
+    found = {}
+    for path in sorted(golden.glob("*/*/AUTO_6.0/auto_state.json")):
+        groups = {}
+        for stats in json.loads(path.read_text())["candidate_stats"].values():
+            fp8 = next(i for i, name in enumerate(stats["formats"]) if name.startswith("FP8"))
+            groups[" ".join(stats["module_names"])] = stats["scores"][fp8]
+        found.setdefault(path.parts[-4], {})[path.parts[-3]] = groups
+    return found
+
+
 def main():
     golden, wanted = Path(sys.argv[1]), sys.argv[2:]
     sources = {name: golden / name / "source" for name in ("llama", "qwen3", "qwen3moe")}
@@ -107,6 +121,7 @@ def main():
         else:
             ids = np.load(golden / name / "calib.npy")[:4, :48]
         make(folder, ids, OUT / f"{name}.npz")
+    (OUT / "scores.json").write_text(json.dumps(scores(golden), indent=1) + "\n")
 
 
 if __name__ == "__main__":
