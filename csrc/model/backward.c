@@ -102,7 +102,8 @@ static size_t cut(mq_back_scratch *scratch, const mq_run *run)
     const int64_t n = run->largest_unit, m = MQ_MIN(n, (int64_t)PIECE), hidden = config->hidden_size;
     const int64_t q_width = config->num_attention_heads * config->head_dim;
     const int64_t kv_width = config->num_key_value_heads * config->head_dim;
-    const int64_t inner = MQ_MAX(config->intermediate_size, config->num_experts > 0 ? config->moe_intermediate_size : 0);
+    const int64_t expert = config->num_experts > 0 ? config->moe_intermediate_size : 0;
+    const int64_t inner = MQ_MAX(config->intermediate_size, expert);
     const mq_attention_args args = mq_layer_attention(&context, 0, run->longest);
     const size_t size = mq_dtype_size(context.dtype), single = sizeof(float);
     size_t shared = 0;

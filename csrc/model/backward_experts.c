@@ -98,7 +98,8 @@ static int route_rows(const mq_back_rows *rows)
                              .d_in = d_normed, .accumulate = 1};
     mq_back_norm norm = {.in = middle, .d_out = d_normed, .d_in = back->gradient + rows->first * width, .accumulate = 1,
                          .heads = 1, .width = width};
-    mq_rmsnorm_forward(scratch->mlp_normed, middle, rows->layer->norms[MQ_ROLE_POST_NORM], config->rms_norm_eps, &sizes);
+    mq_rmsnorm_forward(scratch->mlp_normed, middle, rows->layer->norms[MQ_ROLE_POST_NORM], config->rms_norm_eps,
+                       &sizes);
     mq_linear_forward(scratch->router, scratch->mlp_normed, &rows->layer->linears[MQ_ROLE_ROUTER].weight, 0, &sizes);
     mq_route_backward(scratch->d_router, back->d_shares, &run->dispatch.routes, scratch->router, &route);
     int rc = mq_backward_linear(rows, MQ_ROLE_ROUTER, &router);

@@ -47,7 +47,8 @@ static int mlp_half(const mq_back_rows *rows, const void *middle, float *gradien
     const mq_row_sizes sizes = sizes_of(rows, config->hidden_size);
     mq_back_norm norm = {.in = middle, .d_out = scratch->d_mlp_normed, .d_in = gradient, .accumulate = 1, .heads = 1,
                          .width = config->hidden_size};
-    mq_rmsnorm_forward(scratch->mlp_normed, middle, rows->layer->norms[MQ_ROLE_POST_NORM], config->rms_norm_eps, &sizes);
+    mq_rmsnorm_forward(scratch->mlp_normed, middle, rows->layer->norms[MQ_ROLE_POST_NORM], config->rms_norm_eps,
+                       &sizes);
     mq_backward_mlp_again(rows, rows->layer->linears[MQ_ROLE_DOWN].observer != NULL);
     int rc = mq_backward_mlp(rows, gradient);
     if (rc == MQ_OK) mq_backward_norm(rows, MQ_ROLE_POST_NORM, &norm);

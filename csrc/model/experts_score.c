@@ -37,7 +37,7 @@ int mq_experts_score_load(mq_experts_score *score, int64_t expert, mq_gemm_kind 
         char name[64];
         if (linears[1].shape[0] != inner || linears[1].shape[1] != width || linears[2].shape[0] != width ||
             linears[2].shape[1] != inner)
-            rc = mq_fail(err, MQ_ERR_VALUE, "candidate %d of expert %d: gate, up and down are no matrices of one expert",
+            rc = mq_fail(err, MQ_ERR_VALUE, "candidate %d of expert %d: gate, up and down do not fit each other",
                          (int)i, (int)expert);
         for (int j = 0; rc == MQ_OK && j < MQ_SCORE_LINEARS; j++) {
             snprintf(name, sizeof name, "%s of candidate %d of expert %d", names[j], (int)i, (int)expert);

@@ -11,7 +11,7 @@ enum { MQ_SCORE_LINEARS = 3 };      /* gate, up, down */
 /* What a candidate makes of the expert at work, and of all experts so far. */
 typedef struct mq_experts_candidate {
     mq_linear_weight linears[MQ_SCORE_LINEARS];
-    const mq_quantizer *input, *product;    /* of what gate and up read, and of what down does; not owned; NULL = none */
+    const mq_quantizer *input, *product;    /* of what gate and up read, of what down reads; not owned; NULL = none */
     float *change;                          /* (rows of the run, C): how much the sum of the experts is another */
     double score;
 } mq_experts_candidate;

@@ -162,8 +162,9 @@ done:
 
 PyDoc_STRVAR(layer_doc,
 "layer($self, layer, state, tensors, /)\n--\n\n"
-"Back through one layer, from the last to the first. state: what Run.state() said before the layer; it is not copied,\n"
-"and must not change before the layer is done. tensors: those of Runtime.layer_tensors(layer); the layer stays loaded.\n\n"
+"Back through one layer, from the last to the first. state: what Run.state() said before the layer; it is not\n"
+"copied, and must not change before the layer is done. tensors: those of Runtime.layer_tensors(layer); the layer\n"
+"stays loaded.\n\n"
 "Of a layer with experts this is the first step: it returns what Run.layer returns, and then `expert` is to be called\n"
 "for each that has tokens. Else it returns None.");
 
@@ -256,7 +257,8 @@ static PyObject *backward_gradient(PyObject *self, PyObject *argument)
     int64_t batch;
     mq_tensor view;
     if (mq_parse_batch(object->run, argument, &batch) < 0) return NULL;
-    if (object->back.failed || object->back.input != NULL || object->back.next == run->runtime->config.num_hidden_layers)
+    if (object->back.failed || object->back.input != NULL ||
+        object->back.next == run->runtime->config.num_hidden_layers)
         return PyErr_Format(PyExc_RuntimeError, "gradient: the head comes first, and layers one after the other");
     const mq_batch *rows = &run->batches[batch];
     const int64_t shape[3] = {rows->sequences, rows->tokens, width};

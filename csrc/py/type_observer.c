@@ -269,9 +269,9 @@ static int view_expert(ExpertsScoreObject *self, PyObject *given, size_t index, 
 
 PyDoc_STRVAR(experts_load_doc,
 "load($self, expert, candidates, /)\n--\n\n"
-"The weights of one expert by every candidate, in place of another's: tuples (gate, up, down, quantizer of their input\n"
-"or None, quantizer of down's input or None), as the candidates compute with them. To be called before gradients pass\n"
-"the expert.");
+"The weights of one expert by every candidate, in place of another's: tuples (gate, up, down, quantizer of their\n"
+"input or None, quantizer of down's input or None), as the candidates compute with them. To be called before\n"
+"gradients pass the expert.");
 
 static PyObject *experts_load(PyObject *self, PyObject *args)
 {
@@ -394,7 +394,7 @@ PyDoc_STRVAR(gradient_doc,
 "An observer (Runtime.set_observer) that keeps the gradient of the loss by a module's output, for all rows of a run.");
 
 static PyGetSetDef gradient_properties[] = {
-    {"array", array_get, NULL, "float32 [rows, width], rows in the order of the run; zero where nothing came by.", NULL},
+    {"array", array_get, NULL, "float32 [rows, width], in the order of the run; zero where nothing came by.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 

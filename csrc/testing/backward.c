@@ -97,9 +97,10 @@ static int apply(const char *name, const mq_operands *set, double number, mq_err
 
 PyDoc_STRVAR(backward_op_doc,
 "backward_op(name, operands, number=0.0)\n--\n\n"
-"rmsnorm(d_in, d_out, in, weight; eps), rmsnorm_in_place(d, in, weight; eps), rmsnorm_weight(d_weight, d_out, in; eps),\n"
-"swiglu(d_gate, d_up, gate, up), rope(d_x; theta), linear(d_in, d_out, weight; accumulate),\n"
-"linear_weight(d_weight, d_out, in), bias(d_bias, d_out), embed(d_weight, d_out, ids),\n"
+"rmsnorm(d_in, d_out, in, weight; eps), rmsnorm_in_place(d, in, weight; eps),\n"
+"rmsnorm_weight(d_weight, d_out, in; eps), swiglu(d_gate, d_up, gate, up), rope(d_x; theta),\n"
+"linear(d_in, d_out, weight; accumulate), linear_weight(d_weight, d_out, in), bias(d_bias, d_out),\n"
+"embed(d_weight, d_out, ids),\n"
 "loss(logits, labels, factors, losses), route(d_logits, d_shares, logits, experts, shares; normalize),\n"
 "scatter(d_in, d_shares, d_out, in, index, shares) or gather(d_in, d_out, index).");
 
