@@ -150,11 +150,16 @@ def test_losses_change_as_gradients_say(name):
 
 # Observers -------------------------------------------------------------------------------------------------------------------
 
-def fp8_model(folder, compute, rows):
+def quantized_model(preset, folder, compute, rows):
     """With lm_head quantized too, as AutoQuantize has it."""
-    config = copy.deepcopy(mtq.FP8_DEFAULT_CFG)
+    config = copy.deepcopy(getattr(mtq, preset))
     config["quant_cfg"] = [rule for rule in config["quant_cfg"] if "lm_head" not in rule["quantizer_name"]]
-    return mtq.quantize(modelq.load(folder, compute=compute), config, lambda model: [model(row[None]) for row in rows])
+    model = modelq.load(folder, compute=compute)
+    return mtq.quantize(model, config, lambda model: [model(row[None]) for row in rows], compat="modelopt")
+
+
+def fp8_model(*args):
+    return quantized_model("FP8_DEFAULT_CFG", *args)
 
 
 class Scorer:
@@ -204,13 +209,16 @@ def score(name, compute, candidates, rows, **options):
     return scorer.scores
 
 
-@pytest.mark.parametrize("compute, tolerance", [("float32", 1e-3), ("bfloat16", 0.2)])
+@pytest.mark.parametrize("preset, compute, tolerance", [("INT4_AWQ_CFG", "float32", 1e-5), ("FP8_DEFAULT_CFG", "float32", 1e-3),
+                                                        ("FP8_DEFAULT_CFG", "bfloat16", 0.2)])
 @pytest.mark.parametrize("name", ["llama", "qwen3", "qwen3moe"])
-def test_scores_equal_model_optimizers(name, compute, tolerance):
-    """AutoQuantize's gradient scores of FP8. In float32 what is left are ties that the other forward rounds the other way; two
-    bfloat16 forwards differ by more, and send some tokens to other experts (the reference's own scores in both differ by 11%)."""
-    found = score(name, compute, lambda *args: [fp8_model(*args)], golden_data.Model(name).calib)
-    wanted = SCORES[name][compute]
+def test_scores_equal_model_optimizers(name, preset, compute, tolerance):
+    """AutoQuantize's gradient scores. In float32 what is left of FP8's are ties that the other forward rounds the other way; two bfloat16
+    forwards differ by more, and send some tokens to other experts (the reference's own scores in both differ by 11%). AWQ is calibrated
+    on a quarter of the batches."""
+    calib = golden_data.Model(name).calib
+    found = score(name, compute, lambda *args: [quantized_model(preset, *args[:2], calib[:2] if "AWQ" in preset else calib)], calib)
+    wanted = SCORES[name][compute][preset]
     assert sorted(module for group in wanted for module in group.split()) == sorted(found)
     for group, value in wanted.items():
         assert sum(found[module][0] for module in group.split()) == pytest.approx(value, rel=tolerance), group

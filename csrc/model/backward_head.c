@@ -204,6 +204,7 @@ int mq_backward_head(mq_backward *back, const int32_t *labels, const mq_named_te
     }
     if (rc == MQ_OK) {
         back_norm(&it);
+        mq_run_release(back->run);      /* a copy for every worker, which only layers with experts still need */
         back->next--;
     } else {
         back->failed = 1;

@@ -9,8 +9,7 @@ right and has labels of -100 besides; gradients are of the sum of both losses. P
   names, norms, signs       of every weight (named as on disk), "input <layer> <batch>" (hidden states before a layer, behind the last) and
                             "output <linear> <batch>": the gradient's norm, and its products with four vectors of +-1 (`signs_of`)
   full <name>               the gradients themselves of norms and biases
-And scores.json: of the golden set's AUTO_6.0, what Model Optimizer's AutoQuantize scored FP8_DEFAULT_CFG with: by model, dtype and group
-of modules.
+And scores.json: of the golden set's AUTO_6.0, the scores of Model Optimizer's AutoQuantize: by model, dtype, format and group of modules.
 """
 import json
 import sys
@@ -101,11 +100,11 @@ def make(folder: Path, ids: np.ndarray, out: Path):
 def scores(golden: Path) -> dict:
     found = {}
     for path in sorted(golden.glob("*/*/AUTO_6.0/auto_state.json")):
-        groups = {}
+        formats = found.setdefault(path.parts[-4], {}).setdefault(path.parts[-3], {})
         for stats in json.loads(path.read_text())["candidate_stats"].values():
-            fp8 = next(i for i, name in enumerate(stats["formats"]) if name.startswith("FP8"))
-            groups[" ".join(stats["module_names"])] = stats["scores"][fp8]
-        found.setdefault(path.parts[-4], {})[path.parts[-3]] = groups
+            for name, score in zip(stats["formats"], stats["scores"]):
+                if not name.startswith("NONE"):
+                    formats.setdefault(name.split("(")[0], {})[" ".join(stats["module_names"])] = score
     return found
 
 
