@@ -148,6 +148,68 @@ def test_losses_change_as_gradients_say(name):
         assert total / (12 * step) == pytest.approx(expected, rel=2e-3), kind
 
 
+def test_cuts_of_rows_do_not_show():
+    """Sequences longer than what the MLP and the experts take at a time, and more rows than the head does: against one batch each, whose
+    losses are means over a quarter of the labels."""
+    ids = np.random.default_rng(2).integers(0, 256, (4, 600))
+    model = Golden("qwen3moe").load()
+    names = ["model.layers.0.mlp.experts.1.up_proj.weight", "model.layers.1.mlp.gate.weight", "model.norm.weight", "lm_head.weight"]
+    seen = []
+    whole = backward(model, [ids], names, look=lambda layer, back: seen.append(back.gradient(0)))
+    apart = backward(model, list(ids[:, None]), names, look=lambda layer, back: seen.append(
+        np.concatenate([back.gradient(batch) for batch in range(4)]) / 4))
+    assert whole.losses[0] == pytest.approx(apart.losses.mean(), rel=1e-6)
+    for one, four in zip(seen[:3], seen[3:]):
+        assert np.linalg.norm(one - four) <= RELATIVE * np.linalg.norm(one)
+    for name in names:
+        assert np.linalg.norm(whole.weights[name] - apart.weights[name] / 4) <= RELATIVE * np.linalg.norm(whole.weights[name]), name
+
+
+def test_a_vocabulary_of_many_slices():
+    """No layers, a head of three slices: everything against NumPy in float64."""
+    rng = np.random.default_rng(0)
+    config = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 0, "num_attention_heads": 2, "vocab_size": 9001}
+    runtime = core.Runtime("llama", config, "float32")
+    embedding, norm, head = (rng.standard_normal(shape).astype(np.float32) for shape in ((9001, 16), 16, (9001, 16)))
+    other = (head + 0.01 * rng.standard_normal(head.shape)).astype(np.float32)
+    ids = rng.integers(0, 9001, (3, 250))
+    run = runtime.start([ids])
+    run.embed({"model.embed_tokens.weight": embedding})
+    kept, score = core.OutputGradient(750, 9001), core.OutputScore([other, head])
+    results = []
+    for observer in (kept, score):
+        found = {f"{name}.weight": np.zeros(shape, np.float32)
+                 for name, shape in (("model.embed_tokens", (9001, 16)), ("model.norm", 16), ("lm_head", (9001, 16)))}
+        back = run.backward(found)
+        runtime.set_observer("lm_head", observer)
+        losses, counts = back.head({"model.norm.weight": norm, "lm_head.weight": head})
+        back.embed()
+        results.append([losses, counts, back.gradient(0), *found.values()])
+    assert all(np.array_equal(*both) for both in zip(*results))
+    x = embedding[ids].astype(np.float64).reshape(-1, 16)
+    scale = 1 / np.sqrt((x ** 2).mean(-1, keepdims=True) + 1e-6)
+    normed = x * scale * norm
+    logits = normed @ head.T.astype(np.float64)
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    targets = np.concatenate([ids[:, 1:], np.full((3, 1), -1)], 1).ravel()
+    rows = np.flatnonzero(targets >= 0)
+    d_logits = np.zeros_like(p)
+    d_logits[rows] = p[rows] / len(rows)
+    d_logits[rows, targets[rows]] -= 1 / len(rows)
+    d_normed = d_logits @ head.astype(np.float64)
+    d_x = scale * (norm * d_normed - x * scale ** 2 * (norm * d_normed * x).mean(-1, keepdims=True))
+    d_embedding = np.zeros((9001, 16))
+    np.add.at(d_embedding, ids.ravel(), d_x)
+    wanted = [-np.log(p[rows, targets[rows]]).mean(), len(rows), d_x.reshape(3, 250, 16), d_embedding, (d_normed * x * scale).sum(0),
+              d_logits.T @ normed]
+    for found, exact in zip(results[0], wanted):
+        assert np.linalg.norm(found - exact) <= RELATIVE * np.linalg.norm(exact)
+    assert np.linalg.norm(kept.array - d_logits) <= RELATIVE * np.linalg.norm(d_logits)
+    exact = ((d_logits * (normed @ (other.astype(np.float64) - head).T)) ** 2).sum()
+    assert score.scores[0] == pytest.approx(exact, rel=1e-4) and score.scores[1] == 0
+
+
 # Observers -------------------------------------------------------------------------------------------------------------------
 
 def quantized_model(preset, folder, compute, rows):

@@ -3,9 +3,9 @@
     pip install torch==2.13.0 transformers==5.17.0
     python tests/data/make_gradients_golden.py GOLDEN [MODEL ...]
 
-GOLDEN: the golden set's folder (llama, qwen3, qwen3moe); families/ is beside this file. Two batches, of which the second is padded on the
-right and has labels of -100 besides; gradients are of the sum of both losses. Per model an .npz with
-  ids_*, mask_*, labels_*   int64 [2, T], of batch 0 and 1; losses float64 [2]
+GOLDEN: the golden set's folder (llama, qwen3, qwen3moe); families/ is beside this file. Two batches, of which the second is padded on either
+side and has labels of -100 besides; gradients are of the sum of both losses. Per model an .npz with
+  ids_*, mask_*, labels_*   int64 [B, T], of batch 0 and 1; losses float64 [2]
   names, norms, signs       of every weight (named as on disk), "input <layer> <batch>" (hidden states before a layer, behind the last) and
                             "output <linear> <batch>": the gradient's norm, and its products with four vectors of +-1 (`signs_of`)
   full <name>               the gradients themselves of norms and biases
@@ -32,13 +32,16 @@ def signs_of(name: str, size: int) -> np.ndarray:
 
 
 def batches_of(ids: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """(ids, mask, labels) of two batches from four rows of ids."""
-    whole, padded = ids[:2], ids[2:4].copy()
+    """(ids, mask, labels) of two batches from five rows of ids. The first token behind padding has no label: what predicts it is padding,
+    of which a transformers model and modelq make different things."""
+    whole, padded = ids[:2], ids[2:5].copy()
     mask, labels = np.ones_like(padded), padded.copy()
     mask[1, padded.shape[1] // 2 + 3:] = 0
+    mask[2, :padded.shape[1] // 3] = 0
     padded[mask == 0] = 0
     labels[mask == 0] = -100
     labels[0, 4:9] = -100
+    labels[2, padded.shape[1] // 3] = -100
     return [(whole, np.ones_like(whole), whole), (padded, mask, labels)]
 
 
@@ -116,9 +119,9 @@ def main():
         if wanted and name not in wanted:
             continue
         if name.startswith("family_"):
-            ids = np.random.default_rng(5).integers(0, 64, (4, 24))
+            ids = np.random.default_rng(5).integers(0, 64, (5, 24))
         else:
-            ids = np.load(golden / name / "calib.npy")[:4, :48]
+            ids = np.load(golden / name / "calib.npy")[:5, :48]
         make(folder, ids, OUT / f"{name}.npz")
     (OUT / "scores.json").write_text(json.dumps(scores(golden), indent=1) + "\n")
 
