@@ -216,6 +216,34 @@ def test_observers_refuse(make, error, words):
         make()
 
 
+def test_experts_score_forgets_a_pass_that_was_given_up(moe):
+    """Candidates without output at all, of the first expert only: what was seen of it before counts once."""
+    name, expert = "model.layers.1.mlp.experts", moe.modules_of(1, 0)
+    tensors = streaming.read(moe, [module["weight"] for module in expert], expert)
+    gate, up, down = (tensors[module["weight"]] for module in expert)
+    nothing = (gate, up, np.zeros_like(down), None, None)
+
+    def own(index):
+        modules = moe.modules_of(1, index)
+        return (*streaming.read(moe, [module["weight"] for module in modules], modules).values(), None, None)
+
+    def run(passes):
+        score = core.ExpertsScore(1)
+        moe.runtime.set_observer(name, score)
+        for finished in passes:
+            run, states = run_through(moe)
+            back = run.backward()
+            back.head(streaming.head_tensors(moe))
+            tokens = back.layer(1, states[1], tensors_of(moe, 1))
+            for index in np.flatnonzero(tokens[:, 0]).tolist()[:None if finished else 1]:
+                score.load(index, [nothing if index == 0 else own(index)])
+                back.expert(1, index, streaming.read(moe, moe.runtime.expert_tensors(1, index), moe.modules_of(1, index)))
+        moe.runtime.set_observer(name, None)
+        return score.scores[0]
+    once = run([True])
+    assert once > 0 and run([False, True]) == once and run([True, True]) == 2 * once
+
+
 def test_interrupt(model):
     """Ctrl-C in a layer on the way back: KeyboardInterrupt, and the same pass can be made anew."""
     ids = np.tile(IDS, (500, 10))

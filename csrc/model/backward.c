@@ -158,7 +158,7 @@ static int observe(const mq_back_rows *rows, const mq_linear *linear, const mq_b
     mq_observed observed = {
         .input = it->in, .output = it->out, .gradient = it->d_out, .dtype = run->runtime->dtype,
         .output_dtype = run->runtime->dtype, .rows = rows->rows, .columns = linear->cols, .width = linear->rows,
-        .first = rows->first, .total = run->rows, .expert = -1,
+        .outputs = linear->rows, .first = rows->first, .total = run->rows, .expert = -1,
     };
     return linear->observer->see(linear->observer, &observed, rows->err);
 }

@@ -50,7 +50,7 @@ static int observe(const mq_back_rows *rows, int64_t width)
     mq_observed observed = {
         .input = scratch->mlp_normed, .output = scratch->output, .gradient = gathered, .rows = rows->rows,
         .dtype = run->runtime->dtype, .output_dtype = run->runtime->dtype, .columns = width, .width = width,
-        .first = rows->first, .total = run->rows, .expert = rows->expert, .tokens = rows->tokens,
+        .outputs = width, .first = rows->first, .total = run->rows, .expert = rows->expert, .tokens = rows->tokens,
         .shares = rows->shares,
     };
     mq_row_sizes sizes = {.rows = rows->rows, .width = width, .dtype = MQ_F32};
@@ -114,6 +114,7 @@ static int observe_end(const mq_backward *back, mq_observer *observer, mq_error 
         .gradient = back->gradient, .dtype = run->runtime->dtype, .output_dtype = run->runtime->dtype,
         .rows = run->rows, .total = run->rows, .expert = -1,
         .columns = run->runtime->config.hidden_size, .width = run->runtime->config.hidden_size,
+        .outputs = run->runtime->config.hidden_size,
     };
     return observer->see(observer, &observed, err);
 }

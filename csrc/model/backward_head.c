@@ -96,7 +96,8 @@ static int observe(const head_pass *it, int64_t first, int64_t rows, mq_error *e
     mq_observed observed = {
         .input = it->normed, .output = it->logits, .gradient = it->gradient, .dtype = run->runtime->dtype,
         .output_dtype = MQ_F32, .rows = rows, .columns = config_of(it)->hidden_size, .width = it->columns,
-        .first = first, .total = run->rows, .column = it->first, .expert = -1,
+        .first = first, .total = run->rows, .column = it->first,
+        .outputs = config_of(it)->vocab_size, .expert = -1,
     };
     return observer->see(observer, &observed, err);
 }

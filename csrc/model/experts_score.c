@@ -24,6 +24,7 @@ static void drop_changes(mq_experts_score *score)
         score->candidates[i].change = NULL;
     }
     score->rows = score->width = 0;
+    score->last = -1;
 }
 
 int mq_experts_score_load(mq_experts_score *score, int64_t expert, mq_gemm_kind kind, const mq_expert_weights *weights,
@@ -59,7 +60,12 @@ int mq_experts_score_load(mq_experts_score *score, int64_t expert, mq_gemm_kind 
 static int begin(mq_experts_score *score, const mq_observed *rows, mq_error *err)
 {
     const size_t nbytes = (size_t)(rows->total * rows->width) * sizeof(float);
-    if (score->rows == rows->total && score->width == rows->width) return MQ_OK;
+    /* Rows that come again are those of another pass: the one before did not get to its end. */
+    const int goes_on = rows->input == NULL || rows->first > score->last;
+    if (goes_on && score->rows == rows->total && score->width == rows->width) {
+        score->last = rows->first;
+        return MQ_OK;
+    }
     drop_changes(score);
     for (size_t i = 0; i < score->count; i++) {
         score->candidates[i].change = mq_alloc_zeroed(nbytes);
@@ -69,6 +75,7 @@ static int begin(mq_experts_score *score, const mq_observed *rows, mq_error *err
     }
     score->rows = rows->total;
     score->width = rows->width;
+    score->last = rows->first;
     return MQ_OK;
 }
 
@@ -165,7 +172,7 @@ static int see(mq_observer *observer, const mq_observed *rows, mq_error *err)
 
 int mq_experts_score_init(mq_experts_score *score, size_t count, mq_error *err)
 {
-    *score = (mq_experts_score){.observer.see = see, .expert = -1};
+    *score = (mq_experts_score){.observer.see = see, .expert = -1, .last = -1};
     score->candidates = mq_alloc_zeroed(count * sizeof *score->candidates);
     if (score->candidates == NULL) return mq_fail_memory(err, "candidates", count * sizeof *score->candidates);
     score->count = count;

@@ -22,6 +22,7 @@ typedef struct mq_experts_score {
     size_t count;
     int64_t expert;                         /* whose weights are there; -1: nobody's */
     int64_t rows, width;                    /* of change; 0: there is none yet */
+    int64_t last;                           /* first row that was seen last; -1: none yet */
     char *memory;                           /* scratch for one call, and sums (rows of the run) */
     size_t nbytes;
 } mq_experts_score;

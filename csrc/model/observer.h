@@ -12,7 +12,7 @@ typedef struct mq_observed {
     int64_t rows, columns, width;
     int64_t first;                  /* row of the run of the first one */
     int64_t total;                  /* rows of the run */
-    int64_t column;                 /* of lm_head's, which comes a slice at a time: the first one */
+    int64_t column, outputs;        /* of lm_head's, which comes a slice at a time: the first one, and of how many */
     /* Of a layer's experts: the rows of one expert after the other. output is that expert's alone, gradient the one by
      * the sum of all, of which it is a share. Then once expert = -1 with all rows' gradient, and neither input nor
      * output: there are no more. */

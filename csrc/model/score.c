@@ -35,9 +35,9 @@ static int check_shapes(const mq_output_score *score, const mq_observed *rows, m
     char text[96];
     for (size_t i = 0; i < score->count; i++) {
         const mq_tensor *weight = &score->candidates[i].weight;
-        if (weight->shape[1] == rows->columns && rows->column + rows->width <= weight->shape[0]) continue;
+        if (weight->shape[1] == rows->columns && weight->shape[0] == rows->outputs) continue;
         return mq_fail(err, MQ_ERR_VALUE, "candidate %d: a weight of %s at a linear of [%lld, %lld]", (int)i,
-                       mq_tensor_describe(weight, text, sizeof text), (long long)(rows->column + rows->width),
+                       mq_tensor_describe(weight, text, sizeof text), (long long)rows->outputs,
                        (long long)rows->columns);
     }
     return MQ_OK;

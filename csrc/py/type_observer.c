@@ -328,7 +328,7 @@ PyDoc_STRVAR(experts_doc,
 "ExpertsScore(candidates, compute='float32')\n--\n\n"
 "An observer (Runtime.set_observer) of a layer's experts that adds up, for each of so many candidates,\n"
 "sum((gradient * (y' - y))^2) over what the experts together add to the hidden states: AutoQuantize's gradient score.\n"
-"compute: of the model. It holds a change of all rows for each candidate. After an error it is of no more use.");
+"compute: of the model. It holds a change of all rows for each candidate.");
 
 static PyMethodDef experts_methods[] = {
     {"load", experts_load, METH_VARARGS, experts_load_doc},

@@ -3,11 +3,12 @@
     python tests/bench/backward.py [--layers 2,4,8] [--samples 2,8] [--tokens 512] [--compute float32] [--hidden 1024] [--keep 67108864]
 
 A Llama of random weights, written once and mapped. Every row is one process: `forward` is the loss of the samples, `backward` that and the
-gradients by the hidden states and by every linear's output, which an observer looks at where --observe is given. ratio: backward over
+gradients by the hidden states and by every linear's output; with --observe, one candidate for each linear is scored by these. ratio: backward over
 forward, of the same process (minimum of the repeats). Memory is what the process holds at its peak above what it held with the model
 open: resident pages of its own (anonymous) and those of files. `in file`: hidden states between layers beyond --keep. "held" is what must
 be: hidden states and their gradients at one boundary, what is kept in memory of the others, scratch, and one layer three times (as it is
-read, packed, and packed for the way back).
+read, packed, and packed for the way back); candidates come on top. Slices of the vocabulary, the boundary in use where it comes from the
+file, and the allocator's slack are what peaks have beyond it.
 """
 from __future__ import annotations
 
@@ -78,8 +79,7 @@ def one_process(folder: str, samples: int, args: argparse.Namespace) -> None:
     reset_peak_memory()
     for _ in range(REPEATS):
         start = time.perf_counter()
-        observers = observers_of(model, samples * args.tokens) if args.observe else {}
-        backward(model, batches, observers=observers, look=look, keep_bytes=args.keep)
+        backward(model, batches, visitor=Scores(model) if args.observe else None, look=look, keep_bytes=args.keep)
         backward_seconds.append(time.perf_counter() - start)
     states = ids.size * model.runtime.config["hidden_size"] * (2 if args.compute == "bfloat16" else 4)
     layer = sum(int(np.prod(module["shape"])) for module in model.modules_of(0) if module["weight"])
@@ -90,11 +90,23 @@ def one_process(folder: str, samples: int, args: argparse.Namespace) -> None:
                       "peak": resident()["VmHWM"] - before["RssAnon"] - before["RssFile"]}))
 
 
-def observers_of(model, rows: int) -> dict:
-    """Scores of candidates that are the weights themselves: what AutoQuantize does for each of its formats."""
-    import modelq._core as core
-    return {module["name"]: core.OutputScore([model.checkpoint.read(module["weight"])])
-            for module in model.modules if module["kind"] == "linear" and module["layer"] >= 0}
+class Scores:
+    """A visitor that scores candidates which are the weights themselves: what AutoQuantize does for each of its formats."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def linears(self, part):
+        return [module for module in part.modules if module["kind"] == "linear" and module["layer"] >= 0]
+
+    def enter(self, part):
+        import modelq._core as core
+        for module in self.linears(part):
+            self.model.runtime.set_observer(module["name"], core.OutputScore([part.tensors[module["weight"]]]))
+
+    def leave(self, part):
+        for module in self.linears(part):
+            self.model.runtime.set_observer(module["name"], None)
 
 
 def main() -> None:
