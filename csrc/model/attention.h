@@ -21,8 +21,9 @@ typedef struct mq_attention_args {
     const uint8_t *key_mask;         /* [T_kv], nonzero = may be attended to; NULL = all */
     float scale;
     int64_t window;                  /* how many positions a query sees, its own included; 0 = all before it */
-    float *log_sums;                 /* [heads, T], NULL or where the logarithm of each softmax's denominator goes (plus
-                                      * infinity where a query sees no key): what the backward needs */
+    float *maxima, *factors;         /* [heads, T], NULL or where each softmax's largest score goes, and one over its
+                                      * denominator relative to that (both 0 where a query sees no key): what the
+                                      * backward needs */
 } mq_attention_args;
 
 /* Bytes of scratch (64-byte aligned) that a call with these arguments needs, whatever the number of threads. */
@@ -38,7 +39,7 @@ typedef struct mq_attention_gradient {
     float *d_q, *d_k, *d_v;          /* as q, k, v */
 } mq_attention_gradient;
 
-/* args: as given to the forward, with its out and log_sums. */
+/* args: as given to the forward, with its out, maxima and factors. */
 size_t mq_attention_backward_scratch(const mq_attention_args *args);
 void mq_attention_backward(const mq_attention_gradient *gradient, const mq_attention_args *args, void *scratch);
 

@@ -116,7 +116,8 @@ static size_t cut(mq_back_scratch *scratch, const mq_run *run)
     scratch->v = carve(scratch, &shared, n * kv_width, size);
     scratch->mixed = carve(scratch, &shared, n * q_width, size);
     scratch->middle = carve(scratch, &shared, n * hidden, size);
-    scratch->log_sums = carve(scratch, &shared, n * config->num_attention_heads, single);
+    scratch->maxima = carve(scratch, &shared, n * config->num_attention_heads, single);
+    scratch->factors = carve(scratch, &shared, n * config->num_attention_heads, single);
     size_t attention = shared, mlp = shared;
     size_t needed = MQ_MAX(mq_attention_scratch(&args), mq_attention_backward_scratch(&args));
     scratch->attention = carve(scratch, &attention, (int64_t)needed, 1);

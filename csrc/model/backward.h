@@ -23,7 +23,7 @@ typedef struct mq_back_scratch {
     size_t nbytes;
     int64_t piece;                                            /* m */
     void *normed, *raw_q, *raw_k, *q, *k, *v, *mixed, *middle; /* (n, ...); raw: before norm and rope */
-    float *log_sums;                                          /* (heads, n) */
+    float *maxima, *factors;                                  /* (heads, n): of attention's softmax */
     void *attention, *attended;                               /* the operation's scratch; (n, C): o_proj's output */
     float *d_normed, *d_q, *d_k, *d_v, *d_mixed;
     void *mlp_normed, *gate, *up, *product, *output, *router; /* (m, ...) */

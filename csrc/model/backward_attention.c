@@ -61,7 +61,8 @@ static mq_attention_args attention_of(const mq_back_unit *it, int64_t index)
     args.v = (const char *)scratch->v + row * (size_t)args.ldv * size;
     args.out = (char *)scratch->mixed + row * (size_t)args.ldo * size;
     args.key_mask = context.key_mask ? context.key_mask + sequence->first : NULL;
-    args.log_sums = scratch->log_sums + row * (size_t)args.heads;
+    args.maxima = scratch->maxima + row * (size_t)args.heads;
+    args.factors = scratch->factors + row * (size_t)args.heads;
     return args;
 }
 

@@ -159,11 +159,11 @@ static void finish(const task *task)
         const float sum = task->softmax[i].sum;
         const int64_t at = (task->first + i) * args->ldo + task->head * args->value_dim;
         char *out = (char *)args->out + at * (int64_t)mq_dtype_size(args->dtype);
-        it->softmax->scale(task->sums + i * args->value_dim, sum == 0.0f ? 0.0f : 1.0f / sum, args->value_dim, out,
-                           args->dtype);
-        if (args->log_sums != NULL)
-            args->log_sums[task->head * args->T + task->first + i] =
-                sum == 0.0f ? INFINITY : task->softmax[i].max + logf(sum);
+        const float factor = sum == 0.0f ? 0.0f : 1.0f / sum;
+        it->softmax->scale(task->sums + i * args->value_dim, factor, args->value_dim, out, args->dtype);
+        if (args->maxima == NULL) continue;
+        args->maxima[task->head * args->T + task->first + i] = sum == 0.0f ? 0.0f : task->softmax[i].max;
+        args->factors[task->head * args->T + task->first + i] = factor;
     }
 }
 

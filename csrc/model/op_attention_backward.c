@@ -148,7 +148,7 @@ static void differentiate(task *task, int64_t index, int64_t start, int64_t widt
 {
     const attention *it = task->attention;
     const mq_attention_args *args = it->args;
-    const float *log_sums = args->log_sums + task->head * args->T + task->first;
+    const int64_t query = task->head * args->T + task->first;
     product scores = {
         .a = element(args, args->q, task->first * args->ldq + task->head * args->head_dim), .dtype = args->dtype,
         .rows = task->rows, .lda = args->ldq, .b = &it->keys[index], .c = task->p, .ldc = KEYS, .alpha = args->scale,
@@ -162,7 +162,7 @@ static void differentiate(task *task, int64_t index, int64_t start, int64_t widt
     multiply(&changes);
     for (int64_t i = 0; i < task->rows; i++) {
         float *p = task->p + i * KEYS;
-        mq_row_ops_table()->exp_shifted(p, p, width, log_sums[i], 1.0f);
+        mq_row_ops_table()->exp_shifted(p, p, width, args->maxima[query + i], args->factors[query + i]);
         mq_row_ops_table()->softmax_backward(task->d_p + i * KEYS, p, width, task->means[i]);
     }
 }

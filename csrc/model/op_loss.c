@@ -53,8 +53,9 @@ static void loss_backward_rows(void *argument, int64_t begin, int64_t end, int w
             memset(logits, 0, (size_t)slice->columns * sizeof *logits);
             continue;
         }
-        const float log_sum = (float)((double)job->rows[i].max + log(job->rows[i].sum));
-        mq_row_ops_table()->exp_shifted(logits, logits, slice->columns, log_sum, job->factors[i]);
+        /* Not exp(x - log sum): what float32 leaves of a logarithm of 30 would be an error of all probabilities. */
+        const float factor = (float)((double)job->factors[i] / job->rows[i].sum);
+        mq_row_ops_table()->exp_shifted(logits, logits, slice->columns, job->rows[i].max, factor);
         if (label >= 0 && label < slice->columns) logits[label] -= job->factors[i];
     }
 }

@@ -145,15 +145,16 @@ static PyObject *attention_backward(PyObject *module, PyObject *args)
     const mq_attention_gradient gradient = {.d_out = view[3].data, .d_q = view[0].data, .d_k = view[1].data,
                                             .d_v = view[2].data};
     void *scratch = mq_alloc(MQ_MAX(mq_attention_scratch(&call), mq_attention_backward_scratch(&call)));
-    call.log_sums = mq_alloc_array((size_t)(call.heads * call.T), sizeof(float));
-    if (scratch == NULL || call.log_sums == NULL) {
+    call.maxima = mq_alloc_array((size_t)(call.heads * call.T), 2 * sizeof(float));
+    if (scratch == NULL || call.maxima == NULL) {
         PyErr_NoMemory();
     } else {
+        call.factors = call.maxima + call.heads * call.T;
         mq_attention_forward(&call, scratch);
         mq_attention_backward(&gradient, &call, scratch);
         result = Py_NewRef(Py_None);
     }
-    mq_free(call.log_sums);
+    mq_free(call.maxima);
     mq_free(scratch);
 done:
     mq_operands_release(&set);

