@@ -3,12 +3,13 @@
     python tests/bench/backward.py [--layers 2,4,8] [--samples 2,8] [--tokens 512] [--compute float32] [--hidden 1024] [--keep 67108864]
 
 A Llama of random weights, written once and mapped. Every row is one process: `forward` is the loss of the samples, `backward` that and the
-gradients by the hidden states and by every linear's output; with --observe, one candidate for each linear is scored by these. ratio: backward over
-forward, of the same process (minimum of the repeats). Memory is what the process holds at its peak above what it held with the model
-open: resident pages of its own (anonymous) and those of files. `in file`: hidden states between layers beyond --keep. "held" is what must
-be: hidden states and their gradients at one boundary, what is kept in memory of the others, scratch, and one layer three times (as it is
-read, packed, and packed for the way back); candidates come on top. Slices of the vocabulary, the boundary in use where it comes from the
-file, and the allocator's slack are what peaks have beyond it.
+gradients by the hidden states and by every linear's output; with --observe, one candidate for each linear is scored by these.
+ratio: backward over forward, of the same process (minimum of the repeats), of wall time and, which says more on a busy machine, of
+processor time. Memory is what the process holds at its peak above what it held with the model open, pages of files included. `in file`:
+hidden states between layers beyond --keep. "held" is what must be: hidden states and their gradients at one boundary, what is kept in
+memory of the others, scratch, and one layer three times (as it is read, packed, and packed for the way back); candidates come on top.
+Peaks differ by slices of the vocabulary, the boundary in use where it comes from the file, the allocator's slack, and the forward's
+scratch, which was there before and is given back.
 """
 from __future__ import annotations
 
@@ -72,20 +73,20 @@ def one_process(folder: str, samples: int, args: argparse.Namespace) -> None:
     def look(layer, back):
         kept[0] = max(kept[0], back.nbytes)
     for _ in range(REPEATS):
-        start = time.perf_counter()
+        start = time.perf_counter(), time.process_time()
         model.loss(batches)
-        forward_seconds.append(time.perf_counter() - start)
+        forward_seconds.append((time.perf_counter() - start[0], time.process_time() - start[1]))
     before = resident()
     reset_peak_memory()
     for _ in range(REPEATS):
-        start = time.perf_counter()
+        start = time.perf_counter(), time.process_time()
         backward(model, batches, visitor=Scores(model) if args.observe else None, look=look, keep_bytes=args.keep)
-        backward_seconds.append(time.perf_counter() - start)
+        backward_seconds.append((time.perf_counter() - start[0], time.process_time() - start[1]))
     states = ids.size * model.runtime.config["hidden_size"] * (2 if args.compute == "bfloat16" else 4)
     layer = sum(int(np.prod(module["shape"])) for module in model.modules_of(0) if module["weight"])
     in_memory = min(model.num_layers, args.keep // states) * states
-    print(json.dumps({"forward": min(forward_seconds), "backward": min(backward_seconds), "back": kept[0], "states": states,
-                      "in_memory": in_memory, "in_file": model.num_layers * states - in_memory,
+    print(json.dumps({"forward": list(map(min, zip(*forward_seconds))), "backward": list(map(min, zip(*backward_seconds))),
+                      "back": kept[0], "states": states, "in_memory": in_memory, "in_file": model.num_layers * states - in_memory,
                       "layer": layer * (2 + (4 if args.compute == "bfloat16" else 8)),
                       "peak": resident()["VmHWM"] - before["RssAnon"] - before["RssFile"]}))
 
@@ -123,8 +124,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.child:
         return one_process(args.child[0], int(args.child[1]), args)
-    print(f"backward, hidden size {args.hidden}, {args.tokens} tokens a sample, {args.compute}, {args.keep / 2**20:.0f} MiB of hidden states kept")
-    print(f"{'layers':>7}{'samples':>8}{'forward s':>11}{'backward s':>11}{'ratio':>7}{'peak MiB':>10}{'held MiB':>10}{'in file MiB':>12}")
+    print(f"backward, hidden size {args.hidden}, {args.tokens} tokens a sample, {args.compute}, "
+          f"{args.keep / 2**20:.0f} MiB of hidden states kept")
+    print(f"{'layers':>7}{'samples':>8}{'forward s':>11}{'backward s':>11}{'ratio':>7}{'of cpu s':>9}{'peak MiB':>10}{'held MiB':>10}"
+          f"{'in file MiB':>12}")
     for layers in map(int, args.layers.split(",")):
         with tempfile.TemporaryDirectory() as folder:
             write_model(Path(folder), config_of(args, layers))
@@ -134,7 +137,8 @@ def main() -> None:
                     sys.exit(done.stderr)
                 row = json.loads(done.stdout.splitlines()[-1])
                 held = row["back"] + row["states"] + row["in_memory"] + row["layer"]
-                print(f"{layers:7}{samples:>8}{row['forward']:11.2f}{row['backward']:11.2f}{row['backward'] / row['forward']:7.2f}"
+                print(f"{layers:7}{samples:>8}{row['forward'][0]:11.2f}{row['backward'][0]:11.2f}"
+                      f"{row['backward'][0] / row['forward'][0]:7.2f}{row['backward'][1] / row['forward'][1]:9.2f}"
                       f"{row['peak'] / 2**20:10.0f}{held / 2**20:10.0f}{row['in_file'] / 2**20:12.0f}", flush=True)
 
 
