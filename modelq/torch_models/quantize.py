@@ -26,7 +26,7 @@ Pattern = str | Callable[[str], bool]
 def quantize(model: torch.nn.Module, config: Any, forward_loop: Callable[..., Any] | None = None,
              compat: str | None = None) -> torch.nn.Module:
     """Quantize a model in place and return it; see `modelq.quantization.quantize`. If anything raises, it is as it was."""
-    _refuse_packed(model)
+    refuse_packed(model)
     parsed = QuantizeConfig.parse(config)
     steps = _runnable(parsed.algorithm, compat)
     with inserted(model) as (defaults, originals):
@@ -34,7 +34,7 @@ def quantize(model: torch.nn.Module, config: Any, forward_loop: Callable[..., An
         _refuse_nothing(settings)
         warn_idle(idle, stacklevel=3)
         take_settings(model, settings, keep=False)
-        _calibrate(model, steps, forward_loop, compat, originals)
+        run_steps(model, steps, forward_loop, compat, originals)
     return model
 
 
@@ -42,10 +42,10 @@ def calibrate(model: torch.nn.Module, algorithm: Any = "max", forward_loop: Call
               compat: str | None = None) -> torch.nn.Module:
     """Find anew the amax of every enabled quantizer of a quantized model."""
     settings_of(model)
-    _refuse_packed(model)
+    refuse_packed(model)
     steps = _runnable(algorithm, compat)
     with _all_or_nothing(model) as originals:
-        _calibrate(model, steps, forward_loop, compat, originals)
+        run_steps(model, steps, forward_loop, compat, originals)
     return model
 
 
@@ -129,7 +129,7 @@ def _runnable(algorithm: Any, compat: str | None) -> list[dict[str, Any]]:
     return runnable_steps(algorithm)
 
 
-def _calibrate(model: torch.nn.Module, steps: list[dict[str, Any]], forward_loop: Callable[..., Any] | None, compat: str | None,
+def run_steps(model: torch.nn.Module, steps: list[dict[str, Any]], forward_loop: Callable[..., Any] | None, compat: str | None,
                originals: Originals) -> None:
     from modelq.torch_models.calibration import run_step
 
@@ -137,7 +137,7 @@ def _calibrate(model: torch.nn.Module, steps: list[dict[str, Any]], forward_loop
         run_step(model, step, forward_loop, compat, originals)
 
 
-def _refuse_packed(model: torch.nn.Module) -> None:
+def refuse_packed(model: torch.nn.Module) -> None:
     if is_packed(model):
         raise ValueError("the model's weights are compressed: the original ones are gone; load the model again, or call fold_weight to go "
                          "on from what they stand for")
