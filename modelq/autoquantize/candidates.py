@@ -5,7 +5,7 @@ another way to find them gives {group.key: {str(recipe): score}} for as many bat
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -74,7 +74,7 @@ class Subject(Protocol):
         """Calibrate with these quantizers, all others off; returns what was found."""
 
     def scores(self, groups: Sequence[Group], candidates: Mapping[str, Candidate], steps: Steps, batches: Sequence[Any], first: int
-               ) -> Iterator[tuple[int, Scores]]:
+               ) -> Generator[tuple[int, Scores], None, None]:
         """(number of batches, what they add to the scores), until all are done. first: the number of the first batch, for messages."""
 
     def apply(self, settings: Mapping[str, Setting], values: Mapping[str, Calibrated]) -> None:
@@ -89,7 +89,7 @@ def settings_of(groups: Iterable[Group], recipe: Recipe) -> dict[str, Setting]:
 
 def divergences(groups: Sequence[Group], candidates: Mapping[str, Candidate], batches: Sequence[Any],
                 logits: Callable[[Any], Any], divergence: Callable[[Any, Any], float],
-                quantized: Callable[[Group, Candidate], AbstractContextManager[Any]]) -> Iterator[tuple[int, Scores]]:
+                quantized: Callable[[Group, Candidate], AbstractContextManager[Any]]) -> Generator[tuple[int, Scores], None, None]:
     """Scores by the Kullback-Leibler divergence of what the model answers when one group only is quantized, batch by batch.
 
     logits(batch): of the model as it is; divergence(logits, others): summed over all tokens; quantized(group, candidate): within it that

@@ -96,8 +96,10 @@ def candidate_stats(group: Group, scores: Mapping[str, float]) -> dict[str, Any]
 
 
 def _attributes(module: str, slots: Sequence[Any]) -> list[str]:
+    """The names of a module's quantizers, in the reference's order; those of experts as one."""
     names = (slot.name.removeprefix(f"{module}.").split("_quantizers.")[0] for slot in slots)
-    return list(dict.fromkeys(name if name.endswith("quantizer") else f"{name}_quantizer" for name in names))
+    unique = dict.fromkeys(name if name.endswith("quantizer") else f"{name}_quantizer" for name in names)
+    return sorted(unique, key=lambda name: name.startswith("output"))
 
 
 class Costs:

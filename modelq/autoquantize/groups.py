@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from math import prod
 from typing import Any
 
 from modelq.autoquantize.recipes import NO_QUANT, Recipe, stored_bits
@@ -13,7 +14,7 @@ from modelq.experts import PARENT as EXPERTS
 from modelq.presets import FAMILY_PATTERNS
 from modelq.rules import Slot
 
-# The first that fits says the group; a name in `{}` braces is added to tell groups of one parent apart.
+# The first that fits says the group: what it captures first, and a word where one parent has two.
 _GROUPS = [(re.compile(pattern), more) for pattern, more in (
     (r"^(.*?)\.(q_proj|k_proj|v_proj)$", ""),
     (r"^(.*?\.mlp\.experts)\.\d+\.(gate_proj|up_proj|down_proj)$", ""),
@@ -52,7 +53,7 @@ class Group:
     @property
     def weights(self) -> int:
         """How many numbers its weights have."""
-        return sum(_count(slot) for slot in self.slots if slot.role == "weight")
+        return sum(prod(slot.shape or ()) for slot in self.slots if slot.role == "weight")
 
     def stored_bits(self, recipe: Recipe) -> Any:
         """Of all its weights in a checkpoint, scales included."""
@@ -109,10 +110,3 @@ def listed(patterns: Any) -> list[str]:
     if not all(isinstance(pattern, str) for pattern in given):
         raise ValueError(f"disabled_layers must be a pattern or a list of patterns such as '*lm_head*', got {patterns!r}")
     return given
-
-
-def _count(slot: Slot) -> int:
-    count = 1
-    for extent in slot.shape or ():
-        count *= extent
-    return count

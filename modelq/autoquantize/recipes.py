@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from math import prod
 from typing import Any
 
 from modelq import presets
@@ -125,7 +126,7 @@ def exact(number: float) -> Fraction:
 
 def stored_bits(setting: Setting) -> Fraction:
     """Bits of a whole weight as a checkpoint stores it, scales included; 16 a weight where it is not quantized."""
-    rows, columns = setting.slot.shape
+    rows, columns = setting.slot.shape[0], prod(setting.slot.shape[1:])
     if not setting.enable:
         return NO_QUANT_BITS * rows * columns
     attributes = stages(setting)[0]
@@ -139,7 +140,4 @@ def stored_bits(setting: Setting) -> Fraction:
 
 
 def _bits_of(dtype: str, shape: Sequence[int]) -> int:
-    count = 1
-    for extent in shape:
-        count *= extent
-    return 8 * numpy_dtype(dtype).itemsize * count
+    return 8 * numpy_dtype(dtype).itemsize * prod(shape)

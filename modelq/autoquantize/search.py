@@ -8,6 +8,7 @@ quantizing one group does to the model's answers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -152,14 +153,16 @@ def _score(subject: Subject, request: Request, groups: Sequence[Group], candidat
     """Go on from the batches that were scored before."""
     searched = [group for group in groups if len(group.recipes) > 1]
     batches = request.batches[saved.batches:request.num_score_steps]
-    for done, found in progress(subject.scores(searched, candidates, request.steps, batches, saved.batches) if batches else (),
-                                "score formats", unit="batch", total=len(batches)):
-        for key, scores in found.items():
-            total = saved.scores.setdefault(key, {})
-            for recipe, score in scores.items():
-                total[recipe] = total.get(recipe, 0.0) + score
-        saved.batches += done
-        saved.keep_scores()
+    if not batches:
+        return
+    with closing(subject.scores(searched, candidates, request.steps, batches, saved.batches)) as scored:
+        for done, found in progress(scored, "score formats", unit="batch", total=len(batches)):
+            for key, scores in found.items():
+                total = saved.scores.setdefault(key, {})
+                for recipe, score in scores.items():
+                    total[recipe] = total.get(recipe, 0.0) + score
+            saved.batches += done
+            saved.keep_scores()
 
 
 def _state(request: Request, groups: Sequence[Group], saved: Saved) -> dict[str, Any]:

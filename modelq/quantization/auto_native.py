@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -57,7 +57,7 @@ class NativeSubject:
         return found
 
     def scores(self, groups: Sequence[Group], candidates: Mapping[str, Candidate], steps: Steps, batches: Sequence[Any], first: int
-               ) -> Iterator[tuple[int, Scores]]:
+               ) -> Generator[tuple[int, Scores], None, None]:
         if steps.method == "gradient":
             raise NotImplementedError("auto_quantize: gradients of native models are not available yet: use method='kl_div'")
 

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,11 +10,16 @@ import torch
 
 from modelq.autoquantize.candidates import Calibrated, Candidate, Scores, Steps, calibrated, divergences, give
 from modelq.autoquantize.groups import Group
+from modelq.calibration.weights import freeze_scales
+from modelq.quantizers import found_values, has_static_levels, set_found_values, stage_quantizers
 from modelq.rules import Setting, default_setting
+from modelq.stated import stated_amax
+from modelq.streaming import Part, unread
 from modelq.torch_models.modules import slots_of
 from modelq.torch_models.originals import Originals
 from modelq.torch_models.quantize import inserted, quantizers_of, refuse_packed, run_steps, take_settings
 from modelq.torch_models.scores import Formats, gradient_scores
+from modelq.torch_models.stand_in import StandIn
 
 SAMPLE = 64     # numbers of each parameter that stand for it in a fingerprint
 
@@ -55,12 +60,14 @@ class TorchSubject:
         self._take(settings)
         assert self._originals is not None
         run_steps(self.model, list(steps), forward_loop, self.compat, self._originals)
+        if self.compat != "modelopt":
+            _share_as_exports_do(self.model)
         found = calibrated({name: quantizer.native for name, quantizer in quantizers_of(self.model).items() if name in settings})
         self._take({})
         return found
 
     def scores(self, groups: Sequence[Group], candidates: Mapping[str, Candidate], steps: Steps, batches: Sequence[Any], first: int
-               ) -> Iterator[tuple[int, Scores]]:
+               ) -> Generator[tuple[int, Scores], None, None]:
         if steps.method == "gradient":
             yield from gradient_scores(self.model, groups, candidates, steps, batches, first)
             return
@@ -80,6 +87,24 @@ class TorchSubject:
     def _take(self, settings: Mapping[str, Setting]) -> None:
         off = {slot.name: Setting(slot, default_setting(slot).attributes, False) for slot in slots_of(self.model)}
         take_settings(self.model, {**off, **settings}, keep=False)
+
+
+def _share_as_exports_do(model: torch.nn.Module) -> None:
+    """Linears that read one input get the smoothing scale and the maximum that an export states for all of them, so that what is scored is
+    what will be written. (Model Optimizer scores each with its own.)"""
+    stand_in: Any = StandIn(model, own_scales=False)
+    stand_in.folds_all = True       # smoothing stays with the linears that it belongs to
+    for layer in range(-1, stand_in.num_layers):
+        part = Part(layer, None, stand_in.modules_of(layer), unread(stand_in))
+        freeze_scales(stand_in, part, [row for row in part.modules if row["kind"] == "linear"])
+        for name, amax in stated_amax(stand_in, part.modules).items():
+            quantizer = stand_in.quantizers.get(name)
+            if quantizer is not None and has_static_levels(stage_quantizers(quantizer)[0]):
+                quantizer.global_amax = amax
+            elif quantizer is not None:
+                quantizer.amax = amax
+    for name, quantizer in quantizers_of(model).items():
+        set_found_values(quantizer.native, found_values(stand_in.quantizers[name]))
 
 
 def _divergence(plain: torch.Tensor, other: torch.Tensor) -> float:

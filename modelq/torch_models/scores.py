@@ -7,7 +7,7 @@ that one layer's are in memory.
 """
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -59,8 +59,8 @@ class Formats:
                 owner._modules[attribute] = quantizer
 
 
-def gradient_scores(model: torch.nn.Module, groups: Sequence[Group], candidates: Mapping[str, Candidate], steps: Steps, batches: Sequence[Any],
-                    first: int) -> Iterator[tuple[int, Scores]]:
+def gradient_scores(model: torch.nn.Module, groups: Sequence[Group], candidates: Mapping[str, Candidate], steps: Steps,
+                    batches: Sequence[Any], first: int) -> Generator[tuple[int, Scores], None, None]:
     """Batch by batch. ValueError names the batch whose loss, or gradients, are not finite."""
     taps = _Taps(Formats(model, candidates), candidates)
     with ExitStack() as hooks:
