@@ -67,7 +67,8 @@ class Constraints:
 def _ratio(given: Any, config: Mapping[str, Any]) -> float:
     if given is None:
         for said in (config, *(config[key] for key in ("text_config", "language_config") if isinstance(config.get(key), Mapping))):
-            active, experts = (next((said[key] for key in keys if isinstance(said.get(key), (int, float))), None) for keys in (_ACTIVE, _EXPERTS))
+            active, experts = (next((said[key] for key in keys if isinstance(said.get(key), (int, float))), None)
+                               for keys in (_ACTIVE, _EXPERTS))
             if active and experts:
                 return min(active / experts, 1.0)
         raise ValueError(f"constraints: the model's config does not say how many experts a token reaches: give cost {{{RATIO!r}: ...}}")
@@ -139,7 +140,7 @@ class Costs:
 
     def mean_bits(self, choice: Sequence[int], bits: str) -> float:
         """Of a choice, over what counts."""
-        total = sum((self.weights[key] * self._bits(group, item, bits) for (key, group), item in zip(self.stats.items(), choice)), Fraction(0))
+        total = sum((self.weights[key] * self._bits(self.stats[key], item, bits) for key, item in zip(self.stats, choice)), Fraction(0))
         return float(total / self.denominator)
 
 

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from math import prod
 from typing import Any
 
-from modelq.autoquantize.recipes import NO_QUANT, Recipe, stored_bits
+from modelq.autoquantize.recipes import NO_QUANT, Recipe
 from modelq.experts import PARENT as EXPERTS
 from modelq.presets import FAMILY_PATTERNS
 from modelq.rules import Slot
@@ -57,8 +57,7 @@ class Group:
 
     def stored_bits(self, recipe: Recipe) -> Any:
         """Of all its weights in a checkpoint, scales included."""
-        return sum(stored_bits(setting) for slots in self.modules.values() for setting in recipe.settings(slots).values()
-                   if setting.slot.role == "weight")
+        return sum(recipe.stored_bits(slot) for slot in self.slots if slot.role == "weight")
 
 
 def make_groups(slots: Iterable[Slot], recipes: Sequence[Recipe], disabled_layers: Any, modules: Iterable[str]) -> list[Group]:

@@ -9,6 +9,7 @@ best choice known.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import fsum
 from typing import NamedTuple
 
 import numpy as np
@@ -40,7 +41,7 @@ def solve(costs: Sequence[Sequence[int]], scores: Sequence[Sequence[float]], bud
     start, slope = _relaxed(classes, budget)
     chosen = _improved(classes, start, slope, budget)
     choice = [int(items.index[item]) for items, item in zip(classes, chosen)]
-    return Solution(choice, sum(int(c[item]) for c, item in zip(costs, choice)), float(np.sum([s[item] for s, item in zip(scores, choice)])))
+    return Solution(choice, sum(int(c[item]) for c, item in zip(costs, choice)), fsum(s[item] for s, item in zip(scores, choice)))
 
 
 def _class(costs: np.ndarray, scores: np.ndarray) -> _Class:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from math import prod
 from typing import Any
@@ -33,6 +33,8 @@ class Recipe:
     name: str
     config: QuantizeConfig | None
     bits: Fraction
+    _known: dict[tuple[str, str, str], Setting] = field(default_factory=dict, compare=False, repr=False)
+    _stored: dict[Any, Fraction] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def signature(self) -> str:
@@ -48,10 +50,24 @@ class Recipe:
 
     def settings(self, slots: Sequence[Slot]) -> dict[str, Setting]:
         """What it makes of one module's places for quantizers, by name. Outputs are not quantized."""
-        alone = {slot.name: default_setting(replace(slot, name=slot.name.removeprefix(f"{slot.module}."), aliases=())) for slot in slots}
-        made = alone if self.config is None else apply_rules(alone, self.config.quant_cfg)[0]
-        return {slot.name: replace(made[slot.name], slot=slot, enable=made[slot.name].enable and self.config is not None
-                                   and slot.role != "output") for slot in slots}
+        return {slot.name: replace(self._alone(slot), slot=slot) for slot in slots}
+
+    def stored_bits(self, slot: Slot) -> Fraction:
+        """Of a weight, as a checkpoint stores it."""
+        key = slot.name.removeprefix(f"{slot.module}."), slot.parent, slot.shape
+        if key not in self._stored:
+            self._stored[key] = stored_bits(replace(self._alone(slot), slot=slot))
+        return self._stored[key]
+
+    def _alone(self, slot: Slot) -> Setting:
+        """Of a place called as its module calls it. Modules are alike by the thousand."""
+        key = slot.name.removeprefix(f"{slot.module}."), slot.role, slot.parent
+        if key not in self._known:
+            setting = default_setting(replace(slot, name=key[0], aliases=()))
+            if self.config is not None:
+                setting = apply_rules({key[0]: setting}, self.config.quant_cfg)[0][key[0]]
+            self._known[key] = replace(setting, enable=setting.enable and self.config is not None and slot.role != "output")
+        return self._known[key]
 
 
 def plain_config(config: QuantizeConfig | None) -> Any:

@@ -8,27 +8,28 @@ from typing import Any
 
 from modelq.autoquantize.candidates import METHODS
 from modelq.autoquantize.costs import Constraints
+from modelq.autoquantize.recipes import NO_QUANT, Recipe
 from modelq.autoquantize.search import say_choice, take_choice
 from modelq.config import QuantizeConfig
 from modelq.experts import PARENT as EXPERTS
 from modelq.rules import Slot
-from modelq.autoquantize.recipes import NO_QUANT, Recipe
 
 
 def get_auto_quantize_config(search_state: Mapping[str, Any], constraints: Any = None, verbose: bool = False, *, bits: str | None = None
                              ) -> dict[str, Any]:
     """A config for `quantize` with a rule for every quantizer of what `auto_quantize` chose, and the algorithm "max".
 
-    search_state: what it returned, or the "state" of its checkpoint's search.json. constraints: another budget, for which the best choice is
-    found anew by the same scores; bits: how it is counted, as in the search if None. UserWarning: a chosen format was calibrated by another
-    algorithm. ValueError: no such state; a budget that cannot be met.
+    search_state: what it returned, or the "state" of its checkpoint's search.json. constraints: another budget, for which the best choice
+    is found anew by the same scores; bits: how it is counted, as in the search if None. UserWarning: a chosen format was calibrated by
+    another algorithm. ValueError: no such state; a budget that cannot be met.
     """
     if not isinstance(search_state, Mapping) or search_state.get("method") not in METHODS or "candidate_stats" not in search_state:
         raise ValueError("search_state must be the state that auto_quantize returned")
     state = dict(copy.deepcopy(search_state))
     if constraints is not None:
-        given = {"cost_model": state["cost_model"], "cost": state["cost"], **constraints} if isinstance(constraints, Mapping) else constraints
-        take_choice(state, Constraints.parse(given), bits or state["bits"])
+        if isinstance(constraints, Mapping):        # what counts stays as it was, unless said otherwise
+            constraints = {"cost_model": state["cost_model"], "cost": state["cost"], **constraints}
+        take_choice(state, Constraints.parse(constraints), bits or state["bits"])
     if verbose:
         say_choice(state)
     chosen = {key: _recipe(state, words) for key, words in state["best"]["recipe"].items()}

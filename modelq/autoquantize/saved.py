@@ -1,4 +1,4 @@
-"""The progress of a search in a folder: what calibration found, a file per format; scores and the last state as JSON. Files appear whole."""
+"""The progress of a search in a folder: what calibration found, a file per format; scores and the last state, JSON. Files appear whole."""
 from __future__ import annotations
 
 import hashlib

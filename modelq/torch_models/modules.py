@@ -183,8 +183,8 @@ def places(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, str]]
 def weights_of(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
     """(path of its quantizer, tensor) of every weight of a module with quantizers."""
     if is_experts(module):
-        return [(f"{matrix}_weight_quantizers.{expert}", matrix_of(module, module._parameters[matrix], expert)) for matrix in matrices_of(module)
-                for expert in range(module.num_experts)]
+        return [(f"{matrix}_weight_quantizers.{expert}", matrix_of(module, module._parameters[matrix], expert))
+                for matrix in matrices_of(module) for expert in range(module.num_experts)]
     return [("weight_quantizer", module._parameters["weight"])] if isinstance(getattr(module, "weight_quantizer", None), QUANTIZERS) and (
         module._parameters.get("weight") is not None) else []
 

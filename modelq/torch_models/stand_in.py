@@ -115,8 +115,8 @@ def live_value(module: torch.nn.Module, parameter: str, module_name: str) -> tor
         kept = getattr(one, "weights_map", None)
         if kept is not None and parameter in kept:
             return kept[parameter].detach()      # type: ignore[no-any-return]
-    raise ValueError(f"{module_name}.{parameter} is on the meta device, it has no values: load the model's weights first (from_pretrained, or "
-                     "to_empty and load_state_dict)")
+    raise ValueError(f"{module_name}.{parameter} is on the meta device, it has no values: load the model's weights first (from_pretrained, "
+                     "or to_empty and load_state_dict)")
 
 
 def _site(name: str) -> str:
