@@ -250,6 +250,9 @@ def test_if_anything_raises_the_model_is_as_it_was(golden):
         search(model, golden["llama"], forward_step=fails)
     with pytest.raises(ValueError, match="4.2 effective bits cannot be met"):
         search(model, golden["llama"], budget=4.2)
+    odd = {"quant_cfg": [{"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": 8, "fake_quant": False}}]}
+    with pytest.raises(NotImplementedError, match="q_proj.weight_quantizer .*fake_quant=False is not available"):      # before any work
+        search(model, golden["llama"], budget=8, formats=[mtq.FP8_DEFAULT_CFG, odd], forward_step=fails)
     assert model.quantizers is quantizers and calls[0] == 8
     np.testing.assert_array_equal(np.asarray(model(golden["llama"].calib[:1])), before)
 
@@ -269,6 +272,8 @@ def test_bad_data_and_models(golden):
     for data, words in (([], "data_loader gave no batch"), (None, "needs a data_loader")):
         with pytest.raises(ValueError, match=words):
             mtq.auto_quantize(model, None, PLAIN, data, lambda model, batch: model(batch), method="kl_div")
+    with pytest.raises(NotImplementedError, match="method 'gradient' is not available for native models yet"):
+        mtq.auto_quantize(model, None, PLAIN, [1], lambda model, batch: model(batch), lambda output, batch: output.loss)
     with pytest.raises(TypeError, match="expected a model from modelq.load"):
         mtq.auto_quantize("model", None, PLAIN, [1], lambda model, batch: model(batch), method="kl_div")
 

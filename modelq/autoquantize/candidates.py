@@ -56,8 +56,10 @@ class Steps:
 
 
 class Subject(Protocol):
-    """A model that is searched. slots: every place for a quantizer; module_names: of all its modules; config: its config.json."""
+    """A model that is searched. methods: by which it can be scored; slots: every place for a quantizer; module_names: of all its modules;
+    config: its config.json."""
 
+    methods: Sequence[str]
     model: Any
     slots: Mapping[str, Slot]
     module_names: Sequence[str]
@@ -65,6 +67,9 @@ class Subject(Protocol):
 
     def searching(self) -> AbstractContextManager[Any]:
         """Within it the model's quantizers are the search's. It is as it was before if the body raises."""
+
+    def check(self, settings: Mapping[str, Setting]) -> None:
+        """ValueError or NotImplementedError: quantizers that this model cannot have."""
 
     def fingerprint(self) -> str:
         """Of the weights."""

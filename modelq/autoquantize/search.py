@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
 from modelq.autoquantize.candidates import Calibrated, Candidate, Steps, Subject, settings_of
 from modelq.autoquantize.costs import Constraints, Costs, candidate_stats
-from modelq.autoquantize.groups import Group, make_groups
+from modelq.autoquantize.groups import Group, listed, make_groups
 from modelq.autoquantize.recipes import Recipe, plain_config
 from modelq.autoquantize.saved import Saved
 from modelq.progress import progress
@@ -54,14 +54,18 @@ def search(subject: Subject, request: Request) -> dict[str, Any]:
     """Search, give the model what was chosen, and return the state. ValueError before any work if the budget cannot be met."""
     groups = make_groups(subject.slots.values(), request.recipes, request.disabled_layers, subject.module_names)
     Costs({group.key: candidate_stats(group, {}) for group in groups}, request.constraints, request.bits)
+    cache_settings = _cache_settings(subject, request)
+    for recipe in request.recipes:
+        subject.check(settings_of(groups, recipe))
+    subject.check(cache_settings)
     saved = Saved(request.checkpoint, _signature(subject, request, groups))
     with subject.searching():
         candidates = _calibrate(subject, request, groups, saved)
-        cache = _calibrate_cache(subject, request, saved)
+        cache_values = _calibrate_cache(subject, request, cache_settings, saved)
         _score(subject, request, groups, candidates, saved)
         state = _state(request, groups, saved)
         take_choice(state, request.constraints, request.bits, request.verbose)
-        settings, values = dict(cache.settings), dict(cache.values)
+        settings, values = dict(cache_settings), dict(cache_values)
         for group in groups:
             chosen = candidates.get(state["best"]["recipe"][group.key])
             for slot in group.slots if chosen is not None else ():
@@ -117,29 +121,24 @@ def _calibrate(subject: Subject, request: Request, groups: Sequence[Group], save
     return found
 
 
-@dataclass(frozen=True)
-class _Cache:
-    settings: Mapping[str, Setting]
-    values: Mapping[str, Calibrated]
-
-
-def _calibrate_cache(subject: Subject, request: Request, saved: Saved) -> _Cache:
-    """The quantizers of keys and values, in the same way."""
+def _cache_settings(subject: Subject, request: Request) -> dict[str, Setting]:
+    """Of the quantizers of keys and values."""
     if request.kv_cache is None:
-        return _Cache({}, {})
-    places = {name: slot for name, slot in subject.slots.items() if slot.parent == "Attention"}
-    rules = [rule for rule in request.kv_cache.quant_cfg]
-    settings, _ = apply_rules({name: _off(default_setting(slot)) for name, slot in places.items()}, rules)
+        return {}
+    off = {name: replace(default_setting(slot), enable=False) for name, slot in subject.slots.items() if slot.parent == "Attention"}
+    settings, _ = apply_rules(off, request.kv_cache.quant_cfg)
     if not any(setting.enable for setting in settings.values()):
         raise ValueError("kv_cache_cfg quantizes no keys or values of this model: give a config such as mtq.FP8_KV_CFG")
+    return settings
+
+
+def _calibrate_cache(subject: Subject, request: Request, settings: Mapping[str, Setting], saved: Saved) -> Mapping[str, Calibrated]:
+    if request.kv_cache is None:
+        return {}
     if (values := saved.values(KV_CACHE)) is None:
         values = subject.calibrate(settings, request.kv_cache.steps, _loop(request, request.num_calib_steps))
         saved.keep_values(KV_CACHE, values)
-    return _Cache(settings, values)
-
-
-def _off(setting: Setting) -> Setting:
-    return Setting(setting.slot, setting.attributes, False)
+    return values
 
 
 def _loop(request: Request, count: int) -> Callable[[Any], None]:
@@ -166,7 +165,7 @@ def _score(subject: Subject, request: Request, groups: Sequence[Group], candidat
 
 
 def _state(request: Request, groups: Sequence[Group], saved: Saved) -> dict[str, Any]:
-    return {"method": request.steps.method, "disabled_layers": request.disabled_layers, "num_score_steps": saved.batches,
+    return {"method": request.steps.method, "disabled_layers": listed(request.disabled_layers), "num_score_steps": saved.batches,
             "recipes": {str(recipe): plain_config(recipe.config) for recipe in request.recipes},
             "kv_cache_cfg": plain_config(request.kv_cache),
             "candidate_stats": {group.key: candidate_stats(group, saved.scores.get(group.key, {})) for group in groups}}

@@ -22,6 +22,8 @@ SAMPLE = 64     # numbers of each weight that stand for it in a fingerprint
 class NativeSubject:
     """A model from modelq.load."""
 
+    methods = ("kl_div",)
+
     def __init__(self, model: Any, compat: str | None = None):
         check_model(model)
         check_source(model)
@@ -38,6 +40,10 @@ class NativeSubject:
             self._take({})
             yield
 
+    def check(self, settings: Mapping[str, Setting]) -> None:
+        check_settings(settings.values(), self.model.head_dim)
+        warn_partial_blocks(settings.values(), self.model.head_dim)
+
     def fingerprint(self) -> str:
         found = hashlib.sha256(repr(self.model.float32_weights).encode())
         for name, info in self.model.checkpoint.tensors.items():
@@ -48,8 +54,6 @@ class NativeSubject:
 
     def calibrate(self, settings: Mapping[str, Setting], steps: Sequence[dict[str, Any]], forward_loop: Callable[[Any], Any]
                   ) -> dict[str, Calibrated]:
-        check_settings(settings.values(), self.model.head_dim)
-        warn_partial_blocks(settings.values(), self.model.head_dim)
         self._take(settings)
         run_calibration(self.model, list(steps), forward_loop, None, self.compat)
         found = calibrated({name: self.model.quantizers[name] for name in settings})
@@ -58,9 +62,6 @@ class NativeSubject:
 
     def scores(self, groups: Sequence[Group], candidates: Mapping[str, Candidate], steps: Steps, batches: Sequence[Any], first: int
                ) -> Generator[tuple[int, Scores], None, None]:
-        if steps.method == "gradient":
-            raise NotImplementedError("auto_quantize: gradients of native models are not available yet: use method='kl_div'")
-
         def log_probabilities(batch: Any) -> np.ndarray:
             return _log_softmax(np.asarray(steps.forward_step(self.model, batch), np.float64))
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from modelq.autoquantize.candidates import Calibrated, Candidate, Scores, Steps, calibrated, divergences, give
+from modelq.autoquantize.candidates import METHODS, Calibrated, Candidate, Scores, Steps, calibrated, divergences, give
 from modelq.autoquantize.groups import Group
 from modelq.calibration.weights import freeze_scales
-from modelq.quantizers import found_values, has_static_levels, set_found_values, stage_quantizers
-from modelq.rules import Setting, default_setting
+from modelq.quantizers import found_values, has_static_levels, make_quantizer, set_found_values, stage_quantizers
+from modelq.rules import Setting, default_setting, stages
 from modelq.stated import stated_amax
 from modelq.streaming import Part, unread
 from modelq.torch_models.modules import slots_of
@@ -26,6 +26,8 @@ SAMPLE = 64     # numbers of each parameter that stand for it in a fingerprint
 
 class TorchSubject:
     """A torch module."""
+
+    methods = METHODS
 
     def __init__(self, model: torch.nn.Module, compat: str | None = None):
         refuse_packed(model)
@@ -46,6 +48,13 @@ class TorchSubject:
         finally:
             for module, was in training:
                 module.training = was
+
+    def check(self, settings: Mapping[str, Setting]) -> None:
+        for name, setting in settings.items():
+            if setting.enable and len(stages(setting)) > 1 and setting.slot.role != "weight":
+                raise NotImplementedError(f"{name}: quantizers one after the other are for weights only")
+            if setting.enable:
+                make_quantizer(setting)
 
     def fingerprint(self) -> str:
         found = hashlib.sha256()
