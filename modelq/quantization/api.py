@@ -41,7 +41,7 @@ def quantize(model: Model, config: Any, forward_loop: Callable[..., Any] | None 
     """
     if is_torch_model(model):
         return _for_torch().quantize(model, config, forward_loop, compat, checkpoint_dir)
-    _check_model(model)
+    check_model(model)
     check_source(model)
     parsed = QuantizeConfig.parse(config)
     rotation, steps = split_rotation(parsed.algorithm)
@@ -86,7 +86,7 @@ def calibrate(model: Model, algorithm: Any = "max", forward_loop: Callable[..., 
     """Find anew the amax of every enabled quantizer of a quantized model. See `quantize`."""
     if is_torch_model(model):
         return _for_torch().calibrate(model, algorithm, forward_loop, compat, checkpoint_dir)
-    _check_model(model, quantized=True)
+    check_model(model, quantized=True)
     run_calibration(model, algorithm, forward_loop, checkpoint_dir, compat)
     repack(model)
     return model
@@ -109,7 +109,7 @@ def set_quantizer_by_cfg(model: Model, quant_cfg: Any) -> None:
     """
     if is_torch_model(model):
         return _for_torch().set_quantizer_by_cfg(model, quant_cfg)
-    _check_model(model, quantized=True)
+    check_model(model, quantized=True)
     settings, idle = apply_rules(model.settings, normalize_quant_cfg_list(quant_cfg))
     _change(model, settings)
     warn_idle(idle, stacklevel=2)
@@ -183,7 +183,8 @@ def _for_torch() -> Any:
     return module
 
 
-def _check_model(model: Any, quantized: bool = False) -> None:
+def check_model(model: Any, quantized: bool = False) -> None:
+    """TypeError: no model that modelq knows; ValueError: one that is not quantized, where it must be."""
     if not isinstance(model, Model):
         raise TypeError(f"expected a model from modelq.load or a torch.nn.Module, got {type(model).__name__}")
     if quantized and not model.quantized:
@@ -219,7 +220,7 @@ def all_or_nothing(model: Model) -> Iterator[None]:
 def _set(model: Model, pattern: Pattern, parent_class: str | None, change: Callable[[Setting, QuantizerCfgEntry], Setting]) -> None:
     if is_torch_model(model):
         return _for_torch().set_attributes(model, pattern, parent_class, change)
-    _check_model(model, quantized=True)
+    check_model(model, quantized=True)
     _change(model, changed_settings(model.settings, pattern, parent_class, change))
 
 

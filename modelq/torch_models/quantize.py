@@ -29,7 +29,7 @@ def quantize(model: torch.nn.Module, config: Any, forward_loop: Callable[..., An
              compat: str | None = None, checkpoint_dir: Any = None) -> torch.nn.Module:
     """Quantize a model in place and return it; see `modelq.quantization.quantize`. If anything raises, it is as it was."""
     inner = unwrapped(model)
-    _refuse_packed(inner)
+    refuse_packed(inner)
     parsed = QuantizeConfig.parse(config)
     rotation, steps = split_rotation(parsed.algorithm)
     steps = _runnable(steps, compat)
@@ -42,7 +42,7 @@ def quantize(model: torch.nn.Module, config: Any, forward_loop: Callable[..., An
             from modelq.torch_models.rotation import rotate
 
             rotate(inner, rotation, originals)
-        _calibrate(inner, steps, _with_wrapping(forward_loop, model), compat, originals, checkpoint_dir)
+        run_steps(inner, steps, _with_wrapping(forward_loop, model), compat, originals, checkpoint_dir)
     return model
 
 
@@ -51,10 +51,10 @@ def calibrate(model: torch.nn.Module, algorithm: Any = "max", forward_loop: Call
     """Find anew the amax of every enabled quantizer of a quantized model."""
     inner = unwrapped(model)
     settings_of(inner)
-    _refuse_packed(inner)
+    refuse_packed(inner)
     steps = _runnable(algorithm, compat)
     with _all_or_nothing(inner) as originals:
-        _calibrate(inner, steps, _with_wrapping(forward_loop, model), compat, originals, checkpoint_dir)
+        run_steps(inner, steps, _with_wrapping(forward_loop, model), compat, originals, checkpoint_dir)
     return model
 
 
@@ -147,15 +147,15 @@ def _runnable(algorithm: Any, compat: str | None) -> list[dict[str, Any]]:
     return runnable_steps(algorithm)
 
 
-def _calibrate(model: torch.nn.Module, steps: list[dict[str, Any]], forward_loop: Callable[..., Any] | None, compat: str | None,
-               originals: Originals, checkpoint_dir: Any) -> None:
+def run_steps(model: torch.nn.Module, steps: list[dict[str, Any]], forward_loop: Callable[..., Any] | None, compat: str | None,
+              originals: Originals, checkpoint_dir: Any = None) -> None:
     from modelq.torch_models.calibration import run_step
 
     for index, step in enumerate(steps):
         run_step(model, step, forward_loop, compat, originals, index, checkpoint_dir)
 
 
-def _refuse_packed(model: torch.nn.Module) -> None:
+def refuse_packed(model: torch.nn.Module) -> None:
     if is_packed(model):
         raise ValueError("the model's weights are compressed: the original ones are gone; load the model again, or call fold_weight to go "
                          "on from what they stand for")
