@@ -14,7 +14,7 @@ import numpy as np
 
 from modelq import streaming
 from modelq.boundaries import Boundaries
-from modelq.inputs import Batch, make_batch
+from modelq.inputs import Batch, groups, make_batch
 from modelq.output import targets_of
 from modelq.progress import progress
 from modelq.streaming import Part, Visitor
@@ -49,7 +49,6 @@ def backward(model: Model, batches: Iterable[Any], wanted: Iterable[str] = (), o
     Batches whose hidden states are too many at once (`modelq.model.HIDDEN_BYTES`) go in further rounds through the whole model, each
     with calls of visitor and look of its own. Activations must not be quantized meanwhile: ValueError.
     """
-    from modelq.model import groups
     _check(model)
     given = [make_batch(model.vocab_size, batch) for batch in batches]
     if not given:

@@ -1,7 +1,7 @@
 """Token ids and masks as users bring them, checked, as arrays that the runtime takes."""
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,6 +37,18 @@ def make_batch(vocab_size: int, input_ids: Any, attention_mask: Any = None, labe
     if targets is not None:
         check_vocabulary(targets[targets != IGNORED_LABEL], vocab_size, "labels")
     return Batch(ids, mask, targets)
+
+
+def groups(batches: list[Batch], tokens_at_once: int) -> Iterator[list[Batch]]:
+    """The batches, so many together as have no more tokens."""
+    group: list[Batch] = []
+    for batch in batches:
+        if group and sum(b.ids.size for b in group) + batch.ids.size > tokens_at_once:
+            yield group
+            group = []
+        group.append(batch)
+    if group:
+        yield group
 
 
 def check_vocabulary(ids: np.ndarray, vocab_size: int, what: str = "input_ids") -> None:

@@ -1,6 +1,7 @@
 """`modelq.load`: a checkpoint opened in the native runtime, called like a transformers model, computed layer by layer when asked."""
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -12,7 +13,7 @@ import numpy as np
 from modelq import _core
 from modelq.checkpoint.config import runtime_config
 from modelq.experts import expert_places
-from modelq.inputs import IGNORED_ARGUMENTS, Batch, check_vocabulary, integer_matrix, make_batch
+from modelq.inputs import IGNORED_ARGUMENTS, Batch, check_vocabulary, groups, integer_matrix, make_batch
 from modelq.output import Output, Pass
 from modelq.quantizers import without_rounding
 from modelq.rules import Setting, default_setting
@@ -96,6 +97,14 @@ class Model:
     def modules_of(self, layer: int, expert: int | None = None) -> list[dict[str, Any]]:
         """The modules of a layer without those of its experts, or of one expert."""
         return self._parts.get((layer, expert), [])
+
+    def without_norms(self) -> Model:
+        """A copy, to be looked at and not run, that takes smoothing up nowhere."""
+        made = copy.copy(self)
+        made.packed, made.low_rank = {}, {}
+        made._parts = {part: [row for row in rows if row["kind"] != "norm"] for part, rows in self._parts.items()}
+        made.modules = [row for row in self.modules if row["kind"] != "norm"]
+        return made
 
     @property
     def embedding_modules(self) -> list[dict[str, Any]]:
@@ -278,15 +287,3 @@ def _runtime_of(checkpoint: Any, compute: str) -> Any:
                 raise ValueError(f"{checkpoint.tensors[tensor].file or checkpoint.path}: tensor {tensor!r} has shape "
                                  f"{list(checkpoint.tensors[tensor].shape)}, config.json asks for {list(shape)}")
     return runtime
-
-
-def groups(batches: list[Batch], tokens_at_once: int) -> Iterator[list[Batch]]:
-    """The batches, so many together as have no more tokens."""
-    group: list[Batch] = []
-    for batch in batches:
-        if group and sum(b.ids.size for b in group) + batch.ids.size > tokens_at_once:
-            yield group
-            group = []
-        group.append(batch)
-    if group:
-        yield group

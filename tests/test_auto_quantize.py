@@ -29,6 +29,89 @@ def linears(*names, shape=(64, 32)):
     return [Slot(f"{name}.{role}_quantizer", name, role, "nn.Linear", shape) for name in names for role in ("input", "output", "weight")]
 
 
+def labelled(golden_model, count=8):
+    return [{"input_ids": row[None], "labels": row[None]} for row in golden_model.calib[:count]]
+
+
+def search_by_gradients(model, data, budget=6.0, formats=(mtq.INT4_AWQ_CFG, mtq.FP8_DEFAULT_CFG), **options):
+    options = {"forward_step": lambda model, batch: model(**batch), "loss_func": lambda output, batch: output.loss, **options}
+    return mtq.auto_quantize(model, {"effective_bits": budget}, list(formats), data, num_calib_steps=8, num_score_steps=8, **options)
+
+
+# Gradients -----------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("case", AUTO)
+def test_scores_and_choice_are_the_reference_s(case):
+    """Without torch. In float32: AWQ's to the last digits, FP8's but for ties."""
+    theirs = json.loads((case.folder / "auto_state.json").read_text())
+    model, state = search_by_gradients(modelq.load(case.model.source, compute="float32"), labelled(case.model), compat="modelopt")
+    assert list(state["candidate_stats"]) == list(theirs["candidate_stats"])
+    for key, group in theirs["candidate_stats"].items():
+        np.testing.assert_allclose(state["candidate_stats"][key]["scores"], group["scores"], rtol=0.01, err_msg=key)
+    assert state["best"]["recipe"] == theirs["best"]["recipe"] and state["best"]["constraints"] == theirs["best"]["constraints"]
+    assert not model.connected or model.quantized
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "qwen3moe"])
+def test_gradients_in_bfloat16(golden, name, tmp_path):
+    """Where siblings share their scales, which norms would take up: scores are about those of float32; the export opens and computes what
+    the model does."""
+    model, state = search_by_gradients(modelq.load(golden[name].source), labelled(golden[name], 4), 7.0, [mtq.NVFP4_AWQ_LITE_CFG, mtq.FP8_DEFAULT_CFG],
+                                       disabled_layers=["*lm_head*"])
+    _, other = search_by_gradients(modelq.load(golden[name].source, compute="float32"), labelled(golden[name], 4), 7.0,
+                                   [mtq.NVFP4_AWQ_LITE_CFG, mtq.FP8_DEFAULT_CFG], disabled_layers=["*lm_head*"])
+    ours, theirs = (np.array([group["scores"][0] for key, group in one["candidate_stats"].items() if "lm_head" not in key]) for one in (state, other))
+    assert (ours > 0).all() and 0.5 < (ours / theirs).min() and (ours / theirs).max() < 2
+    fp8 = [group["scores"][1] for key, group in state["candidate_stats"].items() if "lm_head" not in key]
+    assert (np.array(fp8) < ours).all()
+    expected = model(golden[name].calib[:1]).logits
+    export_hf_checkpoint(model, tmp_path / "export")
+    np.testing.assert_array_equal(modelq.load(tmp_path / "export")(golden[name].calib[:1]).logits, expected)
+
+
+def test_in_the_words_of_compressed_tensors(golden, tmp_path):
+    model, state = search_by_gradients(modelq.load(golden["qwen3"].source), labelled(golden["qwen3"], 4), 7.0, PLAIN, disabled_layers=["*lm_head*"])
+    assert len(set(state["best"]["recipe"].values())) == 3
+    export_hf_checkpoint(model, tmp_path / "export", dialect="compressed-tensors")
+    said = json.loads((tmp_path / "export/config.json").read_text())["quantization_config"]
+    assert said["quant_method"] == "compressed-tensors" and len(said["config_groups"]) == 2
+    np.testing.assert_array_equal(modelq.load(tmp_path / "export")(golden["qwen3"].calib[:1]).logits, model(golden["qwen3"].calib[:1]).logits)
+
+
+def test_rounds_and_other_budgets(golden, tmp_path, monkeypatch):
+    """Batches that go through the model in several rounds add up to the same; a kept search chooses for another budget without a pass."""
+    from modelq.quantization import native_scores
+
+    once = search_by_gradients(modelq.load(golden["llama"].source), labelled(golden["llama"]))[1]
+    monkeypatch.setattr(modelq.Model, "tokens_at_once", 128)
+    folder, count = tmp_path / "kept", []
+    plain = native_scores.backward
+    monkeypatch.setattr(native_scores, "backward", lambda *args, **options: (count.append(1), plain(*args, **options))[1])
+    model, rounds = search_by_gradients(modelq.load(golden["llama"].source), labelled(golden["llama"]), checkpoint=folder)
+    assert len(count) == 4
+    for key, group in once["candidate_stats"].items():
+        np.testing.assert_allclose(rounds["candidate_stats"][key]["scores"], group["scores"], rtol=1e-4)
+    _, lower = search_by_gradients(modelq.load(golden["llama"].source), labelled(golden["llama"]), 5.0, checkpoint=folder)
+    assert len(count) == 4 and lower["best"]["constraints"]["effective_bits"] <= 5 < rounds["best"]["constraints"]["effective_bits"]
+
+
+def test_bad_losses(golden):
+    """Another loss than the model's, none, NaN; the model is as it was."""
+    model, data = modelq.load(golden["llama"].source), labelled(golden["llama"])
+    before, quantizers = np.asarray(model(golden["llama"].calib[:1])), model.quantizers
+    silent = [*data[:2], {**data[2], "labels": np.full_like(data[2]["labels"], -100)}]
+    twice = {"forward_step": lambda model, batch: [model(**batch), model(**batch)][0]}
+    for batches, options, words in (
+            (data, {"loss_func": lambda output, batch: 2 * output.loss}, "batch 0 .*loss_func gives .*mean cross-entropy"),
+            (data, {"loss_func": lambda output, batch: float("nan")}, "batch 0 .*the loss is nan"),
+            (silent, {}, "batch 2 .*the loss is nan"), (data, twice, "batch 0 .*called the model 2 times"),
+            (data, {"loss_func": None, "forward_backward_step": lambda model, batch: None}, "forward_backward_step is for torch models")):
+        with pytest.raises(ValueError, match=words):
+            search_by_gradients(model, batches, **options)
+        assert model.quantizers is quantizers and not model.quantized
+    np.testing.assert_array_equal(np.asarray(model(golden["llama"].calib[:1])), before)
+
+
 # Formats and bits ----------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, effective, stored", [      # of [64, 256] weights; stored: beside the codes, scales and what is above them
@@ -272,8 +355,6 @@ def test_bad_data_and_models(golden):
     for data, words in (([], "data_loader gave no batch"), (None, "needs a data_loader")):
         with pytest.raises(ValueError, match=words):
             mtq.auto_quantize(model, None, PLAIN, data, lambda model, batch: model(batch), method="kl_div")
-    with pytest.raises(NotImplementedError, match="method 'gradient' is not available for native models yet"):
-        mtq.auto_quantize(model, None, PLAIN, [1], lambda model, batch: model(batch), lambda output, batch: output.loss)
     with pytest.raises(TypeError, match="expected a model from modelq.load"):
         mtq.auto_quantize("model", None, PLAIN, [1], lambda model, batch: model(batch), method="kl_div")
 

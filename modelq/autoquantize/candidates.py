@@ -56,10 +56,9 @@ class Steps:
 
 
 class Subject(Protocol):
-    """A model that is searched. methods: by which it can be scored; slots: every place for a quantizer; module_names: of all its modules;
+    """A model that is searched. slots: every place for a quantizer; module_names: of all its modules;
     config: its config.json."""
 
-    methods: Sequence[str]
     model: Any
     slots: Mapping[str, Slot]
     module_names: Sequence[str]

@@ -41,8 +41,6 @@ def auto_quantize(model: Any, constraints: Any = None, quantization_formats: Any
     recipes = parse_recipes(quantization_formats)
     steps = _steps(method, forward_step, loss_func, forward_backward_step)
     subject = _subject(model, compat)
-    if method not in subject.methods:
-        raise NotImplementedError(f"auto_quantize: method {method!r} is not available for native models yet: use method='kl_div'")
     request = Request(Constraints.parse(constraints, subject.config), recipes, steps,
                       take_batches(data_loader, max(num_calib_steps, num_score_steps)), num_calib_steps, num_score_steps, disabled_layers,
                       checkpoint, bits, None if kv_cache_cfg is None else QuantizeConfig.parse(kv_cache_cfg), verbose)
