@@ -1,4 +1,4 @@
-"""The command line: `modelq quantize | eval | inspect | convert | verify | formats`.
+"""The command line: `modelq quantize | autoquantize | eval | inspect | convert | verify | formats`.
 
 Bad use and bad input end with exit code 2 and one line on stderr, Ctrl-C with 130, anything unforeseen with 1 (and so does `verify` if it
 found errors); MODELQ_DEBUG=1 adds the traceback. Reports go to stdout, --json prints them as one JSON object.
@@ -59,6 +59,34 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--engine", help="vllm, sglang, tensorrt-llm or transformers: chooses the dialect, refuses what it does not load")
     add_compute(sub)
 
+    sub = commands.add_parser("autoquantize", help="a format for every layer within a budget of bits")
+    sub.add_argument("source", **source)
+    sub.add_argument("--effective-bits", required=True, metavar="BITS",
+                     help="mean bits of a weight at most: 6, or 4.5,6 or 4.5..8 to compare")
+    sub.add_argument("--formats", default="nvfp4,fp8", help="to choose from, as for quantize --format (default nvfp4,fp8)")
+    sub.add_argument("--method", choices=["gradient", "kl_div"], default="gradient", help="how layers are scored (default gradient)")
+    sub.add_argument("--disable", action="append", metavar="PATTERN", help="modules that stay as they are, and count in no budget (default "
+                     "'*lm_head*'; may be given again)")
+    sub.add_argument("--calib", default="python_docs", metavar="DATA", help="text to calibrate and score with, as for quantize")
+    sub.add_argument("--samples", type=count, default=128, metavar="N", help="calibration samples (default 128)")
+    sub.add_argument("--score-samples", type=count, default=32, metavar="N", help="of them, how many are scored (default 32)")
+    sub.add_argument("--seq-len", type=count, default=512, metavar="L", help="tokens per sample (default 512)")
+    sub.add_argument("--batch-size", type=count, default=8, metavar="B", help="samples per batch (default 8)")
+    sub.add_argument("--checkpoint-dir", type=Path, metavar="DIR",
+                     help="keep scores there: other budgets and interrupted searches take them")
+    sub.add_argument("--text", default="python_docs_heldout", metavar="FILE", help="perplexity is measured on this (as for eval)")
+    sub.add_argument("--window", type=count, default=512, metavar="L", help="tokens per window (default 512)")
+    sub.add_argument("--max-windows", type=count, default=16, metavar="N", help="windows to measure (default 16)")
+    sub.add_argument("--no-eval", action="store_true", help="measure nothing")
+    sub.add_argument("--no-uniform", action="store_true", help="do not measure the formats by themselves")
+    sub.add_argument("--plot", type=Path, metavar="FILE", help="draw perplexity against bits (.png, .svg, .pdf)")
+    sub.add_argument("--plot-layers", type=Path, metavar="FILE", help="draw which layer got which format, of the last budget")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="export the model of a single budget")
+    sub.add_argument("--overwrite", action="store_true", help="replace DIR if it is there")
+    sub.add_argument("--dialect", help="as for quantize")
+    sub.add_argument("--engine", help="as for quantize")
+    add_compute(sub)
+
     sub = commands.add_parser("eval", help="perplexity on a text")
     sub.add_argument("source", **source)
     sub.add_argument("--text", default="python_docs_heldout", metavar="FILE",
@@ -100,12 +128,13 @@ def add_compute(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> tuple[str, int]:
     """What to print, and the exit code."""
     from modelq import commands
+    from modelq.commands_search import autoquantize
     from modelq.tables import wants_color
     if args.command == "quantize":
         if args.format and args.config:
             raise ValueError("give --format or --config, not both")
         args.format = args.format or "nvfp4"
-    function = {"quantize": commands.quantize, "eval": commands.evaluate, "inspect": commands.inspect,
+    function = {"quantize": commands.quantize, "autoquantize": autoquantize, "eval": commands.evaluate, "inspect": commands.inspect,
                 "convert": commands.convert, "verify": commands.verify, "formats": commands.formats}
     report = function[args.command](args)
     return json.dumps(report.data, default=str) if args.json else report.text(wants_color()), report.code

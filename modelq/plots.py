@@ -1,0 +1,76 @@
+"""Pictures: what a search for formats found. matplotlib is imported where something is drawn."""
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+# Okabe and Ito's colours, which the colour-blind can tell apart.
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
+UNQUANTIZED = "#BBBBBB"
+
+
+def require_matplotlib() -> Any:
+    """matplotlib.pyplot for files. ImportError says how to get it."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ImportError("pictures need matplotlib: pip install 'modelq[plot]'") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    return plt
+
+
+def draw_trade_off(path: Path | str, budgets: Sequence[Mapping[str, Any]], uniform: Sequence[Mapping[str, Any]],
+                   plain: float | None) -> None:
+    """Perplexity against effective bits: the searched choices as a line, uniform formats as marks, the unquantized model as a level."""
+    plt = require_matplotlib()
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    axes.plot([one["effective_bits"] for one in budgets], [one["perplexity"] for one in budgets], "o-", color=COLORS[0],
+              label="AutoQuantize")
+    for index, one in enumerate(uniform, 1):
+        axes.plot(one["effective_bits"], one["perplexity"], "s", markersize=9, color=COLORS[index % len(COLORS)],
+                  label=f"all {one['format']}")
+    if plain is not None:
+        axes.axhline(plain, linestyle="--", color="#555555", label="unquantized")
+    axes.set_xlabel("effective bits per weight")
+    axes.set_ylabel("perplexity (lower is better)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def draw_layers(path: Path | str, state: Mapping[str, Any]) -> None:
+    """Which layer got which format (colour), and what the lowest format would cost it (the number, a power of ten of its score)."""
+    plt = require_matplotlib()
+    import numpy as np
+
+    cells, rows, columns = {}, [], 0
+    for key, recipe in state["best"]["recipe"].items():
+        name = key.removesuffix(".quant_recipe")
+        layer = re.search(r"\.(\d+)\.", name)
+        row = name[layer.end():] if layer else name
+        rows += [row] if row not in rows else []
+        column = int(layer[1]) if layer else 0
+        columns = max(columns, column + 1)
+        score = state["candidate_stats"][key]["scores"][0]
+        cells[rows.index(row), column] = (recipe.partition("(")[0], score)
+    formats = sorted({name for name, _ in cells.values() if name != "NONE"})
+    colors = {**{name: COLORS[index % len(COLORS)] for index, name in enumerate(formats)}, "NONE": UNQUANTIZED}
+    figure, axes = plt.subplots(figsize=(max(6, 0.42 * columns + 3), 0.5 * len(rows) + 1.8), layout="constrained")
+    for (row, column), (name, score) in cells.items():
+        axes.add_patch(plt.Rectangle((column, row), 1, 1, facecolor=colors[name], edgecolor="white"))
+        if score > 0:
+            axes.text(column + 0.5, row + 0.5, f"{np.log10(score):.1f}", ha="center", va="center", fontsize=7)
+    axes.set_xlim(0, columns)
+    axes.set_ylim(len(rows), 0)
+    axes.set_xticks([column + 0.5 for column in range(columns)], [str(column) for column in range(columns)])
+    axes.set_yticks([row + 0.5 for row in range(len(rows))], rows)
+    axes.set_xlabel("layer (numbers: log10 of the score in the lowest format)")
+    handles = [plt.Rectangle((0, 0), 1, 1, facecolor=color) for color in colors.values()]
+    labels = ["not quantized" if name == "NONE" else name for name in colors]
+    axes.legend(handles, labels, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(labels), frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
