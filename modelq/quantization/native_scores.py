@@ -34,7 +34,10 @@ def gradient_scores(model: Model, groups: Sequence[Group], candidates: Mapping[s
     formats = {recipe: _Format(model, candidate) for recipe, candidate in candidates.items()}
     for calls_together in rounds_of(calls, model.tokens_at_once):
         scorer = _Scorer(model, groups, formats)
-        losses = backward(model, map(_arguments, calls_together), visitor=scorer).losses
+        try:
+            losses = backward(model, map(_arguments, calls_together), visitor=scorer).losses
+        finally:
+            scorer.leave_none()
         for index, loss in enumerate(losses):
             if not np.isfinite(loss):
                 raise ValueError(f"batch {first + index} (counted from 0): the loss is {loss}: look for a batch without labels, or weights "
@@ -127,6 +130,12 @@ class _Scorer:
         for name, observer in self._there.items():
             self._model.runtime.set_observer(name, observer)
 
+    def leave_none(self) -> None:
+        """No observer stays in the runtime."""
+        for name in self._there:
+            self._model.runtime.set_observer(name, None)
+        self._there, self._experts = {}, None
+
     def _load_expert(self, part: Part) -> None:
         if self._experts is None:
             return
@@ -139,8 +148,7 @@ class _Scorer:
         if part.expert is not None:
             return
         for name, observer in self._there.items():
-            self._model.runtime.set_observer(name, None)
             group = self._groups[name]
             for recipe, score in zip(self._recipes(group), observer.scores.tolist()):
                 self.scores[group.key][recipe] += score
-        self._there, self._experts = {}, None
+        self.leave_none()
