@@ -44,6 +44,12 @@ class NativeSubject:
         check_settings(settings.values(), self.model.head_dim)
         warn_partial_blocks(settings.values(), self.model.head_dim)
 
+    def agree(self, value: Any) -> bool:
+        return True
+
+    def own_folder(self, folder: Any) -> Any:
+        return folder
+
     def fingerprint(self) -> str:
         found = hashlib.sha256(repr(self.model.float32_weights).encode())
         for name, info in self.model.checkpoint.tensors.items():
