@@ -15,13 +15,12 @@ from modelq import _core
 
 
 def take(array: Any, name: str = "array") -> np.ndarray:
-    """A view of an array on the CPU (or what NumPy makes of it). TypeError names what cannot be: another device, an unknown dtype."""
+    """A view of an array on the CPU; a copy of one on another device, or of what only NumPy knows. TypeError names what cannot be: no
+    values, an unknown dtype."""
     if isinstance(array, (list, tuple, float, int)):
         return np.asarray(array, np.float32)
-    framework = framework_of(array)
-    if framework == "torch" and array.requires_grad:
-        array = array.detach()
-    return _core.as_array(_readable(array, name) if framework == "jax" else array, name)
+    reading = _READING.get(framework_of(array))
+    return _core.as_array(array if reading is None else reading(array, name), name)
 
 
 def give_back(result: np.ndarray, like: Any) -> Any:
@@ -33,7 +32,7 @@ def give_back(result: np.ndarray, like: Any) -> Any:
 class Origin:
     """Where an array came from, so that what is made of it goes back there.
 
-    framework: as framework_of says; place: of a JAX array that was put somewhere, its sharding.
+    framework: as framework_of says; place: of a JAX array that was put somewhere, its sharding; of what is not on the CPU, its device.
     """
     framework: str = "numpy"
     place: Any = None
@@ -51,9 +50,12 @@ class Origin:
 
 
 def origin_of(array: Any) -> Origin:
-    framework = framework_of(array)
-    is_placed = framework == "jax" and getattr(array, "committed", False)
-    return Origin(framework, array.sharding if is_placed else None)
+    framework, place = framework_of(array), None
+    if framework == "jax" and getattr(array, "committed", False):
+        place = array.sharding
+    elif framework == "cupy" or framework == "torch" and array.device.type != "cpu":
+        place = array.device
+    return Origin(framework, place)
 
 
 def framework_of(array: Any) -> str:
@@ -69,7 +71,13 @@ def _is_torch(array: Any) -> bool:
     return torch is not None and isinstance(array, torch.Tensor)
 
 
-def _readable(array: Any, name: str) -> Any:
+def _from_torch(array: Any, name: str) -> Any:
+    if array.device.type == "meta":
+        raise TypeError(f"{name}: is on the meta device, it has no values")
+    return array.detach().cpu()
+
+
+def _from_jax(array: Any, name: str) -> Any:
     """JAX hands out memory of one CPU device; what is elsewhere, or in pieces, NumPy copies."""
     jax = sys.modules["jax"]
     if isinstance(array, jax.core.Tracer):
@@ -82,7 +90,7 @@ def _readable(array: Any, name: str) -> Any:
 
 
 def _as_torch(result: np.ndarray, place: Any) -> Any:
-    """The same memory. Neither NumPy nor its DLPack knows ml_dtypes' formats: their bits are viewed as torch's of the same name."""
+    """The same memory, on the CPU. Neither NumPy nor its DLPack knows ml_dtypes' formats: their bits are viewed as torch's of that name."""
     torch = sys.modules["torch"]
     plain, dtype = result, getattr(torch, result.dtype.name, None)
     if result.dtype.kind == "V" or result.dtype.name == "bfloat16" or result.dtype.name.startswith("float8"):
@@ -90,8 +98,10 @@ def _as_torch(result: np.ndarray, place: Any) -> Any:
         if dtype is None:
             raise TypeError(f"this torch has no dtype {result.dtype.name}")
         plain = plain if plain.dtype != np.uint16 else plain.view(np.int16)
-        return torch.from_numpy(plain).view(dtype)
-    return torch.from_numpy(plain)
+        made = torch.from_numpy(plain).view(dtype)
+    else:
+        made = torch.from_numpy(plain)
+    return made if place is None else made.to(place)
 
 
 def _as_jax(result: np.ndarray, place: Any) -> Any:
@@ -99,4 +109,14 @@ def _as_jax(result: np.ndarray, place: Any) -> Any:
     return jax.numpy.asarray(result) if place is None else jax.device_put(result, place)
 
 
-_GIVING: dict[str, Callable[[np.ndarray, Any], Any]] = {"torch": _as_torch, "jax": _as_jax}
+def _as_cupy(result: np.ndarray, place: Any) -> Any:
+    with place:
+        return sys.modules["cupy"].asarray(result)
+
+
+def _from_cupy(array: Any, name: str) -> Any:
+    return array.get()
+
+
+_READING: dict[str, Callable[[Any, str], Any]] = {"torch": _from_torch, "jax": _from_jax, "cupy": _from_cupy}
+_GIVING: dict[str, Callable[[np.ndarray, Any], Any]] = {"torch": _as_torch, "jax": _as_jax, "cupy": _as_cupy}

@@ -51,6 +51,7 @@ class Model:
     places: where the quantizers of experts' linears are. unseen_experts: by layer, those that no token of the calibration reached.
     packed: modules whose weights `compress` holds in memory. low_rank: module name to the branch beside its weight (SVDQuant).
     search_losses: what the last search found each module or quantizer to lose.
+    connected: names of the quantizers in the runtime.
     own_scales: siblings keep scales of their own until an export.
     stored_layers: modules whose weights the checkpoint holds quantized already (an export opened again), and how.
     """
@@ -84,7 +85,7 @@ class Model:
         self.search_losses: dict[str, Any] = {}
         self.quantized = False
         self.simulate = self.simulate_inputs = True
-        self._connected: set[str] = set()
+        self.connected: set[str] = set()
         self.stored_layers: dict[str, Any] = {} if getattr(checkpoint, "is_source", False) else getattr(checkpoint, "layers", {})
         if self.stored_layers or getattr(checkpoint, "cache", None) is not None:
             from modelq.reopened import restore_quantizers
@@ -205,17 +206,17 @@ class Model:
                   if (q.enabled and self.simulate_inputs) or q.rotate or q.pre_quant_scale is not None}
         if not self.simulate_inputs:
             wanted = {name: without_rounding(q) for name, q in wanted.items()}
-        for name in self._connected - set(wanted):
+        for name in self.connected - set(wanted):
             self.runtime.set_quantizer(name, None)
-        self._connected = set(wanted)
+        self.connected = set(wanted)
         for name, quantizer in wanted.items():
             self.runtime.set_quantizer(name, quantizer)
 
     def disconnect(self) -> None:
         """Leave no quantizer in the runtime."""
-        for name in self._connected:
+        for name in self.connected:
             self.runtime.set_quantizer(name, None)
-        self._connected = set()
+        self.connected = set()
 
     # Measurements ------------------------------------------------------------------------------------------------------
 
@@ -225,7 +226,7 @@ class Model:
         batches: anything that the model can be called with, dictionaries included.
         """
         total, count = 0.0, 0
-        for group in _groups([make_batch(self.vocab_size, batch) for batch in batches], self._tokens_at_once()):
+        for group in groups([make_batch(self.vocab_size, batch) for batch in batches], self.tokens_at_once):
             sums, counts = Pass(self, group, "loss").losses
             total, count = total + float(sums.sum()), count + int(counts.sum())
         if not count:
@@ -245,7 +246,8 @@ class Model:
         windows = ids.ravel()[:ids.size // window * window].reshape(-1, window)
         return float(np.exp(self.loss(list(np.array_split(windows, -(-len(windows) // 8))))))
 
-    def _tokens_at_once(self) -> int:
+    @property
+    def tokens_at_once(self) -> int:
         return max(1, HIDDEN_BYTES // (4 * self.runtime.config["hidden_size"]))
 
     def close(self) -> None:
@@ -278,7 +280,8 @@ def _runtime_of(checkpoint: Any, compute: str) -> Any:
     return runtime
 
 
-def _groups(batches: list[Batch], tokens_at_once: int) -> Iterator[list[Batch]]:
+def groups(batches: list[Batch], tokens_at_once: int) -> Iterator[list[Batch]]:
+    """The batches, so many together as have no more tokens."""
     group: list[Batch] = []
     for batch in batches:
         if group and sum(b.ids.size for b in group) + batch.ids.size > tokens_at_once:

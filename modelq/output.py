@@ -34,7 +34,7 @@ class Pass:
         """
         labels = None
         if any(batch.labels is not None for batch in self.batches):
-            labels = [_targets(batch) for batch in self.batches]
+            labels = [targets_of(batch) for batch in self.batches]
         return self.run.loss(streaming.head_tensors(self.model), labels)
 
     def loss(self, index: int) -> float:
@@ -43,7 +43,7 @@ class Pass:
         return float(sums / counts) if counts else float("nan")
 
 
-def _targets(batch: Batch) -> np.ndarray:
+def targets_of(batch: Batch) -> np.ndarray:
     """Labels of a batch: its own, or its ids where neither the token nor the one before is padding."""
     if batch.labels is not None:
         return batch.labels

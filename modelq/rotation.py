@@ -106,6 +106,11 @@ class RotatedCheckpoint(Checkpoint):
         super().__init__(self.original.path, config, tensors)
         self.side_files = self.original.side_files
 
+    @property
+    def rewritten(self) -> list[str]:
+        """The original's tensors that are turned, and then the norms that become ones."""
+        return [name for name in self._turned if name in self.original.tensors] + sorted(self._ones)
+
     def read(self, name: str) -> np.ndarray:
         if name in self._ones:
             return np.ones(self.tensors[name].shape, numpy_dtype(self.tensors[name].dtype))

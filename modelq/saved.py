@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from modelq.attributes import QuantizerAttributeConfig
+from modelq.low_rank import LowRank
 from modelq.quantizers import named_values, set_named_value
 from modelq.rules import Setting, stages
-from modelq.torch_models import is_torch_model
+from modelq.torch_models import is_torch_model, unwrapped
 
 JSON_FILE, TENSOR_FILE, VERSION = "quantizers.json", "quantizers.safetensors", 1
 
@@ -63,12 +64,15 @@ def _state_of(model: Any) -> tuple[Mapping[str, Setting], dict[str, np.ndarray],
     if is_torch_model(model):
         from modelq.torch_models.quantize import quantizers_of, settings_of
 
-        settings = settings_of(model)
-        values = [named_values(name, quantizer.native) for name, quantizer in quantizers_of(model).items()]
-        return settings, {key: value for named in values for key, value in named.items()}, None
+        found: dict[str, np.ndarray] = {}
+        for name, quantizer in quantizers_of(unwrapped(model)).items():
+            found |= named_values(name, quantizer.native)
+            if quantizer.low_rank is not None:
+                found |= {f"{name}:low_rank:{half}": value for half, value in quantizer.low_rank._asdict().items()}
+        return settings_of(unwrapped(model)), found, None
     if not model.quantized:
         raise ValueError("the model is not quantized yet: call quantize first")
-    found: dict[str, np.ndarray] = {}
+    found = {}
     for layer in range(-1, model.num_layers):
         found |= {name: array for name, array in collect(model, layer).items() if not name.startswith("layer:")}
     rotation = rotation_of(model.checkpoint)
@@ -92,11 +96,15 @@ def _settings_from(said: Mapping[str, Any], known: Mapping[str, Setting], folder
 def _restore_torch(model: Any, said: Mapping[str, Any], found: Mapping[str, np.ndarray], folder: Path) -> None:
     from modelq.torch_models.quantize import inserted, quantizers_of, take_settings
 
+    model = unwrapped(model)
     with inserted(model) as (defaults, _):
         take_settings(model, _settings_from(said, defaults, folder), keep=False)
-        quantizers = {name: quantizer.native for name, quantizer in quantizers_of(model).items()}
-        for key, array in found.items():
-            set_named_value(quantizers, key, array)
+        quantizers, branches = quantizers_of(model), [key for key in found if ":low_rank:" in key]
+        for name in {key.partition(":")[0] for key in branches}:
+            quantizers[name].low_rank = LowRank(*(found[f"{name}:low_rank:{half}"] for half in LowRank._fields))
+        native = {name: quantizer.native for name, quantizer in quantizers.items()}
+        for key in found.keys() - branches:
+            set_named_value(native, key, found[key])
 
 
 def _restore_native(model: Any, said: Mapping[str, Any], found: dict[str, np.ndarray], folder: Path) -> None:

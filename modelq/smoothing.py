@@ -72,7 +72,15 @@ def dtype_of(model: Any, row: dict[str, Any]) -> np.dtype:
 def set_weight_amax(model: Any, row: dict[str, Any], tensor: np.ndarray) -> None:
     name = f"{row['name']}.weight_quantizer"
     for quantizer, amax in zip(stage_quantizers(model.quantizers[name]), weight_amax(model.settings[name], tensor)):
+        check_finite(name, amax)
         quantizer.amax = amax
+
+
+def check_finite(name: str, amax: Any) -> None:
+    """ValueError names the quantizer whose range is not one."""
+    if amax is not None and not np.isfinite(amax).all():
+        raise ValueError(f"{name}: NaN or infinity among what it has to hold: in bfloat16 or float16 a value overflowed, or a weight is "
+                         "damaged")
 
 
 # Weights ---------------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from modelq.quantizers import KV_CAST_AMAX, MICROSCALING, stage_quantizers
 from modelq.rotation import rotation_of
 from modelq.rules import Setting, describe_rule, stages
 from modelq.smoothing import own_scale
-from modelq.torch_models import is_torch_model
+from modelq.torch_models import is_torch_model, unwrapped
 
 if TYPE_CHECKING:
     from modelq.model import Model
@@ -39,7 +39,7 @@ def summary_lines(model: Model) -> list[str]:
     if is_torch_model(model):
         from modelq.torch_models.quantize import quantizers_of
 
-        described = [line for name, quantizer in quantizers_of(model).items() for line in quantizer.describe_stages(name)]
+        described = [line for name, quantizer in quantizers_of(unwrapped(model)).items() for line in quantizer.describe_stages(name)]
         lines = [f"{name:80} {text}" for name, text in described]
         return [*lines, f"{len(lines)} TensorQuantizers found in model"]
     lines = [f"{name:80} {text}" for whole, quantizer in model.quantizers.items()
@@ -85,8 +85,8 @@ def _short_amax(attributes: QuantizerAttributeConfig, quantizer: Any) -> str:
 
 def _short(values: Any) -> str:
     values = np.asarray(values, dtype=np.float32)
-    if values.size == 1:
-        return f"{values.item():.2e}"
+    if values.size < 2:
+        return f"{values.item():.2e}" if values.size else "[](0)"
     return f"[{values.min():.2e}, {values.max():.2e}]({values.size})"
 
 

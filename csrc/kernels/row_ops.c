@@ -58,7 +58,9 @@ MQ_INLINE uint32_t round_to_bf16(float x)
 #define TYPED_KERNEL(name, type) NAME_OF(name##_##type, ISA)
 #define ROW_KERNELS(type) { \
     TYPED_KERNEL(amax, type), TYPED_KERNEL(amax_columns, type), TYPED_KERNEL(rmsnorm, type), TYPED_KERNEL(rope, type), \
-    TYPED_KERNEL(silu_mul, type), TYPED_KERNEL(add, type), TYPED_KERNEL(from_f32, type), TYPED_KERNEL(to_f32, type) }
+    TYPED_KERNEL(silu_mul, type), TYPED_KERNEL(add, type), TYPED_KERNEL(from_f32, type), TYPED_KERNEL(to_f32, type), \
+    TYPED_KERNEL(rmsnorm_backward, type), TYPED_KERNEL(rmsnorm_weight_backward, type), \
+    TYPED_KERNEL(silu_mul_backward, type), TYPED_KERNEL(dot, type) }
 
 #define ISA c
 #define MULADD(a, b, c) ((a) * (b) + (c))

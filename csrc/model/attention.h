@@ -21,6 +21,9 @@ typedef struct mq_attention_args {
     const uint8_t *key_mask;         /* [T_kv], nonzero = may be attended to; NULL = all */
     float scale;
     int64_t window;                  /* how many positions a query sees, its own included; 0 = all before it */
+    float *maxima, *factors;         /* [heads, T], NULL or where each softmax's largest score goes, and one over its
+                                      * denominator relative to that (both 0 where a query sees no key): what the
+                                      * backward needs */
 } mq_attention_args;
 
 /* Bytes of scratch (64-byte aligned) that a call with these arguments needs, whatever the number of threads. */
@@ -28,5 +31,35 @@ size_t mq_attention_scratch(const mq_attention_args *args);
 
 /* A query that sees no key gets zeros. Runs on the pool, inline inside a job. */
 void mq_attention_forward(const mq_attention_args *args, void *scratch);
+
+/* Probabilities are computed again, block by block (Dao et al. 2022); a task is one head, and heads that share keys and
+ * values add their gradients in order. */
+typedef struct mq_attention_gradient {
+    const float *d_out;              /* [T, heads, value_dim], without gaps as all of these */
+    float *d_q, *d_k, *d_v;          /* as q, k, v */
+} mq_attention_gradient;
+
+/* args: as given to the forward, with its out, maxima and factors. */
+size_t mq_attention_backward_scratch(const mq_attention_args *args);
+void mq_attention_backward(const mq_attention_gradient *gradient, const mq_attention_args *args, void *scratch);
+
+/* The first and one past the last position that query i of the call may attend to. */
+MQ_INLINE int64_t mq_attention_first_key(const mq_attention_args *args, int64_t i)
+{
+    return args->window > 0 ? MQ_MAX(args->past + i - args->window + 1, (int64_t)0) : 0;
+}
+
+MQ_INLINE int64_t mq_attention_last_key(const mq_attention_args *args, int64_t i)
+{
+    return MQ_MIN(args->past + i + 1, args->T_kv);
+}
+
+/* Scores [rows, width] of queries from `first` on and keys from `start` on, ld floats apart: what a query may not see
+ * becomes minus infinity. */
+typedef struct mq_attention_block {
+    float *scores;
+    int64_t ld, first, rows, start, width;
+} mq_attention_block;
+void mq_attention_hide(const mq_attention_args *args, const mq_attention_block *block);
 
 #endif

@@ -157,8 +157,8 @@ int mq_run_logits(mq_run *run, int64_t batch, const mq_named_tensor *tensors, si
     return rc;
 }
 
-/* targets (rows): what each row is to predict. By default the token after it, if neither is padding. */
-static void set_targets(const mq_run *run, const int32_t *labels, int32_t *targets)
+/* By default the token after it, if neither is padding. */
+void mq_run_targets(const mq_run *run, const int32_t *labels, int32_t *targets)
 {
     for (int64_t s = 0; s < run->sequence_count; s++) {
         const mq_sequence *sequence = &run->sequences[s];
@@ -186,24 +186,33 @@ static void sum_losses(const mq_run *run, const mq_loss_row *losses, const int32
     }
 }
 
+int mq_run_row_losses(mq_run *run, const int32_t *targets, const mq_named_tensor *tensors, size_t count,
+                      mq_loss_row *losses, mq_error *err)
+{
+    head_job job = {.run = run, .rows = run->rows, .labels = targets, .losses = losses};
+    int rc = check_end(run, "loss", err);
+    if (rc == MQ_OK) rc = head_begin(&job, tensors, count, err);
+    if (rc == MQ_OK) {
+        mq_loss_begin(losses, run->rows);
+        rc = head_forward(&job, err);
+    }
+    head_end(&job);
+    return rc;
+}
+
 int mq_run_loss(mq_run *run, const int32_t *labels, const mq_named_tensor *tensors, size_t count, double *sums,
                 int64_t *counts, mq_error *err)
 {
     size_t rows = (size_t)run->rows;
     int32_t *targets = mq_alloc_array(rows, sizeof *targets);
-    head_job job = {.run = run, .rows = run->rows, .labels = targets};
-    job.losses = mq_alloc_array(rows, sizeof *job.losses);
-    int rc = check_end(run, "loss", err);
-    if (targets == NULL || job.losses == NULL) rc = mq_fail_memory(err, "the losses", rows * sizeof(mq_loss_row));
-    if (rc == MQ_OK) rc = head_begin(&job, tensors, count, err);
-    if (rc != MQ_OK) goto done;
-    set_targets(run, labels, targets);
-    mq_loss_begin(job.losses, run->rows);
-    rc = head_forward(&job, err);
-    if (rc == MQ_OK) sum_losses(run, job.losses, targets, sums, counts);
-done:
-    head_end(&job);
-    mq_free(job.losses);
+    mq_loss_row *losses = mq_alloc_array(rows, sizeof *losses);
+    int rc = targets == NULL || losses == NULL ? mq_fail_memory(err, "the losses", rows * sizeof *losses) : MQ_OK;
+    if (rc == MQ_OK) {
+        mq_run_targets(run, labels, targets);
+        rc = mq_run_row_losses(run, targets, tensors, count, losses, err);
+    }
+    if (rc == MQ_OK) sum_losses(run, losses, targets, sums, counts);
+    mq_free(losses);
     mq_free(targets);
     return rc;
 }

@@ -9,7 +9,6 @@
 
 #include "core/alloc.h"
 #include "core/pool.h"
-#include "model/attention.h"
 
 /* Rows of the MLP half done at a time: few enough that the gate's and up's outputs stay in L2 (a fifth faster), but
  * many where the weights would have to come from memory again for each piece. Also bounds the scratch. */
@@ -235,7 +234,7 @@ static int finish_heads(pass *pass, mq_role norm, mq_point *point, void *x, int6
     return attention_point(pass, point, x, heads * head_dim, unit);
 }
 
-static mq_attention_args attention_args(const mq_layer_context *context, int64_t window, int64_t tokens)
+mq_attention_args mq_layer_attention(const mq_layer_context *context, int64_t window, int64_t tokens)
 {
     const mq_config *config = context->config;
     int64_t width = config->num_attention_heads * config->head_dim;
@@ -254,7 +253,7 @@ static void attend(const pass *pass, const mq_unit *unit, const mq_scratch *scra
     size_t size = mq_dtype_size(context->dtype);
     for (int64_t i = 0; i < unit->sequences; i++) {
         const mq_sequence *sequence = &context->sequences[unit->first_sequence + i];
-        mq_attention_args args = attention_args(context, pass->layer->window, sequence->tokens);
+        mq_attention_args args = mq_layer_attention(context, pass->layer->window, sequence->tokens);
         size_t row = (size_t)(sequence->first - unit->first);
         args.q = (const char *)scratch->q + row * (size_t)args.ldq * size;
         args.k = (const char *)scratch->k + row * (size_t)args.ldk * size;
@@ -393,7 +392,7 @@ size_t mq_scratch_init(mq_scratch *scratch, const mq_layer_context *context, int
     int64_t inner = MQ_MAX(config->intermediate_size, config->num_experts > 0 ? config->moe_intermediate_size : 0);
     int64_t q_width = config->num_attention_heads * config->head_dim, widest = MQ_MAX(hidden, q_width);
     int64_t kv_width = config->num_key_value_heads * config->head_dim;
-    mq_attention_args args = attention_args(context, 0, tokens);
+    mq_attention_args args = mq_layer_attention(context, 0, tokens);
     size_t size = mq_dtype_size(context->dtype), attention = 0, mlp = 0;
     /* The attention's output takes the place of the norm's, which is read for the last time before. */
     scratch->normed = scratch->mixed = carve(scratch, &attention, rows * widest, size);

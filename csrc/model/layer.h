@@ -9,6 +9,8 @@
 
 #include "calib/calib.h"
 #include "model/arch.h"
+#include "model/attention.h"
+#include "model/observer.h"
 #include "model/ops.h"
 #include "quant/quantizer.h"
 
@@ -35,6 +37,7 @@ typedef struct mq_linear {
                                      * rounded (SVDQuant, Li et al. 2024); data NULL = none */
     int64_t rows, cols;             /* (O, I) */
     mq_point input, output;
+    mq_observer *observer;          /* of its output's gradient; not owned; NULL = none */
     const char *name;               /* of its module */
 } mq_linear;
 
@@ -45,6 +48,7 @@ typedef struct mq_layer {
     mq_point q, k, v;                   /* attention.q_bmm_quantizer and so on */
     const char *attention_name;
     int64_t experts;                    /* 0 = the layer has an MLP */
+    mq_observer *experts_observer;      /* of what the experts add up to; not owned; NULL = none */
     int64_t window;                     /* tokens a query sees, 0 = all before it */
     int loaded;
     _Atomic int busy;                   /* a run is inside, or weights are being exchanged */
@@ -109,6 +113,9 @@ typedef struct mq_expert_rows {
 /* sums[token] += share * expert(norm(hidden[token])), by the expert whose weights are loaded. */
 int mq_layer_expert(mq_layer *layer, const mq_layer_context *context, const mq_expert_rows *rows,
                     const mq_scratch *scratch, mq_error *err);
+
+/* Attention over one sequence of so many tokens; where q, k, v and out are is left to be said. */
+mq_attention_args mq_layer_attention(const mq_layer_context *context, int64_t window, int64_t tokens);
 
 /* Whether every quantizer of the layer can be applied to what it will see. */
 int mq_layer_check(const mq_layer *layer, const mq_config *config, mq_error *err);

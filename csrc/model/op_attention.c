@@ -88,15 +88,20 @@ static void pack_blocks(void *argument, int64_t begin, int64_t end, int worker)
     }
 }
 
-/* The first and one past the last position that query i of the call may attend to. */
-static int64_t first_key(const mq_attention_args *args, int64_t i)
+void mq_attention_hide(const mq_attention_args *args, const mq_attention_block *block)
 {
-    return args->window > 0 ? MQ_MAX(args->past + i - args->window + 1, (int64_t)0) : 0;
-}
-
-static int64_t last_key(const mq_attention_args *args, int64_t i)
-{
-    return MQ_MIN(args->past + i + 1, args->T_kv);
+    const int64_t start = block->start, width = block->width;
+    for (int64_t i = 0; i < block->rows; i++) {
+        float *row = block->scores + i * block->ld;
+        const int64_t query = block->first + i;
+        int64_t low = MQ_MIN(MQ_MAX(mq_attention_first_key(args, query) - start, (int64_t)0), width);
+        int64_t high = MQ_MIN(MQ_MAX(mq_attention_last_key(args, query) - start, (int64_t)0), width);
+        for (int64_t j = 0; j < low; j++) row[j] = -INFINITY;
+        for (int64_t j = high; j < width; j++) row[j] = -INFINITY;
+        if (args->key_mask == NULL) continue;
+        for (int64_t j = low; j < high; j++)
+            if (!args->key_mask[start + j]) row[j] = -INFINITY;
+    }
 }
 
 /* Scores [rows, width] of the block of keys from start; what a query may not see becomes minus infinity. */
@@ -111,17 +116,10 @@ static void score(task *task, const mq_packed *keys, int64_t start, int64_t widt
         .a_dtype = args->dtype, .lda = args->ldq, .b = &seen, .c = task->scores, .c_dtype = MQ_F32, .ldc = KEYS,
         .alpha = args->scale,
     };
+    mq_attention_block block = {.scores = task->scores, .ld = KEYS, .first = task->first, .rows = task->rows,
+                                .start = start, .width = width};
     mq_gemm_run(&product);
-    for (int64_t i = 0; i < task->rows; i++) {
-        float *row = task->scores + i * KEYS;
-        int64_t low = MQ_MIN(MQ_MAX(first_key(args, task->first + i) - start, (int64_t)0), width);
-        int64_t high = MQ_MIN(MQ_MAX(last_key(args, task->first + i) - start, (int64_t)0), width);
-        for (int64_t j = 0; j < low; j++) row[j] = -INFINITY;
-        for (int64_t j = high; j < width; j++) row[j] = -INFINITY;
-        if (args->key_mask == NULL) continue;
-        for (int64_t j = low; j < high; j++)
-            if (!args->key_mask[start + j]) row[j] = -INFINITY;
-    }
+    mq_attention_hide(args, &block);
 }
 
 /* Scores to probabilities, relative to the largest score so far; the sums follow when that changes. */
@@ -161,8 +159,11 @@ static void finish(const task *task)
         const float sum = task->softmax[i].sum;
         const int64_t at = (task->first + i) * args->ldo + task->head * args->value_dim;
         char *out = (char *)args->out + at * (int64_t)mq_dtype_size(args->dtype);
-        it->softmax->scale(task->sums + i * args->value_dim, sum == 0.0f ? 0.0f : 1.0f / sum, args->value_dim, out,
-                           args->dtype);
+        const float factor = sum == 0.0f ? 0.0f : 1.0f / sum;
+        it->softmax->scale(task->sums + i * args->value_dim, factor, args->value_dim, out, args->dtype);
+        if (args->maxima == NULL) continue;
+        args->maxima[task->head * args->T + task->first + i] = sum == 0.0f ? 0.0f : task->softmax[i].max;
+        args->factors[task->head * args->T + task->first + i] = factor;
     }
 }
 
@@ -171,7 +172,8 @@ static void attend(task *task)
     const attention *it = task->attention;
     const mq_attention_args *args = it->args;
     const int64_t group = task->head / (args->heads / args->kv_heads);
-    const int64_t low = first_key(args, task->first), high = last_key(args, task->first + task->rows - 1);
+    const int64_t low = mq_attention_first_key(args, task->first),
+                  high = mq_attention_last_key(args, task->first + task->rows - 1);
     for (int64_t i = 0; i < task->rows; i++) task->softmax[i] = (mq_softmax){-INFINITY, 0};
     memset(task->sums, 0, (size_t)(task->rows * args->value_dim) * sizeof *task->sums);
     for (int64_t block = low / KEYS; block * KEYS < high; block++) {

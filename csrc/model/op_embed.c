@@ -91,3 +91,10 @@ void mq_embed_forward(void *out, const int32_t *ids, const mq_tensor *weight, co
     embed_job job = {.out = out, .ids = ids, .weight = weight, .sizes = sizes};
     mq_parallel_for(sizes->rows, mq_row_grain(sizes->width), embed_rows, &job);
 }
+
+void mq_embed_backward(float *d_weight, const float *d_out, const int32_t *ids, const mq_row_sizes *sizes)
+{
+    const mq_typed_row_ops *kernels = mq_row_ops_of(MQ_F32);
+    for (int64_t i = 0; i < sizes->rows; i++)
+        kernels->add(d_weight + ids[i] * sizes->width, d_out + i * sizes->width, sizes->width);
+}

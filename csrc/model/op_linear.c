@@ -52,10 +52,13 @@ static int read_weight(const mq_tensor *w, void *copy, mq_dtype dtype, const cha
     return mq_fail(err, MQ_ERR_VALUE, "%s contains %s", name, best > NOT_FINITE ? "NaN" : "an infinity");
 }
 
-int mq_linear_load(mq_linear_weight *weight, const mq_tensor *w, mq_gemm_kind kind, const char *name, mq_error *err)
+/* transposed: for products with w itself instead of its transpose. */
+static int load(mq_packed *packed, const mq_tensor *w, mq_gemm_kind kind, int transposed, const char *name,
+                mq_error *err)
 {
     int64_t rows = w->shape[0], columns = w->shape[1], ld = w->stride[0];
-    size_t packed_size = mq_gemm_packed_size(kind, rows, columns);
+    size_t packed_size = transposed ? mq_gemm_packed_size(kind, columns, rows)
+                                    : mq_gemm_packed_size(kind, rows, columns);
     mq_dtype dtype = w->dtype == MQ_F16 ? MQ_F32 : w->dtype;
     size_t size = mq_dtype_size(dtype);
     int in_place = dtype == w->dtype && w->stride[1] == 1 && ld >= columns && (uintptr_t)w->data % size == 0;
@@ -68,15 +71,26 @@ int mq_linear_load(mq_linear_weight *weight, const mq_tensor *w, mq_gemm_kind ki
     }
     rc = read_weight(w, copy, dtype, name, err);
     if (rc != MQ_OK) goto done;
-    weight->packed.data = mq_alloc(packed_size);
-    if (weight->packed.data == NULL) {
+    packed->data = mq_alloc(packed_size);
+    if (packed->data == NULL) {
         rc = mq_fail_memory(err, name, packed_size);
         goto done;
     }
-    mq_gemm_pack(kind, in_place ? w->data : copy, dtype, rows, columns, ld, &weight->packed);
+    if (transposed) mq_gemm_pack_transposed(kind, in_place ? w->data : copy, dtype, columns, rows, ld, packed);
+    else mq_gemm_pack(kind, in_place ? w->data : copy, dtype, rows, columns, ld, packed);
 done:
     mq_free(copy);
     return rc;
+}
+
+int mq_linear_load(mq_linear_weight *weight, const mq_tensor *w, mq_gemm_kind kind, const char *name, mq_error *err)
+{
+    return load(&weight->packed, w, kind, 0, name, err);
+}
+
+int mq_linear_load_backward(mq_packed *packed, const mq_tensor *w, mq_gemm_kind kind, const char *name, mq_error *err)
+{
+    return load(packed, w, kind, 1, name, err);
 }
 
 void mq_linear_free(mq_linear_weight *weight)
@@ -95,4 +109,57 @@ void mq_linear_forward(void *out, const void *in, const mq_linear_weight *weight
         .alpha = 1.0f,
     };
     mq_gemm_run(&args);
+}
+
+void mq_linear_backward(float *d_in, const float *d_out, const mq_packed *weight, int accumulate, int64_t rows)
+{
+    mq_gemm_args args = {
+        .m = rows, .a = d_out, .a_dtype = MQ_F32, .lda = weight->k, .b = weight, .c = d_in, .c_dtype = MQ_F32,
+        .ldc = weight->n, .accumulate = accumulate, .alpha = 1.0f,
+    };
+    mq_gemm_run(&args);
+}
+
+typedef struct transpose_job {
+    float *out;
+    const float *in;
+    int64_t rows, width;
+} transpose_job;
+
+static void transpose_columns(void *argument, int64_t begin, int64_t end, int worker)
+{
+    const transpose_job *job = argument;
+    (void)worker;
+    for (int64_t i = 0; i < job->rows; i++)
+        for (int64_t j = begin; j < end; j++) job->out[j * job->rows + i] = job->in[i * job->width + j];
+}
+
+int mq_linear_weight_backward(float *d_weight, const float *d_out, const void *in, int64_t columns,
+                              const mq_row_sizes *sizes, mq_error *err)
+{
+    enum { COLUMNS = 16 };      /* of a task: a cache line of every row */
+    const size_t packed_size = mq_gemm_packed_size(MQ_GEMM_F32, sizes->width, sizes->rows);
+    const size_t transposed_size = (size_t)(sizes->rows * columns) * sizeof(float);
+    mq_packed packed = {.data = mq_alloc(packed_size)};
+    transpose_job job = {.out = mq_alloc(transposed_size), .in = d_out, .rows = sizes->rows, .width = columns};
+    int rc = MQ_OK;
+    if (packed.data == NULL || job.out == NULL) {
+        rc = mq_fail_memory(err, "the gradient of a weight", packed_size + transposed_size);
+    } else {
+        mq_gemm_pack_transposed(MQ_GEMM_F32, in, sizes->dtype, sizes->width, sizes->rows, sizes->width, &packed);
+        mq_parallel_for(columns, COLUMNS, transpose_columns, &job);
+        mq_gemm_args args = {
+            .m = columns, .a = job.out, .a_dtype = MQ_F32, .lda = sizes->rows, .b = &packed, .c = d_weight,
+            .c_dtype = MQ_F32, .ldc = sizes->width, .accumulate = 1, .alpha = 1.0f,
+        };
+        mq_gemm_run(&args);
+    }
+    mq_free(job.out);
+    mq_free(packed.data);
+    return rc;
+}
+
+void mq_bias_backward(float *d_bias, const float *d_out, int64_t rows, int64_t columns)
+{
+    for (int64_t i = 0; i < rows; i++) mq_row_ops_of(MQ_F32)->add(d_bias, d_out + i * columns, columns);
 }

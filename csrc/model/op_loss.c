@@ -1,5 +1,7 @@
 #include <math.h>
+#include <string.h>
 
+#include "core/pool.h"
 #include "kernels/row_ops.h"
 #include "model/ops.h"
 
@@ -29,4 +31,38 @@ void mq_loss_forward(mq_loss_row *rows, const float *logits, const int32_t *labe
 double mq_loss_of(const mq_loss_row *row)
 {
     return log(row->sum) + (double)row->max - (double)row->target;
+}
+
+typedef struct loss_backward_job {
+    float *logits;
+    const mq_loss_row *rows;
+    const int32_t *labels;
+    const float *factors;
+    const mq_loss_slice *slice;
+} loss_backward_job;
+
+static void loss_backward_rows(void *argument, int64_t begin, int64_t end, int worker)
+{
+    const loss_backward_job *job = argument;
+    const mq_loss_slice *slice = job->slice;
+    (void)worker;
+    for (int64_t i = begin; i < end; i++) {
+        float *logits = job->logits + i * slice->ld;
+        const int64_t label = job->labels[i] - slice->first;
+        if (job->labels[i] < 0) {
+            memset(logits, 0, (size_t)slice->columns * sizeof *logits);
+            continue;
+        }
+        /* Not exp(x - log sum): what float32 leaves of a logarithm of 30 would be an error of all probabilities. */
+        const float factor = (float)((double)job->factors[i] / job->rows[i].sum);
+        mq_row_ops_table()->exp_shifted(logits, logits, slice->columns, job->rows[i].max, factor);
+        if (label >= 0 && label < slice->columns) logits[label] -= job->factors[i];
+    }
+}
+
+void mq_loss_backward(float *logits, const mq_loss_row *rows, const int32_t *labels, const float *factors,
+                      const mq_loss_slice *slice)
+{
+    loss_backward_job job = {.logits = logits, .rows = rows, .labels = labels, .factors = factors, .slice = slice};
+    mq_parallel_for(slice->rows, mq_row_grain(slice->columns), loss_backward_rows, &job);
 }

@@ -43,3 +43,25 @@ void mq_add_forward(void *x, const void *y, const mq_row_sizes *sizes)
 {
     run_pairs(x, y, sizes, add_rows);
 }
+
+typedef struct swiglu_backward_job {
+    float *d_gate, *d_up;
+    const char *gate, *up;
+    const mq_row_sizes *sizes;
+} swiglu_backward_job;
+
+static void swiglu_backward_rows(void *argument, int64_t begin, int64_t end, int worker)
+{
+    const swiglu_backward_job *job = argument;
+    const int64_t at = begin * job->sizes->width;
+    const size_t bytes = (size_t)at * mq_dtype_size(job->sizes->dtype);
+    (void)worker;
+    mq_row_ops_of(job->sizes->dtype)->silu_mul_backward(job->d_gate + at, job->d_up + at, job->gate + bytes,
+                                                        job->up + bytes, (end - begin) * job->sizes->width);
+}
+
+void mq_swiglu_backward(float *d_gate, float *d_up, const void *gate, const void *up, const mq_row_sizes *sizes)
+{
+    swiglu_backward_job job = {.d_gate = d_gate, .d_up = d_up, .gate = gate, .up = up, .sizes = sizes};
+    mq_parallel_for(sizes->rows, mq_row_grain(sizes->width), swiglu_backward_rows, &job);
+}

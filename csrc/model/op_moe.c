@@ -128,3 +128,98 @@ void mq_scatter_forward(void *out, const void *in, const int64_t *index, const f
     indexed_job job = {.out = out, .in = in, .index = index, .shares = shares};
     run_indexed(&job, sizes, scatter_rows);
 }
+
+typedef struct route_backward_job {
+    float *d_logits;
+    const float *d_shares;
+    const route_job *forward;
+} route_backward_job;
+
+/* Shares s of the chosen ones are p, or p over their sum P: then d_p = (d_s - sum of d_s * s) / P. Softmax:
+ * d_logit = p * (d_p - sum of d_p * p). */
+static void route_backward_row(const route_backward_job *job, int64_t row)
+{
+    const mq_route_sizes *sizes = job->forward->sizes;
+    const mq_typed_row_ops *kernels = mq_row_ops_of(sizes->dtype);
+    const int64_t top_k = job->forward->routes->top_k, n = sizes->experts, at = (sizes->first + row) * top_k;
+    const int32_t *chosen = job->forward->routes->experts + at;
+    float *d_logits = job->d_logits + row * n, p[MQ_MAX_EXPERTS], total = 0.0f, mean = 0.0f;
+    kernels->to_f32(p, job->forward->logits + (size_t)(row * n) * mq_dtype_size(sizes->dtype), n);
+    softmax(p, n);
+    for (int64_t i = 0; i < top_k; i++) total += p[chosen[i]];
+    if (!sizes->normalize) total = 1.0f;
+    for (int64_t i = 0; i < top_k && sizes->normalize; i++) mean += job->d_shares[at + i] * (p[chosen[i]] / total);
+    memset(d_logits, 0, (size_t)n * sizeof *d_logits);
+    for (int64_t i = 0; i < top_k; i++) d_logits[chosen[i]] = (job->d_shares[at + i] - mean) / total;
+    mean = 0.0f;
+    for (int64_t i = 0; i < top_k; i++) mean += d_logits[chosen[i]] * p[chosen[i]];
+    mq_row_ops_table()->softmax_backward(d_logits, p, n, mean);
+}
+
+static void route_backward_rows(void *argument, int64_t begin, int64_t end, int worker)
+{
+    (void)worker;
+    for (int64_t i = begin; i < end; i++) route_backward_row(argument, i);
+}
+
+void mq_route_backward(float *d_logits, const float *d_shares, const mq_routes *routes, const void *logits,
+                       const mq_route_sizes *sizes)
+{
+    route_job forward = {.routes = routes, .logits = logits, .sizes = sizes};
+    route_backward_job job = {.d_logits = d_logits, .d_shares = d_shares, .forward = &forward};
+    mq_parallel_for(sizes->rows, mq_row_grain(sizes->experts * routes->top_k), route_backward_rows, &job);
+}
+
+/* Of the rows of one expert: index says where they are. */
+typedef struct share_job {
+    float *d_in, *d_shares;
+    const float *d_out;
+    const char *in;
+    const int64_t *index;
+    const float *shares;
+    const mq_row_sizes *sizes;
+} share_job;
+
+static void share_rows(void *argument, int64_t begin, int64_t end, int worker)
+{
+    const share_job *job = argument;
+    const int64_t width = job->sizes->width;
+    const size_t stride = (size_t)width * mq_dtype_size(job->sizes->dtype);
+    (void)worker;
+    for (int64_t i = begin; i < end; i++) {
+        const float *d_out = job->d_out + job->index[i] * width;
+        float *d_in = job->d_in + i * width;
+        job->d_shares[i] = mq_row_ops_of(job->sizes->dtype)->dot(d_out, job->in + (size_t)i * stride, width);
+        memset(d_in, 0, (size_t)width * sizeof *d_in);
+        mq_row_ops_table()->add_scaled(d_in, d_out, width, job->shares[i]);
+    }
+}
+
+void mq_scatter_backward(const mq_scatter_gradient *gradient, const float *d_out, const void *in, const int64_t *index,
+                         const float *shares, const mq_row_sizes *sizes)
+{
+    share_job job = {.d_in = gradient->d_in, .d_shares = gradient->d_shares, .d_out = d_out, .in = in, .index = index,
+                     .shares = shares, .sizes = sizes};
+    mq_parallel_for(sizes->rows, mq_row_grain(sizes->width), share_rows, &job);
+}
+
+typedef struct gather_backward_job {
+    float *d_in;
+    const float *d_out;
+    const int64_t *index;
+    int64_t width;
+} gather_backward_job;
+
+static void gather_backward_rows(void *argument, int64_t begin, int64_t end, int worker)
+{
+    const gather_backward_job *job = argument;
+    (void)worker;
+    for (int64_t i = begin; i < end; i++)
+        mq_row_ops_of(MQ_F32)->add(job->d_in + job->index[i] * job->width, job->d_out + i * job->width, job->width);
+}
+
+void mq_gather_backward(float *d_in, const float *d_out, const int64_t *index, const mq_row_sizes *sizes)
+{
+    gather_backward_job job = {.d_in = d_in, .d_out = d_out, .index = index, .width = sizes->width};
+    mq_parallel_for(sizes->rows, mq_row_grain(sizes->width), gather_backward_rows, &job);
+}

@@ -97,3 +97,22 @@ void mq_rope_forward(void *x, const mq_rope_table *table, const mq_rope_sizes *s
     rope_job job = {.x = x, .table = table, .sizes = sizes, .kernels = mq_row_ops_of(sizes->dtype)};
     mq_parallel_for(sizes->tokens, mq_row_grain(sizes->heads * sizes->head_dim), rope_rows, &job);
 }
+
+static void rope_backward_rows(void *argument, int64_t begin, int64_t end, int worker)
+{
+    const rope_job *job = argument;
+    const mq_rope_sizes *sizes = job->sizes;
+    float *x = (float *)(void *)job->x;
+    (void)worker;
+    for (int64_t t = begin; t < end; t++) {
+        const int64_t at = (sizes->first + t) * (job->table->rotary / 2);
+        mq_row_ops_table()->rope_backward(x + t * sizes->heads * sizes->head_dim, job->table->cosine + at,
+                                          job->table->sine + at, sizes->heads, sizes->head_dim, job->table->rotary);
+    }
+}
+
+void mq_rope_backward(float *d_x, const mq_rope_table *table, const mq_rope_sizes *sizes)
+{
+    rope_job job = {.x = (char *)d_x, .table = table, .sizes = sizes};
+    mq_parallel_for(sizes->tokens, mq_row_grain(sizes->heads * sizes->head_dim), rope_backward_rows, &job);
+}

@@ -1,5 +1,8 @@
-/* The operations of the runtime, forward: plain functions, outputs first, then inputs, parameters, sizes. A backward
- * will stand beside each forward in its file.
+/* The operations of the runtime, forward and backward: plain functions, outputs first, then inputs, parameters, sizes.
+ *
+ * A backward takes the gradient of the loss by the outputs (d_out) and gives those by the inputs (d_in); gradients are
+ * float32, of whatever dtype the activations are, and roundings on the way count as identities. Gradients of weights
+ * are added to (d_weight +=), row after row in order.
  *
  * Shape letters: B sequences, T tokens of one, N rows (tokens of one or several sequences), C hidden size, H heads,
  * G key and value heads, D head size, F intermediate size, V vocabulary, O and I rows and columns of a weight.
@@ -20,9 +23,16 @@ typedef struct mq_row_sizes {
 
 /* out (N, C) = weight (C) * in / sqrt(mean(in^2) + eps); out may be in. Zhang and Sennrich 2019. */
 void mq_rmsnorm_forward(void *out, const void *in, const float *weight, double eps, const mq_row_sizes *sizes);
+/* d_in may be d_out; accumulate: d_in += instead of =. */
+void mq_rmsnorm_backward(float *d_in, const float *d_out, const void *in, const float *weight, double eps,
+                         int accumulate, const mq_row_sizes *sizes);
+void mq_rmsnorm_weight_backward(float *d_weight, const float *d_out, const void *in, double eps,
+                                const mq_row_sizes *sizes);
 
 /* gate (N, F) = silu(gate) * up. Shazeer 2020, "GLU variants improve transformer". */
 void mq_swiglu_forward(void *gate, const void *up, const mq_row_sizes *sizes);
+/* d_gate is d_out at first; gate as it was before the forward. */
+void mq_swiglu_backward(float *d_gate, float *d_up, const void *gate, const void *up, const mq_row_sizes *sizes);
 
 /* The experts of each row and what share each has in the result: softmax over all experts, then the top_k largest
  * (the earlier one first where equal); Shazeer et al. 2017. normalize: the shares are divided by their sum. rounded:
@@ -39,12 +49,23 @@ typedef struct mq_route_sizes {
 } mq_route_sizes;
 /* logits (N, experts). */
 void mq_route_forward(const mq_routes *routes, const void *logits, const mq_route_sizes *sizes);
+/* d_logits (N, experts); d_shares (rows of routes, top_k). Which experts are chosen has no gradient. */
+void mq_route_backward(float *d_logits, const float *d_shares, const mq_routes *routes, const void *logits,
+                       const mq_route_sizes *sizes);
 
 /* out (N, C) = in[index (N)]. */
 void mq_gather_forward(void *out, const void *in, const int64_t *index, const mq_row_sizes *sizes);
+/* d_in[index (N)] += d_out (N, C); no index twice. */
+void mq_gather_backward(float *d_in, const float *d_out, const int64_t *index, const mq_row_sizes *sizes);
 /* out[index (N)] += share (N) * in (N, C), rounded after each step; no index twice. */
 void mq_scatter_forward(void *out, const void *in, const int64_t *index, const float *shares,
                         const mq_row_sizes *sizes);
+/* d_in (N, C) = share * d_out[index], d_share = <d_out[index], in>. */
+typedef struct mq_scatter_gradient {
+    float *d_in, *d_shares;     /* (N, C), (N) */
+} mq_scatter_gradient;
+void mq_scatter_backward(const mq_scatter_gradient *gradient, const float *d_out, const void *in, const int64_t *index,
+                         const float *shares, const mq_row_sizes *sizes);
 
 /* x (N, C) += y. */
 void mq_add_forward(void *x, const void *y, const mq_row_sizes *sizes);
@@ -65,9 +86,11 @@ typedef struct mq_rope_sizes {
     mq_dtype dtype;
 } mq_rope_sizes;
 void mq_rope_forward(void *x, const mq_rope_table *table, const mq_rope_sizes *sizes);
+void mq_rope_backward(float *d_x, const mq_rope_table *table, const mq_rope_sizes *sizes);  /* in place */
 
 /* out (N, C) = weight (V, C)[ids (N)]. */
 void mq_embed_forward(void *out, const int32_t *ids, const mq_tensor *weight, const mq_row_sizes *sizes);
+void mq_embed_backward(float *d_weight, const float *d_out, const int32_t *ids, const mq_row_sizes *sizes);
 
 /* A weight (O, I) packed for the product, and its bias (O) or NULL. */
 typedef struct mq_linear_weight {
@@ -84,6 +107,15 @@ void mq_linear_free(mq_linear_weight *weight);
 void mq_linear_forward(void *out, const void *in, const mq_linear_weight *weight, int accumulate,
                        const mq_row_sizes *sizes);
 
+/* Packs w (O, I) for the way back; the caller frees packed->data. Errors as mq_linear_load. */
+int mq_linear_load_backward(mq_packed *packed, const mq_tensor *w, mq_gemm_kind kind, const char *name, mq_error *err);
+/* d_in (N, I) = d_out (N, O) * w, or += if accumulate. */
+void mq_linear_backward(float *d_in, const float *d_out, const mq_packed *weight, int accumulate, int64_t rows);
+/* d_weight (columns, C) += d_out (N, columns)^T * in (N, C); always in float32. */
+int mq_linear_weight_backward(float *d_weight, const float *d_out, const void *in, int64_t columns,
+                              const mq_row_sizes *sizes, mq_error *err);
+void mq_bias_backward(float *d_bias, const float *d_out, int64_t rows, int64_t columns);
+
 /* Next-token loss over a vocabulary that comes in slices: the running log-sum-exp of one row (Milakov and
  * Gimelshein 2018). */
 typedef struct mq_loss_row {
@@ -98,6 +130,9 @@ typedef struct mq_loss_slice {
 } mq_loss_slice;
 void mq_loss_begin(mq_loss_row *rows, int64_t count);
 void mq_loss_forward(mq_loss_row *rows, const float *logits, const int32_t *labels, const mq_loss_slice *slice);
+/* logits become factor (N) times the gradient of each row's loss by them; zero where there is no label. */
+void mq_loss_backward(float *logits, const mq_loss_row *rows, const int32_t *labels, const float *factors,
+                      const mq_loss_slice *slice);
 double mq_loss_of(const mq_loss_row *row);   /* -log softmax(logits)[label], in nats */
 
 /* Copies or converts a row or a whole tensor of any float dtype and stride; dtype is MQ_F32 or MQ_BF16. */

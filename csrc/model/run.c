@@ -110,7 +110,7 @@ int mq_run_init(mq_run *run, mq_runtime *runtime, const mq_batch_input *batches,
     return MQ_OK;
 }
 
-static void free_scratch(mq_run *run)
+void mq_run_release(mq_run *run)
 {
     for (int i = 0; i < run->workers; i++) mq_free(run->scratch[i].memory);
     mq_free(run->scratch);
@@ -120,7 +120,7 @@ static void free_scratch(mq_run *run)
 
 void mq_run_free(mq_run *run)
 {
-    free_scratch(run);
+    mq_run_release(run);
     mq_dispatch_free(&run->dispatch);
     mq_rope_table_free(&run->rope);
     mq_free(run->batches);
@@ -161,14 +161,14 @@ int mq_run_reserve(mq_run *run, mq_error *err)
     mq_scratch probe = {0};
     size_t nbytes = mq_scratch_init(&probe, &context, run->largest_unit, run->longest);
     if (run->workers == wanted && run->scratch[0].nbytes >= nbytes) return MQ_OK;
-    free_scratch(run);
+    mq_run_release(run);
     run->scratch = mq_alloc_zeroed((size_t)wanted * sizeof *run->scratch);
     if (run->scratch == NULL) return mq_fail_memory(err, "scratch", (size_t)wanted * sizeof *run->scratch);
     run->workers = wanted;
     for (int i = 0; i < wanted; i++) {
         run->scratch[i].memory = mq_alloc(nbytes);
         if (run->scratch[i].memory == NULL) {
-            free_scratch(run);
+            mq_run_release(run);
             return mq_fail_memory(err, "scratch", nbytes * (size_t)wanted);
         }
         mq_scratch_init(&run->scratch[i], &context, run->largest_unit, run->longest);

@@ -82,9 +82,14 @@ int mq_run_logits(mq_run *run, int64_t batch, const mq_named_tensor *tensors, si
  * follows it. */
 int mq_run_loss(mq_run *run, const int32_t *labels, const mq_named_tensor *tensors, size_t count, double *sums,
                 int64_t *counts, mq_error *err);
+/* Its two steps: what each row is to predict, < 0 = nothing, into targets (rows); and losses (rows) of these. */
+void mq_run_targets(const mq_run *run, const int32_t *labels, int32_t *targets);
+int mq_run_row_losses(mq_run *run, const int32_t *targets, const mq_named_tensor *tensors, size_t count,
+                      mq_loss_row *losses, mq_error *err);
 
-/* Scratch for every worker that the pool has now. */
+/* Scratch for every worker that the pool has now; release gives it back. */
 int mq_run_reserve(mq_run *run, mq_error *err);
+void mq_run_release(mq_run *run);
 
 /* step for each of 0..count, with the layer's calibrators watching: every worker takes steps of its own as long as
  * there is one for each; the rest go one by one, each over all workers. Returns the first failure. */

@@ -231,6 +231,15 @@ mq_point *mq_runtime_point(mq_runtime *runtime, const char *name, int64_t *layer
     return point_of(runtime, module, dot + 1);
 }
 
+mq_observer **mq_runtime_observer(mq_runtime *runtime, const mq_module *module)
+{
+    if (module->role == MQ_ROLE_HEAD) return &runtime->head_observer;
+    if (module->layer < 0) return NULL;
+    mq_layer *layer = &runtime->layers[module->layer];
+    if (module->kind == MQ_MODULE_EXPERTS) return &layer->experts_observer;
+    return module->kind == MQ_MODULE_LINEAR && module->expert < 0 ? &layer->linears[module->role].observer : NULL;
+}
+
 const mq_module *mq_runtime_outer(const mq_runtime *runtime, mq_role role)
 {
     for (size_t i = 0; i < runtime->module_count; i++)

@@ -29,6 +29,7 @@ typedef struct mq_runtime {
     const mq_module **by_name;    /* sorted */
     mq_layer *layers;
     mq_point head_input;          /* of lm_head */
+    mq_observer *head_observer;   /* of the logits' gradient; not owned; NULL = none */
     int64_t rank;                 /* of the widest branch of low rank that was ever loaded */
 } mq_runtime;
 
@@ -68,6 +69,10 @@ const mq_module *mq_runtime_expert(const mq_runtime *runtime, int64_t layer, int
 int mq_runtime_load_expert(mq_runtime *runtime, int64_t layer, int64_t expert, const mq_named_tensor *tensors,
                            size_t count, mq_error *err);
 void mq_runtime_drop_expert(mq_runtime *runtime, int64_t layer);
+
+/* Where the observer of a module's output is kept: a linear that is no expert's, a layer's experts, or lm_head; NULL:
+ * of nothing else. */
+mq_observer **mq_runtime_observer(mq_runtime *runtime, const mq_module *module);
 
 /* A module outside the layers, or NULL. */
 const mq_module *mq_runtime_outer(const mq_runtime *runtime, mq_role role);

@@ -1,20 +1,28 @@
-/* What type_runtime.c, type_run.c and type_calibrator.c share. */
+/* What the types around a Runtime share: type_{runtime,run,backward,observer,calibrator}.c. */
 #ifndef MQ_PY_RUNTIME_H
 #define MQ_PY_RUNTIME_H
 
 #include "py/convert.h"
 #include "py/ndarray.h"
 
-#include "model/run.h"
+#include "model/backward.h"
 
 typedef struct RuntimeObject {
     PyObject_HEAD
     mq_runtime runtime;
     PyObject *calibrators;   /* {name of a point: its Calibrator}, keeping them alive */
     PyObject *quantizers;    /* {layer: {name of a point: its Quantizer}}, layer -1 for what is outside the layers */
+    PyObject *observers;     /* {name of a module: the observer of its output} */
     _Atomic int outer_busy;  /* as mq_layer.busy, for layer -1 */
     int ready;
 } RuntimeObject;
+
+typedef struct RunObject {
+    PyObject_HEAD
+    mq_run run;
+    RuntimeObject *runtime;
+    _Atomic int busy;
+} RunObject;
 
 typedef struct CalibratorObject {
     PyObject_HEAD
@@ -45,6 +53,29 @@ int mq_check_expert(RuntimeObject *runtime, int64_t layer, int64_t expert);
 /* Takes or gives back a busy flag; enter raises RuntimeError if it is taken. */
 int mq_enter(_Atomic int *busy, const char *what);
 void mq_leave(_Atomic int *busy);
+
+/* labels, a list of arrays [B, T], as one int32 array over all rows, to be freed with mq_free. NULL with an exception
+ * set on failure. */
+int32_t *mq_read_labels(RunObject *run, PyObject *labels);
+/* int64 [experts, 2], how many tokens go to each expert of the layer whose experts come next, or None: a new object. */
+PyObject *mq_expert_tokens(RunObject *run);
+/* object as hidden states of the run, [rows, C] of its dtype, contiguous: 0, or -1 with an exception set. */
+int mq_view_hidden(RunObject *run, PyObject *object, const char *name, mq_tensor *view, PyObject **keep);
+/* 0 with *batch, or -1 with IndexError set. */
+int mq_parse_batch(const RunObject *run, PyObject *argument, int64_t *batch);
+int mq_parse_run_layer(RunObject *run, long long layer);      /* the same of a layer; -1 too if an error is pending */
+/* The run and one layer of its runtime (-1: what is outside them), for one call. */
+int mq_run_enter(RunObject *run, int64_t layer);
+void mq_run_leave(RunObject *run, int64_t layer);
+
+/* Run.backward(gradients=None), see type_backward.c. */
+PyObject *mq_run_backward(PyObject *run, PyObject *args, PyObject *kwargs);
+extern const char mq_run_backward_doc[];
+
+/* The observer inside object, marked as being at a place until mq_observer_release. NULL with an exception set if
+ * object is none, or is at a place already. */
+mq_observer *mq_observer_take(mq_state *state, PyObject *object);
+void mq_observer_release(PyObject *object);
 
 /* Runtime.start(ids, masks=None, count_padding=False), see type_run.c. */
 PyObject *mq_run_start(PyObject *runtime, PyObject *args, PyObject *kwargs);

@@ -14,6 +14,10 @@ typedef struct mq_state {
     PyTypeObject *run_type;
     PyTypeObject *calibrator_type;
     PyTypeObject *gram_loss_type;
+    PyTypeObject *backward_type;
+    PyTypeObject *output_score_type;
+    PyTypeObject *experts_score_type;
+    PyTypeObject *output_gradient_type;
 } mq_state;
 
 mq_state *mq_state_of(PyObject *module);
@@ -25,12 +29,14 @@ typedef struct mq_py_part {
 } mq_py_part;
 
 extern const mq_py_part mq_py_archs;
+extern const mq_py_part mq_py_backward;
 extern const mq_py_part mq_py_blocks;
 extern const mq_py_part mq_py_calibrator;
 extern const mq_py_part mq_py_faults;
 extern const mq_py_part mq_py_formats;
 extern const mq_py_part mq_py_gram_loss;
 extern const mq_py_part mq_py_ndarray;
+extern const mq_py_part mq_py_observer;
 extern const mq_py_part mq_py_quantizer;
 extern const mq_py_part mq_py_repack;
 extern const mq_py_part mq_py_run;

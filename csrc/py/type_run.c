@@ -5,13 +5,6 @@
 
 #include "core/alloc.h"
 
-typedef struct RunObject {
-    PyObject_HEAD
-    mq_run run;
-    RuntimeObject *runtime;
-    _Atomic int busy;
-} RunObject;
-
 PyDoc_STRVAR(run_doc,
 "Recorded batches on their way through a Runtime. Made by Runtime.start.\n\n"
 "embed, then layer(0), layer(1), ... each loaded before; then loss, logits or finish. embed starts again.");
@@ -160,23 +153,22 @@ static void run_dealloc(PyObject *self)
     Py_DECREF(type);
 }
 
-/* The core calls that only take tensors. */
-typedef int (*tensors_fn)(mq_run *run, const mq_named_tensor *tensors, size_t count, mq_error *err);
-
-/* The run, and the points outside the layers, for one call. */
-static int enter_run(RunObject *self)
+int mq_run_enter(RunObject *self, int64_t layer)
 {
     if (mq_enter(&self->busy, "the Run") < 0) return -1;
-    if (mq_layer_enter(self->runtime, -1) == 0) return 0;
+    if (mq_layer_enter(self->runtime, layer) == 0) return 0;
     mq_leave(&self->busy);
     return -1;
 }
 
-static void leave_run(RunObject *self)
+void mq_run_leave(RunObject *self, int64_t layer)
 {
-    mq_layer_leave(self->runtime, -1);
+    mq_layer_leave(self->runtime, layer);
     mq_leave(&self->busy);
 }
+
+/* The core calls that only take tensors. */
+typedef int (*tensors_fn)(mq_run *run, const mq_named_tensor *tensors, size_t count, mq_error *err);
 
 static PyObject *with_tensors(PyObject *self, PyObject *dict, tensors_fn fn)
 {
@@ -185,14 +177,14 @@ static PyObject *with_tensors(PyObject *self, PyObject *dict, tensors_fn fn)
     mq_error err;
     int rc;
     if (mq_tensor_map_init(&map, mq_state_of_object(self), dict) < 0) return NULL;
-    if (enter_run(object) < 0) {
+    if (mq_run_enter(object, -1) < 0) {
         mq_tensor_map_free(&map);
         return NULL;
     }
     Py_BEGIN_ALLOW_THREADS
     rc = fn(&object->run, map.tensors, map.count, &err);
     Py_END_ALLOW_THREADS
-    leave_run(object);
+    mq_run_leave(object, -1);
     mq_tensor_map_free(&map);
     return rc == MQ_OK ? Py_NewRef(Py_None) : mq_raise(&err);
 }
@@ -225,8 +217,7 @@ PyDoc_STRVAR(layer_doc,
 "Calibrators at its points collect once it is done. RuntimeError for a wrong order; after an error or Ctrl-C the\n"
 "hidden states are lost, and embed starts again.");
 
-/* int64 [experts, 2] of the layer whose experts come next, None if there is none such. */
-static PyObject *expert_tokens(RunObject *self)
+PyObject *mq_expert_tokens(RunObject *self)
 {
     const mq_dispatch *dispatch = &self->run.dispatch;
     int64_t shape[2] = {self->runtime->runtime.config.num_experts, 2};
@@ -241,7 +232,7 @@ static PyObject *expert_tokens(RunObject *self)
     return array;
 }
 
-static int check_layer(RunObject *self, long long layer)
+int mq_parse_run_layer(RunObject *self, long long layer)
 {
     long long layers = self->runtime->runtime.config.num_hidden_layers;
     if (layer == -1 && PyErr_Occurred()) return -1;
@@ -250,33 +241,18 @@ static int check_layer(RunObject *self, long long layer)
     return -1;
 }
 
-/* The run and one layer of its runtime, for one call. */
-static int enter_layer(RunObject *self, int64_t layer)
-{
-    if (mq_enter(&self->busy, "the Run") < 0) return -1;
-    if (mq_layer_enter(self->runtime, layer) == 0) return 0;
-    mq_leave(&self->busy);
-    return -1;
-}
-
-static void leave_layer(RunObject *self, int64_t layer)
-{
-    mq_layer_leave(self->runtime, layer);
-    mq_leave(&self->busy);
-}
-
 static PyObject *run_layer(PyObject *self, PyObject *argument)
 {
     RunObject *object = (RunObject *)self;
     long long layer = PyLong_AsLongLong(argument);
     mq_error err;
     int rc;
-    if (check_layer(object, layer) < 0 || enter_layer(object, layer) < 0) return NULL;
+    if (mq_parse_run_layer(object, layer) < 0 || mq_run_enter(object, layer) < 0) return NULL;
     Py_BEGIN_ALLOW_THREADS
     rc = mq_run_layer(&object->run, layer, &err);
     Py_END_ALLOW_THREADS
-    PyObject *result = rc == MQ_OK ? expert_tokens(object) : mq_raise(&err);
-    leave_layer(object, layer);
+    PyObject *result = rc == MQ_OK ? mq_expert_tokens(object) : mq_raise(&err);
+    mq_run_leave(object, layer);
     return result;
 }
 
@@ -294,22 +270,22 @@ static PyObject *run_expert(PyObject *self, PyObject *args)
     mq_tensor_map map;
     mq_error err;
     int rc = -1;
-    if (!PyArg_ParseTuple(args, "LLO:expert", &layer, &expert, &dict) || check_layer(object, layer) < 0 ||
+    if (!PyArg_ParseTuple(args, "LLO:expert", &layer, &expert, &dict) || mq_parse_run_layer(object, layer) < 0 ||
         mq_check_expert(object->runtime, layer, expert) < 0)
         return NULL;
     if (mq_tensor_map_init(&map, mq_state_of_object(self), dict) < 0) return NULL;
-    if (enter_layer(object, layer) < 0) goto done;
+    if (mq_run_enter(object, layer) < 0) goto done;
     Py_BEGIN_ALLOW_THREADS
     rc = mq_run_expert(&object->run, layer, expert, map.tensors, map.count, &err);
     Py_END_ALLOW_THREADS
-    leave_layer(object, layer);
+    mq_run_leave(object, layer);
     if (rc != MQ_OK) mq_raise(&err);
 done:
     mq_tensor_map_free(&map);
     return rc == MQ_OK ? Py_NewRef(Py_None) : NULL;
 }
 
-static int parse_batch(const RunObject *self, PyObject *argument, int64_t *out)
+int mq_parse_batch(const RunObject *self, PyObject *argument, int64_t *out)
 {
     long long batch = PyLong_AsLongLong(argument);
     if (batch == -1 && PyErr_Occurred()) return -1;
@@ -336,7 +312,7 @@ static PyObject *run_hidden(PyObject *self, PyObject *argument)
     mq_tensor view;
     mq_error err;
     int64_t batch;
-    if (parse_batch(object, argument, &batch) < 0) return NULL;
+    if (mq_parse_batch(object, argument, &batch) < 0) return NULL;
     PyObject *array = batch_array(self, batch, object->runtime->runtime.config.hidden_size, &view);
     if (array == NULL || mq_enter(&object->busy, "the Run") < 0) goto fail;
     int rc = mq_run_hidden(&object->run, batch, view.data, &err);
@@ -348,25 +324,53 @@ fail:
     return NULL;
 }
 
-PyDoc_STRVAR(state_doc,
-"state($self)\n--\n\n"
-"The hidden states of all batches where the run now is, [rows, C] in the dtype of the runtime: for restore.");
-
-static PyObject *run_state(PyObject *self, PyObject *unused)
+int mq_view_hidden(RunObject *self, PyObject *object, const char *name, mq_tensor *view, PyObject **keep)
 {
+    const mq_runtime *runtime = &self->runtime->runtime;
+    const int64_t shape[2] = {self->run.rows, runtime->config.hidden_size};
+    const mq_tensor wanted = mq_tensor_make(NULL, runtime->dtype, 2, shape);
+    char have[96], expected[96];
+    if (mq_view_object(mq_state_of_object((PyObject *)self), object, name, view, keep) < 0) return -1;
+    if (view->dtype == runtime->dtype && view->ndim == 2 && memcmp(view->shape, shape, sizeof shape) == 0 &&
+        mq_tensor_is_contiguous(view))
+        return 0;
+    PyErr_Format(PyExc_ValueError, "%s: expected %s, contiguous, got %s", name,
+                 mq_tensor_describe(&wanted, expected, sizeof expected), mq_tensor_describe(view, have, sizeof have));
+    Py_CLEAR(*keep);
+    return -1;
+}
+
+PyDoc_STRVAR(state_doc,
+"state($self, out=None)\n--\n\n"
+"The hidden states of all batches where the run now is, [rows, C] in the dtype of the runtime: for restore. out: an\n"
+"array to put them into, which is then returned.");
+
+static PyObject *new_hidden(RunObject *self, mq_tensor *view)
+{
+    const mq_runtime *runtime = &self->runtime->runtime;
+    const int64_t shape[2] = {self->run.rows, runtime->config.hidden_size};
+    return mq_new_array(mq_state_of_object((PyObject *)self), runtime->dtype, 2, shape, view);
+}
+
+static PyObject *run_state(PyObject *self, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"out", NULL};
     RunObject *object = (RunObject *)self;
-    const mq_runtime *runtime = &object->runtime->runtime;
-    const int64_t shape[2] = {object->run.rows, runtime->config.hidden_size};
+    PyObject *given = Py_None, *keep = NULL, *result = NULL;
     mq_tensor view;
-    (void)unused;
-    PyObject *array = mq_new_array(mq_state_of_object(self), runtime->dtype, 2, shape, &view);
-    if (array == NULL || mq_enter(&object->busy, "the Run") < 0) {
-        Py_XDECREF(array);
-        return NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|O:state", names, &given)) return NULL;
+    if (given != Py_None && mq_view_hidden(object, given, "out", &view, &keep) < 0) return NULL;
+    if (given != Py_None && view.readonly) PyErr_SetString(PyExc_ValueError, "out: it is read-only");
+    else result = given == Py_None ? new_hidden(object, &view) : Py_NewRef(given);
+    if (result != NULL && mq_enter(&object->busy, "the Run") < 0) Py_CLEAR(result);
+    if (result != NULL) {
+        Py_BEGIN_ALLOW_THREADS
+        memcpy(view.data, object->run.hidden, mq_run_state_nbytes(&object->run));
+        Py_END_ALLOW_THREADS
+        mq_leave(&object->busy);
     }
-    memcpy(view.data, object->run.hidden, mq_run_state_nbytes(&object->run));
-    mq_leave(&object->busy);
-    return array;
+    Py_XDECREF(keep);
+    return result;
 }
 
 PyDoc_STRVAR(restore_doc,
@@ -376,22 +380,14 @@ PyDoc_STRVAR(restore_doc,
 static PyObject *run_restore(PyObject *self, PyObject *args)
 {
     RunObject *object = (RunObject *)self;
-    const mq_runtime *runtime = &object->runtime->runtime;
-    const int64_t shape[2] = {object->run.rows, runtime->config.hidden_size};
-    const mq_tensor wanted = mq_tensor_make(NULL, runtime->dtype, 2, shape);
     PyObject *given, *keep = NULL, *result = NULL;
-    char have[96], expected[96];
     long long layer;
     mq_tensor view;
     mq_error err;
     if (!PyArg_ParseTuple(args, "OL:restore", &given, &layer) ||
-        mq_view_contiguous(mq_state_of_object(self), given, "state", &view, &keep) < 0)
+        mq_view_hidden(object, given, "state", &view, &keep) < 0)
         return NULL;
-    if (view.dtype != runtime->dtype || view.ndim != 2 || memcmp(view.shape, shape, sizeof shape) != 0)
-        PyErr_Format(PyExc_ValueError, "state: expected %s, got %s",
-                     mq_tensor_describe(&wanted, expected, sizeof expected),
-                     mq_tensor_describe(&view, have, sizeof have));
-    else if (mq_enter(&object->busy, "the Run") == 0) {
+    if (mq_enter(&object->busy, "the Run") == 0) {
         const int rc = mq_run_restore(&object->run, view.data, layer, &err);
         mq_leave(&object->busy);
         result = rc == MQ_OK ? Py_NewRef(Py_None) : mq_raise(&err);
@@ -413,14 +409,14 @@ static PyObject *run_logits(PyObject *self, PyObject *args)
     mq_error err;
     int64_t batch;
     int rc = -1;
-    if (!PyArg_ParseTuple(args, "OO:logits", &index, &dict) || parse_batch(object, index, &batch) < 0) return NULL;
+    if (!PyArg_ParseTuple(args, "OO:logits", &index, &dict) || mq_parse_batch(object, index, &batch) < 0) return NULL;
     if (mq_tensor_map_init(&map, mq_state_of_object(self), dict) < 0) return NULL;
     array = batch_array(self, batch, object->runtime->runtime.config.vocab_size, &view);
-    if (array == NULL || enter_run(object) < 0) goto done;
+    if (array == NULL || mq_run_enter(object, -1) < 0) goto done;
     Py_BEGIN_ALLOW_THREADS
     rc = mq_run_logits(&object->run, batch, map.tensors, map.count, view.data, &err);
     Py_END_ALLOW_THREADS
-    leave_run(object);
+    mq_run_leave(object, -1);
     if (rc != MQ_OK) mq_raise(&err);
 done:
     mq_tensor_map_free(&map);
@@ -428,8 +424,7 @@ done:
     return array;
 }
 
-/* labels: list of arrays [B, T] as one int32 array over all rows. NULL with an exception set on failure. */
-static int32_t *read_labels(RunObject *self, PyObject *object)
+int32_t *mq_read_labels(RunObject *self, PyObject *object)
 {
     mq_state *state = mq_state_of_object((PyObject *)self);
     int64_t vocabulary = self->runtime->runtime.config.vocab_size;
@@ -466,11 +461,11 @@ static int compute_loss(RunObject *object, const int32_t *labels, const mq_tenso
 {
     mq_error err;
     int rc;
-    if (enter_run(object) < 0) return -1;
+    if (mq_run_enter(object, -1) < 0) return -1;
     Py_BEGIN_ALLOW_THREADS
     rc = mq_run_loss(&object->run, labels, map->tensors, map->count, sums->data, counts->data, &err);
     Py_END_ALLOW_THREADS
-    leave_run(object);
+    mq_run_leave(object, -1);
     if (rc != MQ_OK) mq_raise(&err);
     return rc == MQ_OK ? 0 : -1;
 }
@@ -494,7 +489,7 @@ static PyObject *run_loss(PyObject *self, PyObject *args, PyObject *kwargs)
     int32_t *labels = NULL;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|O:loss", names, &dict, &labels_object)) return NULL;
     if (mq_tensor_map_init(&map, state, dict) < 0) return NULL;
-    if (labels_object != Py_None && (labels = read_labels(object, labels_object)) == NULL) goto done;
+    if (labels_object != Py_None && (labels = mq_read_labels(object, labels_object)) == NULL) goto done;
     sums = mq_new_array(state, MQ_F64, 1, &object->run.sequence_count, &sums_view);
     counts = mq_new_array(state, MQ_I64, 1, &object->run.sequence_count, &counts_view);
     if (sums == NULL || counts == NULL) goto done;
@@ -525,10 +520,11 @@ static PyMethodDef methods[] = {
     {"expert", run_expert, METH_VARARGS, expert_doc},
     {"finish", run_finish, METH_O, finish_doc},
     {"hidden", run_hidden, METH_O, hidden_doc},
-    {"state", run_state, METH_NOARGS, state_doc},
+    {"state", (PyCFunction)(void (*)(void))run_state, METH_VARARGS | METH_KEYWORDS, state_doc},
     {"restore", run_restore, METH_VARARGS, restore_doc},
     {"logits", run_logits, METH_VARARGS, logits_doc},
     {"loss", (PyCFunction)(void (*)(void))run_loss, METH_VARARGS | METH_KEYWORDS, loss_doc},
+    {"backward", (PyCFunction)(void (*)(void))mq_run_backward, METH_VARARGS | METH_KEYWORDS, mq_run_backward_doc},
     {NULL, NULL, 0, NULL},
 };
 

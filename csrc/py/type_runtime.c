@@ -122,7 +122,8 @@ static int init_runtime(RuntimeObject *self, const mq_family *family, PyObject *
         mq_per_layer layers = {.windows = windows, .experts = experts};
         self->calibrators = PyDict_New();
         self->quantizers = PyDict_New();
-        if (self->calibrators != NULL && self->quantizers != NULL) {
+        self->observers = PyDict_New();
+        if (self->calibrators != NULL && self->quantizers != NULL && self->observers != NULL) {
             if (mq_runtime_init(&self->runtime, family, &config, dtype, &layers, &err) == MQ_OK) self->ready = 1;
             else mq_raise(&err);
         }
@@ -155,16 +156,22 @@ static int runtime_traverse(PyObject *self, visitproc visit, void *arg)
     Py_VISIT(Py_TYPE(self));
     Py_VISIT(((RuntimeObject *)self)->calibrators);
     Py_VISIT(((RuntimeObject *)self)->quantizers);
+    Py_VISIT(((RuntimeObject *)self)->observers);
     return 0;
 }
 
 static int runtime_clear(PyObject *self)
 {
     RuntimeObject *object = (RuntimeObject *)self;
+    PyObject *name, *observer;
+    Py_ssize_t position = 0;
     if (object->ready) mq_runtime_free(&object->runtime);
     object->ready = 0;
     Py_CLEAR(object->calibrators);
     Py_CLEAR(object->quantizers);
+    while (object->observers != NULL && PyDict_Next(object->observers, &position, &name, &observer))
+        mq_observer_release(observer);
+    Py_CLEAR(object->observers);
     return 0;
 }
 
@@ -521,6 +528,50 @@ static PyObject *runtime_set_calibrator(PyObject *self, PyObject *args)
     return result;
 }
 
+PyDoc_STRVAR(set_observer_doc,
+"set_observer($self, name, observer, /)\n--\n\n"
+"Puts an OutputScore or OutputGradient (or None) at a module's output: a Backward shows it what passes there.\n\n"
+"name: of a linear that is no expert's, of a layer's experts (.mlp.experts), or lm_head. KeyError: there is no such\n"
+"module. RuntimeError: the observer is at another place.");
+
+/* Keeps the observer and gives up the one that was there before. */
+static int exchange_observer(RuntimeObject *self, PyObject *name, PyObject *given, mq_observer *observer,
+                             mq_observer **place)
+{
+    PyObject *before = PyDict_GetItemWithError(self->observers, name);
+    if (before == NULL && PyErr_Occurred()) return -1;
+    Py_XINCREF(before);
+    const int rc = attach(self->observers, name, given);
+    if (rc == 0) *place = observer;
+    if (rc == 0 && before != NULL) mq_observer_release(before);
+    Py_XDECREF(before);
+    return rc;
+}
+
+static PyObject *runtime_set_observer(PyObject *self, PyObject *args)
+{
+    RuntimeObject *object = (RuntimeObject *)self;
+    PyObject *name, *given;
+    Py_ssize_t length;
+    mq_observer *observer = NULL;
+    if (!PyArg_ParseTuple(args, "UO:set_observer", &name, &given)) return NULL;
+    const char *text = PyUnicode_AsUTF8AndSize(name, &length);
+    if (text == NULL) return NULL;
+    const mq_module *module = mq_runtime_module(runtime_of(self), text, (size_t)length);
+    mq_observer **place = module ? mq_runtime_observer(runtime_of(self), module) : NULL;
+    if (place == NULL)
+        return PyErr_Format(PyExc_KeyError, "%s: no linear, experts or lm_head whose output can be observed", text);
+    if (given != Py_None && (observer = mq_observer_take(mq_state_of_object(self), given)) == NULL) return NULL;
+    int rc = mq_enter(busy_of(object, module->layer), "set_observer: the layer");
+    if (rc == 0) {
+        rc = exchange_observer(object, name, given, observer, place);
+        mq_leave(busy_of(object, module->layer));
+    }
+    if (rc == 0) Py_RETURN_NONE;
+    if (observer != NULL) mq_observer_release(given);
+    return NULL;
+}
+
 static PyMethodDef methods[] = {
     {"layer_tensors", runtime_layer_tensors, METH_O, layer_tensors_doc},
     {"experts", runtime_experts, METH_O, experts_doc},
@@ -532,6 +583,7 @@ static PyMethodDef methods[] = {
     {"drop_layer", runtime_drop_layer, METH_O, drop_layer_doc},
     {"set_quantizer", runtime_set_quantizer, METH_VARARGS, set_quantizer_doc},
     {"set_calibrator", runtime_set_calibrator, METH_VARARGS, set_calibrator_doc},
+    {"set_observer", runtime_set_observer, METH_VARARGS, set_observer_doc},
     {"start", (PyCFunction)(void (*)(void))mq_run_start, METH_VARARGS | METH_KEYWORDS, mq_run_start_doc},
     {NULL, NULL, 0, NULL},
 };

@@ -1,51 +1,14 @@
 /* The operations of the runtime on arrays, and the row operations of each ISA's table. */
-#include "testing/testing.h"
+#include "testing/operands.h"
 
 #include <string.h>
 
 #include "kernels/row_ops.h"
-#include "model/ops.h"
 
-enum { MOST = 4 };
-
-/* Arrays that an operation reads or writes in place. */
-typedef struct operands {
-    mq_tensor view[MOST];
-    PyObject *keep[MOST];
-    int count;
-} operands;
-
-static void release(operands *set)
-{
-    for (int i = 0; i < set->count; i++) Py_XDECREF(set->keep[i]);
-}
-
-static int take(operands *set, mq_state *state, PyObject *object)
-{
-    if (mq_view_object(state, object, "operand", &set->view[set->count], &set->keep[set->count]) < 0) return -1;
-    set->count++;
-    if (mq_tensor_is_contiguous(&set->view[set->count - 1])) return 0;
-    PyErr_SetString(PyExc_ValueError, "operands must be contiguous");
-    return -1;
-}
-
-static int take_all(operands *set, mq_state *state, PyObject *tuple)
-{
-    *set = (operands){.count = 0};
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tuple) && i < MOST; i++)
-        if (take(set, state, PyTuple_GET_ITEM(tuple, i)) < 0) return -1;
-    return 0;
-}
-
-static mq_row_sizes sizes_of(const mq_tensor *x)
-{
-    return (mq_row_sizes){.rows = x->shape[0], .width = mq_tensor_count(x) / x->shape[0], .dtype = x->dtype};
-}
-
-static int apply(const char *name, operands *set, double number, mq_error *err)
+static int apply(const char *name, mq_operands *set, double number, mq_error *err)
 {
     mq_tensor *x = &set->view[0];
-    mq_row_sizes sizes = sizes_of(x);
+    mq_row_sizes sizes = mq_rows_of(x);
     if (strcmp(name, "rmsnorm") == 0) {
         mq_rmsnorm_forward(x->data, set->view[1].data, set->view[2].data, number, &sizes);
     } else if (strcmp(name, "swiglu") == 0) {
@@ -69,12 +32,12 @@ static PyObject *apply_op(PyObject *module, PyObject *args)
     const char *name;
     PyObject *tuple, *result = NULL;
     double number = 0.0;
-    operands set;
+    mq_operands set;
     mq_error err;
     if (!PyArg_ParseTuple(args, "sO!|d:apply_op", &name, &PyTuple_Type, &tuple, &number)) return NULL;
-    if (take_all(&set, mq_state_of(module), tuple) == 0)
+    if (mq_operands_take_all(&set, mq_state_of(module), tuple) == 0)
         result = apply(name, &set, number, &err) == MQ_OK ? Py_NewRef(Py_None) : mq_raise(&err);
-    release(&set);
+    mq_operands_release(&set);
     return result;
 }
 
@@ -88,14 +51,14 @@ static PyObject *apply_rope(PyObject *module, PyObject *args)
     PyObject *tuple;
     mq_config config = {.partial_rotary_factor = 1.0};
     mq_rope_table table = {0};
-    operands set;
+    mq_operands set;
     mq_error err;
     if (!PyArg_ParseTuple(args, "O!di(dddL):apply_rope", &PyTuple_Type, &tuple, &config.rope_theta, &config.rope_type,
                           &config.rope_factor, &config.rope_low_freq_factor, &config.rope_high_freq_factor,
                           &config.rope_original_max_position_embeddings))
         return NULL;
     PyObject *result = NULL;
-    if (take_all(&set, mq_state_of(module), tuple) < 0) goto done;
+    if (mq_operands_take_all(&set, mq_state_of(module), tuple) < 0) goto done;
     const mq_tensor *x = &set.view[0];
     mq_rope_sizes sizes = {.tokens = x->shape[0], .heads = x->shape[1], .head_dim = x->shape[2], .dtype = x->dtype};
     config.head_dim = sizes.head_dim;
@@ -107,7 +70,7 @@ static PyObject *apply_rope(PyObject *module, PyObject *args)
     }
     mq_rope_table_free(&table);
 done:
-    release(&set);
+    mq_operands_release(&set);
     return result;
 }
 
@@ -119,15 +82,15 @@ static PyObject *row_amax(PyObject *module, PyObject *args)
 {
     PyObject *object, *result = NULL;
     int isa;
-    operands set = {.count = 0};
+    mq_operands set = {.count = 0};
     if (!PyArg_ParseTuple(args, "Oi:row_amax", &object, &isa)) return NULL;
     if (isa < 0 || isa >= MQ_ISA_COUNT || !mq_isa_supported((mq_isa)isa)) Py_RETURN_NONE;
-    if (take(&set, mq_state_of(module), object) == 0) {
+    if (mq_operands_take(&set, mq_state_of(module), object) == 0) {
         const mq_row_ops *table = mq_row_ops_table_of((mq_isa)isa);
         const mq_typed_row_ops *ops = set.view[0].dtype == MQ_BF16 ? &table->bf16 : &table->f32;
         result = PyLong_FromUnsignedLong(ops->amax(set.view[0].data, mq_tensor_count(&set.view[0])));
     }
-    release(&set);
+    mq_operands_release(&set);
     return result;
 }
 

@@ -2,7 +2,7 @@
 #include "testing/testing.h"
 
 static const mq_py_part *const parts[] = {
-    &mq_py_ndarray, &mq_py_faults, &mq_testing_gemm, &mq_testing_ops,
+    &mq_py_ndarray, &mq_py_faults, &mq_testing_backward, &mq_testing_gemm, &mq_testing_ops,
 };
 
 static int testing_exec(PyObject *module)

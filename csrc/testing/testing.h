@@ -8,6 +8,7 @@
 #include "py/convert.h"
 #include "py/ndarray.h"
 
+extern const mq_py_part mq_testing_backward;
 extern const mq_py_part mq_testing_gemm;
 extern const mq_py_part mq_testing_ops;
 

@@ -47,7 +47,7 @@ def calibrate(model: Model, algorithm: Any = "max", forward_loop: Callable[..., 
     try:
         with model.simulating(weights=False, activations=False):
             batches = record(model, forward_loop, _why_data(model, steps)) if _why_data(model, steps) else []
-            digest = digest_of(model, steps, batches, compat) if _folder(checkpoint_dir, steps) else ""
+            digest = digest_of(model, steps, batches, compat) if progress_folder(checkpoint_dir, steps) else ""
             for index, step in enumerate(steps):
                 done = _progress(model, checkpoint_dir, index, step, digest)
                 model.connect()
@@ -103,11 +103,12 @@ def _why_data(model: Model, steps: list[dict[str, Any]]) -> str:
     return "this config quantizes activations" if steps and activation_slots(model) else ""
 
 
-def _folder(checkpoint_dir: Any, steps: list[Mapping[str, Any]]) -> Path | None:
+def progress_folder(checkpoint_dir: Any, steps: list[Mapping[str, Any]]) -> Path | None:
+    """Where progress is kept, by what was given or the first step that names it; None: nowhere."""
     named = [step["layerwise"]["checkpoint_dir"] for step in steps if step["layerwise"]["checkpoint_dir"] is not None]
     return Path(checkpoint_dir) if checkpoint_dir is not None else Path(named[0]) if named else None
 
 
 def _progress(model: Model, checkpoint_dir: Any, index: int, step: Mapping[str, Any], digest: str) -> Progress:
-    folder = _folder(checkpoint_dir, [step])
+    folder = progress_folder(checkpoint_dir, [step])
     return Progress() if folder is None else Saved(model, folder, index, digest, step["layerwise"]["save_every"])

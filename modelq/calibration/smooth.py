@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,15 @@ class Smoothing(Method):
             take_amax(self.model, name, [np.float32(found)])
 
 
+@contextmanager
+def said_of(module: str) -> Iterator[None]:
+    """A ValueError within it names the module."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{module}: {error}") from error
+
+
 def search_quantizer(model: Any, row: dict[str, Any]) -> Any:
     """A quantizer like the first stage of a linear's weight's, without an amax: the stage that a search tries."""
     made = stage_quantizers(make_quantizer(model.settings[f"{row['name']}.weight_quantizer"]))[0]
@@ -118,7 +128,8 @@ class SmoothQuant(Smoothing):
         for row in self.searched(part):
             weight = as_loaded(self.model, part.tensors[row["weight"]])
             maxima, dtype = inputs[row["name"]].amax, dtype_of(self.model, row)
-            scale = _core.smoothquant_scale(maxima, _core.amax(weight, axis=-1).reshape(-1), self.settings["alpha"], dtype.name)
+            with said_of(row["name"]):
+                scale = _core.smoothquant_scale(maxima, _core.amax(weight, axis=-1).reshape(-1), self.settings["alpha"], dtype.name)
             self.smooth(row, part, scale)
             self.set_input_amax(row, maxima, scale)
 
@@ -152,7 +163,8 @@ class AwqLite(Smoothing):
         """float32 [in] that the weight's columns are multiplied by."""
         weight, dtype = as_loaded(self.model, part.tensors[row["weight"]]), dtype_of(self.model, row)
         block = block_extents(stages(self.model.settings[f"{row['name']}.weight_quantizer"])[0]).get(-1, 0)
-        scales = _core.awq_scales(mean, _core.awq_weight_scale(weight, block), self.alphas)
+        with said_of(row["name"]):
+            scales = _core.awq_scales(mean, _core.awq_weight_scale(weight, block), self.alphas)
         losses = _core.quantization_losses(weight, search_quantizer(self.model, row), gram, rounded(scales, dtype),
                                            rounded(1 / scales, dtype))
         self.losses[row["name"]] = losses

@@ -10,7 +10,7 @@ import numpy as np
 from modelq.experts import joined_amax, place_of
 from modelq.groups import siblings
 from modelq.quantizers import has_static_levels, needs_amax, stage_quantizers, weight_amax
-from modelq.smoothing import as_loaded, own_scale, own_weight, set_scale, set_weight_amax, stated_scale
+from modelq.smoothing import as_loaded, check_finite, own_scale, own_weight, set_scale, set_weight_amax, stated_scale
 from modelq.streaming import Part, is_smoothed
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ def take_amax(model: Model, name: str, found: Sequence[np.ndarray | None]) -> No
     for stage, amax in zip(stage_quantizers(model.quantizers[name]), found):
         if amax is None:
             continue
+        check_finite(name, amax)
         if not np.any(amax):
             warnings.warn(f"{name}: amax is zero: nothing but zeros was seen", stacklevel=2)
         stage.amax = amax

@@ -40,7 +40,7 @@ def quantize(model: Model, config: Any, forward_loop: Callable[..., Any] | None 
     calibration data; NaN or infinity in weights or activations. UserWarning: a pattern that fits no quantizer.
     """
     if is_torch_model(model):
-        return _for_torch(checkpoint_dir=checkpoint_dir).quantize(model, config, forward_loop, compat)
+        return _for_torch().quantize(model, config, forward_loop, compat, checkpoint_dir)
     check_model(model)
     check_source(model)
     parsed = QuantizeConfig.parse(config)
@@ -85,7 +85,7 @@ def calibrate(model: Model, algorithm: Any = "max", forward_loop: Callable[..., 
               compat: str | None = None) -> Model:
     """Find anew the amax of every enabled quantizer of a quantized model. See `quantize`."""
     if is_torch_model(model):
-        return _for_torch(checkpoint_dir=checkpoint_dir).calibrate(model, algorithm, forward_loop, compat)
+        return _for_torch().calibrate(model, algorithm, forward_loop, compat, checkpoint_dir)
     check_model(model, quantized=True)
     run_calibration(model, algorithm, forward_loop, checkpoint_dir, compat)
     repack(model)
@@ -176,13 +176,10 @@ def unregister(original_cls: type) -> None:
 
 # Parts ---------------------------------------------------------------------------------------------------------------------
 
-def _for_torch(**unavailable: Any) -> Any:
+def _for_torch() -> Any:
     """The same calls for torch modules."""
     from modelq.torch_models import quantize as module
 
-    for name, value in unavailable.items():
-        if value is not None:
-            raise NotImplementedError(f"{name} is not available for torch modules yet")
     return module
 
 

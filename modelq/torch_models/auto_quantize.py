@@ -15,12 +15,13 @@ from modelq.quantizers import found_values, has_static_levels, make_quantizer, s
 from modelq.rules import Setting, default_setting, stages
 from modelq.stated import stated_amax
 from modelq.streaming import Part, unread
+from modelq.torch_models import unwrapped
 from modelq.torch_models.modules import slots_of
 from modelq.torch_models.originals import Originals
 from modelq.torch_models.processes import agree, are_several, gathered, own_folder, run_together
 from modelq.torch_models.quantize import inserted, quantizers_of, refuse_packed, run_steps, take_settings
 from modelq.torch_models.scores import Formats, gradient_scores
-from modelq.torch_models.stand_in import StandIn
+from modelq.torch_models.stand_in import StandIn, key_of
 
 SAMPLE = 64     # numbers of each parameter that stand for it in a fingerprint
 
@@ -31,6 +32,7 @@ class TorchSubject:
     methods = METHODS
 
     def __init__(self, model: torch.nn.Module, compat: str | None = None):
+        model = unwrapped(model)
         refuse_packed(model)
         self.model, self.compat = model, compat
         self.slots = {slot.name: slot for slot in slots_of(model)}
@@ -139,7 +141,7 @@ def _share_as_exports_do(model: torch.nn.Module) -> None:
             elif quantizer is not None:
                 quantizer.amax = amax
     for name, quantizer in quantizers_of(model).items():
-        set_found_values(quantizer.native, found_values(stand_in.quantizers[name]))
+        set_found_values(quantizer.native, found_values(stand_in.quantizers[key_of(name)]))
 
 
 def _divergence(plain: torch.Tensor, other: torch.Tensor) -> float:

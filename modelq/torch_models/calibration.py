@@ -9,47 +9,54 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 import torch
 
-from modelq.arrays import give_back, take
-from modelq.calibration import METHODS
+from modelq.arrays import give_back
+from modelq.calibration import METHODS, progress_folder
+from modelq.calibration.resume import Progress, Saved
 from modelq.calibration.statistics import InputStatistics, Range, activation_slots, input_statistics
 from modelq.calibration.walk import Method
-from modelq.calibration.weights import take_amax
+from modelq.calibration.weights import find_weight_amax, take_amax
 from modelq.changed import ChangedCheckpoint
 from modelq.quantizers import found_values, set_found_values
-from modelq.nn.tensor_quantizer import TensorQuantizer
-from modelq.rules import Setting, stages
+from modelq.rules import stages
 from modelq.streaming import Part, unread
 from modelq.tables import listed
 from modelq.torch_models.experts import QuantizedExperts
+from modelq.torch_models.looking import Largest, points_of, range_hook, range_of, statistics_hook
 from modelq.torch_models.originals import Originals
 from modelq.torch_models.processes import merge, run_together
 from modelq.torch_models.quantize import SETTINGS, find_other_weight_amax, quantizers_of, rounding
-from modelq.torch_models.quantizer_module import QuantizerModule
-from modelq.torch_models.stand_in import StandIn
+from modelq.torch_models.stand_in import StandIn, key_of
 
 ROOM = 2 << 30      # bytes of Gram matrices at once
 Loop = Callable[[], Any]
 
 
 def run_step(model: torch.nn.Module, step: Mapping[str, Any], forward_loop: Callable[..., Any] | None, compat: str | None,
-             originals: Originals) -> None:
-    """One step of an algorithm. ValueError as for native models."""
+             originals: Originals, index: int = 0, checkpoint_dir: Any = None) -> None:
+    """One step of an algorithm, the index-th. ValueError as for native models, and for a checkpoint_dir where layerwise is off."""
+    layerwise, folder = step["layerwise"]["enable"], progress_folder(checkpoint_dir, [step])
+    if folder is not None and not layerwise:
+        raise ValueError("checkpoint_dir: progress of a torch model is kept layer by layer: use {'layerwise': {'enable': True}} in the "
+                         "algorithm")
     find_other_weight_amax(model)
     work = Step(model, step, compat, originals)
     if forward_loop is None and (work.method.needs_data or work.ranges):
         what = f"{step['method']} looks at activations" if work.method.needs_data else "this config quantizes activations"
         raise ValueError(f"{what}: calibration data are needed: give a forward_loop")
     work.method.begin()
-    if step["layerwise"]["enable"] and (work.method.needs_data or work.ranges):
+    if layerwise and (work.method.needs_data or work.ranges):
         from modelq.torch_models.layerwise import layer_by_layer
 
-        layer_by_layer(work, forward_loop)
+        before = "" if folder is None else work.stand_in.digest([step], compat)
+        layer_by_layer(work, forward_loop, lambda data: Progress() if folder is None else Saved(
+            work.stand_in, folder, index, before + data, step["layerwise"]["save_every"]))       # type: ignore[arg-type]
     else:
         for parts in work.groups():
             work.observe((lambda: forward_loop(model)) if forward_loop is not None else None, parts, work.ranges)
@@ -65,7 +72,7 @@ class Step:
         self.model, self.originals = model, originals
         self.stand_in = StandIn(model, own_scales=step["method"] != "svdquant" or compat == "modelopt")
         self.method: Method = METHODS[step["method"]](self.stand_in, step, compat)     # type: ignore[arg-type]
-        self.ranges = {slot.name: _range(self.stand_in.settings[slot.name], self.method.histogram)
+        self.ranges = {slot.name: range_of(self.stand_in.settings[slot.name], self.method.histogram)
                        for slot in activation_slots(self.stand_in) if self.method.finds_range(slot)}        # type: ignore[arg-type]
         self.experts = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedExperts)}
         self.unseen: list[str] = []         # quantizers that no data reached; seen: how many it did
@@ -105,19 +112,30 @@ class Step:
             if ranges or any(statistics):
                 parts = self.look(run, ranges, parts, statistics)
         for part, found in zip(parts, statistics):
-            method.search(part, {} if part.tokens == 0 else found)
+            method.search(*self.without_unseen(part, found if run is not None and part.tokens != 0 else {}))
+
+    def without_unseen(self, part: Part, found: Mapping[str, InputStatistics]) -> tuple[Part, Mapping[str, InputStatistics]]:
+        """A part and what was seen of it, without the modules that no data reached: these keep their weights' maxima."""
+        unseen = [row for row in part.modules if row["name"] in found and not found[row["name"]].count]
+        self.seen += len(found) - len(unseen)
+        if not unseen:
+            return part, found
+        find_weight_amax(self.stand_in, part._replace(modules=unseen))      # type: ignore[arg-type]
+        self.unseen += [f"{row['name']}.input_quantizer" for row in unseen]
+        rest = [row for row in part.modules if row not in unseen]
+        return part._replace(modules=rest), {row["name"]: found[row["name"]] for row in rest if row["name"] in found}
 
     def look(self, run: Loop, ranges: dict[str, Any], parts: Sequence[Part], statistics: Sequence[Mapping[str, InputStatistics]]
              ) -> list[Part]:
         """Compute while these take note, and take the ranges; returns the parts with the number of tokens that reached each expert."""
         quantized = self.method.under_quantization and bool(parts)
-        quantizers, points = quantizers_of(self.model), _points(parts, statistics)
+        quantizers, points = self.quantizers(), points_of(parts, statistics)
         with ExitStack() as hooks, torch.no_grad():
-            largest = _Largest()
+            largest = Largest()
             for name, found in ranges.items():
-                hooks.callback(quantizers[name].register_forward_hook(_range_hook(found, largest)).remove)
+                hooks.callback(quantizers[name].register_forward_hook(range_hook(found, largest)).remove)
             for point, calibrators in points.items():
-                hook = _statistics_hook(calibrators, quantized and not self.method.sees_rounded,
+                hook = statistics_hook(calibrators, quantized and not self.method.sees_rounded,
                                         self.experts.get(point.rpartition(".")[0]))
                 hooks.callback(quantizers[point].register_forward_hook(hook).remove)
             tokens = hooks.enter_context(self.counting())
@@ -146,6 +164,11 @@ class Step:
             for module in self.experts.values():
                 object.__setattr__(module, "tokens", None)
 
+    def take_restored(self, ranges: dict[str, Any]) -> None:
+        """These ranges were found before."""
+        self.seen += len(ranges)
+        self.hand_over()
+
     def take_ranges(self, ranges: dict[str, Any]) -> None:
         """Those that saw something are found; none is left to be."""
         for name, found in ranges.items():
@@ -163,24 +186,30 @@ class Step:
         if self.unseen and not self.seen:
             raise ValueError("forward_loop ran nothing through the model: no quantizer saw an array")
         if self.unseen:
-            warnings.warn(f"no data reached {listed(self.unseen, 4)}: they stay off", UserWarning, stacklevel=6)
-            quantizers = quantizers_of(self.model)
+            warnings.warn(f"no data reached {listed(self.unseen, 4)}: they are off", UserWarning, stacklevel=6)
+            quantizers = self.quantizers()
             for name in self.unseen:
-                quantizers[name].disable()
+                if name in quantizers:
+                    quantizers[name].disable()
         if self.idle_experts:
             said = [f"{name}: {len(idle)} of {self.experts[name].num_experts}"          # type: ignore[attr-defined]
                     for name, idle in self.idle_experts.items()]
             warnings.warn(f"experts that saw no token ({listed(said, 8, '; ')}): they are calibrated from their weights alone; more or "
                           "longer calibration texts reach more of them", UserWarning, stacklevel=6)
 
+    def quantizers(self) -> dict[str, Any]:
+        """The model's, by the stand-in's names."""
+        return {key_of(name): quantizer for name, quantizer in quantizers_of(self.model).items()}
+
     def hand_over(self) -> None:
         """What was found, to the model: ranges and scales, settings that a method changed, branches, weights that it rounded."""
         settings, stand_in = dict(getattr(self.model, SETTINGS)), self.stand_in
         for name, quantizer in quantizers_of(self.model).items():
-            if stand_in.settings[name].attributes != settings[name].attributes:
-                settings[name] = stand_in.settings[name]
-                quantizer.set_from_attribute_config(stages(settings[name])[0])
-            set_found_values(quantizer.native, found_values(stand_in.quantizers[name]))
+            found = stand_in.settings[key_of(name)]
+            if found.attributes != settings[name].attributes:
+                settings[name] = replace(found, slot=settings[name].slot)
+                quantizer.set_from_attribute_config(stages(found)[0])
+            set_found_values(quantizer.native, found_values(stand_in.quantizers[key_of(name)]))
             if name.endswith(".weight_quantizer"):
                 branch = stand_in.low_rank.get(name.removesuffix(".weight_quantizer"))
                 if branch is not None or quantizer.low_rank is not None:
@@ -193,74 +222,3 @@ class Step:
                 self.originals.keep(name, weight)
                 with torch.no_grad():
                     weight.copy_(give_back(checkpoint.read(name), weight))
-
-
-class _GrainRange:
-    """A range with more than one number, by an axis or static blocks; otherwise as modelq.calibration.statistics.Range."""
-    bias = None
-
-    def __init__(self, setting: Setting):
-        self.name = setting.slot.name
-        self.statistics = TensorQuantizer(stages(setting)[0], name=self.name)
-
-    def amax(self) -> np.ndarray | None:
-        return self.statistics.compute_amax()
-
-
-def _range(setting: Setting, histogram: Mapping[str, Any] | None) -> Any:
-    attributes = stages(setting)[0]
-    grained = attributes.axis is not None or (attributes.block_sizes or {}).get("type", "dynamic") != "dynamic"
-    return _GrainRange(setting) if grained else Range(setting, histogram)
-
-
-# What looks on -------------------------------------------------------------------------------------------------------------------
-
-def _points(parts: Sequence[Part], statistics: Sequence[Mapping[str, InputStatistics]]) -> dict[str, dict[int | None, list[Any]]]:
-    """Quantizers before which statistics look, to calibrators by expert (None: all that passes)."""
-    points: dict[str, dict[int | None, list[Any]]] = {}
-    for part, found in zip(parts, statistics):
-        for seen in found.values():
-            points.setdefault(seen.point, {})[part.expert] = list(seen.calibrators.values())
-    return points
-
-
-class _Largest:
-    """Largest magnitudes that stay on the device where they were found until all data have passed: no call waits for the device."""
-
-    def __init__(self) -> None:
-        self._found: dict[int, tuple[Any, torch.Tensor]] = {}
-
-    def collect(self, found: Range, x: torch.Tensor) -> None:
-        seen = x.detach().abs().amax() if x.numel() else x.new_zeros(())
-        before = self._found.get(id(found))
-        self._found[id(found)] = (found, seen if before is None else torch.maximum(before[1], seen.to(before[1])))
-
-    def hand_over(self) -> None:
-        for found, seen in self._found.values():
-            found.statistics.collect(take(seen.reshape(1).cpu(), found.name))
-
-
-def is_on_cpu(x: torch.Tensor) -> bool:
-    return x.device.type == "cpu"
-
-
-def _range_hook(found: Any, largest: _Largest) -> Any:
-    plain = isinstance(found, Range) and found.statistics.kind == "max"
-
-    def collect(quantizer: QuantizerModule, arguments: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        if plain and not is_on_cpu(output):
-            largest.collect(found, output)
-        else:
-            found.statistics.collect(quantizer.as_rows(take(output.cpu(), found.name)))
-    return collect
-
-
-def _statistics_hook(calibrators: Mapping[int | None, Sequence[Any]], prepared: bool, experts: Any) -> Any:
-    """A hook that looks at what a quantizer gives, or (prepared) at what it would round."""
-    def collect(quantizer: QuantizerModule, arguments: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        looking = calibrators.get(experts.running if experts is not None else None)
-        if looking:
-            array = take(quantizer.prepared(arguments[0].cpu()) if prepared else output.cpu(), quantizer.name)
-            for calibrator in looking:
-                calibrator.collect(array)
-    return collect

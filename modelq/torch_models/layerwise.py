@@ -5,37 +5,52 @@ What is held: the hidden states of every call at one layer boundary, and what el
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
+from modelq.arrays import give_back, take
+from modelq.calibration.resume import Progress, Saved
 from modelq.progress import progress
 from modelq.torch_models.calibration import Step
 from modelq.torch_models.modules import is_inserted
+from modelq.torch_models.processes import run_together
 from modelq.torch_models.quantize import quantizers_of, rounding
 
 Loop = Callable[..., Any]
 
 
-def layer_by_layer(work: Step, forward_loop: Loop) -> None:
-    """Search every layer, from the first to the last, and then what is outside of them."""
+def layer_by_layer(work: Step, forward_loop: Loop, keep: Callable[[str], Progress]) -> None:
+    """Search every layer, from the first to the last, and then what is outside of them. keep: makes what keeps the progress, from a digest
+    of the data."""
     model, layerwise, inside = work.model, work.method.settings["layerwise"], set()
     layers = decoder_layers(model)
     with rounding(quantizers_of(model), weights=False, activations=False):
-        calls = Calls(layers, lambda: forward_loop(model))
-    quantized = layerwise["get_qdq_activations_from_prev_layer"]
-    for index, (name, layer) in enumerate(progress(layers, work.method.description)):
+        captured: list[Calls] = []
+        run_together(lambda: captured.append(Calls(layers, lambda: forward_loop(model))))
+    calls, = captured
+    quantized, done = layerwise["get_qdq_activations_from_prev_layer"], keep(calls.digest())
+    for index, (name, _) in enumerate(progress(layers, work.method.description)):
         rows = [row for row in work.stand_in.modules if row["name"].startswith(f"{name}.")]
         inside.update(row["name"] for row in rows)
         ranges = {place: work.ranges.pop(place) for place in list(work.ranges) if place.startswith(f"{name}.")}
+        if (states := done.restore(index, work.method.losses)) is not None:
+            work.take_restored(ranges)
+            calls.go_on(index, states)
+            continue
         work.observe(lambda index=index: calls.through(index), work.parts(rows), ranges)        # type: ignore[misc]
         work.hand_over()
         with rounding(quantizers_of(model), weights=quantized, activations=quantized):
             calls.advance(index)
+        done.save(index, calls.states(), work.method.losses)
     rest = [row for row in work.stand_in.modules if row["name"] not in inside]
     with rounding(quantizers_of(model), weights=quantized, activations=quantized):
         work.observe(lambda: forward_loop(model), work.parts(rest), work.ranges)
+    if isinstance(done, Saved):
+        done.finish()
 
 
 def decoder_layers(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
@@ -90,3 +105,21 @@ class Calls:
         """On to the next layer."""
         self.hidden = self.through(index)
         self._others[index] = []
+
+    def states(self) -> dict[str, np.ndarray]:
+        """What the next layer is given, by name."""
+        return {f"hidden.{call}": take(hidden) for call, hidden in enumerate(self.hidden)}
+
+    def go_on(self, index: int, states: Mapping[str, np.ndarray]) -> None:
+        """Past a layer that was done before, from these states behind it, if the next one was not."""
+        if states:
+            self.hidden = [give_back(np.array(states[f"hidden.{call}"]), hidden)
+                           for call, hidden in enumerate(self.hidden)]
+        self._others[index] = []
+
+    def digest(self) -> str:
+        """Of what the first layer is given."""
+        found = hashlib.sha256()
+        for name, array in self.states().items():
+            found.update(f"{name}{array.shape}{array.dtype}".encode() + array.tobytes())
+        return found.hexdigest()

@@ -49,8 +49,8 @@ class QuantizedModule:
         form, dtype = self.packed
         codes = self._parameters["weight"]      # type: ignore[attr-defined]
         parts = {"weight": codes, "weight_scale": self.weight_quantizer._scale, "weight_scale_2": self.weight_quantizer._double_scale}
-        held = {role: take(part.cpu(), role) for role, part in parts.items() if part is not None}
-        return give_back(dequantized(form, held, dtype), codes).to(codes.device)        # type: ignore[no-any-return]
+        held = {role: take(part, role) for role, part in parts.items() if part is not None}
+        return give_back(dequantized(form, held, dtype), codes)     # type: ignore[no-any-return]
 
     def unpack(self) -> None:
         """The weight that the packed parts stand for, as an ordinary parameter again."""

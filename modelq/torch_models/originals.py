@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ class Originals:
 
     def __init__(self) -> None:
         self._kept: dict[str, tuple[torch.Tensor, int]] = {}
+        self._undoing: list[Callable[[], None]] = []
         self._file: Any = None
 
     def keep(self, name: str, tensor: torch.Tensor) -> None:
@@ -24,7 +26,13 @@ class Originals:
         self._file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         self._kept[name] = (tensor, start)
 
+    def undo(self, step: Callable[[], None]) -> None:
+        """To be called when all is put back."""
+        self._undoing.append(step)
+
     def put_back(self) -> None:
+        for step in reversed(self._undoing):
+            step()
         for tensor, start in self._kept.values():
             self._file.seek(start)
             read = bytearray(self._file.read(tensor.numel() * tensor.element_size()))

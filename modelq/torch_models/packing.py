@@ -15,13 +15,15 @@ from modelq.compression import is_wanted, packed_weight, parse_patterns
 from modelq.progress import progress
 from modelq.quantizers import found_values, set_found_values
 from modelq.streaming import Part, unread
+from modelq.torch_models import unwrapped
 from modelq.torch_models.quantize import quantizers_of, settings_of
 from modelq.torch_models.quantizer_module import SCALES
-from modelq.torch_models.stand_in import StandIn
+from modelq.torch_models.stand_in import StandIn, key_of
 
 
 def compress(model: torch.nn.Module, config: Any = None) -> None:
     """See modelq.compression.compress. Stacked experts, convolutions and tied weights stay as they are."""
+    model = unwrapped(model)
     settings_of(model)
     patterns, modules = parse_patterns(config), dict(model.named_modules())
     users: dict[int, int] = {}
@@ -40,14 +42,14 @@ def compress(model: torch.nn.Module, config: Any = None) -> None:
         raise ValueError("nothing to compress: no weight that fits is quantized; call modelq.quantization.quantize first")
     made = {row["name"]: packed_weight(stand_in, row) for row in progress(rows, "compress", unit="layer")}      # type: ignore[arg-type]
     for name, quantizer in quantizers_of(model).items():
-        set_found_values(quantizer.native, found_values(stand_in.quantizers[name]))
+        set_found_values(quantizer.native, found_values(stand_in.quantizers[key_of(name)]))
     for name, packed in made.items():
         _hold(modules[name], packed)
 
 
 def _hold(module: Any, packed: Any) -> None:
     weight = module._parameters["weight"]
-    parts = {role: give_back(np.array(part), weight).to(weight.device) for role, part in packed.parts.items()}
+    parts = {role: give_back(np.array(part), weight) for role, part in packed.parts.items()}
     module._parameters["weight"] = torch.nn.Parameter(parts["weight"], requires_grad=False)
     for name, role in zip(SCALES, ("weight_scale", "weight_scale_2")):
         setattr(module.weight_quantizer, name, parts.get(role))

@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
+from modelq.algorithms import split_rotation
 from modelq.config import QuantizeConfig, QuantizerCfgEntry, normalize_quant_cfg_list
 from modelq.quantizers import rotated_columns
 from modelq.rules import Setting, apply_rules, changed_settings, default_setting, stages, warn_idle
+from modelq.torch_models import unwrapped
 from modelq.torch_models.experts import is_experts
 from modelq.torch_models.modules import (insert, is_inserted, is_packed, is_searched, places, places_in, remove, slots_of,
                                          weights_of)
@@ -24,33 +26,41 @@ Pattern = str | Callable[[str], bool]
 
 
 def quantize(model: torch.nn.Module, config: Any, forward_loop: Callable[..., Any] | None = None,
-             compat: str | None = None) -> torch.nn.Module:
+             compat: str | None = None, checkpoint_dir: Any = None) -> torch.nn.Module:
     """Quantize a model in place and return it; see `modelq.quantization.quantize`. If anything raises, it is as it was."""
-    refuse_packed(model)
+    inner = unwrapped(model)
+    refuse_packed(inner)
     parsed = QuantizeConfig.parse(config)
-    steps = _runnable(parsed.algorithm, compat)
-    with inserted(model) as (defaults, originals):
+    rotation, steps = split_rotation(parsed.algorithm)
+    steps = _runnable(steps, compat)
+    with inserted(inner) as (defaults, originals):
         settings, idle = apply_rules(defaults, parsed.quant_cfg)
         _refuse_nothing(settings)
         warn_idle(idle, stacklevel=3)
-        take_settings(model, settings, keep=False)
-        run_steps(model, steps, forward_loop, compat, originals)
+        take_settings(inner, settings, keep=False)
+        if rotation is not None:
+            from modelq.torch_models.rotation import rotate
+
+            rotate(inner, rotation, originals)
+        run_steps(inner, steps, _with_wrapping(forward_loop, model), compat, originals, checkpoint_dir)
     return model
 
 
 def calibrate(model: torch.nn.Module, algorithm: Any = "max", forward_loop: Callable[..., Any] | None = None,
-              compat: str | None = None) -> torch.nn.Module:
+              compat: str | None = None, checkpoint_dir: Any = None) -> torch.nn.Module:
     """Find anew the amax of every enabled quantizer of a quantized model."""
-    settings_of(model)
-    refuse_packed(model)
+    inner = unwrapped(model)
+    settings_of(inner)
+    refuse_packed(inner)
     steps = _runnable(algorithm, compat)
-    with _all_or_nothing(model) as originals:
-        run_steps(model, steps, forward_loop, compat, originals)
+    with _all_or_nothing(inner) as originals:
+        run_steps(inner, steps, _with_wrapping(forward_loop, model), compat, originals, checkpoint_dir)
     return model
 
 
 def set_quantizer_by_cfg(model: torch.nn.Module, quant_cfg: Any) -> None:
     """Apply rules to the quantizers of a quantized model, without calibrating."""
+    model = unwrapped(model)
     settings, idle = apply_rules(settings_of(model), normalize_quant_cfg_list(quant_cfg))
     with _all_or_nothing(model):
         take_settings(model, settings)
@@ -60,6 +70,7 @@ def set_quantizer_by_cfg(model: torch.nn.Module, quant_cfg: Any) -> None:
 @contextmanager
 def settings_within(model: torch.nn.Module, rules: Any) -> Iterator[None]:
     """Within it the rules hold; afterwards every quantizer is as before, but for an amax found meanwhile."""
+    model = unwrapped(model)
     before = settings_of(model)
     set_quantizer_by_cfg(model, rules)
     try:
@@ -71,6 +82,7 @@ def settings_within(model: torch.nn.Module, rules: Any) -> Iterator[None]:
 def set_attributes(model: torch.nn.Module, pattern: Pattern, parent_class: str | None,
                    change: Callable[[Setting, QuantizerCfgEntry], Setting]) -> None:
     """Change the settings of the quantizers that fit."""
+    model = unwrapped(model)
     settings = changed_settings(settings_of(model), pattern, parent_class, change)
     with _all_or_nothing(model):
         take_settings(model, settings)
@@ -78,6 +90,7 @@ def set_attributes(model: torch.nn.Module, pattern: Pattern, parent_class: str |
 
 def fold_weight(model: torch.nn.Module, keep_attrs: bool = False) -> None:
     """Weights become what their quantizers make of them, which are then off (and forget their amax, unless keep_attrs)."""
+    model = unwrapped(model)
     settings = dict(settings_of(model))
     for name, module in model.named_modules():
         if not is_inserted(module):
@@ -119,6 +132,11 @@ def quantizers_of(model: torch.nn.Module) -> dict[str, Any]:
     return {name: getattr(module, attribute) for name, module, attribute in places(model)}
 
 
+def _with_wrapping(forward_loop: Callable[..., Any] | None, model: torch.nn.Module) -> Callable[..., Any] | None:
+    """The user's loop is given the user's model, wrapped as it is."""
+    return None if forward_loop is None else lambda inner: forward_loop(model)
+
+
 # Parts ---------------------------------------------------------------------------------------------------------------------------
 
 def _runnable(algorithm: Any, compat: str | None) -> list[dict[str, Any]]:
@@ -130,11 +148,11 @@ def _runnable(algorithm: Any, compat: str | None) -> list[dict[str, Any]]:
 
 
 def run_steps(model: torch.nn.Module, steps: list[dict[str, Any]], forward_loop: Callable[..., Any] | None, compat: str | None,
-               originals: Originals) -> None:
+              originals: Originals, checkpoint_dir: Any = None) -> None:
     from modelq.torch_models.calibration import run_step
 
-    for step in steps:
-        run_step(model, step, forward_loop, compat, originals)
+    for index, step in enumerate(steps):
+        run_step(model, step, forward_loop, compat, originals, index, checkpoint_dir)
 
 
 def refuse_packed(model: torch.nn.Module) -> None:

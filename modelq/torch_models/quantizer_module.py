@@ -37,9 +37,6 @@ class QuantizerModule(TensorQuantizer, torch.nn.Module):
 
     def compute(self, x: torch.Tensor) -> torch.Tensor:
         """The same, without gradients."""
-        acts = (self.is_enabled and (self._if_quant or self._if_calib)) or self.core.pre_quant_scale is not None or bool(self.core.rotate)
-        if acts and isinstance(x, torch.Tensor) and x.device.type != "cpu":
-            return self.compute(x.cpu()).to(x.device)
         if self.low_rank is None:
             return TensorQuantizer.__call__(self, x)
         rest = self.low_rank.taken_from(take(self.prepared(x), self.name))
@@ -59,7 +56,7 @@ class QuantizerModule(TensorQuantizer, torch.nn.Module):
     def low_rank(self) -> LowRank | None:
         """A weight's branch of low rank (SVDQuant), which is taken from it before it is rounded."""
         down, up = (getattr(self, half) for half in LOW_RANK)
-        return None if down is None else LowRank(take(down.cpu(), LOW_RANK[0]), take(up.cpu(), LOW_RANK[1]))
+        return None if down is None else LowRank(take(down, LOW_RANK[0]), take(up, LOW_RANK[1]))
 
     @low_rank.setter
     def low_rank(self, branch: LowRank | None) -> None:

@@ -2,8 +2,10 @@
 and what the rules said of them."""
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,16 +14,18 @@ import numpy as np
 import torch
 
 from modelq.arrays import take
+from modelq.calibration.resume import digest_of
 from modelq.checkpoint.base import Checkpoint, TensorInfo
 from modelq.experts import Place
 from modelq.quantizers import found_values, make_quantizer, set_found_values
 from modelq.rules import Slot
 from modelq.torch_models.experts import is_experts, matrices_of, matrix_of
-from modelq.torch_models.modules import is_searched, kind_of, slots_of
+from modelq.torch_models.modules import is_searched, kind_of
 from modelq.torch_models.quantize import quantizers_of, settings_of
 
 # Linears of one parent that read one input, by the end of their names.
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+SAMPLE = 4096       # values of each weight that tell it from others of the same shape
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 
@@ -35,7 +39,7 @@ class Weights(Checkpoint):
         super().__init__(path, config, infos)
 
     def read(self, name: str) -> np.ndarray:
-        return take(self._live[self._info(name).name].cpu(), name)
+        return take(self._live[self._info(name).name], name)
 
     def live(self, name: str) -> torch.Tensor:
         """The tensor itself."""
@@ -57,16 +61,18 @@ class StandIn:
         self.modules = list(_rows(model, tensors))
         self.checkpoint: Any = Weights(tensors, Path(str(getattr(getattr(model, "config", None), "_name_or_path", "") or ".")), {})
         self.num_layers = 1 + max((row["layer"] for row in self.modules), default=-1)
-        self.settings = settings_of(model)
-        self.slots: dict[str, Slot] = {slot.name: slot for slot in slots_of(model)}
+        self.settings = {key_of(name): replace(setting, slot=replace(setting.slot, name=key_of(name), layer=_layer_of(name)))
+                         for name, setting in settings_of(model).items()}
+        self.slots: dict[str, Slot] = {name: setting.slot for name, setting in self.settings.items()}
         self.places = {f"{row['name']}.{side}_quantizer": Place(name) for row in self.modules if row["expert"] is not None
                        for side, name in row["quantizers"].items()}
         self.quantizers: dict[str, Any] = {name: make_quantizer(setting) for name, setting in self.settings.items()}
         for name, quantizer in quantizers_of(model).items():
-            set_found_values(self.quantizers[name], found_values(quantizer.native))
+            set_found_values(self.quantizers[key_of(name)], found_values(quantizer.native))
         self.low_rank = {name.removesuffix(".weight_quantizer"): quantizer.low_rank for name, quantizer in quantizers_of(model).items()
                          if quantizer.low_rank is not None}
         self.search_losses: dict[str, Any] = {}
+        self.unseen_experts: dict[int, list[int]] = {}
         dtypes = {info.dtype for info in self.checkpoint.tensors.values()}
         self.runtime = SimpleNamespace(compute="float32" if dtypes <= {"float32"} else "bfloat16")
 
@@ -76,16 +82,33 @@ class StandIn:
     def experts_of(self, layer: int) -> list[int]:
         return sorted({row["expert"] for row in self.modules if row["layer"] == layer and row["expert"] is not None})
 
+    def digest(self, steps: Sequence[Mapping[str, Any]], compat: str | None) -> str:
+        """What a calibration depends on, but for its data."""
+        weights = hashlib.sha256()
+        for name in self.checkpoint.tensors:
+            weights.update(np.ascontiguousarray(self.checkpoint.read(name)).reshape(-1)[:SAMPLE].tobytes())
+        return digest_of(self, steps, [], compat) + weights.hexdigest()     # type: ignore[arg-type]
+
     def connect(self) -> None:
         """The model's own quantizers get what was found when a method is done."""
+
+
+def _layer_of(name: str) -> int:
+    """The first number in a name: which of the layers; -1: outside of them."""
+    found = _LAYER.search(name)
+    return int(found[1]) if found else -1
+
+
+def key_of(name: str) -> str:
+    """What a quantizer is called here: `<module>.weight_quantizer`, though the module be the model itself, which has no name."""
+    return name if "." in name else f".{name}"
 
 
 def _rows(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> Iterator[dict[str, Any]]:
     """A row for every linear, embedding and expert's matrix, and its weight into tensors. Tied weights have one name."""
     names: dict[int, str] = {}
     for name, module in model.named_modules():
-        found = _LAYER.search(name)
-        layer = int(found[1]) if found else -1
+        layer = _layer_of(name)
         if is_searched(module):
             parameter = module._parameters["weight"]
             weight = names.setdefault(id(parameter), f"{name}.weight")

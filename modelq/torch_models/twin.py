@@ -16,6 +16,7 @@ from modelq.arrays import take
 from modelq.checkpoint.folder import copy_files, side_files_of
 from modelq.model import Model
 from modelq.quantizers import found_values, make_quantizer, set_found_values
+from modelq.torch_models import unwrapped
 from modelq.torch_models.experts import is_experts, matrix_of
 from modelq.torch_models.modules import QuantizedModule
 from modelq.torch_models.quantize import quantizers_of, settings_of
@@ -60,6 +61,7 @@ class TorchCheckpoint(Weights):
 def twin_of(model: Any) -> Model:
     """ValueError: not a transformers model of a family that modelq knows, a parameter that is not on the CPU, or something quantized that
     has no place in a checkpoint of that family."""
+    model = unwrapped(model)
     if not hasattr(model, "config") or not hasattr(model.config, "to_dict"):
         raise ValueError(f"an export needs a transformers model, with a config: got {type(model).__name__}")
     settings, quantizers = settings_of(model), quantizers_of(model)

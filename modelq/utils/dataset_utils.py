@@ -1,10 +1,11 @@
 """Calibration data: texts to batches of tokens, and the loop that shows them to a model.
 
 The names and arguments are those of modelopt.torch.utils.dataset_utils, with three differences: batches are NumPy arrays unless torch
-tensors are wanted (a device, and a Hugging Face tokenizer); "python_docs" and paths to .txt and .parquet files work too, with no
-download; there is no warning about padding on the right, as padding counts in no statistic here.
+tensors are wanted (a Hugging Face tokenizer beside an imported torch, or a device); "python_docs" and paths to .txt and .parquet files work
+too, with no download; there is no warning about padding on the right, as padding counts in no statistic of a native model.
 """
 import random
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -90,7 +91,8 @@ def get_dataset_dataloader(dataset_name: str | list[str] = "cnn_dailymail", toke
         batch_size: samples in a batch; 0 lets modelq choose.
         num_samples: how many samples, one number per source.
         max_sample_length: tokens per sample at most. All samples are padded to the longest of the whole set.
-        device: with a Hugging Face tokenizer and torch installed, batches are torch tensors there; else NumPy int64 arrays.
+        device: with a Hugging Face tokenizer and torch (imported, or asked for by a device), batches are torch tensors there; else NumPy
+            int64 arrays.
         include_labels: add `labels`: input_ids, with -100 where attention_mask is 0 (models shift them themselves).
         apply_chat_template: render chat data with the tokenizer's template.
         pack: join all texts by the end-of-text token into one stream and cut it into full rows (include_labels is then ignored).
@@ -130,8 +132,8 @@ def get_dataset_dataloader(dataset_name: str | list[str] = "cnn_dailymail", toke
         if not {"num_replicas", "rank"} <= set(share):
             raise ValueError("distributed=True needs sampler_kwargs={'num_replicas': n, 'rank': r}")
         columns = {name: column[share["rank"]::share["num_replicas"]] for name, column in columns.items()}
-    wants_torch = device is not None and tokenize.is_hugging_face(tokenizer) and _has_torch()
-    return TokenBatches(columns, batch_size or AUTO_BATCH_SIZE, device if wants_torch else None)
+    wants_torch = tokenize.is_hugging_face(tokenizer) and ("torch" in sys.modules or device is not None and _has_torch())
+    return TokenBatches(columns, batch_size or AUTO_BATCH_SIZE, (device or "cpu") if wants_torch else None)
 
 
 def _has_torch() -> bool:
@@ -206,6 +208,12 @@ def create_forward_loop(model: Any = None, dataset_name: str | list[str] = "cnn_
                                             batch_size, num_samples, max_sample_length, device, include_labels)
 
     def forward_loop(model: Any) -> None:
+        from modelq.torch_models import is_torch_model
+
+        if is_torch_model(model):
+            from modelq.torch_models.batches import run_batches
+
+            return run_batches(model, dataloader)
         for batch in dataloader:
             if isinstance(batch, dict):
                 model(**batch)

@@ -56,16 +56,22 @@ def test_what_was_found_and_what_is_computed(case):
         assert off <= (5e-3 if case.dtype == "float32" else 0.03)      # a code may flip
 
 
-@pytest.mark.parametrize("case", golden_data.cases("bfloat16", MAX, NAMES, needs=["model.safetensors"]))
+@pytest.mark.parametrize("case", golden_data.cases("bfloat16", [*MAX, *golden_data.SEARCHING], NAMES, needs=["model.safetensors"]))
 def test_exports_are_the_reference_s(case, tmp_path):
-    export_hf_checkpoint(quantize(load(case.model), case.model, getattr(mtq, case.config)), export_dir=tmp_path)
+    """Byte for byte, where torch rounds sums of products as it did for the golden set: another processor's may not, and then the scales of
+    inputs are off by a last bit of bfloat16, and what follows an exponent that another one is as good as."""
+    model = load(case.model)
+    mtq.quantize(model, getattr(mtq, case.config), lambda model: [model(torch.from_numpy(row[None])) for row in case.model.calib], compat="modelopt")
+    export_hf_checkpoint(model, export_dir=tmp_path)
     ours, expected = golden_data.read_safetensors(tmp_path), case.exported
     assert ours.keys() == expected.keys()
     for name, theirs in expected.items():
-        if name.endswith("input_scale"):
-            np.testing.assert_allclose(ours[name], theirs, rtol=2 ** -6)      # of activations
+        assert ours[name].dtype == theirs.dtype and ours[name].shape == theirs.shape
+        if name.endswith("input_scale") or case.config in golden_data.SEARCHING:
+            off = np.abs(ours[name].astype(np.float32) - theirs.astype(np.float32)) > 2 ** -6 * np.abs(theirs.astype(np.float32))
+            assert off.mean() <= (0.05 if case.config in golden_data.SEARCHING and off.size > 1 else 0), name
         else:
-            assert ours[name].dtype == theirs.dtype and ours[name].tobytes() == theirs.tobytes(), name
+            assert ours[name].tobytes() == theirs.tobytes(), name
     for file in ("config.json", "hf_quant_config.json", "generation_config.json"):
         ours, theirs = (json.loads((folder / file).read_text()) for folder in (tmp_path, case.folder))
         for words in (ours, theirs, ours.get("quantization_config", {}), theirs.get("quantization_config", {})):
@@ -159,7 +165,7 @@ class Net(torch.nn.Module):
         return self.linear(self.conv(x).mean((2, 3)))
 
 
-@pytest.mark.parametrize("preset", ["INT8_DEFAULT_CFG", "FP8_DEFAULT_CFG"])
+@pytest.mark.parametrize("preset", ["INT8_DEFAULT_CFG", "FP8_DEFAULT_CFG", "INT8_SMOOTHQUANT_CFG"])
 def test_any_module(preset):
     """Convolutions too; a module that nothing reaches is left off, and said so."""
     torch.manual_seed(0)
@@ -207,7 +213,7 @@ def test_arrays_of_torch(dtype):
     assert torch.equal(quantizer(x), quantizer(x.contiguous()))
 
 
-KV = golden_data.cases(configs=[f"{a}__{b}" for a in MAX for b in ("FP8_KV_CFG", "NVFP4_KV_CFG")], names=NAMES, needs=["amax.safetensors"])
+KV = golden_data.cases(configs=[f"{a}__{b}" for a in MAX for b in ("FP8_KV_CFG", "NVFP4_KV_CFG", "FP8_AFFINE_KV_CFG", "NVFP4_AFFINE_KV_CFG")], names=NAMES, needs=["amax.safetensors"])
 
 
 @pytest.mark.parametrize("case", KV)
@@ -222,9 +228,12 @@ def test_caches(case, tmp_path):
     found, compared = quantizers(model), 0
     for name, expected in case.amax.items():
         if "_bmm_" in name:
-            np.testing.assert_allclose(found[name.rpartition(".")[0]].amax, expected, rtol=1e-6 if case.dtype == "float32" else 2 ** -6)
+            quantizer, _, field = name.rpartition(".")
+            ours = getattr(found[quantizer].native, {"bias_value": "bias"}.get(field, field))
+            np.testing.assert_allclose(np.ravel(ours), np.ravel(expected), rtol=1e-6 if case.dtype == "float32" else 2 ** -6,
+                                       atol=1e-6 if case.dtype == "float32" else 2e-3)
             compared += 1
-    assert compared == 4
+    assert compared == (8 if "AFFINE" in case.config else 4)
     if case.has("fake_logits.npy"):
         off = np.linalg.norm(logits(model, case.model) - case.fake_logits) / np.linalg.norm(case.fake_logits)
         assert off <= (5e-3 if case.dtype == "float32" else 0.03)
@@ -241,7 +250,7 @@ def test_caches(case, tmp_path):
     np.testing.assert_array_equal(logits(model, case.model), plain)
 
 
-@pytest.mark.parametrize("preset", ["FP8_DEFAULT_CFG", "W4A8_AWQ_BETA_CFG", "NVFP4_DEFAULT_CFG"])
+@pytest.mark.parametrize("preset", ["FP8_DEFAULT_CFG", "W4A8_AWQ_BETA_CFG", "NVFP4_SVDQUANT_DEFAULT_CFG"])
 def test_save_and_restore(golden, preset, tmp_path):
     model = quantize(load(golden["llama"]), golden["llama"], getattr(mtq, preset))
     modelq.save(model, tmp_path)

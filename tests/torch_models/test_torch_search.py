@@ -127,6 +127,23 @@ def test_any_module_can_be_searched():
     assert errors[1] < 0.9 * errors[0]
 
 
+@pytest.mark.parametrize("preset", ["INT4_AWQ_CFG", "INT4_GPTQ_CFG", "NVFP4_W4A4_WEIGHT_LOCAL_HESSIAN_CFG", "NVFP4_SVDQUANT_DEFAULT_CFG"])
+def test_a_linear_that_no_data_reaches(preset):
+    """It keeps its weight's maxima, and is said."""
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"0": torch.nn.Linear(128, 128), "1": torch.nn.Linear(128, 128)})
+    config = getattr(mtq, preset)
+    if "GPTQ" in preset:
+        config = {**config, "algorithm": {**config["algorithm"], "layerwise": {"enable": False}}}
+    with pytest.warns(UserWarning, match="no data reached 1.input_quantizer"):
+        mtq.quantize(model, config, lambda model: model["0"](torch.randn(300, 128)))
+    unused = model["1"].weight_quantizer
+    assert unused.is_enabled and unused.amax is not None and unused.pre_quant_scale is None
+    assert not torch.equal(model["1"](torch.ones(1, 128)), torch.nn.functional.linear(torch.ones(1, 128), model["1"].weight, model["1"].bias))
+    with pytest.raises(ValueError, match="no quantizer saw an array"):
+        mtq.quantize(model, config, lambda model: None)
+
+
 @pytest.mark.parametrize("preset", ["INT4_GPTQ_CFG", "NVFP4_GPTQ_CFG", "INT4_AWQ_CFG", "FP8_DEFAULT_CFG"])
 def test_layer_by_layer(golden, preset, monkeypatch):
     """The user's loop is run once, or twice where lm_head is looked at; a model whose every layer is quantized loses less to GPTQ so."""
@@ -142,3 +159,75 @@ def test_layer_by_layer(golden, preset, monkeypatch):
     mtq.quantize(model, {**config, "algorithm": {**step, "layerwise": {"enable": True}}}, loop)
     assert count[0] == 1 and not torch.equal(torch.from_numpy(plain), torch.from_numpy(logits(model, golden["llama"])))
     assert all(quantizer.amax is not None for quantizer in quantizers(model).values() if quantizer.is_enabled and quantizer.needs_calibration)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "qwen3moe"])
+def test_rotated_weights(golden, name, tmp_path):
+    """The model computes what it did (a tied lm_head has a weight of its own then), and exports what the native path does; a failure turns
+    everything back."""
+    import modelq
+    from golden_data import read_safetensors
+
+    golden_model, config = golden[name], {**mtq.NVFP4_DEFAULT_CFG, "algorithm": [{"method": "rotate", "seed": 3}, "max"]}
+    off = {"quant_cfg": [{"quantizer_name": "*", "enable": False}, {"quantizer_name": "*layers.0*q_proj.weight_quantizer", "cfg": {"num_bits": (4, 3)}}],
+           "algorithm": ["rotate", "max"]}
+    model, plain = load(golden_model, "float32"), logits(load(golden_model, "float32"), golden_model)
+    tied = model.lm_head.weight is model.model.embed_tokens.weight
+    mtq.quantize(model, off)
+    mtq.disable_quantizer(model, "*")
+    turned = logits(model, golden_model)
+    assert 0 < np.abs(turned - plain).max() < 1e-4 and (model.lm_head.weight is not model.model.embed_tokens.weight) and not model.config.tie_word_embeddings
+    model = load(golden_model)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+
+    def fails(model):
+        raise RuntimeError("no data today")
+    with pytest.raises(RuntimeError):
+        mtq.quantize(model, config, fails)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items()) and model.state_dict().keys() == before.keys()
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied == model.config.tie_word_embeddings
+    export_hf_checkpoint(quantize(model, golden_model, config), export_dir=tmp_path / "torch")
+    native = modelq.load(golden_model.source)
+    mtq.quantize(native, config, lambda model: [model(row[None]) for row in golden_model.calib])
+    export_hf_checkpoint(native, tmp_path / "native")
+    ours, theirs = (read_safetensors(tmp_path / kind) for kind in ("torch", "native"))
+    assert ours.keys() == theirs.keys()
+    for key in ours:
+        if key.endswith("input_scale"):
+            np.testing.assert_allclose(ours[key], theirs[key], rtol=0.05)
+        else:
+            assert ours[key].tobytes() == theirs[key].tobytes(), key
+
+
+@pytest.mark.parametrize("preset", ["INT4_GPTQ_CFG", "NVFP4_AWQ_LITE_CFG"])
+def test_an_interrupted_search_goes_on(golden, preset, tmp_path, monkeypatch):
+    """Layer by layer, with a folder for the progress: the same result, and what was done is not done again."""
+    from modelq.torch_models.calibration import Step
+
+    def config(folder=None):
+        algorithm = getattr(mtq, preset)["algorithm"]
+        algorithm = algorithm if isinstance(algorithm, dict) else {"method": algorithm}
+        return {**getattr(mtq, preset), "algorithm": {**algorithm, "layerwise": {"enable": True, **({"checkpoint_dir": str(folder)} if folder else {})}}}
+    expected = quantize(load(golden["llama"]), golden["llama"], config())
+    observed, original = [], Step.observe
+
+    def counted(self, run, parts, ranges):
+        observed.append(parts[0].layer)
+        if stop and observed == [0, 1]:
+            raise KeyboardInterrupt
+        original(self, run, parts, ranges)
+    monkeypatch.setattr(Step, "observe", counted)
+    model, stop = load(golden["llama"]), True
+    weight = model.get_submodule(UP).weight.clone()
+    with pytest.raises(KeyboardInterrupt):
+        quantize(model, golden["llama"], config(tmp_path / "progress"))
+    assert torch.equal(model.get_submodule(UP).weight, weight) and not quantizers(model)
+    observed.clear()
+    stop = False
+    quantize(model, golden["llama"], config(tmp_path / "progress"))
+    assert observed == [1, -1]
+    np.testing.assert_array_equal(logits(model, golden["llama"]), logits(expected, golden["llama"]))
+    with pytest.raises(ValueError, match="another calibration"):
+        quantize(load(golden["qwen3"]), golden["qwen3"], config(tmp_path / "progress"))
+    with pytest.raises(ValueError, match="layerwise"):
+        quantize(load(golden["llama"]), golden["llama"], mtq.INT4_AWQ_CFG, checkpoint_dir=tmp_path / "other")

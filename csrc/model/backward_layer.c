@@ -1,0 +1,147 @@
+/* One layer on the way back: units are computed again from the hidden states before it. Of a layer with experts this
+ * is only what comes before them (backward_experts.c). */
+#include <string.h>
+
+#include "core/alloc.h"
+#include "model/backward.h"
+
+static mq_row_sizes sizes_of(const mq_back_rows *rows, int64_t width)
+{
+    return (mq_row_sizes){.rows = rows->rows, .width = width, .dtype = rows->back->run->runtime->dtype};
+}
+
+void mq_backward_mlp_again(const mq_back_rows *rows, int output)
+{
+    const mq_back_scratch *scratch = &rows->back->scratch;
+    const mq_linear *linears = rows->layer->linears;
+    const mq_row_sizes hidden = sizes_of(rows, linears[MQ_ROLE_GATE].cols);
+    const mq_row_sizes inner = sizes_of(rows, linears[MQ_ROLE_GATE].rows);
+    mq_linear_forward(scratch->gate, scratch->mlp_normed, &linears[MQ_ROLE_GATE].weight, 0, &hidden);
+    mq_linear_forward(scratch->up, scratch->mlp_normed, &linears[MQ_ROLE_UP].weight, 0, &hidden);
+    memcpy(scratch->product, scratch->gate, (size_t)(inner.rows * inner.width) * mq_dtype_size(inner.dtype));
+    mq_swiglu_forward(scratch->product, scratch->up, &inner);
+    if (output) mq_linear_forward(scratch->output, scratch->product, &linears[MQ_ROLE_DOWN].weight, 0, &inner);
+}
+
+int mq_backward_mlp(const mq_back_rows *rows, const float *d_output)
+{
+    const mq_back_scratch *scratch = &rows->back->scratch;
+    const mq_row_sizes inner = sizes_of(rows, rows->layer->linears[MQ_ROLE_GATE].rows);
+    mq_back_linear down = {.in = scratch->product, .out = scratch->output, .d_out = d_output, .d_in = scratch->d_gate};
+    mq_back_linear gate = {.in = scratch->mlp_normed, .out = scratch->gate, .d_out = scratch->d_gate,
+                           .d_in = scratch->d_mlp_normed};
+    mq_back_linear up = {.in = scratch->mlp_normed, .out = scratch->up, .d_out = scratch->d_up,
+                         .d_in = scratch->d_mlp_normed, .accumulate = 1};
+    int rc = mq_backward_linear(rows, MQ_ROLE_DOWN, &down);
+    if (rc != MQ_OK) return rc;
+    mq_swiglu_backward(scratch->d_gate, scratch->d_up, scratch->gate, scratch->up, &inner);
+    rc = mq_backward_linear(rows, MQ_ROLE_GATE, &gate);
+    return rc == MQ_OK ? mq_backward_linear(rows, MQ_ROLE_UP, &up) : rc;
+}
+
+/* The MLP half of some rows; middle (rows, C) is its input, gradient becomes the one by that. */
+static int mlp_half(const mq_back_rows *rows, const void *middle, float *gradient)
+{
+    const mq_config *config = &rows->back->run->runtime->config;
+    const mq_back_scratch *scratch = &rows->back->scratch;
+    const mq_row_sizes sizes = sizes_of(rows, config->hidden_size);
+    mq_back_norm norm = {.in = middle, .d_out = scratch->d_mlp_normed, .d_in = gradient, .accumulate = 1, .heads = 1,
+                         .width = config->hidden_size};
+    mq_rmsnorm_forward(scratch->mlp_normed, middle, rows->layer->norms[MQ_ROLE_POST_NORM], config->rms_norm_eps,
+                       &sizes);
+    mq_backward_mlp_again(rows, rows->layer->linears[MQ_ROLE_DOWN].observer != NULL);
+    int rc = mq_backward_mlp(rows, gradient);
+    if (rc == MQ_OK) mq_backward_norm(rows, MQ_ROLE_POST_NORM, &norm);
+    return rc;
+}
+
+static int back_unit(const mq_back_unit *it)
+{
+    const mq_back_scratch *scratch = &it->back->scratch;
+    const int64_t width = it->back->run->runtime->config.hidden_size;
+    const size_t stride = (size_t)width * mq_dtype_size(it->back->run->runtime->dtype);
+    int rc = mq_backward_poll(it->back, it->err);
+    if (rc == MQ_OK) mq_backward_attention_again(it);
+    for (int64_t done = 0; rc == MQ_OK && done < it->unit->rows; done += scratch->piece) {
+        const mq_back_rows rows = {.back = it->back, .layer = it->layer, .first = it->unit->first + done,
+                                   .rows = MQ_MIN(scratch->piece, it->unit->rows - done), .expert = -1, .err = it->err};
+        rc = mlp_half(&rows, (const char *)scratch->middle + (size_t)done * stride, it->gradient + done * width);
+    }
+    return rc == MQ_OK ? mq_backward_attention(it) : rc;
+}
+
+static int back_units(mq_backward *back, mq_layer *layer, const void *input, mq_error *err)
+{
+    const mq_run *run = back->run;
+    const int64_t width = run->runtime->config.hidden_size;
+    const size_t stride = (size_t)width * mq_dtype_size(run->runtime->dtype);
+    int rc = MQ_OK;
+    for (int64_t i = 0; rc == MQ_OK && i < run->unit_count; i++) {
+        const mq_unit *unit = &run->units[i];
+        mq_back_unit it = {.back = back, .layer = layer, .unit = unit, .err = err,
+                           .input = (const char *)input + (size_t)unit->first * stride,
+                           .gradient = back->gradient + unit->first * width};
+        rc = back_unit(&it);
+    }
+    return rc;
+}
+
+/* Gradients are those of the model without quantizers, and statistics would be taken twice. */
+static int check_plain(mq_layer *layer, int64_t index, mq_error *err)
+{
+    mq_point *points[MQ_LAYER_MAX_POINTS];
+    const size_t count = mq_layer_points(layer, points);
+    for (size_t i = 0; i < count; i++) {
+        const int quantized = points[i]->quantizer != NULL && mq_quantizer_acts(points[i]->quantizer);
+        if (quantized || mq_point_has_calib(points[i]))
+            return mq_fail(err, MQ_ERR_STATE, "backward: layer %lld has a %s, which has no gradient", (long long)index,
+                           quantized ? "quantizer of activations" : "calibrator");
+    }
+    return MQ_OK;
+}
+
+static int check_order(const mq_backward *back, int64_t layer, mq_error *err)
+{
+    if (back->failed) return mq_fail(err, MQ_ERR_STATE, "backward: it failed before, and has to start again");
+    if (back->next == back->run->runtime->config.num_hidden_layers)
+        return mq_fail(err, MQ_ERR_STATE, "backward of layer %lld: the head comes first", (long long)layer);
+    if (back->input != NULL)
+        return mq_fail(err, MQ_ERR_STATE, "backward of layer %lld: experts of layer %lld come next", (long long)layer,
+                       (long long)back->next);
+    if (back->next != layer)
+        return mq_fail(err, MQ_ERR_STATE, "backward of layer %lld: the next layer is %lld", (long long)layer,
+                       (long long)back->next);
+    return MQ_OK;
+}
+
+int mq_backward_layer(mq_backward *back, int64_t index, const void *input, const mq_named_tensor *tensors,
+                      size_t count, mq_error *err)
+{
+    mq_layer *layer = &back->run->runtime->layers[index];
+    int rc = check_order(back, index, err);
+    if (rc == MQ_OK) rc = check_plain(layer, index, err);
+    if (rc != MQ_OK) return rc;
+    rc = mq_backward_reserve(back, err);
+    if (rc == MQ_OK) rc = mq_runtime_load_layer(back->run->runtime, index, tensors, count, err);
+    if (rc == MQ_OK) rc = mq_backward_load(back, index, -1, tensors, count, err);
+    if (rc == MQ_OK)
+        rc = layer->experts > 0 ? mq_backward_to_experts(back, index, input, err)
+                                : back_units(back, layer, input, err);
+    if (rc == MQ_OK && layer->experts > 0) return MQ_OK;    /* they come next */
+    mq_backward_drop(back);
+    if (rc == MQ_OK) back->next = index - 1;
+    else back->failed = 1;
+    return rc;
+}
+
+int mq_backward_embed(mq_backward *back, mq_error *err)
+{
+    const mq_run *run = back->run;
+    const mq_row_sizes sizes = {.rows = run->rows, .width = run->runtime->config.hidden_size, .dtype = MQ_F32};
+    float *wanted = mq_backward_wanted(back, mq_runtime_outer(run->runtime, MQ_ROLE_EMBED)->weight);
+    if (back->failed || back->next != -1 || back->input != NULL)
+        return mq_fail(err, MQ_ERR_STATE, "backward of the embedding: layers come first (next is %lld)",
+                       (long long)back->next);
+    if (wanted != NULL) mq_embed_backward(wanted, back->gradient, run->ids, &sizes);
+    return MQ_OK;
+}
