@@ -56,10 +56,8 @@ class Steps:
 
 
 class Subject(Protocol):
-    """A model that is searched. methods: by which it can be scored; slots: every place for a quantizer; module_names: of all its modules;
-    config: its config.json."""
+    """A model that is searched. slots: every place for a quantizer; module_names: of all its modules; config: its config.json."""
 
-    methods: Sequence[str]
     model: Any
     slots: Mapping[str, Slot]
     module_names: Sequence[str]
@@ -67,6 +65,9 @@ class Subject(Protocol):
 
     def searching(self) -> AbstractContextManager[Any]:
         """Within it the model's quantizers are the search's. It is as it was before if the body raises."""
+
+    def check_steps(self, steps: Steps) -> None:
+        """ValueError: what the user's functions do cannot be done here."""
 
     def check(self, settings: Mapping[str, Setting]) -> None:
         """ValueError or NotImplementedError: quantizers that this model cannot have."""

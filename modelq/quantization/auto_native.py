@@ -12,6 +12,7 @@ from modelq.autoquantize.candidates import Calibrated, Candidate, Scores, Steps,
 from modelq.autoquantize.groups import Group
 from modelq.calibration import calibrate as run_calibration
 from modelq.quantization.api import all_or_nothing, check_model, check_source, take_original
+from modelq.quantization.native_scores import check_loss, gradient_scores
 from modelq.quantizers import make_quantizer
 from modelq.rules import Setting, default_setting
 from modelq.supported import check_settings, warn_partial_blocks
@@ -21,8 +22,6 @@ SAMPLE = 64     # numbers of each weight that stand for it in a fingerprint
 
 class NativeSubject:
     """A model from modelq.load."""
-
-    methods = ("kl_div",)
 
     def __init__(self, model: Any, compat: str | None = None):
         check_model(model)
@@ -39,6 +38,10 @@ class NativeSubject:
             model.packed, model.low_rank, model.search_losses, model.quantized = {}, {}, {}, True
             self._take({})
             yield
+
+    def check_steps(self, steps: Steps) -> None:
+        if steps.method == "gradient":
+            check_loss(steps)
 
     def check(self, settings: Mapping[str, Setting]) -> None:
         check_settings(settings.values(), self.model.head_dim)
@@ -68,6 +71,10 @@ class NativeSubject:
 
     def scores(self, groups: Sequence[Group], candidates: Mapping[str, Candidate], steps: Steps, batches: Sequence[Any], first: int
                ) -> Generator[tuple[int, Scores], None, None]:
+        if steps.method == "gradient":
+            yield from gradient_scores(self.model, groups, candidates, steps, batches, first)
+            return
+
         def log_probabilities(batch: Any) -> np.ndarray:
             return _log_softmax(np.asarray(steps.forward_step(self.model, batch), np.float64))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from modelq.autoquantize.candidates import METHODS, Calibrated, Candidate, Scores, Steps, add, calibrated, divergences, give
+from modelq.autoquantize.candidates import Calibrated, Candidate, Scores, Steps, add, calibrated, divergences, give
 from modelq.autoquantize.groups import Group
 from modelq.calibration.weights import freeze_scales
 from modelq.quantizers import found_values, has_static_levels, make_quantizer, set_found_values, stage_quantizers
@@ -28,8 +28,6 @@ SAMPLE = 64     # numbers of each parameter that stand for it in a fingerprint
 
 class TorchSubject:
     """A torch module."""
-
-    methods = METHODS
 
     def __init__(self, model: torch.nn.Module, compat: str | None = None):
         model = unwrapped(model)
@@ -51,6 +49,9 @@ class TorchSubject:
         finally:
             for module, was in training:
                 module.training = was
+
+    def check_steps(self, steps: Steps) -> None:
+        """Whatever gives a gradient will do."""
 
     def check(self, settings: Mapping[str, Setting]) -> None:
         for name, setting in settings.items():
