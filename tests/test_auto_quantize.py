@@ -12,6 +12,7 @@ from modelq.autoquantize.candidates import settings_of
 from modelq.autoquantize.costs import Constraints, Costs, candidate_stats
 from modelq.autoquantize.groups import make_groups
 from modelq.autoquantize.recipes import NO_QUANT, parse_recipes
+from modelq.autoquantize.saved import Saved
 from modelq.export import export_hf_checkpoint
 from modelq.rules import Slot
 
@@ -364,3 +365,58 @@ def test_it_says_what_it_chose(golden, capsys):
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "AutoQuantize cost model: weight" and said[-1].startswith("AutoQuantize effective bits: 5.9")
     assert f"AutoQuantize best recipe for lm_head: {state['best']['recipe']['lm_head.quant_recipe']}" in said
+
+
+# Gradients of native models --------------------------------------------------------------------------------------------------------
+
+def search_by_gradients(model, golden_model, **options):
+    data = options.pop("data", [{"input_ids": row[None], "labels": row[None]} for row in golden_model.calib])
+    options = {"loss_func": lambda output, batch: output.loss, "num_calib_steps": 8, "num_score_steps": 8, **options}
+    return mtq.auto_quantize(model, {"effective_bits": 6.0}, [mtq.INT4_AWQ_CFG, mtq.FP8_DEFAULT_CFG], data,
+                             lambda model, batch: model(**batch), **options)
+
+
+@pytest.mark.parametrize("case", golden_data.cases(configs=["AUTO_6.0"], needs=["auto_state.json"]))
+def test_gradient_scores_and_choice_are_the_reference_s(case):
+    """In bfloat16 q/k/v and gate/up are scored with the smoothing scale that they share in an export, the reference's with their own."""
+    theirs = json.loads((case.folder / "auto_state.json").read_text())
+    model, state = search_by_gradients(modelq.load(case.model.source, compute=case.dtype), case.model, compat="modelopt")
+    for key, group in theirs["candidate_stats"].items():
+        shared = case.dtype == "bfloat16" and len(group["module_names"]) > 1
+        np.testing.assert_allclose(state["candidate_stats"][key]["scores"][shared:], group["scores"][shared:],
+                                   rtol=1e-3 if case.dtype == "float32" else 0.2)
+    assert state["best"]["recipe"] == theirs["best"]["recipe"] and state["best"]["constraints"] == theirs["best"]["constraints"]
+
+
+def test_gradient_scores_in_rounds(golden, tmp_path, monkeypatch):
+    """As many batches at a time as have room; kept after each round."""
+    whole = search_by_gradients(modelq.load(golden["qwen3moe"].source, compute="float32"), golden["qwen3moe"])[1]
+    monkeypatch.setattr("modelq.model.HIDDEN_BYTES", 4 * 128 * 64 * 3)
+    saved, kept = [], Saved.keep_scores
+    monkeypatch.setattr(Saved, "keep_scores", lambda self, state=None: (saved.append(self.batches), kept(self, state))[1])
+    parts = search_by_gradients(modelq.load(golden["qwen3moe"].source, compute="float32"), golden["qwen3moe"], checkpoint=tmp_path)[1]
+    assert saved == [0, 0, 3, 6, 8, 8]
+    for key, group in whole["candidate_stats"].items():
+        np.testing.assert_allclose(parts["candidate_stats"][key]["scores"], group["scores"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"loss_func": lambda output, batch: output.logits.sum()}, "let loss_func return output.loss, or use method='kl_div' .loss_func: AttributeError"),
+    ({"loss_func": lambda output, batch: 2.0}, "let loss_func return output.loss as it is"),
+    ({"forward_backward_step": lambda model, batch: None}, "forward_backward_step is for torch modules")])
+def test_losses_that_a_native_model_does_not_know(golden, options, words):
+    model = modelq.load(golden["llama"].source)
+    with pytest.raises(ValueError, match=words):
+        search_by_gradients(model, golden["llama"], **options)
+    assert not model.quantized
+
+
+def test_a_loss_that_is_nan_names_the_batch(golden):
+    model, rows = modelq.load(golden["llama"].source), golden["llama"].calib
+    data = [{"input_ids": row[None], "labels": np.full_like(row[None], -100) if index == 3 else row[None]} for index, row in enumerate(rows)]
+    with pytest.raises(ValueError, match="batch 3 .of 8.*the loss is nan"):
+        search_by_gradients(model, golden["llama"], data=data)
+    with pytest.raises(ValueError, match="batch 0: forward_step must call the model once, it did so 2 times"):
+        mtq.auto_quantize(model, None, PLAIN, data, lambda model, batch: [model(**batch) for _ in range(2)], lambda output, batch: output[0],
+                          num_calib_steps=1, num_score_steps=1)
+    assert not model.quantized

@@ -67,8 +67,17 @@ class Subject(Protocol):
     def searching(self) -> AbstractContextManager[Any]:
         """Within it the model's quantizers are the search's. It is as it was before if the body raises."""
 
+    def check_steps(self, steps: Steps) -> None:
+        """ValueError: what the user's functions do cannot be done here."""
+
     def check(self, settings: Mapping[str, Setting]) -> None:
         """ValueError or NotImplementedError: quantizers that this model cannot have."""
+
+    def agree(self, value: Any) -> bool:
+        """Whether all processes that search together give the same."""
+
+    def own_folder(self, folder: Any) -> Any:
+        """The part of a checkpoint's folder that is this process's."""
 
     def fingerprint(self) -> str:
         """Of the weights."""
@@ -79,10 +88,19 @@ class Subject(Protocol):
 
     def scores(self, groups: Sequence[Group], candidates: Mapping[str, Candidate], steps: Steps, batches: Sequence[Any], first: int
                ) -> Generator[tuple[int, Scores], None, None]:
-        """(number of batches, what they add to the scores), until all are done. first: the number of the first batch, for messages."""
+        """(number of batches, what they add to the scores), until all are done; of processes that search together, what all add.
+        first: the number of the first batch, for messages."""
 
     def apply(self, settings: Mapping[str, Setting], values: Mapping[str, Calibrated]) -> None:
         """Give the model these quantizers, all others off."""
+
+
+def add(total: Scores, found: Scores) -> None:
+    """Add scores to others, in place."""
+    for key, scores in found.items():
+        sums = total.setdefault(key, {})
+        for recipe, score in scores.items():
+            sums[recipe] = sums.get(recipe, 0.0) + score
 
 
 def settings_of(groups: Iterable[Group], recipe: Recipe) -> dict[str, Setting]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
-from modelq.autoquantize.candidates import Calibrated, Candidate, Steps, Subject, settings_of
+from modelq.autoquantize.candidates import Calibrated, Candidate, Steps, Subject, add, settings_of
 from modelq.autoquantize.costs import Constraints, Costs, candidate_stats
 from modelq.autoquantize.groups import Group, listed, make_groups
 from modelq.autoquantize.recipes import Recipe, plain_config
@@ -58,7 +58,7 @@ def search(subject: Subject, request: Request) -> dict[str, Any]:
     for recipe in request.recipes:
         subject.check(settings_of(groups, recipe))
     subject.check(cache_settings)
-    saved = Saved(request.checkpoint, _signature(subject, request, groups))
+    saved = Saved(subject.own_folder(request.checkpoint), _signature(subject, request, groups))
     with subject.searching():
         candidates = _calibrate(subject, request, groups, saved)
         cache_values = _calibrate_cache(subject, request, cache_settings, saved)
@@ -110,7 +110,7 @@ def _calibrate(subject: Subject, request: Request, groups: Sequence[Group], save
     found = {}
     for recipe in progress(request.recipes, "calibrate formats", unit="format"):
         settings = settings_of(groups, recipe)
-        values = saved.values(recipe.name)
+        values = _kept(subject, saved, recipe.name)
         if values is None:
             # as in Model Optimizer: a quarter of the data is enough for the search for smoothing scales
             smooths = any("awq" in step["method"] for step in recipe.steps)
@@ -119,6 +119,12 @@ def _calibrate(subject: Subject, request: Request, groups: Sequence[Group], save
             saved.keep_values(recipe.name, values)
         found[str(recipe)] = Candidate(recipe, settings, values)
     return found
+
+
+def _kept(subject: Subject, saved: Saved, name: str) -> dict[str, Calibrated] | None:
+    """What was found before, if every process has it: else all calibrate, together."""
+    values = saved.values(name)
+    return values if subject.agree(values is not None) else None
 
 
 def _cache_settings(subject: Subject, request: Request) -> dict[str, Setting]:
@@ -135,7 +141,7 @@ def _cache_settings(subject: Subject, request: Request) -> dict[str, Setting]:
 def _calibrate_cache(subject: Subject, request: Request, settings: Mapping[str, Setting], saved: Saved) -> Mapping[str, Calibrated]:
     if request.kv_cache is None:
         return {}
-    if (values := saved.values(KV_CACHE)) is None:
+    if (values := _kept(subject, saved, KV_CACHE)) is None:
         values = subject.calibrate(settings, request.kv_cache.steps, _loop(request, request.num_calib_steps))
         saved.keep_values(KV_CACHE, values)
     return values
@@ -151,15 +157,14 @@ def _loop(request: Request, count: int) -> Callable[[Any], None]:
 def _score(subject: Subject, request: Request, groups: Sequence[Group], candidates: Mapping[str, Candidate], saved: Saved) -> None:
     """Go on from the batches that were scored before."""
     searched = [group for group in groups if len(group.recipes) > 1]
+    if not subject.agree(saved.batches):
+        saved.batches, saved.scores = 0, {}
     batches = request.batches[saved.batches:request.num_score_steps]
     if not batches:
         return
     with closing(subject.scores(searched, candidates, request.steps, batches, saved.batches)) as scored:
         for done, found in progress(scored, "score formats", unit="batch", total=len(batches)):
-            for key, scores in found.items():
-                total = saved.scores.setdefault(key, {})
-                for recipe, score in scores.items():
-                    total[recipe] = total.get(recipe, 0.0) + score
+            add(saved.scores, found)
             saved.batches += done
             saved.keep_scores()
 

@@ -39,9 +39,19 @@ class NativeSubject:
             self._take({})
             yield
 
+    def check_steps(self, steps: Steps) -> None:
+        if steps.method == "gradient":
+            check_loss(steps)
+
     def check(self, settings: Mapping[str, Setting]) -> None:
         check_settings(settings.values(), self.model.head_dim)
         warn_partial_blocks(settings.values(), self.model.head_dim)
+
+    def agree(self, value: Any) -> bool:
+        return True
+
+    def own_folder(self, folder: Any) -> Any:
+        return folder
 
     def fingerprint(self) -> str:
         found = hashlib.sha256(repr(self.model.float32_weights).encode())

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from modelq.streaming import Part, unread
 from modelq.torch_models import unwrapped
 from modelq.torch_models.modules import slots_of
 from modelq.torch_models.originals import Originals
+from modelq.torch_models.processes import agree, are_several, gathered, own_folder, run_together
 from modelq.torch_models.quantize import inserted, quantizers_of, refuse_packed, run_steps, take_settings
 from modelq.torch_models.scores import Formats, gradient_scores
 from modelq.torch_models.stand_in import StandIn, key_of
@@ -49,12 +50,21 @@ class TorchSubject:
             for module, was in training:
                 module.training = was
 
+    def check_steps(self, steps: Steps) -> None:
+        """Whatever gives a gradient will do."""
+
     def check(self, settings: Mapping[str, Setting]) -> None:
         for name, setting in settings.items():
             if setting.enable and len(stages(setting)) > 1 and setting.slot.role != "weight":
                 raise NotImplementedError(f"{name}: quantizers one after the other are for weights only")
             if setting.enable:
                 make_quantizer(setting)
+
+    def agree(self, value: Any) -> bool:
+        return agree(value)
+
+    def own_folder(self, folder: Any) -> Any:
+        return own_folder(folder)
 
     def fingerprint(self) -> str:
         found = hashlib.sha256()
@@ -77,6 +87,25 @@ class TorchSubject:
 
     def scores(self, groups: Sequence[Group], candidates: Mapping[str, Candidate], steps: Steps, batches: Sequence[Any], first: int
                ) -> Generator[tuple[int, Scores], None, None]:
+        own = self._own_scores(groups, candidates, steps, batches, first)
+        if not are_several():
+            yield from own
+            return
+        found: Scores = {}
+
+        def run() -> None:
+            for _, scores in own:
+                add(found, scores)
+        with closing(own):
+            run_together(run)
+        total: Scores = {}
+        for scores in gathered(found):
+            add(total, scores)
+        yield len(batches), total
+
+    def _own_scores(self, groups: Sequence[Group], candidates: Mapping[str, Candidate], steps: Steps, batches: Sequence[Any], first: int
+                    ) -> Generator[tuple[int, Scores], None, None]:
+        """Of this process's data."""
         if steps.method == "gradient":
             yield from gradient_scores(self.model, groups, candidates, steps, batches, first)
             return

@@ -5,6 +5,7 @@ Every process then searches with the same numbers and finds the same; nothing mo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ def run_together(run: Callable[[], Any]) -> None:
         run()
     except BaseException as error:
         failure = error
-    failures = _gathered(None if failure is None else f"{type(failure).__name__}: {failure}")
+    failures = gathered(None if failure is None else f"{type(failure).__name__}: {failure}")
     if failure is not None:
         raise failure
     for rank, words in enumerate(failures):
@@ -42,25 +43,35 @@ def merge(statistics: Mapping[str, _core.Calibrator], maxima: Mapping[str, Tenso
     expert. RuntimeError: the processes look at different models."""
     if not are_several():
         return
-    names = _gathered([*statistics, *maxima, *tokens])
+    names = gathered([*statistics, *maxima, *tokens])
     if any(other != names[0] for other in names):
         raise RuntimeError("the processes of torch.distributed calibrate different models: each must quantize the same one")
     for calibrator in statistics.values():
-        first, *others = _gathered(calibrator.save())
+        first, *others = gathered(calibrator.save())
         calibrator.load(first)
         for state in others:
             other = _core.Calibrator(calibrator.kind, calibrator.axis, calibrator.option)
             other.load(state)
             calibrator.merge(other)
     for quantizer in maxima.values():
-        for seen in _gathered(quantizer.compute_amax()):
+        for seen in gathered(quantizer.compute_amax()):
             if seen is not None:
                 quantizer.collect_maxima(seen)
     for counts in tokens.values():
-        counts[:] = np.sum(_gathered(counts), axis=0)
+        counts[:] = np.sum(gathered(counts), axis=0)
 
 
-def _gathered(value: Any) -> list[Any]:
+def agree(value: Any) -> bool:
+    """Whether every process gives the same."""
+    return not are_several() or all(other == value for other in gathered(value))
+
+
+def own_folder(folder: Any) -> Any:
+    """The part of a folder that is this process's."""
+    return folder if folder is None or not are_several() else Path(folder) / f"process_{torch.distributed.get_rank()}"
+
+
+def gathered(value: Any) -> list[Any]:
     """What every process gives, by rank."""
     found: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(found, value)

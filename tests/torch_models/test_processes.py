@@ -33,8 +33,20 @@ np.savez(f"{out}/found{world}_{rank}.npz", **found)
 """
 
 
-def run(world, golden_model, out, config, fails=False):
-    jobs = [subprocess.Popen([sys.executable, "-c", WORKER, json.dumps([rank, world, str(golden_model.source), str(golden_model.folder / "calib.npy"),
+SEARCHER = WORKER.replace("mtq.quantize(model, config, loop)", """
+batches = [{"input_ids": row[None], "labels": row[None]} for row in data[rank * len(data) // world:(rank + 1) * len(data) // world]]
+def forward_step(model, batch):
+    if fails and rank == 1 and torch.is_grad_enabled():
+        raise OSError("no such disk")
+    return model(**batch)
+_, state = mtq.auto_quantize(model, {"effective_bits": 7}, [mtq.INT4_BLOCKWISE_WEIGHT_ONLY_CFG, config], batches, forward_step,
+                             lambda output, batch: output.loss, checkpoint=f"{out}/search{world}")
+json.dump(state, open(f"{out}/state{world}_{rank}.json", "w"))
+""")
+
+
+def run(world, golden_model, out, config, fails=False, code=WORKER):
+    jobs = [subprocess.Popen([sys.executable, "-c", code, json.dumps([rank, world, str(golden_model.source), str(golden_model.folder / "calib.npy"),
                                                                        str(out), config, fails])], stderr=subprocess.PIPE, text=True)
             for rank in range(world)]
     said = [job.communicate(timeout=300)[1] for job in jobs]
@@ -59,3 +71,23 @@ def test_one_that_fails_stops_the_other(golden, tmp_path):
     codes, said = run(2, golden["llama"], tmp_path, "FP8_DEFAULT_CFG", fails=True)
     assert 0 not in codes and "OSError: no such disk" in said[1] and "calibration failed in process 1: OSError: no such disk" in said[0]
     assert not list(Path(tmp_path).glob("found*"))
+
+
+def test_two_processes_choose_the_same(golden, tmp_path):
+    """Scores are those of all data; a search that is there already, of both, is taken."""
+    for world in (1, 2, 2):
+        (tmp_path / "meet").unlink(missing_ok=True)
+        codes, said = run(world, golden["llama"], tmp_path, "FP8_DEFAULT_CFG", code=SEARCHER)
+        assert codes == [0] * world, said
+        if (tmp_path / "search2").exists():
+            (tmp_path / "search2" / "process_1" / "FP8_DEFAULT_CFG.safetensors").unlink(missing_ok=True)     # both calibrate again, together
+    alone, first, second = (json.loads((tmp_path / f"state{name}.json").read_text()) for name in ("1_0", "2_0", "2_1"))
+    assert first == second and first["best"]["recipe"] == alone["best"]["recipe"]
+    for key, group in alone["candidate_stats"].items():
+        np.testing.assert_allclose(first["candidate_stats"][key]["scores"], group["scores"], rtol=1e-5)
+    assert len(list((tmp_path / "search2").glob("process_*/search.json"))) == 2
+
+
+def test_one_that_fails_to_score_stops_the_other(golden, tmp_path):
+    codes, said = run(2, golden["llama"], tmp_path, "FP8_DEFAULT_CFG", fails=True, code=SEARCHER)
+    assert 0 not in codes and "OSError: no such disk" in said[1] and "calibration failed in process 1: OSError: no such disk" in said[0]
