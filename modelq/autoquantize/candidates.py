@@ -67,9 +67,6 @@ class Subject(Protocol):
     def searching(self) -> AbstractContextManager[Any]:
         """Within it the model's quantizers are the search's. It is as it was before if the body raises."""
 
-    def check_steps(self, steps: Steps) -> None:
-        """ValueError: what the user's functions do cannot be done here."""
-
     def check(self, settings: Mapping[str, Setting]) -> None:
         """ValueError or NotImplementedError: quantizers that this model cannot have."""
 

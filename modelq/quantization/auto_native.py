@@ -39,10 +39,6 @@ class NativeSubject:
             self._take({})
             yield
 
-    def check_steps(self, steps: Steps) -> None:
-        if steps.method == "gradient":
-            check_loss(steps)
-
     def check(self, settings: Mapping[str, Setting]) -> None:
         check_settings(settings.values(), self.model.head_dim)
         warn_partial_blocks(settings.values(), self.model.head_dim)

@@ -50,9 +50,6 @@ class TorchSubject:
             for module, was in training:
                 module.training = was
 
-    def check_steps(self, steps: Steps) -> None:
-        """Whatever gives a gradient will do."""
-
     def check(self, settings: Mapping[str, Setting]) -> None:
         for name, setting in settings.items():
             if setting.enable and len(stages(setting)) > 1 and setting.slot.role != "weight":
