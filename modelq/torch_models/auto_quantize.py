@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from modelq.autoquantize.candidates import Calibrated, Candidate, Scores, Steps, calibrated, divergences, give
+from modelq.autoquantize.candidates import Calibrated, Candidate, Scores, Steps, add, calibrated, divergences, give
 from modelq.autoquantize.groups import Group
 from modelq.calibration.weights import freeze_scales
 from modelq.quantizers import found_values, has_static_levels, make_quantizer, set_found_values, stage_quantizers
