@@ -12,7 +12,6 @@ from modelq.autoquantize.candidates import settings_of
 from modelq.autoquantize.costs import Constraints, Costs, candidate_stats
 from modelq.autoquantize.groups import make_groups
 from modelq.autoquantize.recipes import NO_QUANT, parse_recipes
-from modelq.autoquantize.saved import Saved
 from modelq.export import export_hf_checkpoint
 from modelq.rules import Slot
 

@@ -2,10 +2,6 @@
 way; order, errors, threads and memory."""
 import copy
 import json
-import re
-import signal
-import threading
-import time
 import zlib
 from pathlib import Path
 
