@@ -26,9 +26,10 @@ def auto_quantize(model: Any, constraints: Any = None, quantization_formats: Any
 
     constraints: {"effective_bits": mean bits of a weight at most (4.8), "cost_model": "weight" or "active_moe", "cost": {...}}.
     quantization_formats: configs or names of presets; None among them, and no quantization, is always a choice. data_loader: batches for
-    calibration and scores. forward_step(model, batch) -> output; loss_func(output, batch) -> loss (of a native model, output.loss), or, for torch modules,
-    forward_backward_step(model, batch) that does both. disabled_layers: patterns of modules that stay as they are; lm_head is one to name. num_calib_steps, num_score_steps:
-    how many batches. method: "gradient", or "kl_div", which needs forward_step only (logits, or an output that has them).
+    calibration and scores. forward_step(model, batch) -> output; loss_func(output, batch) -> loss (of a native model, output.loss);
+    forward_backward_step(model, batch): in the place of both, for torch modules. disabled_layers: patterns of modules that stay as they
+    are; lm_head is one to name. num_calib_steps, num_score_steps: how many batches. method: "gradient", or "kl_div", which needs
+    forward_step only (logits, or an output that has them).
     checkpoint: a folder that keeps calibration and scores: an interrupted search goes on, another budget takes the same scores.
     kv_cache_cfg: a config whose rules for keys and values are calibrated and added (mtq.FP8_KV_CFG). bits: "effective" counts as Model
     Optimizer does, "stored" what a checkpoint stores, scales of blocks included. compat: as in `quantize`.
