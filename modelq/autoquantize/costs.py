@@ -128,7 +128,8 @@ class Costs:
         least, most = (sum(choose(costs) for costs in self.costs.values()) / self.denominator * NO_QUANT_BITS for choose in (min, max))
         if sum(min(costs) for costs in self.costs.values()) > self.budget:
             raise ValueError(f"constraints: {wanted} {bits} bits cannot be met: with these formats and layers, from {_up(least)} to "
-                             f"{float(most):.4g} can be; add a format of fewer bits, or disable fewer layers")
+                             f"{float(most):.4g} can be; add a format of fewer bits, disable fewer layers, or leave disabled layers out of "
+                             f"the count by cost {{{EXCLUDED!r}: [...]}}")
 
     def solve(self) -> Solution:
         """The best choice within the budget."""
