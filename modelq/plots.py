@@ -8,6 +8,7 @@ from typing import Any
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
+DARK = ("#0072B2", "#009E73", "#D55E00")
 UNQUANTIZED = "#BBBBBB"
 
 
@@ -63,7 +64,8 @@ def draw_layers(path: Path | str, state: Mapping[str, Any]) -> None:
     for (row, column), (name, score) in cells.items():
         axes.add_patch(plt.Rectangle((column, row), 1, 1, facecolor=colors[name], edgecolor="white"))
         if score > 0:
-            axes.text(column + 0.5, row + 0.5, f"{np.log10(score):.1f}", ha="center", va="center", fontsize=7)
+            axes.text(column + 0.5, row + 0.5, f"{np.log10(score):.1f}", ha="center", va="center", fontsize=7,
+                      color="white" if colors[name] in DARK else "black")
     axes.set_xlim(0, columns)
     axes.set_ylim(len(rows), 0)
     axes.set_xticks([column + 0.5 for column in range(columns)], [str(column) for column in range(columns)])
