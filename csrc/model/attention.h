@@ -32,6 +32,10 @@ size_t mq_attention_scratch(const mq_attention_args *args);
 /* A query that sees no key gets zeros. Runs on the pool, inline inside a job. */
 void mq_attention_forward(const mq_attention_args *args, void *scratch);
 
+/* The same for one token (T = 1, no key_mask, maxima and factors): keys and values are read where they lie. */
+size_t mq_attention_step_scratch(const mq_attention_args *args);
+void mq_attention_step(const mq_attention_args *args, void *scratch);
+
 /* Probabilities are computed again, block by block (Dao et al. 2022); a task is one head, and heads that share keys and
  * values add their gradients in order. */
 typedef struct mq_attention_gradient {
