@@ -9,7 +9,7 @@ enum { GROWTH = 256 };      /* positions: capacity is a multiple of it */
 int mq_cache_init(mq_cache *cache, const mq_config *config, mq_dtype dtype, int64_t slots, mq_error *err)
 {
     *cache = (mq_cache){.layers = config->num_hidden_layers, .slots = slots, .dtype = dtype,
-                        .width = config->num_key_value_heads * config->head_dim};
+                        .heads = config->num_key_value_heads, .head_dim = config->head_dim};
     cache->lengths = mq_alloc_zeroed((size_t)slots * sizeof *cache->lengths);
     return cache->lengths ? MQ_OK : mq_fail_memory(err, "the cache", (size_t)slots * sizeof *cache->lengths);
 }
@@ -22,15 +22,15 @@ void mq_cache_free(mq_cache *cache)
     memset(cache, 0, sizeof *cache);
 }
 
-/* Bytes of the keys, or of the values, of one slot in one layer. */
+/* Bytes of the keys, or of the values, of one head of one slot in one layer; and how many of these parts there are. */
 static size_t part_nbytes(const mq_cache *cache)
 {
-    return (size_t)(cache->capacity * cache->width) * mq_dtype_size(cache->dtype);
+    return (size_t)(cache->capacity * cache->head_dim) * mq_dtype_size(cache->dtype);
 }
 
 static size_t parts(const mq_cache *cache)
 {
-    return (size_t)(2 * cache->layers * cache->slots);
+    return (size_t)(2 * cache->layers * cache->slots * cache->heads);
 }
 
 size_t mq_cache_nbytes(const mq_cache *cache)
@@ -40,9 +40,9 @@ size_t mq_cache_nbytes(const mq_cache *cache)
 
 static void copy_filled(const mq_cache *to, const mq_cache *from)
 {
-    const size_t position = (size_t)from->width * mq_dtype_size(from->dtype);
+    const size_t position = (size_t)from->head_dim * mq_dtype_size(from->dtype);
     for (size_t i = 0; i < parts(from); i++) {
-        const size_t slot = i / 2 % (size_t)from->slots;
+        const size_t slot = i / (size_t)(2 * from->heads) % (size_t)from->slots;
         memcpy(to->memory + i * part_nbytes(to), from->memory + i * part_nbytes(from),
                (size_t)from->lengths[slot] * position);
     }
@@ -69,18 +69,27 @@ int mq_cache_reserve(mq_cache *cache, const mq_config *config, int64_t positions
 
 void *mq_cache_keys(const mq_cache *cache, int64_t layer, int64_t slot)
 {
-    return cache->memory + (size_t)(2 * (layer * cache->slots + slot)) * part_nbytes(cache);
+    return cache->memory + (size_t)(2 * (layer * cache->slots + slot) * cache->heads) * part_nbytes(cache);
 }
 
 void *mq_cache_values(const mq_cache *cache, int64_t layer, int64_t slot)
 {
-    return (char *)mq_cache_keys(cache, layer, slot) + part_nbytes(cache);
+    return (char *)mq_cache_keys(cache, layer, slot) + (size_t)cache->heads * part_nbytes(cache);
+}
+
+/* in (tokens, heads, head_dim) to out [heads][capacity][head_dim], from position first on. */
+static void store(const mq_cache *cache, char *out, const char *in, int64_t first, int64_t tokens)
+{
+    const size_t nbytes = (size_t)cache->head_dim * mq_dtype_size(cache->dtype);
+    for (int64_t i = 0; i < tokens * cache->heads; i++) {
+        const int64_t token = i / cache->heads, head = i % cache->heads;
+        memcpy(out + (size_t)head * part_nbytes(cache) + (size_t)(first + token) * nbytes, in + (size_t)i * nbytes, nbytes);
+    }
 }
 
 void mq_cache_store(const mq_cache *cache, int64_t layer, int64_t slot, int64_t tokens, const void *k, const void *v)
 {
-    const size_t position = (size_t)cache->width * mq_dtype_size(cache->dtype);
-    const size_t at = (size_t)cache->lengths[slot] * position, nbytes = (size_t)tokens * position;
-    memcpy((char *)mq_cache_keys(cache, layer, slot) + at, k, nbytes);
-    memcpy((char *)mq_cache_values(cache, layer, slot) + at, v, nbytes);
+    const int64_t first = cache->lengths[slot];
+    store(cache, mq_cache_keys(cache, layer, slot), k, first, tokens);
+    store(cache, mq_cache_values(cache, layer, slot), v, first, tokens);
 }

@@ -263,6 +263,8 @@ static void attend_cached(const pass *pass, const mq_sequence *sequence, mq_atte
     args->T_kv = args->past + args->T;
     args->k = mq_cache_keys(context->cache, layer, slot);
     args->v = mq_cache_values(context->cache, layer, slot);
+    args->ldk = args->ldv = args->head_dim;
+    args->head_stride = context->cache->capacity * args->head_dim;
     if (args->T == 1) mq_attention_step(args, scratch);
     else mq_attention_forward(args, scratch);
 }

@@ -1,6 +1,7 @@
-/* Attention of one token over keys and values that lie in a cache: nothing is packed, and every key and value is read
- * once. A task is one head of keys and one block of positions, for all heads of queries that read it; what blocks find
- * is put together in order (Dao et al. 2023, "Flash-Decoding"). */
+/* Attention of one token over keys and values that lie in a cache: these are not packed, but the queries are (scores are
+ * the product that mq_attention_forward has, the other way round), and every key and value is read once. A task is one
+ * head of keys and one block of positions, for all heads of queries that read it; what blocks find is put together in
+ * order (Dao et al. 2023, "Flash-Decoding"). */
 #include <math.h>
 #include <string.h>
 
@@ -11,13 +12,15 @@
 
 enum { KEYS = 256 };             /* of a block */
 
-/* Scratch of a task, in floats: queries and sums of the heads that share its keys, scores, one row of values. */
+/* Of a task are, in floats: largest score, sum and output of every head that shares its keys, scores by key and by head,
+ * one row of values; and the packed queries. */
 typedef struct step {
     const mq_attention_args *args;
     const mq_typed_row_ops *kernels;
+    mq_gemm_kind kind;
     int64_t blocks, group;
-    float *memory;
-    size_t task_floats;
+    char *memory;
+    size_t floats, task_size;
 } step;
 
 /* What one block found for one head. */
@@ -28,21 +31,24 @@ typedef struct part {
 static step prepare(const mq_attention_args *args, void *scratch)
 {
     step it = {.args = args, .kernels = mq_row_ops_of(args->dtype), .memory = scratch,
+               .kind = args->dtype == MQ_BF16 ? MQ_GEMM_BF16 : MQ_GEMM_F32,
                .blocks = MQ_CEIL_DIV(args->T_kv, (int64_t)KEYS), .group = args->heads / args->kv_heads};
-    const int64_t each = 2 + args->value_dim + args->head_dim + KEYS;
-    it.task_floats = (size_t)MQ_ROUND_UP(it.group * each + args->value_dim, (int64_t)16);
+    const int64_t each = 2 + args->value_dim + 2 * KEYS;
+    it.floats = (size_t)MQ_ROUND_UP(it.group * each + args->value_dim, (int64_t)16);
+    it.task_size = it.floats * sizeof(float) + mq_gemm_packed_size(it.kind, it.group, args->head_dim);
+    it.task_size = MQ_ROUND_UP(it.task_size, (size_t)64);
     return it;
 }
 
 size_t mq_attention_step_scratch(const mq_attention_args *args)
 {
     step it = prepare(args, NULL);
-    return (size_t)(args->kv_heads * it.blocks) * it.task_floats * sizeof(float);
+    return (size_t)(args->kv_heads * it.blocks) * it.task_size;
 }
 
 static part part_of(const step *it, int64_t task, int64_t member)
 {
-    float *at = it->memory + (size_t)task * it->task_floats;
+    float *at = (float *)(void *)(it->memory + (size_t)task * it->task_size);
     return (part){.max = at + member, .sum = at + it->group + member,
                   .out = at + 2 * it->group + member * it->args->value_dim};
 }
@@ -67,23 +73,31 @@ static void weigh(const step *it, float *scores, int64_t n, const part *found)
     it->kernels->to_f32(scores, rounded, n);
 }
 
+/* scores [group][KEYS] of n keys; by_key: [n][group], as the product has them. */
+static void score(const step *it, int64_t task, const char *k, int64_t n, float *by_key, float *scores)
+{
+    const mq_attention_args *args = it->args;
+    const char *q = element(args, args->q, task / it->blocks * it->group * args->head_dim);
+    mq_packed queries = {.data = it->memory + (size_t)task * it->task_size + it->floats * sizeof(float)};
+    mq_gemm_args product = {.m = n, .a = k, .a_dtype = args->dtype, .lda = args->ldk, .b = &queries, .c = by_key,
+                            .c_dtype = MQ_F32, .ldc = it->group, .alpha = args->scale};
+    mq_gemm_pack(it->kind, q, args->dtype, it->group, args->head_dim, args->head_dim, &queries);
+    mq_gemm_run(&product);
+    for (int64_t j = 0; j < n; j++)
+        for (int64_t i = 0; i < it->group; i++) scores[i * KEYS + j] = by_key[j * it->group + i];
+}
+
 static void attend_block(const step *it, int64_t task)
 {
     const mq_attention_args *args = it->args;
     const int64_t kv_head = task / it->blocks, first = task % it->blocks * KEYS;
     const int64_t low = MQ_MAX(mq_attention_first_key(args, 0), first);
     const int64_t n = MQ_MIN(mq_attention_last_key(args, 0), first + KEYS) - low;
-    float *queries = part_of(it, task, it->group).out, *scores = queries + it->group * args->head_dim;
-    float *value = scores + it->group * KEYS;
-    const char *k = element(args, args->k, low * args->ldk + kv_head * args->head_dim);
-    const char *v = element(args, args->v, low * args->ldv + kv_head * args->value_dim);
-    const char *q = element(args, args->q, kv_head * it->group * args->head_dim);
-    it->kernels->to_f32(queries, q, it->group * args->head_dim);
-    for (int64_t i = 0; i < it->group * args->head_dim; i++) queries[i] *= args->scale;
-    for (int64_t j = 0; j < n; j++)
-        for (int64_t i = 0; i < it->group; i++)
-            scores[i * KEYS + j] = it->kernels->dot(queries + i * args->head_dim, element(args, k, j * args->ldk),
-                                                    args->head_dim);
+    float *scores = part_of(it, task, 0).out + it->group * args->value_dim, *by_key = scores + it->group * KEYS;
+    float *value = by_key + it->group * KEYS;
+    const char *k = element(args, args->k, low * args->ldk + mq_attention_head(args, kv_head, args->head_dim));
+    const char *v = element(args, args->v, low * args->ldv + mq_attention_head(args, kv_head, args->value_dim));
+    if (n > 0) score(it, task, k, n, by_key, scores);
     for (int64_t i = 0; i < it->group; i++) {
         part found = part_of(it, task, i);
         *found.sum = 0.0f;
