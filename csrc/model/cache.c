@@ -83,7 +83,8 @@ static void store(const mq_cache *cache, char *out, const char *in, int64_t firs
     const size_t nbytes = (size_t)cache->head_dim * mq_dtype_size(cache->dtype);
     for (int64_t i = 0; i < tokens * cache->heads; i++) {
         const int64_t token = i / cache->heads, head = i % cache->heads;
-        memcpy(out + (size_t)head * part_nbytes(cache) + (size_t)(first + token) * nbytes, in + (size_t)i * nbytes, nbytes);
+        char *at = out + (size_t)head * part_nbytes(cache) + (size_t)(first + token) * nbytes;
+        memcpy(at, in + (size_t)i * nbytes, nbytes);
     }
 }
 

@@ -1,7 +1,7 @@
-/* Attention of one token over keys and values that lie in a cache: these are not packed, but the queries are (scores are
- * the product that mq_attention_forward has, the other way round), and every key and value is read once. A task is one
- * head of keys and one block of positions, for all heads of queries that read it; what blocks find is put together in
- * order (Dao et al. 2023, "Flash-Decoding"). */
+/* Attention of one token over keys and values that lie in a cache: these are not packed, but the queries are (scores
+ * are the product that mq_attention_forward has, the other way round), and every key and value is read once. A task is
+ * one head of keys and one block of positions, for all heads of queries that read it; what blocks find is put together
+ * in order (Dao et al. 2023, "Flash-Decoding"). */
 #include <math.h>
 #include <string.h>
 
@@ -12,8 +12,8 @@
 
 enum { KEYS = 256 };             /* of a block */
 
-/* Of a task are, in floats: largest score, sum and output of every head that shares its keys, scores by key and by head,
- * one row of values; and the packed queries. */
+/* Of a task are, in floats: largest score, sum and output of every head that shares its keys, scores by key and by
+ * head, one row of values; and the packed queries. */
 typedef struct step {
     const mq_attention_args *args;
     const mq_typed_row_ops *kernels;

@@ -177,7 +177,8 @@ static int read_input(inputs *in, mq_state *state, Py_ssize_t index, PyObject *s
     mq_tensor view;
     PyOS_snprintf(name, sizeof name, "ids[%d]", (int)index);
     const long long slot = PyLong_AsLongLong(sequence);
-    if ((slot == -1 && PyErr_Occurred()) || mq_view_as(state, ids, name, MQ_I64, &view, &in->keeps[index]) < 0) return -1;
+    if (slot == -1 && PyErr_Occurred()) return -1;
+    if (mq_view_as(state, ids, name, MQ_I64, &view, &in->keeps[index]) < 0) return -1;
     if (view.ndim != 1) {
         PyErr_Format(PyExc_ValueError, "%s: expected one row of token ids, got %d dimensions", name, view.ndim);
         return -1;
@@ -274,7 +275,7 @@ static PyMethodDef methods[] = {
 
 static PyGetSetDef properties[] = {
     {"lengths", decoder_lengths, NULL, "How many tokens each sequence has been through.", NULL},
-    {"nbytes", decoder_nbytes, NULL, "Bytes held: packed weights, keys and values. The embedding is its array's.", NULL},
+    {"nbytes", decoder_nbytes, NULL, "Bytes held: packed weights, keys, values. The embedding is its array's.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 
