@@ -5,6 +5,7 @@ import shutil
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import zip_longest
 from textwrap import wrap
 from typing import Any
@@ -37,10 +38,10 @@ def chat(args: Namespace) -> Report:
                         print(f"\n[{part.speed()}]", file=sys.stderr, flush=True)
                 elif not args.json:
                     print(part, end="", flush=True)
-        except ValueError as error:
+        except (ValueError, KeyboardInterrupt) as error:        # on a terminal Ctrl-C ends the answer, at the prompt the chat
             if not interactive:
                 raise
-            print(f"modelq: {error}", file=sys.stderr, flush=True)
+            print(f"\nmodelq: {str(error) or 'interrupted'}", file=sys.stderr, flush=True)
             continue
         if not args.json:
             print(flush=True)
@@ -49,6 +50,9 @@ def chat(args: Namespace) -> Report:
 
 def questions(interactive: bool) -> Iterator[str]:
     """The lines of stdin that say something, up to its end."""
+    if interactive:
+        with suppress(ImportError):     # lines can be edited then
+            import readline  # noqa: F401
     while True:
         try:
             text = input("> " if interactive else "")

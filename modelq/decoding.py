@@ -25,12 +25,21 @@ class Decoding:
         self.runtime = _core.Runtime(*runtime_config(model.checkpoint.config), model.runtime.compute)
         for name, quantizer in model.connected.items():
             self.runtime.set_quantizer(name, quantizer)
-        self.decoder = _core.Decoder(self.runtime, streaming.embed_tensors(model), streaming.head_tensors(model))
+        self.decoder = _core.Decoder(self.runtime, self._embedding(model), streaming.head_tensors(model))
         for layer in progress(range(self.runtime.layers), "load"):
             for expert in (None, *range(self.runtime.experts(layer))):
                 self._load(model, layer, expert)
         self.tokens: list[list[int]] = [[]]
         self.turn = 0
+
+    def _embedding(self, model: Model) -> dict[str, np.ndarray]:
+        """No wider than what it is read as: GGUF files give float32."""
+        import ml_dtypes
+
+        tensors = streaming.embed_tensors(model)
+        if self.runtime.compute == "float32":
+            return tensors
+        return {name: tensor.astype(ml_dtypes.bfloat16, copy=False) for name, tensor in tensors.items()}
 
     def _load(self, model: Model, layer: int, expert: int | None) -> None:
         modules = model.modules_of(layer, expert)

@@ -37,11 +37,22 @@ class Generates:
         """Prompt and new tokens: int64 [B, T + new]. Options are those of `stream`.
 
         input_ids: [B, T], or a dictionary of arguments. attention_mask: 0 where a token is padding, on whichever side: sequences are
-        computed without it. Rows that ended before the longest are filled up with pad_token_id, as in transformers.
+        computed without it. Rows that ended before the longest are filled up with pad_token_id, as in transformers. Within the
+        forward_loop of a calibration, what the model has seen is recorded as one call.
         """
         stream = self.stream(input_ids, attention_mask, **options)
-        prompt = make_batch(self.vocab_size, input_ids, attention_mask).ids
-        return np.concatenate([prompt, *(tokens[:, None] for tokens in stream)], axis=1)
+        prompt = make_batch(self.vocab_size, input_ids, attention_mask)
+        tokens = np.stack(list(stream), axis=1)
+        whole = np.concatenate([prompt.ids, tokens], axis=1)
+        if self._recorded is not None:
+            ended = np.cumsum(np.isin(tokens, self._ends(options.get("eos_token_id"))), axis=1)
+            before = np.ones_like(prompt.ids, np.uint8) if prompt.mask is None else prompt.mask
+            seen = np.concatenate([before, ended == 0], axis=1, dtype=np.uint8)
+            self._recorded.append(Batch(whole[:, :-1], seen[:, :-1]))
+        return whole
+
+    def _ends(self: Model, given: int | Sequence[int] | None) -> list[int]:  # type: ignore[misc]
+        return stop_tokens(self) if given is None else np.atleast_1d(np.asarray(given, np.int64)).tolist()
 
     def stream(self: Model, input_ids: Any = None, attention_mask: Any = None, max_new_tokens: int = 128,  # type: ignore[misc]
                temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0, seed: int | None = None,
@@ -58,7 +69,7 @@ class Generates:
         sampling = Sampling(temperature, top_p, top_k, seed)
         rows = unpadded(make_batch(self.vocab_size, input_ids, attention_mask))
         count = room(rows, max_new_tokens, self.config.get("max_position_embeddings"))
-        ends = stop_tokens(self) if eos_token_id is None else list(np.atleast_1d(np.asarray(eos_token_id, np.int64)).tolist())
+        ends = self._ends(eos_token_id)
         pad = pad_token_id if pad_token_id is not None else ends[0] if ends else 0
         return _tokens(self.decoding(), rows, count, sampling, frozenset(ends), pad, reuse)
 

@@ -200,13 +200,21 @@ def test_chat_answers_the_lines_of_stdin(capsys, monkeypatch, chatty):
     assert (code, out) == (2, "") and "context of 2048" in err
 
 
-def test_chat_on_a_terminal_goes_on_after_a_question_that_is_too_long(capsys, monkeypatch, chatty):
+def test_chat_on_a_terminal_goes_on_after_a_question_that_failed(capsys, monkeypatch, chatty):
     class Terminal(io.StringIO):
         def isatty(self):
             return True
-    monkeypatch.setattr("sys.stdin", Terminal("x" * 3000 + "\nHi\n"))
+    ask = Conversation.ask
+
+    def interrupted(self, text):
+        if text == "Stop!":
+            raise KeyboardInterrupt
+        return ask(self, text)
+    monkeypatch.setattr(Conversation, "ask", interrupted)
+    monkeypatch.setattr("sys.stdin", Terminal("x" * 3000 + "\nStop!\nHi\n"))
     code, out, err = call(capsys, "chat", chatty, "--max-new-tokens", 3)
-    assert code == 0 and out.startswith("> > ") and "context of 2048" in err and "3 tokens" in err
+    assert code == 0 and out.startswith("> > > ") and "context of 2048" in err and "interrupted" in err and "3 tokens" in err
+    assert call(capsys, "chat", chatty, "--prompt", "Stop!")[0] == 130
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,8 @@
 """Generation: token by token as a forward over all of them, as transformers' generate, sampling, stops, and what is refused."""
 import json
+import signal
 import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -239,6 +241,45 @@ def test_weights_are_held_until_quantization_changes(golden, llama):
     assert (llama.generate(ids[:1, :20], max_new_tokens=30, eos_token_id=[]) != before).any()
     with llama.simulating(False, False):
         assert (llama.generate(ids[:1, :20], max_new_tokens=30, eos_token_id=[]) == before).all()
+
+
+def test_a_calibration_may_generate(golden):
+    """What generate computed is what is calibrated on: prompt and answer, without the last token, padding and what follows an end."""
+    said = GENERATED["llama"]
+    options = {"max_new_tokens": 20, "eos_token_id": said["end"], "pad_token_id": 3}
+    found = []
+    for generates in (True, False):
+        model = modelq.load(golden["llama"].source, compute="float32")
+        whole = model.generate(said["ids"], said["mask"], **options)
+        seen = np.concatenate([said["mask"], np.ones((2, 20), int)], axis=1)[:, :whole.shape[1]]
+        seen[0, np.flatnonzero(whole[0] == said["end"])[0] + 1:] = 0
+
+        def loop(model):
+            if generates:
+                model.generate(said["ids"], said["mask"], **options)
+            else:
+                model(whole[:, :-1], seen[:, :-1])
+        mtq.quantize(model, mtq.INT8_DEFAULT_CFG, loop)
+        found.append({name: quantizer.amax for name, quantizer in model.quantizers.items() if quantizer.enabled})
+    assert found[0].keys() == found[1].keys() and all((found[0][name] == found[1][name]).all() for name in found[0])
+
+
+def test_interrupted(llama):
+    """Ctrl-C between the layers of a long prompt: the sequence is where it was."""
+    decoder = llama.decoding().decoder
+    decoder.forward([0], [[1, 2]])
+    ids = np.random.default_rng(0).integers(0, 256, 6000)
+    main = threading.main_thread().ident
+    timer = threading.Timer(0.02, lambda: signal.pthread_kill(main, signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        decoder.forward([0], [ids])
+        timer.join()
+        time.sleep(1)
+    if decoder.lengths == [6002]:
+        pytest.skip("it was done before the signal came")
+    assert decoder.lengths == [2]
+    assert np.isfinite(decoder.forward([0], [[3]])).all() and decoder.lengths == [3]
 
 
 # ---- sampling ----
