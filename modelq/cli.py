@@ -1,4 +1,4 @@
-"""The command line: `modelq quantize | autoquantize | eval | inspect | convert | verify | formats`.
+"""The command line: `modelq quantize | autoquantize | eval | chat | compare | inspect | convert | verify | formats`.
 
 Bad use and bad input end with exit code 2 and one line on stderr, Ctrl-C with 130, anything unforeseen with 1 (and so does `verify` if it
 found errors); MODELQ_DEBUG=1 adds the traceback. Reports go to stdout, --json prints them as one JSON object.
@@ -95,6 +95,19 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--max-windows", type=count, metavar="N", help="stop after N windows")
     add_compute(sub)
 
+    sub = commands.add_parser("chat", help="talk to a model; questions are lines of stdin where it is no terminal")
+    sub.add_argument("source", **source)
+    sub.add_argument("--prompt", metavar="TEXT", help="one question, instead of those of stdin")
+    add_generation(sub)
+    add_compute(sub)
+
+    sub = commands.add_parser("compare", help="two models' answers side by side, and how far their next tokens are apart")
+    sub.add_argument("first", metavar="A", help="a checkpoint folder, a .gguf file or a hub id")
+    sub.add_argument("second", metavar="B", help="the same of the other model, such as an export of A")
+    sub.add_argument("--prompt", metavar="TEXT", required=True)
+    add_generation(sub)
+    add_compute(sub)
+
     sub = commands.add_parser("inspect", help="the tensors of a checkpoint: formats, scales, bits per weight")
     sub.add_argument("source", **source)
     sub.add_argument("--json", action="store_true", help="print JSON")
@@ -118,6 +131,16 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_generation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--system", metavar="TEXT", help="what the conversation begins with")
+    parser.add_argument("--plain", action="store_true", help="complete the text as it is, without a chat template")
+    parser.add_argument("--max-new-tokens", type=count, default=256, metavar="N", help="tokens of an answer at most (default 256)")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="default 0: always the likeliest token")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest tokens that have P between them")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens (default 0: all)")
+    parser.add_argument("--seed", type=int, metavar="N", help="of the draws (default: another each time)")
+
+
 def add_compute(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compute", choices=["auto", "bfloat16", "float32"], default="auto",
                         help="what activations are stored as (default auto)")
@@ -127,15 +150,15 @@ def add_compute(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> tuple[str, int]:
     """What to print, and the exit code."""
-    from modelq import commands
-    from modelq.commands_search import autoquantize
+    from modelq import chat_commands, commands, search_commands
     from modelq.tables import wants_color
     if args.command == "quantize":
         if args.format and args.config:
             raise ValueError("give --format or --config, not both")
         args.format = args.format or "nvfp4"
-    function = {"quantize": commands.quantize, "autoquantize": autoquantize, "eval": commands.evaluate, "inspect": commands.inspect,
-                "convert": commands.convert, "verify": commands.verify, "formats": commands.formats}
+    function = {"quantize": commands.quantize, "autoquantize": search_commands.autoquantize, "eval": commands.evaluate,
+                "inspect": commands.inspect, "chat": chat_commands.chat, "compare": chat_commands.compare, "convert": commands.convert,
+                "verify": commands.verify, "formats": commands.formats}
     report = function[args.command](args)
     return json.dumps(report.data, default=str) if args.json else report.text(wants_color()), report.code
 
@@ -164,7 +187,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.simplefilter("ignore", DeprecationWarning)   # advice for those who write code
         try:
             text, code = run(args)
-            print(text, flush=True)
+            if text:        # a chat has said all by then
+                print(text, flush=True)
             return code
         except KeyboardInterrupt:
             complain("interrupted")

@@ -13,6 +13,7 @@ import numpy as np
 from modelq import _core
 from modelq.checkpoint.config import runtime_config
 from modelq.experts import expert_places
+from modelq.generation import Generates
 from modelq.inputs import IGNORED_ARGUMENTS, Batch, check_vocabulary, groups, integer_matrix, make_batch
 from modelq.output import Output, Pass
 from modelq.quantizers import without_rounding
@@ -43,7 +44,7 @@ def load(path_or_id: str | Path, compute: str = "auto", num_threads: int | None 
     return Model(checkpoint if hasattr(checkpoint, "layers") else open_quantized(checkpoint), compute)
 
 
-class Model:
+class Model(Generates):
     """A language model without PyTorch.
 
     config: config.json as a dictionary. checkpoint: the open files. runtime: the C forward. modules: one dictionary per module in
@@ -52,7 +53,7 @@ class Model:
     places: where the quantizers of experts' linears are. unseen_experts: by layer, those that no token of the calibration reached.
     packed: modules whose weights `compress` holds in memory. low_rank: module name to the branch beside its weight (SVDQuant).
     search_losses: what the last search found each module or quantizer to lose.
-    connected: names of the quantizers in the runtime.
+    connected: the quantizers in the runtime, by name.
     own_scales: siblings keep scales of their own until an export.
     stored_layers: modules whose weights the checkpoint holds quantized already (an export opened again), and how.
     """
@@ -68,6 +69,7 @@ class Model:
     def take(self, checkpoint: Any, compute: str) -> None:
         """Be the model of another checkpoint, not quantized."""
         self.checkpoint = checkpoint
+        self.forget_decoding()
         self.config: dict[str, Any] = checkpoint.config
         self.runtime = _runtime_of(checkpoint, compute)
         self.modules: list[dict[str, Any]] = list(self.runtime.modules)
@@ -86,7 +88,7 @@ class Model:
         self.search_losses: dict[str, Any] = {}
         self.quantized = False
         self.simulate = self.simulate_inputs = True
-        self.connected: set[str] = set()
+        self.connected: dict[str, Any] = {}
         self.stored_layers: dict[str, Any] = {} if getattr(checkpoint, "is_source", False) else getattr(checkpoint, "layers", {})
         if self.stored_layers or getattr(checkpoint, "cache", None) is not None:
             from modelq.reopened import restore_quantizers
@@ -169,6 +171,7 @@ class Model:
         for output in self._open_outputs():
             output.finish()
         self._open.clear()
+        self.forget_decoding()
 
     def _open_outputs(self) -> list[Output]:
         """Outputs that somebody holds and whose logits nobody has seen yet."""
@@ -215,9 +218,10 @@ class Model:
                   if (q.enabled and self.simulate_inputs) or q.rotate or q.pre_quant_scale is not None}
         if not self.simulate_inputs:
             wanted = {name: without_rounding(q) for name, q in wanted.items()}
-        for name in self.connected - set(wanted):
+        for name in self.connected.keys() - wanted.keys():
             self.runtime.set_quantizer(name, None)
-        self.connected = set(wanted)
+        self.connected = wanted
+        self.forget_decoding()
         for name, quantizer in wanted.items():
             self.runtime.set_quantizer(name, quantizer)
 
@@ -225,7 +229,7 @@ class Model:
         """Leave no quantizer in the runtime."""
         for name in self.connected:
             self.runtime.set_quantizer(name, None)
-        self.connected = set()
+        self.connected = {}
 
     # Measurements ------------------------------------------------------------------------------------------------------
 
@@ -260,6 +264,7 @@ class Model:
         return max(1, HIDDEN_BYTES // (4 * self.runtime.config["hidden_size"]))
 
     def close(self) -> None:
+        self.forget_decoding()
         self.checkpoint.close()
 
     def __repr__(self) -> str:

@@ -70,7 +70,7 @@ def run_layer(model: Model, run: Any, layer: int, visitor: Visitor | None = None
         if visitor is not None:
             visitor.enter(part)
         model.runtime.load_layer(layer, part.tensors)
-        load_low_rank(model, part.modules)
+        load_low_rank(model, model.runtime, part.modules)
         if visitor is None:
             del part        # what was read is packed by now
         tokens: np.ndarray | None = run.layer(layer)
@@ -121,11 +121,11 @@ class _Lazy(dict[str, np.ndarray]):
         return self._model.checkpoint.read(name)
 
 
-def load_low_rank(model: Model, modules: Sequence[dict[str, Any]]) -> None:
-    """The branches of low rank of a loaded layer's linears."""
+def load_low_rank(model: Model, runtime: Any, modules: Sequence[dict[str, Any]]) -> None:
+    """The branches of low rank of the linears of a layer that the runtime has loaded."""
     for module in modules:
         if (branch := model.low_rank.get(module["name"])) is not None:
-            model.runtime.load_low_rank(module["name"], branch.down, branch.up)
+            runtime.load_low_rank(module["name"], branch.down, branch.up)
 
 
 def embed_tensors(model: Model) -> dict[str, np.ndarray]:

@@ -5,7 +5,7 @@ import pytest
 
 import modelq
 from modelq.cli import main
-from modelq.commands_search import budgets
+from modelq.search_commands import budgets
 
 
 def run(capsys, *arguments):

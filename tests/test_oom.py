@@ -146,6 +146,26 @@ def test_forward(model, golden):
     assert every_allocation_fails(lambda: model(ids).logits, at_least=5) < 500
 
 
+def test_generate(model, golden):
+    """Weights, caches, runs: and a decoder that failed is usable again."""
+    ids = golden["qwen3"].calib[:2, :5]
+    model.decoding()
+    before = model.generate(ids, max_new_tokens=3)
+    core._alloc_fail_at(3)
+    with pytest.raises(MemoryError):
+        model.generate(ids, max_new_tokens=3)
+    core._alloc_fail_at(0)
+    assert (model.generate(ids, max_new_tokens=3) == before).all()
+    model.forget_decoding()
+
+    def operation():
+        try:
+            return model.generate(ids, max_new_tokens=3)
+        finally:
+            model.forget_decoding()
+    every_allocation_fails(operation, at_least=20, step=3)
+
+
 def test_loss(model, golden):
     every_allocation_fails(lambda: model.loss([golden["qwen3"].calib[:2, :16]]), at_least=5)
 

@@ -16,6 +16,8 @@ typedef struct mq_attention_args {
     const void *q, *k, *v;           /* [T, heads, head_dim], [T_kv, kv_heads, head_dim], [T_kv, kv_heads, value_dim] */
     mq_dtype dtype;                  /* MQ_F32 or MQ_BF16, of all four */
     int64_t ldq, ldk, ldv;           /* elements between tokens */
+    int64_t head_stride;             /* elements between heads of k, and of v; 0 = they lie side by side. Not for the
+                                      * backward */
     void *out;                       /* [T, heads, value_dim] */
     int64_t ldo;
     const uint8_t *key_mask;         /* [T_kv], nonzero = may be attended to; NULL = all */
@@ -32,6 +34,10 @@ size_t mq_attention_scratch(const mq_attention_args *args);
 /* A query that sees no key gets zeros. Runs on the pool, inline inside a job. */
 void mq_attention_forward(const mq_attention_args *args, void *scratch);
 
+/* The same for one token (T = 1, no key_mask, maxima and factors): keys and values are read where they lie. */
+size_t mq_attention_step_scratch(const mq_attention_args *args);
+void mq_attention_step(const mq_attention_args *args, void *scratch);
+
 /* Probabilities are computed again, block by block (Dao et al. 2022); a task is one head, and heads that share keys and
  * values add their gradients in order. */
 typedef struct mq_attention_gradient {
@@ -42,6 +48,12 @@ typedef struct mq_attention_gradient {
 /* args: as given to the forward, with its out, maxima and factors. */
 size_t mq_attention_backward_scratch(const mq_attention_args *args);
 void mq_attention_backward(const mq_attention_gradient *gradient, const mq_attention_args *args, void *scratch);
+
+/* Where keys and values of a head begin, in elements. */
+MQ_INLINE int64_t mq_attention_head(const mq_attention_args *args, int64_t kv_head, int64_t dim)
+{
+    return kv_head * (args->head_stride ? args->head_stride : dim);
+}
 
 /* The first and one past the last position that query i of the call may attend to. */
 MQ_INLINE int64_t mq_attention_first_key(const mq_attention_args *args, int64_t i)

@@ -214,6 +214,12 @@ static int attention_point(pass *pass, mq_point *point, void *x, int64_t width, 
     return rc;
 }
 
+/* Positions that the sequence has been through before. */
+static int64_t past_of(const mq_layer_context *context, const mq_sequence *sequence)
+{
+    return context->cache != NULL ? context->cache->lengths[sequence->slot] : 0;
+}
+
 /* q or k: norm over each head (where the family has it), rope, then its point. */
 static int finish_heads(pass *pass, mq_role norm, mq_point *point, void *x, int64_t heads, const mq_unit *unit)
 {
@@ -227,7 +233,7 @@ static int finish_heads(pass *pass, mq_role norm, mq_point *point, void *x, int6
     for (int64_t i = 0; i < unit->sequences; i++) {
         const mq_sequence *sequence = &pass->context->sequences[unit->first_sequence + i];
         mq_rope_sizes sizes = {.tokens = sequence->tokens, .heads = heads, .head_dim = head_dim,
-                               .dtype = pass->context->dtype};
+                               .first = past_of(pass->context, sequence), .dtype = pass->context->dtype};
         size_t at = (size_t)((sequence->first - unit->first) * heads * head_dim) * mq_dtype_size(sizes.dtype);
         mq_rope_forward((char *)x + at, pass->context->rope, &sizes);
     }
@@ -247,6 +253,22 @@ mq_attention_args mq_layer_attention(const mq_layer_context *context, int64_t wi
     };
 }
 
+/* Keys and values of one sequence go into the cache, and attention reads them there with all that came before. */
+static void attend_cached(const pass *pass, const mq_sequence *sequence, mq_attention_args *args, void *scratch)
+{
+    const mq_layer_context *context = pass->context;
+    const int64_t layer = context->cache_layer, slot = sequence->slot;
+    mq_cache_store(context->cache, layer, slot, sequence->tokens, args->k, args->v);
+    args->past = past_of(context, sequence);
+    args->T_kv = args->past + args->T;
+    args->k = mq_cache_keys(context->cache, layer, slot);
+    args->v = mq_cache_values(context->cache, layer, slot);
+    args->ldk = args->ldv = args->head_dim;
+    args->head_stride = context->cache->capacity * args->head_dim;
+    if (args->T == 1) mq_attention_step(args, scratch);
+    else mq_attention_forward(args, scratch);
+}
+
 static void attend(const pass *pass, const mq_unit *unit, const mq_scratch *scratch)
 {
     const mq_layer_context *context = pass->context;
@@ -260,7 +282,8 @@ static void attend(const pass *pass, const mq_unit *unit, const mq_scratch *scra
         args.v = (const char *)scratch->v + row * (size_t)args.ldv * size;
         args.out = (char *)scratch->mixed + row * (size_t)args.ldo * size;
         args.key_mask = context->key_mask ? context->key_mask + sequence->first : NULL;
-        mq_attention_forward(&args, scratch->attention);
+        if (context->cache != NULL) attend_cached(pass, sequence, &args, scratch->attention);
+        else mq_attention_forward(&args, scratch->attention);
     }
 }
 
@@ -385,6 +408,15 @@ static void *carve(const mq_scratch *scratch, size_t *used, int64_t count, size_
     return at;
 }
 
+static size_t attention_nbytes(const mq_layer_context *context, int64_t tokens)
+{
+    mq_attention_args args = mq_layer_attention(context, 0, tokens);
+    if (context->cache == NULL) return mq_attention_scratch(&args);
+    args.T_kv = context->cache->capacity;
+    const size_t one = mq_attention_step_scratch(&args);
+    return tokens == 1 ? one : MQ_MAX(one, mq_attention_scratch(&args));
+}
+
 size_t mq_scratch_init(mq_scratch *scratch, const mq_layer_context *context, int64_t rows, int64_t tokens)
 {
     const mq_config *config = context->config;
@@ -392,14 +424,13 @@ size_t mq_scratch_init(mq_scratch *scratch, const mq_layer_context *context, int
     int64_t inner = MQ_MAX(config->intermediate_size, config->num_experts > 0 ? config->moe_intermediate_size : 0);
     int64_t q_width = config->num_attention_heads * config->head_dim, widest = MQ_MAX(hidden, q_width);
     int64_t kv_width = config->num_key_value_heads * config->head_dim;
-    mq_attention_args args = mq_layer_attention(context, 0, tokens);
     size_t size = mq_dtype_size(context->dtype), attention = 0, mlp = 0;
     /* The attention's output takes the place of the norm's, which is read for the last time before. */
     scratch->normed = scratch->mixed = carve(scratch, &attention, rows * widest, size);
     scratch->q = carve(scratch, &attention, rows * q_width, size);
     scratch->k = carve(scratch, &attention, rows * kv_width, size);
     scratch->v = carve(scratch, &attention, rows * kv_width, size);
-    scratch->attention = carve(scratch, &attention, (int64_t)mq_attention_scratch(&args), 1);
+    scratch->attention = carve(scratch, &attention, (int64_t)attention_nbytes(context, tokens), 1);
     scratch->quantized = carve(scratch, &attention, rows * widest, size);
     scratch->temporary = carve(scratch, &attention, rows * hidden, size);
     scratch->mlp_normed = carve(scratch, &mlp, mlp_rows * hidden, size);

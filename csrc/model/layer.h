@@ -10,6 +10,7 @@
 #include "calib/calib.h"
 #include "model/arch.h"
 #include "model/attention.h"
+#include "model/cache.h"
 #include "model/observer.h"
 #include "model/ops.h"
 #include "quant/quantizer.h"
@@ -58,6 +59,7 @@ typedef struct mq_layer {
 typedef struct mq_sequence {
     int64_t first, tokens;              /* rows of the run */
     int64_t batch, index;               /* index: row of its batch */
+    int64_t slot;                       /* of the cache, if there is one */
 } mq_sequence;
 
 typedef struct mq_unit {
@@ -89,6 +91,8 @@ typedef struct mq_layer_context {
     const mq_routes *routes;            /* of all rows of the run: where a layer with experts writes its choice */
     int round_routes;                   /* the shares are rounded to dtype */
     int64_t rank;                       /* of the widest branch of low rank, 0 = there is none */
+    mq_cache *cache;                    /* sequences go on from what it holds; NULL = they are whole */
+    int64_t cache_layer;                /* the layer that this is about */
 } mq_layer_context;
 
 /* Bytes of one worker's scratch for units of up to `rows` rows and sequences of up to `tokens`; mq_scratch_init cuts

@@ -79,8 +79,8 @@ static void pack_blocks(void *argument, int64_t begin, int64_t end, int worker)
     for (int64_t i = begin; i < end; i++) {
         const int64_t head = i / it->blocks, first = i % it->blocks * KEYS;
         const int64_t count = MQ_MIN(args->T_kv - first, (int64_t)KEYS);
-        const void *k = element(args, args->k, first * args->ldk + head * args->head_dim);
-        const void *v = element(args, args->v, first * args->ldv + head * args->value_dim);
+        const void *k = element(args, args->k, first * args->ldk + mq_attention_head(args, head, args->head_dim));
+        const void *v = element(args, args->v, first * args->ldv + mq_attention_head(args, head, args->value_dim));
         it->keys[i].data = it->key_memory + (size_t)i * it->key_size;
         it->values[i].data = it->value_memory + (size_t)i * it->value_size;
         mq_gemm_pack(it->kind, k, args->dtype, count, args->head_dim, args->ldk, &it->keys[i]);

@@ -50,6 +50,7 @@ static int allocate(mq_run *run, int masked, mq_error *err)
     if (run->batches == NULL || run->sequences == NULL || run->units == NULL || run->ids == NULL ||
         (masked && run->mask == NULL) || run->hidden == NULL)
         return mq_fail_memory(err, "the hidden states of the recorded batches", rows * width);
+    if (run->cache != NULL) return MQ_OK;
     return mq_rope_table_init(&run->rope, &run->runtime->config, run->longest, err);
 }
 
@@ -62,7 +63,7 @@ static void record(mq_run *run, const mq_batch_input *batches)
         run->batches[b] = (mq_batch){.sequences = input->sequences, .tokens = input->tokens, .first = row};
         for (int64_t i = 0; i < input->sequences; i++)
             run->sequences[sequence++] = (mq_sequence){.first = row + i * input->tokens, .tokens = input->tokens,
-                                                       .batch = b, .index = i};
+                                                       .batch = b, .index = i, .slot = input->slot};
         for (int64_t i = 0; i < rows; i++) run->ids[row + i] = (int32_t)input->ids[i];
         if (run->mask != NULL) {
             if (input->mask == NULL) memset(run->mask + row, 1, (size_t)rows);
@@ -89,12 +90,13 @@ static void make_units(mq_run *run)
 }
 
 int mq_run_init(mq_run *run, mq_runtime *runtime, const mq_batch_input *batches, int64_t count, int count_padding,
-                mq_error *err)
+                mq_cache *cache, mq_error *err)
 {
     int masked = 0;
     memset(run, 0, sizeof *run);
     run->runtime = runtime;
     run->count_padding = count_padding;
+    run->cache = cache;
     run->next_layer = run->dispatch.layer = -1;
     if (count <= 0) return mq_fail(err, MQ_ERR_VALUE, "there are no batches to run");
     if (mq_spare_init(&run->spare) != 0) return mq_fail_memory(err, "a lock", sizeof run->spare);
@@ -146,11 +148,11 @@ size_t mq_run_nbytes(const mq_run *run)
 mq_layer_context mq_run_context(const mq_run *run)
 {
     return (mq_layer_context){
-        .config = &run->runtime->config, .dtype = run->runtime->dtype, .rope = &run->rope, .sequences = run->sequences,
-        .sequence_count = run->sequence_count,
+        .config = &run->runtime->config, .dtype = run->runtime->dtype, .sequences = run->sequences,
+        .rope = run->cache ? &run->cache->rope : &run->rope, .sequence_count = run->sequence_count,
         .key_mask = run->mask, .count_mask = run->count_padding ? NULL : run->mask, .routes = &run->dispatch.routes,
         .round_routes = run->runtime->dtype == MQ_BF16 && !(run->runtime->family->flags & MQ_FAMILY_ROUTER_F32),
-        .rank = run->runtime->rank,
+        .rank = run->runtime->rank, .cache = run->cache, .cache_layer = run->next_layer,
     };
 }
 

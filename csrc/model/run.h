@@ -36,7 +36,8 @@ typedef struct mq_run {
     int count_padding;           /* padding counts in statistics too */
     char *hidden;                /* (rows, C) of runtime->dtype */
     mq_dispatch dispatch;
-    mq_rope_table rope;
+    mq_cache *cache;             /* not owned; NULL = sequences are whole */
+    mq_rope_table rope;          /* empty where the cache has one */
     mq_scratch *scratch;         /* one per worker */
     mq_spare spare;              /* for statistics, from layer to layer */
     int workers;
@@ -50,10 +51,12 @@ typedef struct mq_batch_input {
     const int64_t *ids;
     const uint8_t *mask;
     int64_t sequences, tokens;
+    int64_t slot;                /* of the cache, for a single sequence */
 } mq_batch_input;
 
+/* cache: what the sequences go on from, with room for them; the caller moves its lengths on. NULL: they are whole. */
 int mq_run_init(mq_run *run, mq_runtime *runtime, const mq_batch_input *batches, int64_t count, int count_padding,
-                mq_error *err);
+                mq_cache *cache, mq_error *err);
 void mq_run_free(mq_run *run);
 size_t mq_run_nbytes(const mq_run *run);
 
@@ -68,6 +71,8 @@ int mq_run_layer(mq_run *run, int64_t layer, mq_error *err);
 /* All rows of one expert; tensors: its own. */
 int mq_run_expert(mq_run *run, int64_t layer, int64_t expert, const mq_named_tensor *tensors, size_t count,
                   mq_error *err);
+/* The same by weights that stay the caller's: MQ_EXPERT_LINEARS of them, as mq_runtime_load_expert leaves them. */
+int mq_run_held_expert(mq_run *run, int64_t layer, int64_t expert, const mq_linear_weight *weights, mq_error *err);
 
 /* Statistics of what reaches lm_head (final norm of the hidden states). */
 int mq_run_finish(mq_run *run, const mq_named_tensor *tensors, size_t count, mq_error *err);

@@ -131,18 +131,32 @@ static void finish_layer(mq_run *run)
     run->dispatch.layer = -1;
 }
 
+static int finish_expert(mq_run *run, int64_t expert, int rc)
+{
+    mq_dispatch *it = &run->dispatch;
+    it->next = expert + 1;
+    if (rc != MQ_OK) run->next_layer = it->layer = -1;
+    else if (it->start[it->next] == it->start[run->runtime->config.num_experts]) finish_layer(run);
+    return rc;
+}
+
 int mq_run_expert(mq_run *run, int64_t layer, int64_t expert, const mq_named_tensor *tensors, size_t count,
                   mq_error *err)
 {
-    mq_dispatch *it = &run->dispatch;
-    const int64_t experts = run->runtime->config.num_experts;
     int rc = check_order(run, layer, expert, err);
     if (rc == MQ_OK) rc = mq_runtime_load_expert(run->runtime, layer, expert, tensors, count, err);
     if (rc != MQ_OK) return rc;
     rc = run_loaded(run, layer, expert, err);
     mq_runtime_drop_expert(run->runtime, layer);
-    it->next = expert + 1;
-    if (rc != MQ_OK) run->next_layer = it->layer = -1;
-    else if (it->start[it->next] == it->start[experts]) finish_layer(run);
-    return rc;
+    return finish_expert(run, expert, rc);
+}
+
+int mq_run_held_expert(mq_run *run, int64_t layer, int64_t expert, const mq_linear_weight *weights, mq_error *err)
+{
+    int rc = check_order(run, layer, expert, err);
+    if (rc != MQ_OK) return rc;
+    mq_runtime_lend_expert(run->runtime, layer, weights);
+    rc = run_loaded(run, layer, expert, err);
+    mq_runtime_lend_expert(run->runtime, layer, NULL);
+    return finish_expert(run, expert, rc);
 }

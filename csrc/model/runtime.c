@@ -354,10 +354,27 @@ int mq_runtime_load_expert(mq_runtime *runtime, int64_t layer, int64_t expert, c
     return rc;
 }
 
-void mq_runtime_drop_expert(mq_runtime *runtime, int64_t layer)
+static mq_linear_weight *expert_weight(mq_runtime *runtime, int64_t layer, int index)
 {
     static const mq_role roles[MQ_EXPERT_LINEARS] = {MQ_ROLE_GATE, MQ_ROLE_UP, MQ_ROLE_DOWN};
-    for (int i = 0; i < MQ_EXPERT_LINEARS; i++) mq_linear_free(&runtime->layers[layer].linears[roles[i]].weight);
+    return &runtime->layers[layer].linears[roles[index]].weight;
+}
+
+void mq_runtime_drop_expert(mq_runtime *runtime, int64_t layer)
+{
+    for (int i = 0; i < MQ_EXPERT_LINEARS; i++) mq_linear_free(expert_weight(runtime, layer, i));
+}
+
+void mq_runtime_take_expert(mq_runtime *runtime, int64_t layer, mq_linear_weight *weights)
+{
+    for (int i = 0; i < MQ_EXPERT_LINEARS; i++) weights[i] = *expert_weight(runtime, layer, i);
+    mq_runtime_lend_expert(runtime, layer, NULL);
+}
+
+void mq_runtime_lend_expert(mq_runtime *runtime, int64_t layer, const mq_linear_weight *weights)
+{
+    for (int i = 0; i < MQ_EXPERT_LINEARS; i++)
+        *expert_weight(runtime, layer, i) = weights ? weights[i] : (mq_linear_weight){0};
 }
 
 static void drop_low_rank(mq_linear *linear)

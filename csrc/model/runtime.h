@@ -69,6 +69,10 @@ const mq_module *mq_runtime_expert(const mq_runtime *runtime, int64_t layer, int
 int mq_runtime_load_expert(mq_runtime *runtime, int64_t layer, int64_t expert, const mq_named_tensor *tensors,
                            size_t count, mq_error *err);
 void mq_runtime_drop_expert(mq_runtime *runtime, int64_t layer);
+/* Takes the weights of the loaded expert out, MQ_EXPERT_LINEARS of them, which are the caller's then; puts such in for
+ * a while, and with NULL takes them out again. */
+void mq_runtime_take_expert(mq_runtime *runtime, int64_t layer, mq_linear_weight *weights);
+void mq_runtime_lend_expert(mq_runtime *runtime, int64_t layer, const mq_linear_weight *weights);
 
 /* Where the observer of a module's output is kept: a linear that is no expert's, a layer's experts, or lm_head; NULL:
  * of nothing else. */

@@ -93,7 +93,7 @@ static PyObject *make_run(RuntimeObject *runtime, mq_state *state, const inputs 
     int rc;
     if (self == NULL) return NULL;
     Py_BEGIN_ALLOW_THREADS
-    rc = mq_run_init(&self->run, &runtime->runtime, in->batches, in->count, count_padding, &err);
+    rc = mq_run_init(&self->run, &runtime->runtime, in->batches, in->count, count_padding, NULL, &err);
     Py_END_ALLOW_THREADS
     if (rc == MQ_OK) {
         self->runtime = (RuntimeObject *)Py_NewRef((PyObject *)runtime);

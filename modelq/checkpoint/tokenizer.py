@@ -114,6 +114,22 @@ class Tokenizer:
         """`decode` of each row."""
         return [self.decode(ids, skip_special_tokens) for ids in batch]
 
+    def apply_chat_template(self, conversation: Sequence[dict[str, Any]], add_generation_prompt: bool = False, tokenize: bool = True,
+                            **variables: Any) -> Any:
+        """A conversation as the model was trained to see it: an `Encoding` of arrays [1, T], or the text if not tokenize.
+
+        conversation: [{"role": "user", "content": "..."}, ...]. add_generation_prompt: up to where the assistant's answer begins.
+        variables: what else the template asks for, such as tools or enable_thinking. ValueError: there is no template, or it refuses.
+        """
+        from modelq.checkpoint.chat_template import render
+
+        if self.chat_template is None:
+            raise ValueError("this tokenizer has no chat template (no chat_template.jinja, and no chat_template in tokenizer_config.json "
+                             "or the GGUF file): encode plain text instead (modelq chat --plain), or set tokenizer.chat_template")
+        special = {name: getattr(self, name) for name in _SPECIAL if getattr(self, name) is not None}
+        text = render(self.chat_template, conversation, add_generation_prompt=add_generation_prompt, **{**special, **variables})
+        return self(text, add_special_tokens=False) if tokenize else text
+
     def __call__(
         self,
         text: str | Sequence[str],

@@ -21,7 +21,10 @@ def one_round():
     mtq.quantize(model, mtq.NVFP4_DEFAULT_CFG, lambda m: m(ids))
     model(ids).logits
     model.loss([ids])
+    model.generate(ids, max_new_tokens=2, temperature=1.0)
+    next(model.stream(ids))
     for wrong in (lambda: model(ids + 10_000), lambda: model([[]]), lambda: model("text"), lambda: model(ids, np.zeros((1, 1), int)),
+                  lambda: model.generate(ids, top_p=2), lambda: model.decoding().decoder.forward([0, 0], [[1], [1]]),
                   lambda: mtq.quantize(model, mtq.FP8_DEFAULT_CFG, lambda m: m(ids * -1)),
                   lambda: mtq.quantize(model, {"quant_cfg": [], "algorithm": "max"})):
         try:

@@ -1,0 +1,154 @@
+/* Attention of one token over keys and values that lie in a cache: these are not packed, but the queries are (scores
+ * are the product that mq_attention_forward has, the other way round), and every key and value is read once. A task is
+ * one head of keys and one block of positions, for all heads of queries that read it; what blocks find is put together
+ * in order (Dao et al. 2023, "Flash-Decoding"). */
+#include <math.h>
+#include <string.h>
+
+#include "core/pool.h"
+#include "kernels/row_ops.h"
+#include "model/attention.h"
+#include "model/ops.h"
+
+enum { KEYS = 256 };             /* of a block */
+
+/* Of a task are, in floats: largest score, sum and output of every head that shares its keys, scores by key and by
+ * head, one row of values; and the packed queries. */
+typedef struct step {
+    const mq_attention_args *args;
+    const mq_typed_row_ops *kernels;
+    mq_gemm_kind kind;
+    int64_t blocks, group;
+    char *memory;
+    size_t floats, task_size;
+} step;
+
+/* What one block found for one head. */
+typedef struct part {
+    float *max, *sum, *out;
+} part;
+
+static step prepare(const mq_attention_args *args, void *scratch)
+{
+    step it = {.args = args, .kernels = mq_row_ops_of(args->dtype), .memory = scratch,
+               .kind = args->dtype == MQ_BF16 ? MQ_GEMM_BF16 : MQ_GEMM_F32,
+               .blocks = MQ_CEIL_DIV(args->T_kv, (int64_t)KEYS), .group = args->heads / args->kv_heads};
+    const int64_t each = 2 + args->value_dim + 2 * KEYS;
+    it.floats = (size_t)MQ_ROUND_UP(it.group * each + args->value_dim, (int64_t)16);
+    it.task_size = it.floats * sizeof(float) + mq_gemm_packed_size(it.kind, it.group, args->head_dim);
+    it.task_size = MQ_ROUND_UP(it.task_size, (size_t)64);
+    return it;
+}
+
+size_t mq_attention_step_scratch(const mq_attention_args *args)
+{
+    step it = prepare(args, NULL);
+    return (size_t)(args->kv_heads * it.blocks) * it.task_size;
+}
+
+static part part_of(const step *it, int64_t task, int64_t member)
+{
+    float *at = (float *)(void *)(it->memory + (size_t)task * it->task_size);
+    return (part){.max = at + member, .sum = at + it->group + member,
+                  .out = at + 2 * it->group + member * it->args->value_dim};
+}
+
+static const char *element(const mq_attention_args *args, const void *base, int64_t index)
+{
+    return (const char *)base + index * (int64_t)mq_dtype_size(args->dtype);
+}
+
+/* scores (n) of one query and n keys become probabilities relative to the largest; in bfloat16 they are rounded before
+ * they meet the values, as in mq_attention_forward. */
+static void weigh(const step *it, float *scores, int64_t n, const part *found)
+{
+    float rounded[KEYS];
+    float sum = 0.0f;
+    *found->max = mq_row_ops_table()->max(scores, n);
+    mq_row_ops_table()->exp_shifted(scores, scores, n, *found->max, 1.0f);
+    for (int64_t i = 0; i < n; i++) sum += scores[i];
+    *found->sum = sum;
+    if (it->args->dtype == MQ_F32) return;
+    it->kernels->from_f32(rounded, scores, n);
+    it->kernels->to_f32(scores, rounded, n);
+}
+
+/* scores [group][KEYS] of n keys; by_key: [n][group], as the product has them. */
+static void score(const step *it, int64_t task, const char *k, int64_t n, float *by_key, float *scores)
+{
+    const mq_attention_args *args = it->args;
+    const char *q = element(args, args->q, task / it->blocks * it->group * args->head_dim);
+    mq_packed queries = {.data = it->memory + (size_t)task * it->task_size + it->floats * sizeof(float)};
+    mq_gemm_args product = {.m = n, .a = k, .a_dtype = args->dtype, .lda = args->ldk, .b = &queries, .c = by_key,
+                            .c_dtype = MQ_F32, .ldc = it->group, .alpha = args->scale};
+    mq_gemm_pack(it->kind, q, args->dtype, it->group, args->head_dim, args->head_dim, &queries);
+    mq_gemm_run(&product);
+    for (int64_t j = 0; j < n; j++)
+        for (int64_t i = 0; i < it->group; i++) scores[i * KEYS + j] = by_key[j * it->group + i];
+}
+
+static void attend_block(const step *it, int64_t task)
+{
+    const mq_attention_args *args = it->args;
+    const int64_t kv_head = task / it->blocks, first = task % it->blocks * KEYS;
+    const int64_t low = MQ_MAX(mq_attention_first_key(args, 0), first);
+    const int64_t n = MQ_MIN(mq_attention_last_key(args, 0), first + KEYS) - low;
+    float *scores = part_of(it, task, 0).out + it->group * args->value_dim, *by_key = scores + it->group * KEYS;
+    float *value = by_key + it->group * KEYS;
+    const char *k = element(args, args->k, low * args->ldk + mq_attention_head(args, kv_head, args->head_dim));
+    const char *v = element(args, args->v, low * args->ldv + mq_attention_head(args, kv_head, args->value_dim));
+    if (n > 0) score(it, task, k, n, by_key, scores);
+    for (int64_t i = 0; i < it->group; i++) {
+        part found = part_of(it, task, i);
+        *found.sum = 0.0f;
+        memset(found.out, 0, (size_t)args->value_dim * sizeof *found.out);
+        if (n > 0) weigh(it, scores + i * KEYS, n, &found);
+    }
+    for (int64_t j = 0; j < n; j++) {
+        it->kernels->to_f32(value, element(args, v, j * args->ldv), args->value_dim);
+        for (int64_t i = 0; i < it->group; i++)
+            mq_row_ops_table()->add_scaled(part_of(it, task, i).out, value, args->value_dim, scores[i * KEYS + j]);
+    }
+}
+
+static void attend_blocks(void *argument, int64_t begin, int64_t end, int worker)
+{
+    (void)worker;
+    for (int64_t task = begin; task < end; task++) attend_block(argument, task);
+}
+
+/* The blocks of one head, in order: into the first of them, then out. A query sees at least itself. */
+static void fold_head(const step *it, int64_t head)
+{
+    const mq_attention_args *args = it->args;
+    const int64_t first = head / it->group * it->blocks, member = head % it->group;
+    const part total = part_of(it, first, member);
+    float largest = -INFINITY, sum = 0.0f;
+    for (int64_t block = 0; block < it->blocks; block++) {
+        const part found = part_of(it, first + block, member);
+        if (*found.sum > 0.0f) largest = MQ_MAX(largest, *found.max);
+    }
+    for (int64_t block = 0; block < it->blocks; block++) {
+        const part found = part_of(it, first + block, member);
+        const float factor = *found.sum > 0.0f ? expf(*found.max - largest) : 0.0f;
+        sum += factor * *found.sum;
+        if (block > 0) mq_row_ops_table()->add_scaled(total.out, found.out, args->value_dim, factor);
+        else for (int64_t i = 0; i < args->value_dim; i++) total.out[i] *= factor;
+    }
+    for (int64_t i = 0; i < args->value_dim; i++) total.out[i] /= sum;
+    char *out = (char *)args->out + (size_t)(head * args->value_dim) * mq_dtype_size(args->dtype);
+    it->kernels->from_f32(out, total.out, args->value_dim);
+}
+
+static void fold_heads(void *argument, int64_t begin, int64_t end, int worker)
+{
+    (void)worker;
+    for (int64_t head = begin; head < end; head++) fold_head(argument, head);
+}
+
+void mq_attention_step(const mq_attention_args *args, void *scratch)
+{
+    step it = prepare(args, scratch);
+    mq_parallel_for(args->kv_heads * it.blocks, 1, attend_blocks, &it);
+    mq_parallel_for(args->heads, mq_row_grain(it.blocks * args->value_dim), fold_heads, &it);
+}
