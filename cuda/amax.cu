@@ -1,6 +1,6 @@
-/* The largest magnitude of every block of a matrix. Two shapes of work: tiles of wide blocks, reduced by a thread block;
- * and blocks of at most a warp's columns, where a thread walks down a column. Both end in an atomic maximum, which is
- * exact in any order. */
+/* The largest magnitude of every block of a matrix. Two shapes of work: tiles of wide blocks, reduced by a thread
+ * block; and blocks of at most a warp's columns, where a thread walks down a column. Both end in an atomic maximum,
+ * which is exact in any order. */
 #include "amax.cuh"
 
 enum { TILE_ROWS = 64, TILE_COLS = 4096, STRIP_ROWS = 64 };

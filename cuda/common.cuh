@@ -12,8 +12,10 @@
 
 #if defined(MQ_CUDA_SHIM)
 #include "shim/cuda_shim.h"
+#define MQ_IS_EMULATED 1
 #else
 #include <cuda_runtime.h>
+#define MQ_IS_EMULATED 0
 #define MQ_SHARED(type, name, count) __shared__ type name[count]
 #define MQ_CHEVRONS(kernel, grid, block, stream, args) \
     (kernel<<<grid, block, 0, (cudaStream_t)stream>>>(args), cudaGetLastError())

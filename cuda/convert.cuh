@@ -1,5 +1,6 @@
-/* Elements of memory to float32 and back, eight at a time, and codes by the device's own instructions where it has them.
- * The arithmetic is csrc/format/format.h, which C and CUDA share; instructions are used only where they give its bits. */
+/* Elements of memory to float32 and back, eight at a time, and codes by the device's own instructions where it has
+ * them. The arithmetic is csrc/format/format.h, which C and CUDA share; instructions are used only where they give
+ * its bits. */
 #ifndef MODELQ_CONVERT_CUH
 #define MODELQ_CONVERT_CUH
 
@@ -108,7 +109,8 @@ static inline bool mq_is_aligned(const mq_cuda_matrix *x)
 #endif
 
 #if defined(MQ_HAS_FP8_INSTRUCTIONS)
-/* Saturates as formats.def says, infinity too; rounds to nearest, ties to even. NaN loses its sign and is not for it. */
+/* Saturates as formats.def says, infinity too; rounds to nearest, ties to even. NaN loses its sign and is not for
+ * it. */
 MQ_DEVICE uint32_t mq_cvt_e4m3(float x)
 {
     uint16_t pair;

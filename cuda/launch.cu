@@ -8,11 +8,7 @@ int mq_cuda_interface(void)
 
 int mq_cuda_is_emulated(void)
 {
-#if defined(MQ_CUDA_SHIM)
-    return 1;
-#else
-    return 0;
-#endif
+    return MQ_IS_EMULATED;
 }
 
 static int code_of(cudaError_t status)

@@ -1,10 +1,11 @@
-/* The C interface of the CUDA library, which is a shared object of its own: the CPU side opens it when it is first asked
- * for a GPU, and never links it.
+/* The C interface of the CUDA library, which is a shared object of its own: the CPU side opens it when it is first
+ * asked for a GPU, and never links it.
  *
- * Pointers in the structs below are device memory unless said otherwise; streams are cudaStream_t as void *. Calls check
- * their arguments, launch kernels on the stream and return: nothing waits, nothing is allocated. They return MQ_OK or a
- * negative code and have then filled err; a CUDA error names the kernel, its launch configuration and its arguments.
- * Results have the bits of the C kernels (csrc/quant); NaN results may differ in payload and sign on a device. */
+ * Pointers in the structs below are device memory unless said otherwise; streams are cudaStream_t as void *. Calls
+ * check their arguments, launch kernels on the stream and return: nothing waits, nothing is allocated. They return
+ * MQ_OK or a negative code and have then filled err; a CUDA error names the kernel, its launch configuration and its
+ * arguments. Results have the bits of the C kernels (csrc/quant); NaN results may differ in payload and sign on a
+ * device. */
 #ifndef MODELQ_CUDA_H
 #define MODELQ_CUDA_H
 

@@ -1,8 +1,8 @@
 /* What a job on a matrix asks for, checked. No kernels. */
 #include "schemes.cuh"
 
-/* The shapes that mq_block_shapes (csrc/quant/block.h) refuses, which has the words for users; here they are a mistake of
- * the caller. */
+/* The shapes that mq_block_shapes (csrc/quant/block.h) refuses, which has the words for users; here they are a
+ * mistake of the caller. */
 static const char *wrong_shape(const mq_scheme_plan *plan, const mq_cuda_matrix *x, int64_t block_cols)
 {
     const mq_scheme_row *scheme = plan->scheme;

@@ -1,5 +1,5 @@
-/* The arguments of the kernels of quantize.cu and fake_quantize.cu, and what both do with a group of elements. Two files,
- * as each makes an instance per rule and dtype, and compilers are slow. */
+/* The arguments of the kernels of quantize.cu and fake_quantize.cu, and what both do with a group of elements. Two
+ * files, as each makes an instance per rule and dtype, and compilers are slow. */
 #ifndef MODELQ_QUANTIZE_CUH
 #define MODELQ_QUANTIZE_CUH
 

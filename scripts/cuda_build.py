@@ -12,6 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 CORE = ["csrc/core/error.c", "csrc/format/format.c"]        # what kernels' launchers need of the C side
+EMULATED = "libmodelq_cuda_emulated.so"
 # No contraction to fused operations: the bits are those of the C kernels. Division and square roots are correctly rounded and
 # denormals are kept by nvcc's defaults, which -use_fast_math would change.
 GXX = ["-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Werror"]
@@ -45,7 +46,7 @@ def emulated(folder: Path, sanitize: bool = False, root: Path = ROOT, only: list
         language = ["gcc", "-std=c11"] if path.suffix == ".c" else ["g++", "-std=c++17", "-fno-exceptions", "-DMQ_CUDA_SHIM", "-x", "c++"]
         commands.append([*language, *GXX, *extra, *includes, "-c", str(path), "-o", objects[-1]])
     run(commands)
-    library = folder / "libmodelq_cuda_emulated.so"
+    library = folder / EMULATED
     run([["g++", "-shared", "-pthread", *extra, *objects, "-o", str(library)]])
     return library
 

@@ -1,6 +1,8 @@
 """modelq's CUDA library by ctypes: the structs of cuda/modelq_cuda.h, and calls that take NumPy arrays (the emulated library's device
 memory is the host's)."""
 import ctypes as C
+import fcntl
+import hashlib
 import importlib.util
 import os
 from pathlib import Path
@@ -19,6 +21,32 @@ SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "")       # make sanitize:
 spec = importlib.util.spec_from_file_location("cuda_build", ROOT / "scripts/cuda_build.py")
 cuda_build = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(cuda_build)
+
+
+def tree_digest() -> str:
+    files = [*(ROOT / "cuda").rglob("*.*"), *(ROOT / "csrc").rglob("*.[chd]*"), ROOT / "scripts/cuda_build.py"]
+    return hashlib.sha256(b"".join(str(path).encode() + path.read_bytes() for path in sorted(files))).hexdigest()[:16]
+
+
+def once(folder: Path, make) -> Path:
+    """folder, after make(folder) for these sources; one process of a parallel run makes and the others wait."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stamp, digest = folder / "digest", tree_digest()
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not stamp.exists() or stamp.read_text() != digest:
+            stamp.unlink(missing_ok=True)
+            make(folder)
+            stamp.write_text(digest)
+    return folder
+
+
+def emulated() -> Path:
+    """The emulated library, built if its sources have changed; or the one that scripts/cuda_mutants.py wants to be tested."""
+    if given := os.environ.get("MODELQ_CUDA_EMULATED"):
+        return Path(given)
+    name = "cuda-emulated-sanitize" if SANITIZED else "cuda-emulated"
+    return once(ROOT / "build" / name, lambda folder: cuda_build.emulated(folder, SANITIZED)) / cuda_build.EMULATED
 
 
 class Error(C.Structure):
@@ -144,3 +172,24 @@ class Library:
         job, _, _keep = self.block_job(scheme, y=out, **places, **options)
         self.call("block_dequantize", job)
         return out
+
+    def scaled(self, x, kind, amax=None, rows=0, cols=0, dynamic=False, **options):
+        """kind: "float", or the bits of integers."""
+        y = np.zeros(x.shape, x.dtype)
+        blocks = (-(-x.shape[0] // rows) if rows else 1) * (-(-x.shape[1] // cols) if cols else 1)
+        workspace = np.full(blocks, np.nan, np.float32) if dynamic else None
+        self.call("scaled", ScaledJob(kind != "float", 0 if kind == "float" else kind, options.get("narrow_range", False),
+                                      options.get("unsigned", False), matrix(x), matrix(y), rows, cols, pointer(amax), dynamic,
+                                      pointer(workspace)))
+        return y
+
+    def straight_through(self, x, gradient, amax=None, rows=0, cols=0, pre_scale=None, bias=None):
+        out = np.zeros(x.shape, x.dtype)
+        self.call("straight_through", GradientJob(matrix(x), matrix(gradient), matrix(out), rows, cols, pointer(amax), pointer(pre_scale),
+                                                  pointer(bias)))
+        return out
+
+    def histogram(self, x, exponent, bins, mask=None):
+        counts, zeros = np.zeros(bins, np.uint32), np.zeros(1, np.uint32)
+        self.call("histogram", HistogramJob(matrix(x), pointer(mask), exponent, bins, pointer(counts), pointer(zeros)))
+        return counts, int(zeros[0])

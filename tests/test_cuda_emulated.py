@@ -1,47 +1,30 @@
 """The CUDA kernels, run on the CPU by cuda/shim, give the bits of the C kernels: every format, scheme and dtype, with the threads of a
-block in three orders. What this cannot show is said in cuda/shim/cuda_shim.h."""
-import fcntl
-import hashlib
+block in three orders. What this cannot show is said in cuda/shim/cuda_shim.h.
+
+That these tests do notice a missing barrier is itself tested: scripts/cuda_mutants.py takes out each __syncthreads() in turn and runs
+those for the kernels that have any (test_cuda_mutants.py)."""
 import shutil
 
 import numpy as np
 import pytest
 
 import modelq._core as core
-from cuda_library import DTYPES, NO_ROW, ORDERS, ROOT, SANITIZED, CudaError, Library, cuda_build
+from cuda_library import DTYPES, NO_ROW, ORDERS, SANITIZED, CudaError, Library, emulated
 from kernel_digests import tame, wild
 
 SCHEMES = core.schemes()
-SHAPES = [(1, 1), (1, 7), (3, 65), (5, 200), (70, 33), (2, 5000), (130, 257)]
+SHAPES = [(1, 1), (1, 7), (3, 65), (5, 200), (70, 33), (2, 5000), (130, 257)][: 5 if SANITIZED else None]
 GRIDS = [(0, 0), (1, 0), (0, 1), (1, 16), (1, 32), (1, 10), (1, 128), (128, 128), (2, 3), (64, 1), (65, 33)]
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 
-def tree_digest() -> str:
-    files = [*(ROOT / "cuda").rglob("*.*"), *(ROOT / "csrc").rglob("*.[chd]*"), ROOT / "scripts/cuda_build.py"]
-    return hashlib.sha256(b"".join(str(path).encode() + path.read_bytes() for path in sorted(files))).hexdigest()[:16]
-
-
-def built(root=ROOT):
-    """The library, built if the sources have changed; one process of a parallel run builds and the others wait."""
-    folder = root / "build" / ("cuda-emulated-sanitize" if SANITIZED else "cuda-emulated")
-    folder.mkdir(parents=True, exist_ok=True)
-    stamp, digest = folder / "digest", tree_digest()
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not stamp.exists() or stamp.read_text() != digest:
-            cuda_build.emulated(folder, SANITIZED)
-            stamp.write_text(digest)
-    return folder / "libmodelq_cuda_emulated.so"
-
-
 @pytest.fixture(scope="module")
 def unordered():
-    return Library(built())
+    return Library(emulated())
 
 
-@pytest.fixture(params=ORDERS)
+@pytest.fixture(params=["random"] if SANITIZED else ORDERS)     # what sanitizers look for does not depend on it, and they take their time
 def cuda(unordered, request):
     unordered.order(request.param)
     return unordered
@@ -188,6 +171,118 @@ def test_in_place(cuda):
     x = numbers(4, 64, DTYPES[1])
     wanted = core.fake_quantize(x, "nvfp4")
     same(cuda.fake_quantize(x, "nvfp4", out=x)[0], wanted)
+
+
+# ---- codes of single elements ----
+
+@pytest.mark.parametrize("format", core.formats())
+def test_codes(cuda, format):
+    """Every bfloat16 and its neighbours in float32, NaN of both signs, infinities; and every code back."""
+    patterns = (np.arange(1 << 16, dtype=np.uint32) << 16)[:, None] + np.uint32([0, 1, 0x7fff, 0x8000, 0x8001, 0xffff])
+    values = patterns.reshape(-1).view(np.float32)[::1 if format == "fp8_e4m3" else 5].copy()
+    codes = core.encode(values, format)
+    assert cuda.encode(values, format).tobytes() == codes.tobytes()
+    if core.formats()[format]["bits"] <= 16:
+        codes = np.arange(1 << core.formats()[format]["bits"], dtype=f"uint{8 * codes.dtype.itemsize}").view(codes.dtype)
+    assert cuda.decode(codes, format).tobytes() == core.decode(codes, format).tobytes()
+
+
+# ---- activations ----
+
+KINDS = {
+    "fp8": ("float", dict(num_bits=(4, 3))), "int8": (8, dict(num_bits=8)), "int4": (4, dict(num_bits=4)),
+    "int8 narrow": (8, dict(num_bits=8, narrow_range=True)), "int8 unsigned": (8, dict(num_bits=8, unsigned=True)),
+}
+PLACES = {
+    "tensor": ((0, 0), {}), "channel": ((0, 1), dict(axis=-1)), "row": ((1, 0), dict(axis=0)),
+    "block": ((1, 16), dict(block_sizes={-1: 16})), "2-D block": ((4, 10), dict(block_sizes={-1: 10, -2: 4})),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_activations(cuda, kind, place, dtype):
+    (rows, cols), blocks = PLACES[place]
+    element, settings = KINDS[kind]
+    options = {key: value for key, value in settings.items() if key != "num_bits"}
+    for x in (numbers(8, 80, dtype), spoiled(tame(640, dtype.type, 1).reshape(8, 80)), strided(numbers(8, 80, dtype, 2))):
+        quantizer = core.Quantizer(**settings, **blocks)
+        finite = np.where(np.isfinite(x.astype(np.float32)), x, 0).astype(dtype)
+        amax = core.amax(finite, block=(rows or 8, cols or 80)).reshape(-1) * np.float32(0.7)
+        amax[-1] = 0
+        quantizer.amax = amax if place != "tensor" else float(amax[0])
+        same(cuda.scaled(x, element, amax, rows, cols, **options), quantizer(np.ascontiguousarray(x)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_activations_that_find_their_own_scales(cuda, dtype):
+    for x in (numbers(8, 80, dtype), spoiled(tame(640, dtype.type, 1).reshape(8, 80))):
+        for element, settings in (("float", dict(num_bits=(4, 3))), (8, dict(num_bits=8)), (4, dict(num_bits=4))):
+            per_token = core.Quantizer(**settings, block_sizes={-1: None}, type="dynamic")
+            same(cuda.scaled(x, element, None, 1, 0, dynamic=True), per_token(x))
+        cast = core.decode(core.encode(x.astype(np.float32), "fp8_e4m3"), "fp8_e4m3")
+        same(cuda.scaled(x, "float"), cast.astype(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scheme", [name for name, row in SCHEMES.items() if row["scale"] != "fp32"])
+def test_activations_by_schemes(cuda, scheme, dtype):
+    """NaN and infinity pass through a quantizer; a short last block, too, has a scale of its own."""
+    element, block, scale = SCHEMES[scheme]["element"], SCHEMES[scheme]["block"][1], SCHEMES[scheme]["scale"]
+    bits = {"fp4_e2m1": (2, 1), "fp8_e4m3": (4, 3), "fp8_e5m2": (5, 2), "fp6_e3m2": (3, 2), "fp6_e2m3": (2, 3), "int8": 8}[element]
+    settings = {-1: block, "type": "dynamic", "scale_bits": (8, 0) if scale == "e8m0" else (4, 3)}
+    quantizer = core.Quantizer(num_bits=bits, block_sizes=settings)
+    options = dict(block_size=block, second_divisor=quantizer.second_divisor)     # W4A8's blocks are NVFP4's to a quantizer, but longer
+    amax = np.float32([5.5]) if quantizer.needs_amax else None
+    if quantizer.needs_amax:
+        quantizer.amax = 5.5
+    for x in (numbers(6, 6 * block, dtype), spoiled(tame(36 * block, dtype.type, 1).reshape(6, -1)),
+              numbers(6, 6 * block - 3, dtype, 2), strided(numbers(6, 6 * block, dtype, 3))):
+        same(cuda.fake_quantize(x, quantizer.scheme, amax=amax, **options)[0], quantizer(np.ascontiguousarray(x)))
+
+
+# ---- gradients and histograms ----
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("place", PLACES)
+def test_straight_through(cuda, place, dtype):
+    (rows, cols), blocks = PLACES[place]
+    random = np.random.default_rng(4)
+    for x in (numbers(8, 80, dtype), spoiled(tame(640, dtype.type, 1).reshape(8, 80))):
+        gradient = random.standard_normal(x.shape).astype(dtype)
+        quantizer = core.Quantizer(num_bits=8, **blocks)
+        amax = np.abs(random.standard_normal((-(-8 // rows) if rows else 1) * (-(-80 // cols) if cols else 1))).astype(np.float32)
+        quantizer.amax = amax if place != "tensor" else float(amax[0])
+        same(cuda.straight_through(x, gradient, amax, rows, cols), core.straight_through(quantizer, x, gradient))
+        pre_scale, bias = (np.abs(random.standard_normal((2, 80))) + 0.1).astype(np.float32)
+        quantizer.pre_quant_scale, quantizer.bias = pre_scale, bias
+        same(cuda.straight_through(x, gradient, amax, rows, cols, pre_scale, bias), core.straight_through(quantizer, x, gradient))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_histogram(cuda, dtype):
+    x = tame(3 * 2999, dtype.type, 5).reshape(3, -1)
+    x[1, :40], x[2, 7] = 0, -0.0
+    for exponent, bins in ((-6, 1 << 13), (-3, 100), (-12, 1 << 17)):
+        for of, mask in ((x, None), (strided(x), np.uint8([1, 0, 1]))):
+            kept = np.abs(np.asarray(of if mask is None else of[mask != 0]).astype(np.float64))
+            at = np.floor(kept * 2.0**-exponent).astype(np.int64)
+            counts, zeros = cuda.histogram(of, exponent, bins, mask)
+            np.testing.assert_array_equal(counts, np.bincount(at[at < bins], minlength=bins))
+            assert zeros == np.count_nonzero(kept == 0)
+
+
+def test_histogram_is_the_calibrators(cuda):
+    """Counts in the fine bins of csrc/calib/histogram.c, whose state is a header of six numbers and the counts."""
+    x = tame(4 * 1000, DTYPES[1].type, 6).reshape(4, -1)
+    calibrator = core.Calibrator("histogram")
+    calibrator.collect(x)
+    bins = 1 << 17
+    state = calibrator.save()[-8 * bins:]
+    exponent = int(np.frexp(float(core.amax(x)))[1]) - 17
+    counts, _ = cuda.histogram(x, exponent, bins)
+    np.testing.assert_array_equal(np.frombuffer(state, np.int64), counts)
 
 
 # ---- errors ----

@@ -168,7 +168,7 @@ int mq_quantizer_ready(const mq_quantizer *quantizer, int64_t rows, int64_t cols
 
 /* ---- apply ---- */
 
-/* The reference's formulas. FP8 without an amax is a plain cast to the element and back; integers then count as zeros. */
+/* The reference's formulas. FP8 without an amax is a plain cast to the element and back; integers are then zeros. */
 static mq_scaled scaled_args(const mq_quant_spec *spec, mq_dtype dtype, const float *amax)
 {
     mq_scaled_numbers numbers = {.multiplier = 1.0f, .back = 1.0f};

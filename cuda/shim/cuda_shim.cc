@@ -98,8 +98,8 @@ static void leave(void **, const void *, size_t) {}
 static void arrive(void *, const void **, size_t *) {}
 #endif
 
-/* swapcontext saves the signal mask by system calls, which cost more than most threads do; the sanitizer, though, follows
- * it better than jumps. */
+/* swapcontext saves the signal mask by system calls, which cost more than most threads do; the sanitizer, though,
+ * follows it better than jumps. */
 #if defined(__SANITIZE_ADDRESS__)
 static ucontext_t scheduler;
 #define SWITCH_TO_SCHEDULER(self) swapcontext(&(self)->context, &scheduler)
@@ -286,21 +286,25 @@ static void drop_fibers()
     }
 }
 
+static cudaError_t make_fiber(fiber *made)
+{
+    if (made->stack != NULL) return cudaSuccess;
+    void *stack = mmap(NULL, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (stack == MAP_FAILED) return cudaErrorMemoryAllocation;
+    made->stack = (char *)stack;
+    getcontext(&made->context);
+    made->context.uc_stack.ss_sp = made->stack;
+    made->context.uc_stack.ss_size = STACK_BYTES;
+    made->context.uc_link = NULL;
+    makecontext(&made->context, fiber_main, 0);
+    return cudaSuccess;
+}
+
 static cudaError_t make_fibers(int count)
 {
-    for (int i = 0; i < count; i++) {
-        fiber *made = &fibers[i];
-        if (made->stack != NULL) continue;
-        void *stack = mmap(NULL, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (stack == MAP_FAILED) return cudaErrorMemoryAllocation;
-        made->stack = (char *)stack;
-        getcontext(&made->context);
-        made->context.uc_stack.ss_sp = made->stack;
-        made->context.uc_stack.ss_size = STACK_BYTES;
-        made->context.uc_link = NULL;
-        makecontext(&made->context, fiber_main, 0);
-    }
-    return cudaSuccess;
+    cudaError_t status = cudaSuccess;
+    for (int i = 0; i < count && status == cudaSuccess; i++) status = make_fiber(&fibers[i]);
+    return status;
 }
 
 /* The limits of real devices (CUDA C++ Programming Guide, table of technical specifications). */

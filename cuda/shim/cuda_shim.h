@@ -1,9 +1,9 @@
 /* The words of CUDA on a CPU, so that g++ compiles the .cu files as they are and tests can run them.
  *
- * One thread block runs at a time; its threads are fibers on one operating system thread (cuda_shim.cc). A fiber runs
- * until it waits at a barrier or in a warp's exchange, so a missing barrier shows as soon as the order of fibers differs
- * from the one that happens to work: tests use three orders. What this cannot see: data races of threads that run truly
- * at once, memory that is not yet visible to others, bank conflicts, speed. */
+ * One thread block runs at a time; its threads are fibers on one operating system thread (cuda_shim.cc). A fiber
+ * runs until it waits at a barrier or in a warp's exchange, so a missing barrier shows as soon as the order of
+ * fibers differs from the one that happens to work: tests use three orders. What this cannot see: data races of
+ * threads that run truly at once, memory that is not yet visible to others, bank conflicts, speed. */
 #ifndef MODELQ_CUDA_SHIM_H
 #define MODELQ_CUDA_SHIM_H
 
@@ -101,7 +101,8 @@ T atomicAdd(T *at, T value)
 
 #pragma GCC visibility push(default)
 extern "C" {
-/* 0: thread 0 first, 1: the last first, 2: any order, from seed, anew at every barrier. Blocks come in that order too. */
+/* 0: thread 0 first, 1: the last first, 2: any order, from seed, anew at every barrier. Blocks come in that order
+ * too. */
 void mq_shim_set_order(int order, uint64_t seed);
 /* The n-th launch from now (1 = the next) fails with that error instead of running; 0 = none does. */
 void mq_shim_fail_launch(int n, int error);
