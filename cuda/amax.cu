@@ -14,6 +14,7 @@ typedef struct amax_args {
     int64_t row_pieces, col_pieces;    /* of a block */
     int64_t piece_rows, piece_cols;
     int width;                         /* threads side by side along a row: a power of two */
+    bool aligned;                      /* groups of MQ_GROUP columns may be loaded as one */
     uint32_t *out;
 } amax_args;
 
@@ -27,7 +28,6 @@ static void describe(const amax_args &a, char *out, size_t size)
 template <mq_dtype D>
 static __global__ void amax_tile(amax_args a)
 {
-    typedef typename mq_word<D>::type word;
     const mq_place of_row = mq_place_of((int64_t)blockIdx.x, a.blocks.cols * a.col_pieces);
     const mq_place down = mq_place_of(of_row.row, a.row_pieces), across = mq_place_of(of_row.group, a.col_pieces);
     const int64_t row = down.row * a.blocks.block_rows + down.group * a.piece_rows;
@@ -37,10 +37,10 @@ static __global__ void amax_tile(amax_args a)
     const int column = (int)threadIdx.x & (a.width - 1), line = (int)threadIdx.x / a.width;
     uint32_t largest = 0;
     for (int64_t r = row + line; r < row_end; r += MQ_THREADS / a.width) {
-        const word *x = (const word *)a.x + r * a.ld;
-        for (int64_t c = col + column; c < col_end; c += a.width) {
-            const uint32_t magnitude = mq_magnitude(mq_widen<D>(x[c]));
-            largest = MQ_MAX(largest, magnitude);
+        for (int64_t c = col + column * MQ_GROUP; c < col_end; c += a.width * MQ_GROUP) {
+            float x[MQ_GROUP];
+            mq_load_group<D>(a.x, r * a.ld + c, (int)MQ_MIN(col_end - c, (int64_t)MQ_GROUP), a.aligned, x);
+            for (int i = 0; i < MQ_GROUP; i++) largest = MQ_MAX(largest, mq_magnitude(x[i]));
         }
     }
     largest = mq_block_max(largest);
@@ -108,8 +108,9 @@ static int launch_tiles(amax_args *a, mq_dtype dtype, void *stream, mq_error *er
     a->piece_cols = MQ_MIN(a->blocks.block_cols, (int64_t)TILE_COLS);
     a->row_pieces = MQ_CEIL_DIV(a->blocks.block_rows, a->piece_rows);
     a->col_pieces = MQ_CEIL_DIV(a->blocks.block_cols, a->piece_cols);
-    a->width = MQ_WARP;
-    while (a->width < MQ_THREADS && a->width < a->piece_cols) a->width *= 2;
+    a->width = 1;
+    while (a->width < MQ_THREADS && a->width * MQ_GROUP < a->piece_cols) a->width *= 2;
+    a->aligned = a->aligned && (a->blocks.cols == 1 || a->blocks.block_cols % MQ_GROUP == 0);
     const int64_t count = a->blocks.rows * a->row_pieces * a->blocks.cols * a->col_pieces;
     const mq_launch launch = {"amax_tile", dim3((unsigned)MQ_MIN(count, (int64_t)UINT32_MAX)), stream, err};
     return mq_launch_kernel(&launch, tile_kernels[dtype], *a);
@@ -121,7 +122,7 @@ int mq_cuda_amax_blocks(const mq_cuda_matrix *x, const mq_blocks *blocks, float 
     const mq_launch launch = {"amax_zero", mq_grid_for(fill.count), stream, err};
     int rc = mq_launch_kernel(&launch, amax_zero, fill);
     if (rc != MQ_OK || x->rows == 0 || x->cols == 0) return rc;
-    amax_args a = {x->data, x->rows, x->cols, x->ld, *blocks, 1, 1, 1, 1, 1, (uint32_t *)out};
+    amax_args a = {x->data, x->rows, x->cols, x->ld, *blocks, 1, 1, 1, 1, 1, mq_is_aligned(x), (uint32_t *)out};
     return blocks->block_cols <= MQ_WARP ? launch_narrow(&a, x->dtype, stream, err)
                                          : launch_tiles(&a, x->dtype, stream, err);
 }
