@@ -25,6 +25,8 @@ PYTHON_LAYERS = [{"_core", "_version", "algorithms", "attributes", "calib", "con
                  {"checkpoint"}, {"model"}, {"quantization", "export"}, {"commands", "chat_commands", "search_commands", "cli", "__main__", "__init__"}]
 
 C_FILES = sorted(path for suffix in ("c", "h", "inc", "def") for path in (ROOT / "csrc").rglob(f"*.{suffix}"))
+CUDA_FILES = sorted(path for suffix in ("cu", "cuh", "h", "cc") for path in (ROOT / "cuda").rglob(f"*.{suffix}"))
+CUDA_MAY_INCLUDE = {"core", "format", "kernels", "shim"}      # of csrc/ what both compilers read, and nothing that runs on a pool
 PYTHON_FILES = sorted((ROOT / "modelq").rglob("*.py"))
 
 
@@ -81,7 +83,7 @@ def functions_of(text: str, file: str) -> list[Function]:
 
 @cache
 def functions() -> list[Function]:
-    return [function for path in C_FILES if path.suffix in (".c", ".h", ".inc") for function in functions_of(path.read_text(), name(path))]
+    return [function for path in C_FILES + CUDA_FILES if path.suffix != ".def" for function in functions_of(path.read_text(), name(path))]
 
 
 def test_the_counter_counts():
@@ -118,6 +120,20 @@ def test_c_file(path):
         assert "Python.h" not in text
     if path.name != "ndarray.c":
         assert "numpy/" not in bare_includes(text), "only py/ndarray.c includes NumPy's headers"
+
+
+@pytest.mark.parametrize("path", CUDA_FILES, ids=name)
+def test_cuda_file(path):
+    text = path.read_text()
+    lines = text.split("\n")
+    assert text.startswith("/*"), "a file says what it is"
+    assert len(lines) <= LONGEST_FILE + 1, f"{len(lines)} lines"
+    wide = [number for number, line in enumerate(lines, 1) if len(line) > LONGEST_LINE]
+    assert not wide, f"lines over {LONGEST_LINE} columns: {wide}"
+    assert set(re.findall(r'#\s*include\s+"(\w+)/', text)) <= CUDA_MAY_INCLUDE
+    if path.name != "common.cuh" and "shim" not in path.parts:
+        known = re.findall(r"<<<|cuda_runtime|\b__shared__\b|\bMQ_CUDA_SHIM\b", text)
+        assert not known, f"only common.cuh knows which compiler reads it, but here is {known}"
 
 
 def bare_includes(text: str) -> str:

@@ -31,12 +31,23 @@ typedef struct mq_codec {
     mq_overflow overflow;
 } mq_codec;
 
+#if defined(__cplusplus)
+/* Functions: device code may use their results, but no object of a class type at file scope. */
+#define MQ_FORMAT(id, name, kind, bits, ebits, mbits, bias, sign, special, round, over, ...) \
+    MQ_INLINE MQ_HD constexpr mq_codec mq_codec_##id(void) \
+    { \
+        return mq_codec{MQ_KIND_##kind, bits, ebits, mbits, bias, sign, MQ_SPECIAL_##special, MQ_ROUND_##round, \
+                        MQ_OVERFLOW_##over}; \
+    }
+#define MQ_CODEC(id) (mq_codec_##id())
+#else
 #define MQ_FORMAT(id, name, kind, bits, ebits, mbits, bias, sign, special, round, over, ...) \
     static const mq_codec mq_codec_##id = {MQ_KIND_##kind, bits, ebits, mbits, bias, sign, MQ_SPECIAL_##special, \
                                            MQ_ROUND_##round, MQ_OVERFLOW_##over};
+#define MQ_CODEC(id) (mq_codec_##id)
+#endif
 #include "format/formats.def"
 #undef MQ_FORMAT
-#define MQ_CODEC(id) (mq_codec_##id)
 
 typedef struct mq_format_row {
     const char *name;

@@ -1,11 +1,9 @@
 #include "quant/quantizer.h"
 
 #include "core/alloc.h"
+#include "kernels/scales.h"
 #include "quant/prepare.h"
 #include "quant/scale.h"
-
-/* At or below this the reference treats an amax as zero (tensor_quant.py, 1 / 2^24). */
-static const float tiny_amax = 0x1p-24f;
 
 void mq_quantizer_init(mq_quantizer *quantizer, const mq_quant_spec *spec)
 {
@@ -170,23 +168,19 @@ int mq_quantizer_ready(const mq_quantizer *quantizer, int64_t rows, int64_t cols
 
 /* ---- apply ---- */
 
-/* The reference's formulas: _fp8_eager (two roundings, as torch's scalar / tensor), and its integer fake quantization.
- * FP8 without an amax is a plain cast to the element and back. */
+/* The reference's formulas. FP8 without an amax is a plain cast to the element and back; integers are then zeros. */
 static mq_scaled scaled_args(const mq_quant_spec *spec, mq_dtype dtype, const float *amax)
 {
-    mq_scaled args = {.dtype = dtype, .multiplier = 1.0f, .back = 1.0f};
-    const int tiny = amax == NULL || *amax <= tiny_amax;
+    mq_scaled_numbers numbers = {.multiplier = 1.0f, .back = 1.0f};
     if (spec->kind == MQ_KIND_FLOAT) {
-        if (amax != NULL) args.multiplier = (1.0f / (tiny ? 1.0f : *amax)) * 448.0f;
-        args.back = 1.0f / args.multiplier;
-        return args;
+        if (amax != NULL) numbers = mq_scaled_fp8_numbers(*amax);
+    } else {
+        const float bound = (float)((1 << (spec->bits - 1 + (spec->is_unsigned != 0))) - 1);
+        const float low = spec->is_unsigned ? 0.0f : spec->narrow_range ? -bound : -bound - 1.0f;
+        numbers = mq_scaled_int_numbers(amax == NULL ? 0.0f : *amax, low, bound);
     }
-    const float bound = (float)((1 << (spec->bits - 1 + (spec->is_unsigned != 0))) - 1);
-    args.high = bound;
-    args.low = spec->is_unsigned ? 0.0f : spec->narrow_range ? -bound : -bound - 1.0f;
-    args.multiplier = tiny ? 0.0f : bound / *amax;
-    args.back = tiny ? 1.0f : args.multiplier;
-    return args;
+    return (mq_scaled){.dtype = dtype, .multiplier = numbers.multiplier, .back = numbers.back, .low = numbers.low,
+                       .high = numbers.high};
 }
 
 static void apply_scaled(const mq_quant_spec *spec, const mq_kernels *kernels, const mq_scaled *args)

@@ -3,6 +3,7 @@
 #include "core/alloc.h"
 #include "core/pool.h"
 #include "kernels/kernels.h"
+#include "kernels/scales.h"
 #include "quant/rows.h"
 
 mq_grid mq_grid_make(int64_t rows, int64_t cols, int64_t block_rows, int64_t block_cols)
@@ -23,23 +24,14 @@ float mq_scale_second(const mq_scheme_row *scheme, float amax)
 
 float mq_second_scale(const mq_second_level *second, float largest)
 {
-    const float scale = second->amax / second->divisor;
-    return scale != 0.0f ? scale : largest / second->divisor;
+    return mq_second_scale_of(second->amax, second->divisor, largest);
 }
 
 /* A code's value times the kernels' denominator, over that denominator, is within two roundings of the value: it is
  * encoded as that code again. */
 void mq_static_amax(const mq_second_level *second, float largest, const float *amax, int64_t count, float *out)
 {
-    const float denominator = largest * mq_second_scale(second, largest), most = second->divisor / largest;
-    const float tensor = second->amax / largest;
-    for (int64_t i = 0; i < count; i++) {
-        const float block = amax[i] / largest;
-        float scale = (block == 0.0f ? 1.0f : block) * most / tensor;
-        scale = scale < 0x1p-9f ? 0x1p-9f : scale;
-        scale = scale > 448.0f ? 448.0f : scale;
-        out[i] = mq_decode(mq_encode(scale, MQ_CODEC(FP8_E4M3)), MQ_CODEC(FP8_E4M3)) * denominator;
-    }
+    for (int64_t i = 0; i < count; i++) out[i] = mq_static_amax_of(amax[i], second->amax, second->divisor, largest);
 }
 
 /* Strips of whole block rows, or for tall blocks pieces of at most PIECE rows whose maxima are merged afterwards. */

@@ -1,0 +1,370 @@
+/* Runs kernels on the CPU: see cuda_shim.h. */
+#include "cuda_shim.h"
+
+#include <pthread.h>
+#include <setjmp.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+enum { MOST_THREADS = 1024, WARP = 32, STACK_BYTES = 256 * 1024, MOST_SHARED = 16, SHARED_BYTES = 48 * 1024 };
+enum { FORWARD, REVERSE, RANDOM };
+
+typedef enum fiber_state { READY, AT_BARRIER, AT_EXCHANGE, ENDED } fiber_state;
+
+typedef struct fiber {
+    ucontext_t context;     /* where it starts */
+    jmp_buf place;          /* where it waits */
+    int has_started;
+    char *stack;
+    fiber_state state;
+    unsigned mask;          /* AT_EXCHANGE: the lanes that take part, */
+    int distance;           /* how far each looks, */
+    uint64_t bits, answer;  /* what it gives and gets */
+    void *fake_stack;       /* of the sanitizer */
+} fiber;
+
+static fiber fibers[MOST_THREADS];
+static int thread_count, current;
+static const mq_shim_call *running;
+static int order = FORWARD, fail_after, fail_with;
+static uint64_t random_state = 1;
+static char reason[200];
+static pthread_mutex_t one_at_a_time = PTHREAD_MUTEX_INITIALIZER;
+
+static struct {
+    const void *key;
+    void *memory;
+    size_t nbytes;
+} shared[MOST_SHARED];
+static size_t shared_used;
+
+/* ---- names of errors ---- */
+
+static const struct {
+    cudaError_t error;
+    const char *name, *text;
+} errors[] = {
+    {cudaSuccess, "cudaSuccess", "no error"},
+    {cudaErrorInvalidValue, "cudaErrorInvalidValue", "invalid argument"},
+    {cudaErrorMemoryAllocation, "cudaErrorMemoryAllocation", "out of memory"},
+    {cudaErrorInvalidConfiguration, "cudaErrorInvalidConfiguration", "invalid configuration argument"},
+    {cudaErrorLaunchFailure, "cudaErrorLaunchFailure", reason},
+};
+
+const char *cudaGetErrorName(cudaError_t error)
+{
+    for (const auto &row : errors)
+        if (row.error == error) return row.name;
+    return "cudaErrorUnknown";
+}
+
+const char *cudaGetErrorString(cudaError_t error)
+{
+    for (const auto &row : errors)
+        if (row.error == error) return row.text;
+    return "unknown error";
+}
+
+/* ---- switching, told to the address sanitizer, which otherwise takes another stack for an overflow ---- */
+
+#if defined(__SANITIZE_ADDRESS__)
+static const void *scheduler_stack;
+static size_t scheduler_stack_bytes;
+static void *scheduler_fake_stack;
+
+static void leave(void **fake_stack, const void *stack, size_t nbytes)
+{
+    __sanitizer_start_switch_fiber(fake_stack, stack, nbytes);
+}
+
+static void arrive(void *fake_stack, const void **stack, size_t *nbytes)
+{
+    __sanitizer_finish_switch_fiber(fake_stack, stack, nbytes);
+}
+#else
+static const void *scheduler_stack;
+static size_t scheduler_stack_bytes;
+static void *scheduler_fake_stack;
+static void leave(void **, const void *, size_t) {}
+static void arrive(void *, const void **, size_t *) {}
+#endif
+
+/* swapcontext saves the signal mask by system calls, which cost more than most threads do; the sanitizer, though,
+ * follows it better than jumps. */
+#if defined(__SANITIZE_ADDRESS__)
+static ucontext_t scheduler;
+#define SWITCH_TO_SCHEDULER(self) swapcontext(&(self)->context, &scheduler)
+#define SWITCH_TO_FIBER(next) swapcontext(&scheduler, &(next)->context)
+#else
+static jmp_buf scheduler;
+#define SWITCH_TO_SCHEDULER(self) \
+    do { \
+        if (_setjmp((self)->place) == 0) _longjmp(scheduler, 1); \
+    } while (0)
+#define SWITCH_TO_FIBER(next) \
+    do { \
+        if (_setjmp(scheduler) == 0) enter(next); \
+    } while (0)
+
+static void enter(fiber *next)
+{
+    if (next->has_started) _longjmp(next->place, 1);
+    next->has_started = 1;
+    setcontext(&next->context);
+}
+#endif
+
+/* Back to the scheduler, until it comes back here. */
+static void yield()
+{
+    fiber *self = &fibers[current];
+    leave(&self->fake_stack, scheduler_stack, scheduler_stack_bytes);
+    SWITCH_TO_SCHEDULER(self);
+    arrive(fibers[current].fake_stack, &scheduler_stack, &scheduler_stack_bytes);
+}
+
+/* A fiber lives on when its thread has ended, and is then the same thread of the next block. */
+static void fiber_main()
+{
+    arrive(NULL, &scheduler_stack, &scheduler_stack_bytes);
+    for (;;) {
+        running->run(running->call);
+        fibers[current].state = ENDED;
+        yield();
+    }
+}
+
+static void resume(int thread)
+{
+    fiber *next = &fibers[thread];
+    current = thread;
+    threadIdx = dim3((unsigned)thread % blockDim.x, (unsigned)thread / blockDim.x % blockDim.y,
+                     (unsigned)thread / (blockDim.x * blockDim.y));
+    leave(&scheduler_fake_stack, next->stack, STACK_BYTES);
+    SWITCH_TO_FIBER(next);
+    arrive(scheduler_fake_stack, NULL, NULL);
+}
+
+/* ---- what threads wait for ---- */
+
+void __syncthreads()
+{
+    fibers[current].state = AT_BARRIER;
+    yield();
+}
+
+/* The last lane to come finds the answers of all. */
+static void settle_exchange(int first, unsigned mask)
+{
+    const int end = first + WARP < thread_count ? first + WARP : thread_count;
+    for (int lane = 0; lane < WARP; lane++) {
+        if (!(mask >> lane & 1u)) continue;
+        if (first + lane >= end) return;
+        const fiber *other = &fibers[first + lane];
+        if (other->state != AT_EXCHANGE || other->mask != mask) return;
+    }
+    for (int lane = 0; lane < WARP; lane++) {
+        if (!(mask >> lane & 1u)) continue;
+        fiber *own = &fibers[first + lane];
+        const int from = lane ^ own->distance;
+        /* a lane that takes no part has nothing to give: rubbish */
+        own->answer = from < WARP && (mask >> from & 1u) ? fibers[first + from].bits : 0xa5a5a5a5a5a5a5a5u;
+        own->state = READY;
+    }
+}
+
+uint64_t mq_shim_exchange(unsigned mask, uint64_t bits, int distance)
+{
+    fiber *self = &fibers[current];
+    self->mask = mask;
+    self->bits = bits;
+    self->distance = distance;
+    self->state = AT_EXCHANGE;
+    settle_exchange(current / WARP * WARP, mask);
+    if (self->state == AT_EXCHANGE) yield();
+    return self->answer;
+}
+
+void *mq_shim_shared(const void *key, size_t nbytes)
+{
+    int i = 0;
+    for (; i < MOST_SHARED && shared[i].key != NULL; i++)
+        if (shared[i].key == key) return shared[i].memory;
+    if (i == MOST_SHARED || shared_used + nbytes > SHARED_BYTES) {
+        fprintf(stderr, "cuda shim: a block has more than %d arrays or %d bytes of shared memory\n", (int)MOST_SHARED,
+                (int)SHARED_BYTES);
+        abort();
+    }
+    shared[i] = {key, malloc(nbytes), nbytes};    /* of its own, so that the sanitizer sees its ends */
+    memset(shared[i].memory, 0xa5, nbytes);
+    shared_used += nbytes;
+    return shared[i].memory;
+}
+
+static void free_shared()
+{
+    for (int i = 0; i < MOST_SHARED && shared[i].key != NULL; i++) {
+        free(shared[i].memory);
+        shared[i] = {NULL, NULL, 0};
+    }
+    shared_used = 0;
+}
+
+/* ---- the scheduler ---- */
+
+static uint64_t next_random()
+{
+    random_state ^= random_state << 13;
+    random_state ^= random_state >> 7;
+    random_state ^= random_state << 17;
+    return random_state;
+}
+
+static void arrange(int64_t *places, int64_t count)
+{
+    for (int64_t i = 0; i < count; i++) places[i] = order == REVERSE ? count - 1 - i : i;
+    for (int64_t i = count - 1; order == RANDOM && i > 0; i--) {
+        const int64_t j = (int64_t)(next_random() % (uint64_t)(i + 1)), held = places[i];
+        places[i] = places[j];
+        places[j] = held;
+    }
+}
+
+static int count_in(fiber_state state)
+{
+    int count = 0;
+    for (int i = 0; i < thread_count; i++) count += fibers[i].state == state;
+    return count;
+}
+
+/* Everybody waits. Where all wait at a barrier they go on. */
+static int open_barrier()
+{
+    const int waiting = count_in(AT_BARRIER), ended = count_in(ENDED), exchanging = count_in(AT_EXCHANGE);
+    if (waiting == thread_count) {
+        for (int i = 0; i < thread_count; i++) fibers[i].state = READY;
+        return 1;
+    }
+    snprintf(reason, sizeof reason,
+             "block (%u, %u, %u): %d of %d threads wait at a barrier and %d in a warp's exchange, %d have ended",
+             blockIdx.x, blockIdx.y, blockIdx.z, waiting, thread_count, exchanging, ended);
+    return 0;
+}
+
+static cudaError_t run_block()
+{
+    int64_t places[MOST_THREADS];
+    for (int i = 0; i < thread_count; i++) fibers[i].state = READY;
+    while (count_in(ENDED) < thread_count) {
+        int progress = 0;
+        arrange(places, thread_count);
+        for (int i = 0; i < thread_count; i++) {
+            if (fibers[places[i]].state != READY) continue;
+            resume((int)places[i]);
+            progress = 1;
+        }
+        if (!progress && !open_barrier()) return cudaErrorLaunchFailure;
+    }
+    return cudaSuccess;
+}
+
+static void drop_fibers()
+{
+    for (int i = 0; i < MOST_THREADS && fibers[i].stack != NULL; i++) {
+        munmap(fibers[i].stack, STACK_BYTES);
+        fibers[i].stack = NULL;
+        fibers[i].has_started = 0;
+    }
+}
+
+static cudaError_t make_fiber(fiber *made)
+{
+    if (made->stack != NULL) return cudaSuccess;
+    void *stack = mmap(NULL, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (stack == MAP_FAILED) return cudaErrorMemoryAllocation;
+    made->stack = (char *)stack;
+    getcontext(&made->context);
+    made->context.uc_stack.ss_sp = made->stack;
+    made->context.uc_stack.ss_size = STACK_BYTES;
+    made->context.uc_link = NULL;
+    makecontext(&made->context, fiber_main, 0);
+    return cudaSuccess;
+}
+
+static cudaError_t make_fibers(int count)
+{
+    cudaError_t status = cudaSuccess;
+    for (int i = 0; i < count && status == cudaSuccess; i++) status = make_fiber(&fibers[i]);
+    return status;
+}
+
+/* The limits of real devices (CUDA C++ Programming Guide, table of technical specifications). */
+static int is_valid(dim3 grid, dim3 block)
+{
+    const uint64_t threads = (uint64_t)block.x * block.y * block.z;
+    return threads >= 1 && threads <= MOST_THREADS && block.z <= 64 && grid.x >= 1 && grid.x <= 0x7fffffffu &&
+           grid.y >= 1 && grid.y <= 65535 && grid.z >= 1 && grid.z <= 65535;
+}
+
+static cudaError_t run_grid(dim3 grid)
+{
+    const int64_t count = (int64_t)grid.x * grid.y * grid.z;
+    int64_t *places = (int64_t *)malloc((size_t)count * sizeof *places);
+    cudaError_t status = places == NULL ? cudaErrorMemoryAllocation : cudaSuccess;
+    if (places != NULL) arrange(places, count);
+    for (int64_t i = 0; i < count && status == cudaSuccess; i++) {
+        const unsigned place = (unsigned)places[i];
+        blockIdx = dim3(place % grid.x, place / grid.x % grid.y, place / (grid.x * grid.y));
+        status = run_block();
+        free_shared();
+    }
+    free(places);
+    return status;
+}
+
+cudaError_t mq_shim_run(const mq_shim_call *call, dim3 grid, dim3 block)
+{
+    if (!is_valid(grid, block)) return cudaErrorInvalidConfiguration;
+    pthread_mutex_lock(&one_at_a_time);
+    cudaError_t status = cudaSuccess;
+    if (fail_after > 0 && --fail_after == 0) status = (cudaError_t)fail_with;
+    thread_count = (int)(block.x * block.y * block.z);
+    if (status == cudaSuccess) status = make_fibers(thread_count);
+    if (status == cudaSuccess) {
+        running = call;
+        gridDim = grid;
+        blockDim = block;
+        status = run_grid(grid);
+        if (status != cudaSuccess) drop_fibers();    /* some wait for ever */
+    }
+    pthread_mutex_unlock(&one_at_a_time);
+    return status;
+}
+
+/* ---- for tests ---- */
+
+void mq_shim_set_order(int wanted, uint64_t seed)
+{
+    order = wanted;
+    random_state = seed * 2 + 1;
+}
+
+void mq_shim_fail_launch(int n, int error)
+{
+    fail_after = n;
+    fail_with = error;
+}
+
+const char *mq_shim_reason(void)
+{
+    return reason;
+}

@@ -1,0 +1,114 @@
+/* The words of CUDA on a CPU, so that g++ compiles the .cu files as they are and tests can run them.
+ *
+ * One thread block runs at a time; its threads are fibers on one operating system thread (cuda_shim.cc). A fiber
+ * runs until it waits at a barrier or in a warp's exchange, so a missing barrier shows as soon as the order of
+ * fibers differs from the one that happens to work: tests use three orders. What this cannot see: data races of
+ * threads that run truly at once, memory that is not yet visible to others, bank conflicts, speed. */
+#ifndef MODELQ_CUDA_SHIM_H
+#define MODELQ_CUDA_SHIM_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define __global__
+#define __host__
+#define __device__
+#define MQ_SHARED(type, name, count) \
+    static char name##_key; \
+    type *const name = (type *)mq_shim_shared(&name##_key, (count) * sizeof(type))
+#define MQ_CHEVRONS(kernel, grid, block, stream, args) ((void)(stream), mq_shim_launch(kernel, grid, block, args))
+
+struct dim3 {
+    unsigned x, y, z;
+    constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
+
+enum cudaError_t {
+    cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2, cudaErrorInvalidConfiguration = 9,
+    cudaErrorLaunchFailure = 719
+};
+const char *cudaGetErrorName(cudaError_t error);
+const char *cudaGetErrorString(cudaError_t error);
+
+/* Of the fiber that runs. */
+extern dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+void __syncthreads();
+
+/* ---- between shim and kernels ---- */
+
+typedef struct mq_shim_call {
+    void (*run)(const void *call);   /* one thread */
+    const void *call;
+} mq_shim_call;
+
+cudaError_t mq_shim_run(const mq_shim_call *call, dim3 grid, dim3 block);
+
+template <typename Args>
+cudaError_t mq_shim_launch(void (*kernel)(Args), dim3 grid, dim3 block, const Args &args)
+{
+    struct bound {
+        void (*kernel)(Args);
+        const Args *args;
+        static void run(const void *self) { ((const bound *)self)->kernel(*((const bound *)self)->args); }
+    };
+    const bound both = {kernel, &args};
+    const mq_shim_call call = {bound::run, &both};
+    return mq_shim_run(&call, grid, block);
+}
+
+/* The block's array of that key, made of rubbish when a thread of the block first asks for it. */
+void *mq_shim_shared(const void *key, size_t nbytes);
+
+/* Gives bits to the warp, returns those of lane `lane ^ distance`. All lanes of mask must come here. */
+uint64_t mq_shim_exchange(unsigned mask, uint64_t bits, int distance);
+
+static inline uint32_t __shfl_xor_sync(unsigned mask, uint32_t value, int distance)
+{
+    return (uint32_t)mq_shim_exchange(mask, value, distance);
+}
+
+/* Fibers change only where they wait, so these need nothing more. */
+template <typename T>
+T atomicMax(T *at, T value)
+{
+    const T old = *at;
+    *at = value > old ? value : old;
+    return old;
+}
+
+template <typename T>
+T atomicMin(T *at, T value)
+{
+    const T old = *at;
+    *at = value < old ? value : old;
+    return old;
+}
+
+template <typename T>
+T atomicAdd(T *at, T value)
+{
+    const T old = *at;
+    *at = old + value;
+    return old;
+}
+
+/* ---- for tests ---- */
+
+#pragma GCC visibility push(default)
+extern "C" {
+/* 0: thread 0 first, 1: the last first, 2: any order, from seed, anew at every barrier. Blocks come in that order
+ * too. */
+void mq_shim_set_order(int order, uint64_t seed);
+/* The n-th launch from now (1 = the next) fails with that error instead of running; 0 = none does. */
+void mq_shim_fail_launch(int n, int error);
+/* Why the last kernel that failed did: threads that wait for others that will not come. */
+const char *mq_shim_reason(void);
+}
+#pragma GCC visibility pop
+
+#endif
