@@ -30,7 +30,8 @@ def tree_digest() -> str:
 
 
 def once(folder: Path, make) -> Path:
-    """folder, after make(folder) for these sources; one process of a parallel run makes and the others wait."""
+    """folder, after make(folder) for these sources; one process of a parallel run makes and the others wait. Not right under build/, where
+    the Makefile removes lib*."""
     folder.mkdir(parents=True, exist_ok=True)
     stamp, digest = folder / "digest", tree_digest()
     with open(folder / "lock", "w") as lock:
@@ -46,8 +47,8 @@ def library_to_test() -> Path:
     """The emulated library, built if its sources have changed; or another that is to be tested."""
     if given := os.environ.get("MODELQ_CUDA_LIBRARY") or os.environ.get("MODELQ_CUDA_EMULATED"):
         return Path(given)
-    name = "cuda-emulated-sanitize" if SANITIZED else "cuda-emulated"
-    return once(ROOT / "build" / name, lambda folder: cuda_build.emulated(folder, SANITIZED)) / cuda_build.EMULATED
+    name = "emulated-sanitize" if SANITIZED else "emulated"
+    return once(ROOT / "build/cuda" / name, lambda folder: cuda_build.emulated(folder, SANITIZED)) / cuda_build.EMULATED
 
 
 class Error(C.Structure):

@@ -18,7 +18,7 @@ def compiled(architecture):
     def make(folder):
         cuda_build.run(cuda_build.nvcc_commands(folder, [architecture]))
         cuda_build.library(folder)
-    return once(ROOT / "build" / f"cuda-{architecture}", make)
+    return once(ROOT / "build/cuda" / architecture, make)
 
 
 @pytest.mark.slow
