@@ -2,6 +2,7 @@
 
     python scripts/cuda_build.py emulated FOLDER [--sanitize]
     python scripts/cuda_build.py nvcc FOLDER [ARCHITECTURE ...]     sm_90a is the default
+    python scripts/cuda_build.py library FOLDER [ARCHITECTURE ...]  the same, linked to libmodelq_cuda.so
 """
 import argparse
 import os
@@ -57,9 +58,20 @@ def nvcc_commands(folder: Path, architectures: list[str], root: Path = ROOT) -> 
             for path in kernels(root)]
 
 
+def library(folder: Path) -> Path:
+    """What nvcc_commands compiled, linked with the C side that it needs and the static CUDA runtime."""
+    objects = [str(folder / f"{path.name}.o") for path in kernels()]
+    for name in CORE:
+        objects.append(str(folder / f"{Path(name).name}.o"))
+        run([["gcc", "-std=c11", *GXX, f"-I{ROOT / 'csrc'}", "-c", str(ROOT / name), "-o", objects[-1]]])
+    made = folder / "libmodelq_cuda.so"
+    run([["nvcc", "-shared", *objects, "-o", str(made)]])
+    return made
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["emulated", "nvcc"])
+    parser.add_argument("what", choices=["emulated", "nvcc", "library"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("architectures", nargs="*", default=["sm_90a"])
     parser.add_argument("--sanitize", action="store_true")
@@ -71,6 +83,8 @@ def main() -> None:
             parser.error("no nvcc in PATH")
         given.folder.mkdir(parents=True, exist_ok=True)
         run(nvcc_commands(given.folder, given.architectures))
+        if given.what == "library":
+            print(library(given.folder))
 
 
 if __name__ == "__main__":

@@ -31,14 +31,15 @@ def without(path: Path, place: int, folder: Path) -> Path:
     shutil.copytree(ROOT / "cuda", tree / "cuda")
     shutil.copytree(ROOT / "csrc", tree / "csrc")
     text = path.read_text()
-    (tree / path.relative_to(ROOT)).write_text(text[:place] + BARRIER.sub(" " * len(BARRIER.match(text, place).group()), text[place:], count=1))
+    (tree / path.relative_to(ROOT)).write_text(text[:place] + BARRIER.sub("", text[place:], count=1))
     return cuda_build.emulated(folder, root=tree)
 
 
 def is_noticed(library: Path) -> bool:
     """Whether tests fail, and not for another reason than that they do."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "test_cuda_emulated.py", "-k", TESTS]
-    done = subprocess.run(command, cwd=ROOT / "tests", env={**os.environ, "MODELQ_CUDA_EMULATED": str(library)}, capture_output=True, text=True)
+    environment = {**os.environ, "MODELQ_CUDA_EMULATED": str(library)}
+    done = subprocess.run(command, cwd=ROOT / "tests", env=environment, capture_output=True, text=True)
     if done.returncode not in (0, 1):
         raise RuntimeError(f"{done.stdout}{done.stderr}")
     return done.returncode == 1

@@ -1,5 +1,6 @@
-"""modelq's CUDA library by ctypes: the structs of cuda/modelq_cuda.h, and calls that take NumPy arrays (the emulated library's device
-memory is the host's)."""
+"""modelq's CUDA library by ctypes: the structs of cuda/modelq_cuda.h, and calls that take NumPy arrays. It is the emulated library,
+unless MODELQ_CUDA_LIBRARY names one for a GPU (scripts/cuda_build.py library), where MODELQ_CUDART may name the CUDA runtime; or
+MODELQ_CUDA_EMULATED another emulated one."""
 import ctypes as C
 import fcntl
 import hashlib
@@ -29,7 +30,8 @@ def tree_digest() -> str:
 
 
 def once(folder: Path, make) -> Path:
-    """folder, after make(folder) for these sources; one process of a parallel run makes and the others wait."""
+    """folder, after make(folder) for these sources; one process of a parallel run makes and the others wait. Not right under build/, where
+    the Makefile removes lib*."""
     folder.mkdir(parents=True, exist_ok=True)
     stamp, digest = folder / "digest", tree_digest()
     with open(folder / "lock", "w") as lock:
@@ -41,12 +43,12 @@ def once(folder: Path, make) -> Path:
     return folder
 
 
-def emulated() -> Path:
-    """The emulated library, built if its sources have changed; or the one that scripts/cuda_mutants.py wants to be tested."""
-    if given := os.environ.get("MODELQ_CUDA_EMULATED"):
+def library_to_test() -> Path:
+    """The emulated library, built if its sources have changed; or another that is to be tested."""
+    if given := os.environ.get("MODELQ_CUDA_LIBRARY") or os.environ.get("MODELQ_CUDA_EMULATED"):
         return Path(given)
-    name = "cuda-emulated-sanitize" if SANITIZED else "cuda-emulated"
-    return once(ROOT / "build" / name, lambda folder: cuda_build.emulated(folder, SANITIZED)) / cuda_build.EMULATED
+    name = "emulated-sanitize" if SANITIZED else "emulated"
+    return once(ROOT / "build/cuda" / name, lambda folder: cuda_build.emulated(folder, SANITIZED)) / cuda_build.EMULATED
 
 
 class Error(C.Structure):
@@ -86,16 +88,81 @@ class HistogramJob(C.Structure):
                 ("zeros", C.c_void_p)]
 
 
-def pointer(array):
-    return None if array is None else array.ctypes.data
+class HostMemory:
+    """The emulated library's device memory: the host may not touch it while no kernel runs, so that a launcher that does crashes."""
+    def __init__(self, library):
+        self.c = library
+        self.c.mq_shim_alloc.restype = C.c_void_p
+        self.c.mq_shim_alloc.argtypes, self.c.mq_shim_free.argtypes = [C.c_size_t], [C.c_void_p]
+        self.c.mq_shim_copy.argtypes = [C.c_void_p, C.c_void_p, C.c_size_t]
+
+    def alloc(self, nbytes):
+        return self.c.mq_shim_alloc(nbytes)
+
+    def free(self, place):
+        self.c.mq_shim_free(place)
+
+    def copy(self, to, source, nbytes):
+        self.c.mq_shim_copy(to, source, nbytes)
 
 
-def matrix(array) -> Matrix:
-    """Of a 2-D array whose rows are contiguous; a last axis of length 1 counts as such."""
-    size = array.dtype.itemsize
-    assert array.ndim == 2 and (array.shape[1] < 2 or not array.size or array.strides[1] == size)
-    ld = array.strides[0] // size if array.shape[0] > 1 and array.size else array.shape[1]
-    return Matrix(array.ctypes.data, DTYPES.index(array.dtype), *array.shape, max(ld, array.shape[1]))
+class DeviceMemory:
+    """A GPU's, by the CUDA runtime's shared library."""
+    def __init__(self):
+        self.c = C.CDLL(os.environ.get("MODELQ_CUDART", "libcudart.so"))
+
+    def check(self, status):
+        self.c.cudaGetErrorString.restype = C.c_char_p
+        assert status == 0, self.c.cudaGetErrorString(status).decode()
+
+    def alloc(self, nbytes):
+        place = C.c_void_p()
+        self.check(self.c.cudaMalloc(C.byref(place), C.c_size_t(nbytes)))
+        return place.value
+
+    def free(self, place):
+        self.check(self.c.cudaFree(C.c_void_p(place)))
+
+    def copy(self, to, source, nbytes):
+        self.check(self.c.cudaMemcpy(C.c_void_p(to), C.c_void_p(source), C.c_size_t(nbytes), 4))      # 4: which way, the addresses say
+
+
+class Staging:
+    """The arrays of one call in device memory, as far from a multiple of 16 as here; afterwards they are what they are there."""
+    def __init__(self, memory):
+        self.memory, self.placed, self.scratch_places = memory, {}, []
+
+    def pointer(self, array):
+        if array is None:
+            return None
+        start, size = array.ctypes.data, array.dtype.itemsize
+        nbytes = size + sum((n - 1) * stride for n, stride in zip(array.shape, array.strides)) if array.size else 0
+        if (start, nbytes) not in self.placed:
+            base = self.memory.alloc(nbytes + start % 16)
+            self.placed[start, nbytes] = base, array
+            self.memory.copy(base + start % 16, start, nbytes)
+        return self.placed[start, nbytes][0] + start % 16
+
+    def matrix(self, array) -> Matrix:
+        """Of a 2-D array whose rows are contiguous."""
+        size = array.dtype.itemsize
+        assert array.ndim == 2 and (array.shape[1] < 2 or not array.size or array.strides[1] == size)
+        ld = array.strides[0] // size if array.shape[0] > 1 and array.size else array.shape[1]
+        return Matrix(self.pointer(array), DTYPES.index(array.dtype), *array.shape, max(ld, array.shape[1]))
+
+    def scratch(self, nbytes):
+        """Filled with rubbish."""
+        rubbish = np.full(max(nbytes, 1), 0xff, np.uint8)
+        self.scratch_places.append(self.memory.alloc(rubbish.size))
+        self.memory.copy(self.scratch_places[-1], rubbish.ctypes.data, rubbish.size)
+        return self.scratch_places[-1]
+
+    def finish(self):
+        for (start, nbytes), (base, _array) in self.placed.items():
+            self.memory.copy(start, base + start % 16, nbytes)
+            self.memory.free(base)
+        for place in self.scratch_places:
+            self.memory.free(place)
 
 
 class CudaError(Exception):
@@ -108,88 +175,92 @@ class Library:
     def __init__(self, path):
         self.c = C.CDLL(str(path))
         self.c.mq_cuda_block_workspace.restype = C.c_size_t
-        self.c.mq_shim_set_order.argtypes = [C.c_int, C.c_uint64]
+        self.is_emulated = bool(self.c.mq_cuda_is_emulated())
+        if self.is_emulated:
+            self.c.mq_shim_set_order.argtypes = [C.c_int, C.c_uint64]
+        self.memory = HostMemory(self.c) if self.is_emulated else DeviceMemory()
 
     def order(self, name: str, seed: int = 1) -> None:
-        self.c.mq_shim_set_order(ORDERS[name], seed)
+        if self.is_emulated:
+            self.c.mq_shim_set_order(ORDERS[name], seed)
 
-    def call(self, name: str, job) -> None:
+    def call(self, name: str, job, staging: Staging) -> None:
         err = Error()
         code = getattr(self.c, f"mq_cuda_{name}")(C.byref(job), None, C.byref(err))
+        staging.finish()
         if code:
             assert code == err.code
             raise CudaError(code, err.text.decode())
 
     def amax(self, x, rows=0, cols=0):
+        here = Staging(self.memory)
         shape = [-(-x.shape[0] // rows) if rows else 1, -(-x.shape[1] // cols) if cols else 1]
         out = np.full([max(n, 1) for n in shape], np.nan, np.float32)
-        self.call("amax", AmaxJob(matrix(x), rows, cols, pointer(out)))
+        self.call("amax", AmaxJob(here.matrix(x), rows, cols, here.pointer(out)), here)
         return out
 
+    def codes(self, what, values, codes, format):
+        here = Staging(self.memory)
+        self.call(what, CodesJob(list(core.formats()).index(format), codes.size, here.pointer(values), here.pointer(codes)), here)
+
     def encode(self, values, format):
-        like = core.encode(values, format)
-        codes = np.zeros(like.shape, like.dtype)
-        self.call("encode", CodesJob(list(core.formats()).index(format), values.size, pointer(values), pointer(codes)))
+        codes = np.zeros_like(core.encode(values, format))
+        self.codes("encode", values, codes, format)
         return codes
 
     def decode(self, codes, format):
         values = np.full(codes.shape, 7, np.float32)
-        self.call("decode", CodesJob(list(core.formats()).index(format), codes.size, pointer(values), pointer(codes)))
+        self.codes("decode", values, codes, format)
         return values
 
-    def block_job(self, scheme, x=None, amax=None, block_size=None, block_amax=None, second_divisor=0.0, **parts):
-        """A job with workspace and a bad row, and what must live as long as it."""
-        job = BlockJob(list(core.schemes()).index(scheme), block_size or 0, second_divisor, amax=pointer(amax), block_amax=pointer(block_amax))
+    def block_call(self, name, scheme, change=lambda job: None, block_size=None, second_divisor=0.0, **arrays):
+        """Calls with arrays by the job's names for them; change: the job, before it is given away. Returns the first bad row."""
+        here = Staging(self.memory)
+        job = BlockJob(list(core.schemes()).index(scheme), block_size or 0, second_divisor)
         bad = np.full(1, NO_ROW, np.uint64)
-        job.bad_row = pointer(bad)
-        if x is not None:
-            job.x = matrix(x)
-        for name, array in parts.items():
-            setattr(job, name, matrix(array) if name == "y" else pointer(array))
-        nbytes = self.c.mq_cuda_block_workspace(C.byref(job)) if x is not None else 0
-        workspace = np.full(nbytes // 4 + 8, np.nan, np.float32)
-        start = (-workspace.ctypes.data % 16) // 4
-        job.workspace, job.workspace_nbytes = workspace.ctypes.data + 4 * start, nbytes
-        return job, bad, workspace
+        for role, array in dict(arrays, bad_row=bad).items():
+            setattr(job, role, here.matrix(array) if role in ("x", "y") else here.pointer(array))
+        if "x" in arrays:
+            job.workspace_nbytes = self.c.mq_cuda_block_workspace(C.byref(job))
+            job.workspace = here.scratch(job.workspace_nbytes)
+        change(job)
+        self.call(name, job, here)
+        return int(bad[0])
 
     def quantize(self, x, scheme, like, **options):
         """Parts shaped as those of `like` (core.quantize's), and the first bad row."""
-        parts = {role: np.full(part.shape, 0x5a, np.uint8).astype(part.dtype) if part.dtype.itemsize == 1
+        parts = {role: np.full(part.shape, 0x5a, np.uint8).view(part.dtype) if part.dtype.itemsize == 1
                  else np.full(part.shape, 7, part.dtype) for role, part in like.items()}
         places = dict(codes=parts["weight"], scales=parts["weight_scale"], scale_2=parts.get("weight_scale_2"))
-        job, bad, _keep = self.block_job(scheme, x, **places, **options)
-        self.call("block_quantize", job)
-        return parts, int(bad[0])
+        return parts, self.block_call("block_quantize", scheme, x=x, **places, **options)
 
     def fake_quantize(self, x, scheme, out=None, **options):
         out = np.zeros(x.shape, x.dtype) if out is None else out
-        job, bad, _keep = self.block_job(scheme, x, y=out, **options)
-        self.call("block_fake_quantize", job)
-        return out, int(bad[0])
+        return out, self.block_call("block_fake_quantize", scheme, x=x, y=out, **options)
 
     def dequantize(self, parts, scheme, out, **options):
         places = dict(codes=parts["weight"], scales=parts["weight_scale"], scale_2=parts.get("weight_scale_2"))
-        job, _, _keep = self.block_job(scheme, y=out, **places, **options)
-        self.call("block_dequantize", job)
+        self.block_call("block_dequantize", scheme, y=out, **places, **options)
         return out
 
     def scaled(self, x, kind, amax=None, rows=0, cols=0, dynamic=False, **options):
         """kind: "float", or the bits of integers."""
-        y = np.zeros(x.shape, x.dtype)
+        here, y = Staging(self.memory), np.zeros(x.shape, x.dtype)
         blocks = (-(-x.shape[0] // rows) if rows else 1) * (-(-x.shape[1] // cols) if cols else 1)
-        workspace = np.full(blocks, np.nan, np.float32) if dynamic else None
-        self.call("scaled", ScaledJob(kind != "float", 0 if kind == "float" else kind, options.get("narrow_range", False),
-                                      options.get("unsigned", False), matrix(x), matrix(y), rows, cols, pointer(amax), dynamic,
-                                      pointer(workspace)))
+        bits = 0 if kind == "float" else kind
+        job = ScaledJob(kind != "float", bits, options.get("narrow_range", False), options.get("unsigned", False), here.matrix(x),
+                        here.matrix(y), rows, cols, here.pointer(amax), dynamic, here.scratch(4 * blocks) if dynamic else None)
+        self.call("scaled", job, here)
         return y
 
     def straight_through(self, x, gradient, amax=None, rows=0, cols=0, pre_scale=None, bias=None):
-        out = np.zeros(x.shape, x.dtype)
-        self.call("straight_through", GradientJob(matrix(x), matrix(gradient), matrix(out), rows, cols, pointer(amax), pointer(pre_scale),
-                                                  pointer(bias)))
+        here, out = Staging(self.memory), np.zeros(x.shape, x.dtype)
+        job = GradientJob(*map(here.matrix, (x, gradient, out)), rows, cols, *map(here.pointer, (amax, pre_scale, bias)))
+        self.call("straight_through", job, here)
         return out
 
     def histogram(self, x, exponent, bins, mask=None):
-        counts, zeros = np.zeros(bins, np.uint32), np.zeros(1, np.uint32)
-        self.call("histogram", HistogramJob(matrix(x), pointer(mask), exponent, bins, pointer(counts), pointer(zeros)))
+        here, counts, zeros = Staging(self.memory), np.zeros(bins, np.uint32), np.zeros(1, np.uint32)
+        job = HistogramJob(here.matrix(x), here.pointer(mask), exponent, bins, here.pointer(counts), here.pointer(zeros))
+        self.call("histogram", job, here)
         return counts, int(zeros[0])

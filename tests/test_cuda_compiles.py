@@ -1,19 +1,42 @@
 """nvcc takes every kernel for the architectures we ship, without a warning. Nothing is run: that takes a GPU."""
+import ctypes
+import os
 import shutil
 
 import pytest
 
-from cuda_library import ROOT, cuda_build, once
+from cuda_library import ROOT, AmaxJob, Error, Matrix, cuda_build, once
 
 # The oldest, without FP8 or FP4 instructions; Hopper, with FP8; Blackwell, with both. Each takes its own branch of cuda/convert.cuh.
 ARCHITECTURES = ["sm_80", "sm_90a", "sm_100a"]
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, the compiler of the CUDA Toolkit, in PATH")
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_compiles(architecture):
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, the compiler of the CUDA Toolkit, in PATH")
+
+
+def compiled(architecture):
     def make(folder):
         cuda_build.run(cuda_build.nvcc_commands(folder, [architecture]))
-    folder = once(ROOT / "build" / f"cuda-{architecture}", make)
-    assert len(list(folder.glob("*.o"))) == len(cuda_build.kernels())
+        cuda_build.library(folder)
+    return once(ROOT / "build/cuda" / architecture, make)
+
+
+@pytest.mark.slow
+@needs_nvcc
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_compiles(architecture):
+    folder = compiled(architecture)
+    assert all((folder / f"{path.name}.o").exists() for path in cuda_build.kernels())
+
+
+@pytest.mark.slow
+@needs_nvcc
+@pytest.mark.skipif(os.path.exists("/dev/nvidiactl"), reason="there is a GPU, and this is what is said without one")
+def test_without_a_gpu_the_error_says_what_was_asked_for():
+    """The library of nvcc, its CUDA runtime within: it loads on any machine, and a call says in full what failed."""
+    c, err = ctypes.CDLL(str(compiled("sm_90a") / "libmodelq_cuda.so")), Error()
+    assert c.mq_cuda_is_emulated() == 0 and c.mq_cuda_interface() == 1
+    job = AmaxJob(Matrix(None, 1, 3, 0, 0), 1, 0, 4096)
+    assert c.mq_cuda_amax(ctypes.byref(job), None, ctypes.byref(err)) == err.code < 0
+    assert err.text.decode().startswith("CUDA kernel amax_zero, grid (1, 1, 1), block (256, 1, 1), 3 maxima at 0x1000: ")
+    assert "(cudaError" in err.text.decode()

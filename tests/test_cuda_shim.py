@@ -2,6 +2,7 @@
 import ctypes as C
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -114,18 +115,31 @@ def test_orders(cases):
     assert (cases.order == "random") == (came not in (forward, forward[::-1]))
 
 
+def run_alone(library, call, **environment):
+    """call, an expression of c (Cases), in a process that may crash."""
+    code = "import sys, ctypes, numpy, test_cuda_shim as t; c = t.Cases(sys.argv[1]); c.c.mq_shim_alloc.restype = ctypes.c_void_p; " + call
+    paths = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run([sys.executable, "-c", code, str(library)], env={"PATH": "/usr/bin:/bin", "PYTHONPATH": paths, **environment},
+                          capture_output=True, text=True)
+
+
+@pytest.mark.skipif(SANITIZED, reason="the sanitizer watches device memory by other means")
+def test_device_memory_is_for_kernels(library):
+    memory = "place = ctypes.c_void_p(c.c.mq_shim_alloc(64)); triple = (ctypes.c_uint * 3); one = triple(1, 1, 1); "
+    run = "print(c.c.run_case(0, one, triple({threads}, 1, 1), place, 0)); "
+    right = run_alone(library, memory + run.format(threads=16))
+    assert right.returncode == 0 and right.stdout.strip() == "0", right.stderr
+    for wrong in (run.format(threads=17), "ctypes.string_at(place, 1)"):
+        assert run_alone(library, memory + wrong).returncode == -signal.SIGSEGV
+
+
 def test_the_sanitizer_sees_shared_memory(tmp_path):
-    """In a process of its own, which it ends."""
     preload = [subprocess.run(["gcc", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
                for name in ("libasan.so", "libstdc++.so.6")]
-    code = "import sys, numpy, test_cuda_shim as t; from pathlib import Path; c = t.Cases(Path(sys.argv[1])); " \
-           "print(c.run(sys.argv[2], int(sys.argv[3]))[1])"
-    environment = {"LD_PRELOAD": " ".join(preload), "ASAN_OPTIONS": "detect_leaks=0", "PATH": "/usr/bin:/bin",
-                   "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])}
     library = build(tmp_path, True)
 
     def run(name, n):
-        return subprocess.run([sys.executable, "-c", code, str(library), name, str(n)], env=environment, capture_output=True, text=True)
+        return run_alone(library, f"print(c.run({name!r}, {n})[1])", LD_PRELOAD=" ".join(preload), ASAN_OPTIONS="detect_leaks=0")
     right, wrong = run("rotate", 3), run("beyond_shared_memory", 32)
     assert right.returncode == 0 and right.stdout.strip() == "0", right.stderr
     assert wrong.returncode != 0 and "heap-buffer-overflow" in wrong.stderr

@@ -47,6 +47,20 @@ static struct {
 } shared[MOST_SHARED];
 static size_t shared_used;
 
+/* Device memory: mq_shim_alloc. */
+enum { MOST_ARRAYS = 64, PAGE_BYTES = 4096 };
+static struct {
+    char *map;
+    size_t nbytes;          /* the page behind them not counted */
+    char *memory;
+} arrays[MOST_ARRAYS];
+
+static void protect_arrays(int protection)
+{
+    for (const auto &array : arrays)
+        if (array.map != NULL) mprotect(array.map, array.nbytes, protection);
+}
+
 /* ---- names of errors ---- */
 
 static const struct {
@@ -343,7 +357,9 @@ cudaError_t mq_shim_run(const mq_shim_call *call, dim3 grid, dim3 block)
         running = call;
         gridDim = grid;
         blockDim = block;
+        protect_arrays(PROT_READ | PROT_WRITE);
         status = run_grid(grid);
+        protect_arrays(PROT_NONE);
         if (status != cudaSuccess) drop_fibers();    /* some wait for ever */
     }
     pthread_mutex_unlock(&one_at_a_time);
@@ -351,6 +367,48 @@ cudaError_t mq_shim_run(const mq_shim_call *call, dim3 grid, dim3 block)
 }
 
 /* ---- for tests ---- */
+
+#if defined(__SANITIZE_ADDRESS__)
+void *mq_shim_alloc(size_t nbytes)
+{
+    return malloc(nbytes > 0 ? nbytes : 1);
+}
+
+void mq_shim_free(void *memory)
+{
+    free(memory);
+}
+#else
+/* The end of what is asked for, up to 15 bytes, lies at the end of a page. */
+void *mq_shim_alloc(size_t nbytes)
+{
+    const size_t size = (nbytes + 15) / 16 * 16, pages = (size + PAGE_BYTES - 1) / PAGE_BYTES * PAGE_BYTES;
+    for (auto &array : arrays) {
+        if (array.map != NULL) continue;
+        void *map = mmap(NULL, pages + PAGE_BYTES, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (map == MAP_FAILED) return NULL;
+        array = {(char *)map, pages, (char *)map + pages - size};
+        return array.memory;
+    }
+    return NULL;
+}
+
+void mq_shim_free(void *memory)
+{
+    for (auto &array : arrays) {
+        if (array.map == NULL || array.memory != memory) continue;
+        munmap(array.map, array.nbytes + PAGE_BYTES);
+        array = {NULL, 0, NULL};
+    }
+}
+#endif
+
+void mq_shim_copy(void *to, const void *from, size_t nbytes)
+{
+    protect_arrays(PROT_READ | PROT_WRITE);
+    memcpy(to, from, nbytes);
+    protect_arrays(PROT_NONE);
+}
 
 void mq_shim_set_order(int wanted, uint64_t seed)
 {

@@ -106,6 +106,11 @@ extern "C" {
 void mq_shim_set_order(int order, uint64_t seed);
 /* The n-th launch from now (1 = the next) fails with that error instead of running; 0 = none does. */
 void mq_shim_fail_launch(int n, int error);
+/* Device memory. Only kernels may touch it: it is opened when one starts and closed when it ends, and the page behind
+ * it is never open. (Under the address sanitizer it is ordinary memory, whose ends are watched to the byte.) */
+void *mq_shim_alloc(size_t nbytes);
+void mq_shim_free(void *memory);
+void mq_shim_copy(void *to, const void *from, size_t nbytes);   /* between any two places */
 /* Why the last kernel that failed did: threads that wait for others that will not come. */
 const char *mq_shim_reason(void);
 }
