@@ -30,6 +30,14 @@ def llama(golden):
     return modelq.load(golden["llama"].source, compute="float32")
 
 
+@pytest.fixture
+def sigint():
+    """SIGINT raises, which it does not in a job that a shell has put into the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(autouse=True)
 def default_threads():
     yield
@@ -265,7 +273,7 @@ def test_a_calibration_may_generate(golden):
     assert found[0].keys() == found[1].keys() and all((found[0][name] == found[1][name]).all() for name in found[0])
 
 
-def test_interrupted(llama):
+def test_interrupted(llama, sigint):
     """Ctrl-C between the layers of a long prompt: the sequence is where it was."""
     decoder = llama.decoding().decoder
     decoder.forward([0], [[1, 2]])
