@@ -13,6 +13,7 @@ import modelq
 import modelq._core as core
 import modelq.quantization as mtq
 from golden_data import models
+from modelq import streaming
 from modelq.generation import text_pieces
 from modelq.sampling import Sampling
 
@@ -27,6 +28,14 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 0.06}
 @pytest.fixture
 def llama(golden):
     return modelq.load(golden["llama"].source, compute="float32")
+
+
+@pytest.fixture
+def sigint():
+    """SIGINT raises, which it does not in a job that a shell has put into the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True)
@@ -264,7 +273,7 @@ def test_a_calibration_may_generate(golden):
     assert found[0].keys() == found[1].keys() and all((found[0][name] == found[1][name]).all() for name in found[0])
 
 
-def test_interrupted(llama):
+def test_interrupted(llama, sigint):
     """Ctrl-C between the layers of a long prompt: the sequence is where it was."""
     decoder = llama.decoding().decoder
     decoder.forward([0], [[1, 2]])
@@ -296,6 +305,9 @@ def test_seed_temperature_and_rows(golden, llama):
     assert (one != greedy).any()
     assert (llama.generate(ids, seed=5, **{**options, "temperature": 1e-4}) == greedy).all()
     assert (llama.generate(ids, seed=5, top_k=1, **options) == greedy).all()
+    assert (llama.generate(ids, seed=5, do_sample=False, **options) == greedy).all()
+    drawn, said = ({**options, "temperature": temperature, "do_sample": sample} for temperature, sample in ((0.0, True), (1.0, None)))
+    assert (llama.generate(ids, seed=5, **drawn) == llama.generate(ids, seed=5, **said)).all()
     assert (llama.generate(ids, seed=5, top_p=1e-6, **options) == greedy).all()
 
 
@@ -380,10 +392,32 @@ def test_a_decoder_says_what_is_wrong(golden):
         core.Decoder(None, {}, {})
 
 
+def test_weights_that_moved_together_stay_the_runtimes(golden):
+    """A decoder moves what its runtime has loaded; both may go first, and parts may be loaded anew."""
+    model, ids = modelq.load(golden["qwen3moe"].source, compute="bfloat16"), [5, 6, 7]
+    decoding = model.decoding()
+    runtime, decoder = decoding.runtime, decoding.decoder
+    logits = decoder.forward([0], [ids])
+    for layer in range(model.num_layers):
+        for expert in (None, 0, 3):
+            decoding._load(model, layer, expert)
+    decoder.keep(0, 0)
+    np.testing.assert_array_equal(decoder.forward([0], [ids]), logits)
+    del decoding
+    model.forget_decoding()
+    other = core.Decoder(runtime, streaming.embed_tensors(model), streaming.head_tensors(model))
+    del decoder
+    run = runtime.start([np.array([ids])])
+    run.embed(streaming.embed_tensors(model))
+    run.layer(0)
+    runtime.drop_layer(0)
+    with pytest.raises(RuntimeError, match="layer 0 is not loaded"):
+        other.forward([0], [ids])
+    del runtime, run, other
+
+
 def test_a_missing_expert(golden):
     model = modelq.load(golden["qwen3moe"].source, compute="float32")
-    from modelq import streaming
-
     decoder = core.Decoder(model.runtime, streaming.embed_tensors(model), streaming.head_tensors(model))
     for layer in range(model.num_layers):
         model.runtime.load_layer(layer, streaming.read(model, model.runtime.layer_tensors(layer), model.modules_of(layer)))

@@ -10,6 +10,7 @@
 void *mq_alloc(size_t nbytes);        /* NULL on failure; nbytes 0 gives a pointer that may be freed */
 void *mq_alloc_zeroed(size_t nbytes);
 void *mq_alloc_array(size_t count, size_t size); /* NULL on overflow of count * size too */
+void *mq_alloc_huge(size_t nbytes);   /* for much that is read again and again: in huge pages, where there are such */
 void mq_free(void *memory);           /* NULL is accepted */
 
 /* Tests only: fail the n-th allocation from now (1 = the next), once, or from then on if persistent; 0 ends it.

@@ -9,7 +9,9 @@
 
 #include "core/pool.h"
 
-enum { INLINE_WORK = 1 << 19 };   /* multiplications below which waking the pool costs more than it brings */
+/* Multiplications below which waking the pool costs more than it brings. Few rows cost what reading B costs, which is
+ * as much as so many rows do. */
+enum { INLINE_WORK = 1 << 19, READING_ROWS = 8 };
 
 typedef struct gemm_job {
     const mq_gemm_args *args;
@@ -169,6 +171,7 @@ void mq_gemm_run(const mq_gemm_args *args)
     job.staged = must_stage(&job);
     cut(&job);
     const int64_t tasks = job.row_tasks * job.column_tasks;
-    const int small = args->m * args->b->n <= INLINE_WORK / MQ_MAX(args->b->k, (int64_t)1);
+    const int64_t worth = MQ_MAX(args->m, (int64_t)READING_ROWS) * args->b->n;
+    const int small = worth <= INLINE_WORK / MQ_MAX(args->b->k, (int64_t)1);
     mq_parallel_for(tasks, small || mq_pool_threads() == 1 ? tasks : 1, run_tasks, &job);
 }

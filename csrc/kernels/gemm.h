@@ -35,6 +35,7 @@ typedef struct mq_gemm_args {
 } mq_gemm_args;
 
 size_t mq_gemm_packed_size(mq_gemm_kind kind, int64_t n, int64_t k);
+size_t mq_packed_nbytes(const mq_packed *packed);       /* of one that is packed */
 
 /* Packs w [N, K] (row-major, MQ_F32 or MQ_BF16, ldw elements between rows) into out->data. Runs on the pool. */
 void mq_gemm_pack(mq_gemm_kind kind, const void *w, mq_dtype dtype, int64_t n, int64_t k, int64_t ldw, mq_packed *out);

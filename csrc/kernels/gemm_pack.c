@@ -17,11 +17,20 @@ typedef struct pack_job {
     int64_t panel_size;
 } pack_job;
 
-size_t mq_gemm_packed_size(mq_gemm_kind kind, int64_t n, int64_t k)
+static size_t nbytes_for(const mq_gemm_kernel *kernel, int64_t n, int64_t k)
 {
-    const mq_gemm_kernel *kernel = mq_gemm_kernel_of(kind);
     int64_t panels = MQ_CEIL_DIV(n, (int64_t)kernel->nr);
     return (size_t)(panels * mq_gemm_panel_size(kernel, k)) * sizeof(uint32_t);
+}
+
+size_t mq_gemm_packed_size(mq_gemm_kind kind, int64_t n, int64_t k)
+{
+    return nbytes_for(mq_gemm_kernel_of(kind), n, k);
+}
+
+size_t mq_packed_nbytes(const mq_packed *packed)
+{
+    return nbytes_for(packed->kernel, packed->n, packed->k);
 }
 
 /* Up to 16 rows of w, STAGE_UNITS units from unit first, as units; rows beyond n are zero. */

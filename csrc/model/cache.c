@@ -53,7 +53,7 @@ int mq_cache_reserve(mq_cache *cache, const mq_config *config, int64_t positions
     mq_cache larger = *cache;
     if (positions <= cache->capacity) return MQ_OK;
     larger.capacity = MQ_ROUND_UP(MQ_MAX(positions, cache->capacity * 3 / 2), (int64_t)GROWTH);
-    larger.memory = mq_alloc_array(parts(&larger), part_nbytes(&larger));
+    larger.memory = mq_alloc_huge(parts(&larger) * part_nbytes(&larger));
     if (larger.memory == NULL) return mq_fail_memory(err, "the cache", parts(&larger) * part_nbytes(&larger));
     const int rc = mq_rope_table_init(&larger.rope, config, larger.capacity, err);
     if (rc != MQ_OK) {

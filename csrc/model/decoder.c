@@ -55,8 +55,7 @@ void mq_decoder_free(mq_decoder *decoder)
 
 static size_t weight_nbytes(const mq_linear_weight *weight)
 {
-    const mq_packed *packed = &weight->packed;
-    return packed->data ? mq_gemm_packed_size(packed->kind, packed->n, packed->k) : 0;
+    return weight->packed.data ? mq_packed_nbytes(&weight->packed) : 0;
 }
 
 size_t mq_decoder_nbytes(const mq_decoder *decoder)
@@ -131,6 +130,21 @@ static int make_room(mq_decoder *decoder, const mq_batch_input *inputs, int64_t 
     return mq_cache_reserve(&decoder->cache, &decoder->runtime->config, positions, err);
 }
 
+/* With the first tokens: everything is loaded by then. */
+static int gather(mq_decoder *decoder, mq_error *err)
+{
+    const size_t experts = decoder->experts ? expert_weights(decoder->runtime) : 0;
+    if (decoder->gathered) return MQ_OK;
+    mq_linear_weight **others = mq_alloc_array(experts + 1, sizeof *others);
+    if (others == NULL) return mq_fail_memory(err, "the weights", (experts + 1) * sizeof *others);
+    for (size_t i = 0; i < experts; i++) others[i] = &decoder->experts[i];
+    others[experts] = &decoder->head;
+    const int rc = mq_runtime_gather(decoder->runtime, others, experts + 1, err);
+    mq_free(others);
+    decoder->gathered = rc == MQ_OK;
+    return rc;
+}
+
 static int run_experts(const mq_decoder *decoder, mq_run *run, int64_t layer, mq_error *err)
 {
     const int64_t *start = run->dispatch.start;
@@ -195,6 +209,7 @@ int mq_decoder_forward(mq_decoder *decoder, const mq_batch_input *inputs, int64_
 {
     mq_run run;
     int rc = make_room(decoder, inputs, count, err);
+    if (rc == MQ_OK) rc = gather(decoder, err);
     if (rc == MQ_OK) rc = mq_run_init(&run, decoder->runtime, inputs, count, 0, &decoder->cache, err);
     if (rc != MQ_OK) return rc;
     run.poll = decoder->poll;

@@ -15,6 +15,7 @@ typedef struct mq_decoder {
     float *norm;                    /* the final norm's weight */
     mq_named_tensor embedding;      /* (V, C): not owned */
     mq_cache cache;
+    int gathered;                   /* weights lie in one memory */
     mq_poll_fn poll;                /* as mq_run's */
     void *poll_context;
 } mq_decoder;

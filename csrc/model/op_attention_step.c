@@ -1,7 +1,7 @@
-/* Attention of one token over keys and values that lie in a cache: these are not packed, but the queries are (scores
- * are the product that mq_attention_forward has, the other way round), and every key and value is read once. A task is
- * one head of keys and one block of positions, for all heads of queries that read it; what blocks find is put together
- * in order (Dao et al. 2023, "Flash-Decoding"). */
+/* Attention of one token over keys and values that lie in a cache. The products are those of mq_attention_forward, but
+ * scores are computed the other way round, with the queries packed and the keys where they are: every key and value is
+ * read once. A task is one head of keys and one block of positions, for all heads of queries that read it; what blocks
+ * find is put together in order (Dao et al. 2023, "Flash-Decoding"). */
 #include <math.h>
 #include <string.h>
 
@@ -12,8 +12,8 @@
 
 enum { KEYS = 256 };             /* of a block */
 
-/* Of a task are, in floats: largest score, sum and output of every head that shares its keys, scores by key and by
- * head, one row of values; and the packed queries. */
+/* Of a task are, in floats: largest score, sum and output of every head that shares its keys, scores by head and by
+ * key; and what is packed for its products, one after the other. */
 typedef struct step {
     const mq_attention_args *args;
     const mq_typed_row_ops *kernels;
@@ -33,10 +33,10 @@ static step prepare(const mq_attention_args *args, void *scratch)
     step it = {.args = args, .kernels = mq_row_ops_of(args->dtype), .memory = scratch,
                .kind = args->dtype == MQ_BF16 ? MQ_GEMM_BF16 : MQ_GEMM_F32,
                .blocks = MQ_CEIL_DIV(args->T_kv, (int64_t)KEYS), .group = args->heads / args->kv_heads};
-    const int64_t each = 2 + args->value_dim + 2 * KEYS;
-    it.floats = (size_t)MQ_ROUND_UP(it.group * each + args->value_dim, (int64_t)16);
-    it.task_size = it.floats * sizeof(float) + mq_gemm_packed_size(it.kind, it.group, args->head_dim);
-    it.task_size = MQ_ROUND_UP(it.task_size, (size_t)64);
+    const size_t queries = mq_gemm_packed_size(it.kind, it.group, args->head_dim);
+    const size_t values = mq_gemm_packed_size(it.kind, args->value_dim, KEYS);
+    it.floats = (size_t)MQ_ROUND_UP(it.group * (2 + args->value_dim + 2 * KEYS), (int64_t)16);
+    it.task_size = MQ_ROUND_UP(it.floats * sizeof(float) + MQ_MAX(queries, values), (size_t)64);
     return it;
 }
 
@@ -58,19 +58,19 @@ static const char *element(const mq_attention_args *args, const void *base, int6
     return (const char *)base + index * (int64_t)mq_dtype_size(args->dtype);
 }
 
-/* scores (n) of one query and n keys become probabilities relative to the largest; in bfloat16 they are rounded before
- * they meet the values, as in mq_attention_forward. */
-static void weigh(const step *it, float *scores, int64_t n, const part *found)
+static mq_packed packed_of(const step *it, int64_t task)
 {
-    float rounded[KEYS];
+    return (mq_packed){.data = it->memory + (size_t)task * it->task_size + it->floats * sizeof(float)};
+}
+
+/* scores (n) of one query and n keys become probabilities relative to the largest. */
+static void weigh(float *scores, int64_t n, const part *found)
+{
     float sum = 0.0f;
     *found->max = mq_row_ops_table()->max(scores, n);
     mq_row_ops_table()->exp_shifted(scores, scores, n, *found->max, 1.0f);
     for (int64_t i = 0; i < n; i++) sum += scores[i];
     *found->sum = sum;
-    if (it->args->dtype == MQ_F32) return;
-    it->kernels->from_f32(rounded, scores, n);
-    it->kernels->to_f32(scores, rounded, n);
 }
 
 /* scores [group][KEYS] of n keys; by_key: [n][group], as the product has them. */
@@ -78,13 +78,24 @@ static void score(const step *it, int64_t task, const char *k, int64_t n, float 
 {
     const mq_attention_args *args = it->args;
     const char *q = element(args, args->q, task / it->blocks * it->group * args->head_dim);
-    mq_packed queries = {.data = it->memory + (size_t)task * it->task_size + it->floats * sizeof(float)};
+    mq_packed queries = packed_of(it, task);
     mq_gemm_args product = {.m = n, .a = k, .a_dtype = args->dtype, .lda = args->ldk, .b = &queries, .c = by_key,
                             .c_dtype = MQ_F32, .ldc = it->group, .alpha = args->scale};
     mq_gemm_pack(it->kind, q, args->dtype, it->group, args->head_dim, args->head_dim, &queries);
     mq_gemm_run(&product);
     for (int64_t j = 0; j < n; j++)
         for (int64_t i = 0; i < it->group; i++) scores[i * KEYS + j] = by_key[j * it->group + i];
+}
+
+/* The block's share in the output of every head; in bfloat16 probabilities are rounded on the way. */
+static void add_values(const step *it, int64_t task, const char *v, int64_t n, const float *scores)
+{
+    const mq_attention_args *args = it->args;
+    mq_packed values = packed_of(it, task);
+    mq_gemm_args product = {.m = it->group, .a = scores, .a_dtype = MQ_F32, .lda = KEYS, .b = &values,
+                            .c = part_of(it, task, 0).out, .c_dtype = MQ_F32, .ldc = args->value_dim, .alpha = 1.0f};
+    mq_gemm_pack_transposed(it->kind, v, args->dtype, args->value_dim, n, args->ldv, &values);
+    mq_gemm_run(&product);
 }
 
 static void attend_block(const step *it, int64_t task)
@@ -94,21 +105,19 @@ static void attend_block(const step *it, int64_t task)
     const int64_t low = MQ_MAX(mq_attention_first_key(args, 0), first);
     const int64_t n = MQ_MIN(mq_attention_last_key(args, 0), first + KEYS) - low;
     float *scores = part_of(it, task, 0).out + it->group * args->value_dim, *by_key = scores + it->group * KEYS;
-    float *value = by_key + it->group * KEYS;
     const char *k = element(args, args->k, low * args->ldk + mq_attention_head(args, kv_head, args->head_dim));
     const char *v = element(args, args->v, low * args->ldv + mq_attention_head(args, kv_head, args->value_dim));
-    if (n > 0) score(it, task, k, n, by_key, scores);
+    if (n <= 0) {       /* the window begins behind it */
+        for (int64_t i = 0; i < it->group; i++) *part_of(it, task, i).sum = 0.0f;
+        memset(part_of(it, task, 0).out, 0, (size_t)(it->group * args->value_dim) * sizeof(float));
+        return;
+    }
+    score(it, task, k, n, by_key, scores);
     for (int64_t i = 0; i < it->group; i++) {
-        part found = part_of(it, task, i);
-        *found.sum = 0.0f;
-        memset(found.out, 0, (size_t)args->value_dim * sizeof *found.out);
-        if (n > 0) weigh(it, scores + i * KEYS, n, &found);
+        const part found = part_of(it, task, i);
+        weigh(scores + i * KEYS, n, &found);
     }
-    for (int64_t j = 0; j < n; j++) {
-        it->kernels->to_f32(value, element(args, v, j * args->ldv), args->value_dim);
-        for (int64_t i = 0; i < it->group; i++)
-            mq_row_ops_table()->add_scaled(part_of(it, task, i).out, value, args->value_dim, scores[i * KEYS + j]);
-    }
+    add_values(it, task, v, n, scores);
 }
 
 static void attend_blocks(void *argument, int64_t begin, int64_t end, int worker)

@@ -95,7 +95,7 @@ int mq_linear_load_backward(mq_packed *packed, const mq_tensor *w, mq_gemm_kind 
 
 void mq_linear_free(mq_linear_weight *weight)
 {
-    mq_free(weight->packed.data);
+    if (!weight->lent) mq_free(weight->packed.data);
     mq_free(weight->bias);
     memset(weight, 0, sizeof *weight);
 }

@@ -96,6 +96,7 @@ void mq_embed_backward(float *d_weight, const float *d_out, const int32_t *ids, 
 typedef struct mq_linear_weight {
     mq_packed packed;
     float *bias;
+    int lent;           /* packed.data is somebody else's */
 } mq_linear_weight;
 
 /* Packs w (O, I) of any float dtype and stride for products in `kind`; name is used in errors (a NaN or an infinity in

@@ -180,10 +180,12 @@ void mq_runtime_free(mq_runtime *runtime)
     mq_free(runtime->by_name);
     mq_free(runtime->layer_start);
     mq_free(runtime->modules);
+    mq_free(runtime->gathered);
     runtime->layer_start = NULL;
     runtime->layers = NULL;
     runtime->by_name = NULL;
     runtime->modules = NULL;
+    runtime->gathered = NULL;
 }
 
 const mq_module *mq_runtime_module(const mq_runtime *runtime, const char *name, size_t length)

@@ -31,6 +31,7 @@ typedef struct mq_runtime {
     mq_point head_input;          /* of lm_head */
     mq_observer *head_observer;   /* of the logits' gradient; not owned; NULL = none */
     int64_t rank;                 /* of the widest branch of low rank that was ever loaded */
+    void *gathered;               /* memory of weights that were gathered (mq_runtime_gather) */
 } mq_runtime;
 
 /* What differs from layer to layer; each an array or NULL. */
@@ -73,6 +74,10 @@ void mq_runtime_drop_expert(mq_runtime *runtime, int64_t layer);
  * a while, and with NULL takes them out again. */
 void mq_runtime_take_expert(mq_runtime *runtime, int64_t layer, mq_linear_weight *weights);
 void mq_runtime_lend_expert(mq_runtime *runtime, int64_t layer, const mq_linear_weight *weights);
+
+/* Moves the packed weights of the loaded layers, and the others given, into one memory, for those who read them over
+ * and over: it lives as long as the runtime. Once; weights that are loaded later stay where they are. */
+int mq_runtime_gather(mq_runtime *runtime, mq_linear_weight *const *others, size_t count, mq_error *err);
 
 /* Where the observer of a module's output is kept: a linear that is no expert's, a layer's experts, or lm_head; NULL:
  * of nothing else. */
