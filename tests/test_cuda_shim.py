@@ -118,9 +118,9 @@ def test_orders(cases):
 def run_alone(library, call, **environment):
     """call, an expression of c (Cases), in a process that may crash."""
     code = "import sys, ctypes, numpy, test_cuda_shim as t; c = t.Cases(sys.argv[1]); c.c.mq_shim_alloc.restype = ctypes.c_void_p; " + call
-    paths = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run([sys.executable, "-c", code, str(library)], env={"PATH": "/usr/bin:/bin", "PYTHONPATH": paths, **environment},
-                          capture_output=True, text=True)
+    known = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), *known]), **environment}
+    return subprocess.run([sys.executable, "-c", code, str(library)], env=environment, cwd=ROOT / "tests", capture_output=True, text=True)
 
 
 @pytest.mark.skipif(SANITIZED, reason="the sanitizer watches device memory by other means")
