@@ -46,9 +46,9 @@ json.dump(state, open(f"{out}/state{world}_{rank}.json", "w"))
 
 
 def run(world, golden_model, out, config, fails=False, code=WORKER):
-    jobs = [subprocess.Popen([sys.executable, "-c", code, json.dumps([rank, world, str(golden_model.source), str(golden_model.folder / "calib.npy"),
-                                                                       str(out), config, fails])], stderr=subprocess.PIPE, text=True)
-            for rank in range(world)]
+    given = [str(golden_model.source), str(golden_model.folder / "calib.npy"), str(out), config, fails]
+    jobs = [subprocess.Popen([sys.executable, "-c", code, json.dumps([rank, world, *given])], cwd=out, stderr=subprocess.PIPE, text=True)
+            for rank in range(world)]       # there: not the sources of modelq, but the installed one
     said = [job.communicate(timeout=300)[1] for job in jobs]
     return [job.returncode for job in jobs], said
 
