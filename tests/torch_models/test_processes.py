@@ -30,6 +30,9 @@ mtq.quantize(model, config, loop)
 found = {name: module.amax for name, module in model.named_modules() if getattr(module, "amax", None) is not None}
 found |= {name + ":pre": module.pre_quant_scale for name, module in model.named_modules() if getattr(module, "pre_quant_scale", None) is not None}
 np.savez(f"{out}/found{world}_{rank}.npz", **found)
+if world > 1:       # else gloo's threads may outlive what they look at
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 """
 
 
