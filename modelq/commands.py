@@ -70,10 +70,15 @@ def quantize(args: Namespace) -> Report:
                          f"{loader.num_samples} samples of {args.calib}"])
 
 
+def preset_name(name: str) -> str:
+    """The full name of a short one."""
+    return PRESETS.get(name.lower(), name)
+
+
 def preset(name: str) -> dict[str, Any]:
     """A preset by its short or its full name."""
     from modelq import presets
-    full = PRESETS.get(name.lower(), name)
+    full = preset_name(name)
     if full not in presets.choices:
         raise ValueError(f"--format {name}: unknown; known are {', '.join(PRESETS)} and the presets {', '.join(sorted(presets.choices))}")
     return getattr(presets, full)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from modelq.commands import PRESETS, Report, preset
+from modelq.commands import Report, preset, preset_name
 from modelq.measure import Steps
 
 EXCLUDED = "excluded_module_name_patterns"
@@ -23,7 +23,7 @@ def autoquantize(args: Namespace) -> Report:
     from modelq.utils.dataset_utils import get_dataset_dataloader
 
     wanted, disabled = budgets(args.effective_bits), list(args.disable or ["*lm_head*"])
-    formats = {name: preset(name.strip()) for name in args.formats.split(",")}
+    formats = {name.strip(): preset(name.strip()) for name in args.formats.split(",")}
     if args.plot or args.plot_layers:
         require_matplotlib()
     if args.out:
@@ -38,11 +38,10 @@ def autoquantize(args: Namespace) -> Report:
     with tempfile.TemporaryDirectory(prefix="modelq-") as scratch:
         search = _Search(model, formats, loader, disabled, args, scratch)
         found = [search.budget(bits, ids, steps) for bits in wanted]
-        uniform = [search.uniform(name, ids, steps) for name in formats] if ids is not None and not args.no_uniform else []
         if args.out:
-            search.budget(wanted[0], None, steps)
             with steps("export"):
                 export_hf_checkpoint(model, args.out, overwrite=args.overwrite, dialect=args.dialect, engine=args.engine)
+        uniform = [search.uniform(name, ids, steps) for name in formats] if ids is not None and not args.no_uniform else []
     plain = search.plain(ids, steps) if ids is not None else None
     if args.plot and ids is not None:
         draw_trade_off(args.plot, found, uniform, plain)
@@ -100,7 +99,7 @@ class _Search:
                          lambda model: [model(**batch) for batch in self.batches])
         weight = bits = stored = 0.0
         for group in self.stats.values():
-            item = next((i for i, words in enumerate(group["formats"]) if words.partition("(")[0] == PRESETS.get(name, name)), None)
+            item = next((i for i, words in enumerate(group["formats"]) if words.partition("(")[0] == preset_name(name)), None)
             if item is not None and group["cost_weight"]:
                 weight, bits = weight + group["weights"], bits + group["bits"][item] * group["weights"]
                 stored += group["stored_bits"][item]

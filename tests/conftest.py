@@ -57,16 +57,13 @@ def smollm2():
 @pytest.fixture(scope="session")
 def tiny_checkpoint(golden, tmp_path_factory):
     """golden llama with a tokenizer (one token per byte, no end-of-text token) and room for 2048 positions: a folder, not to be changed."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from byte_tokenizer import byte_tokenizer
 
     folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
     shutil.copytree(golden["llama"].source, folder, copy_function=shutil.copyfile)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 2048}))
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({character: i for i, character in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer.save(str(folder / "tokenizer.json"))
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
     return folder
 
 

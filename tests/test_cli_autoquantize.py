@@ -1,9 +1,11 @@
 """`modelq autoquantize` on a micro model: budgets, tables, pictures, exports, bad use."""
 import json
+import shutil
 
 import pytest
 
 import modelq
+from byte_tokenizer import byte_tokenizer
 from modelq.cli import main
 from modelq.search_commands import budgets
 
@@ -17,16 +19,9 @@ def run(capsys, *arguments):
 @pytest.fixture
 def folder(golden, tmp_path):
     """The micro llama with a tokenizer, and a text."""
-    import shutil
-
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
     made = tmp_path / "model"
     shutil.copytree(golden["llama"].source, made)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer.save(str(made / "tokenizer.json"))
+    byte_tokenizer().save(str(made / "tokenizer.json"))
     (made / "text.txt").write_text("\n\n".join(f"Sample {i}: the quick brown fox jumps over the lazy dog." for i in range(99)))
     return made
 
@@ -45,7 +40,8 @@ def test_several_budgets(folder, capsys, tmp_path):
     assert all(one["effective_bits"] <= one["budget"] for one in found["budgets"]) and scores == sorted(scores, reverse=True) and scores[0] > scores[-1]
     assert found["budgets"][0]["perplexity"] == pytest.approx(found["uniform"][0]["perplexity"], rel=1e-6)      # all NVFP4, but for lm_head
     assert [(one["format"], one["effective_bits"]) for one in found["uniform"]] == [("nvfp4", 4.5), ("fp8", 8.0)] and found["perplexity_before"] > 1
-    code, said, _ = run(capsys, *options(folder), "--effective-bits", "6.25", "--checkpoint-dir", tmp_path / "kept", "--no-uniform")
+    code, said, _ = run(capsys, *options(folder), "--effective-bits", "6.25", "--checkpoint-dir", tmp_path / "kept", "--no-uniform",
+                        "--formats", "NVFP4_DEFAULT_CFG, FP8")
     assert code == 0 and "uniform" not in said and "6.25" in said and "unquantized" in said
 
 
@@ -73,3 +69,10 @@ def test_bad_use(folder, capsys, tmp_path):
         code, said, error = run(capsys, *options(folder), "--no-eval", *arguments)
         assert code == 2 and not said and words in error and error.count("\n") == 1, error
     assert not (tmp_path / "out").exists()
+
+
+def test_formats_are_named_as_one_likes(folder, capsys):
+    """With spaces, in capitals, by the preset's name; each is measured by itself too."""
+    code, said, error = run(capsys, *options(folder), "--effective-bits", "6", "--formats", "NVFP4, FP8_DEFAULT_CFG", "--json")
+    assert code == 0, error
+    assert [one["effective_bits"] for one in json.loads(said)["uniform"]] == [4.5, 8]

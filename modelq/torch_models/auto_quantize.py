@@ -10,18 +10,16 @@ import torch
 
 from modelq.autoquantize.candidates import Calibrated, Candidate, Scores, Steps, add, calibrated, divergences, give
 from modelq.autoquantize.groups import Group
-from modelq.calibration.weights import freeze_scales
-from modelq.quantizers import found_values, has_static_levels, make_quantizer, set_found_values, stage_quantizers
+from modelq.quantizers import has_static_levels, make_quantizer, stage_quantizers
 from modelq.rules import Setting, default_setting, stages
 from modelq.stated import stated_amax
-from modelq.streaming import Part, unread
 from modelq.torch_models import unwrapped
 from modelq.torch_models.modules import slots_of
 from modelq.torch_models.originals import Originals
 from modelq.torch_models.processes import agree, are_several, gathered, own_folder, run_together
 from modelq.torch_models.quantize import inserted, quantizers_of, refuse_packed, run_steps, take_settings
 from modelq.torch_models.scores import Formats, gradient_scores
-from modelq.torch_models.stand_in import StandIn, key_of
+from modelq.torch_models.stand_in import StandIn
 
 SAMPLE = 64     # numbers of each parameter that stand for it in a fingerprint
 
@@ -127,19 +125,16 @@ class TorchSubject:
 def _share_as_exports_do(model: torch.nn.Module) -> None:
     """Linears that read one input get the smoothing scale and the maximum that an export states for all of them, so that what is scored is
     what will be written. (Model Optimizer scores each with its own.)"""
-    stand_in: Any = StandIn(model, own_scales=False)
-    stand_in.folds_all = True       # smoothing stays with the linears that it belongs to
+    stand_in: Any = StandIn(model)
+    stand_in.share_as_exports_do()
     for layer in range(-1, stand_in.num_layers):
-        part = Part(layer, None, stand_in.modules_of(layer), unread(stand_in))
-        freeze_scales(stand_in, part, [row for row in part.modules if row["kind"] == "linear"])
-        for name, amax in stated_amax(stand_in, part.modules).items():
+        for name, amax in stated_amax(stand_in, stand_in.modules_of(layer)).items():
             quantizer = stand_in.quantizers.get(name)
             if quantizer is not None and has_static_levels(stage_quantizers(quantizer)[0]):
                 quantizer.global_amax = amax
             elif quantizer is not None:
                 quantizer.amax = amax
-    for name, quantizer in quantizers_of(model).items():
-        set_found_values(quantizer.native, found_values(stand_in.quantizers[key_of(name)]))
+    stand_in.give_values(model)
 
 
 def _divergence(plain: torch.Tensor, other: torch.Tensor) -> float:

@@ -23,7 +23,6 @@ from modelq.calibration.statistics import InputStatistics, Range, activation_slo
 from modelq.calibration.walk import Method
 from modelq.calibration.weights import find_weight_amax, take_amax
 from modelq.changed import ChangedCheckpoint
-from modelq.quantizers import found_values, set_found_values
 from modelq.rules import stages
 from modelq.streaming import Part, unread
 from modelq.tables import listed
@@ -209,11 +208,11 @@ class Step:
             if found.attributes != settings[name].attributes:
                 settings[name] = replace(found, slot=settings[name].slot)
                 quantizer.set_from_attribute_config(stages(found)[0])
-            set_found_values(quantizer.native, found_values(stand_in.quantizers[key_of(name)]))
             if name.endswith(".weight_quantizer"):
                 branch = stand_in.low_rank.get(name.removesuffix(".weight_quantizer"))
                 if branch is not None or quantizer.low_rank is not None:
                     quantizer.low_rank = branch
+        stand_in.give_values(self.model)
         setattr(self.model, SETTINGS, settings)
         checkpoint = stand_in.checkpoint
         if isinstance(checkpoint, ChangedCheckpoint):

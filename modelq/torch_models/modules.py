@@ -68,9 +68,7 @@ class QuantizedModule:
             made = super().forward(rounded, *args, **kwargs)      # type: ignore[misc]
         finally:
             object.__setattr__(self, "_in_forward", False)
-        if self.weight_quantizer.low_rank is not None:
-            made = self.weight_quantizer.add_low_rank(self.input_quantizer.smoothed(x), made)
-        return self.output_quantizer(made)
+        return self.output_quantizer(self.weight_quantizer.add_low_rank(made, x, self.input_quantizer))
 
 
 @cache

@@ -10,15 +10,12 @@ import numpy as np
 import torch
 
 from modelq.arrays import give_back
-from modelq.calibration.weights import freeze_scales
 from modelq.compression import is_wanted, packed_weight, parse_patterns
 from modelq.progress import progress
-from modelq.quantizers import found_values, set_found_values
-from modelq.streaming import Part, unread
 from modelq.torch_models import unwrapped
-from modelq.torch_models.quantize import quantizers_of, settings_of
+from modelq.torch_models.quantize import settings_of
 from modelq.torch_models.quantizer_module import SCALES
-from modelq.torch_models.stand_in import StandIn, key_of
+from modelq.torch_models.stand_in import StandIn
 
 
 def compress(model: torch.nn.Module, config: Any = None) -> None:
@@ -29,20 +26,15 @@ def compress(model: torch.nn.Module, config: Any = None) -> None:
     users: dict[int, int] = {}
     for parameter in (parameter for _, parameter in model.named_parameters(remove_duplicate=False)):
         users[id(parameter)] = users.get(id(parameter), 0) + 1
-    stand_in = StandIn(model, own_scales=False)
-    stand_in.folds_all = True       # type: ignore[attr-defined]    # smoothing stays with the linears that it belongs to
-    for layer in range(-1, stand_in.num_layers):
-        part = Part(layer, None, stand_in.modules_of(layer), unread(stand_in))      # type: ignore[arg-type]
-        freeze_scales(stand_in, part, [row for row in part.modules if row["kind"] == "linear" and row["expert"] is None
-                                       and modules[row["name"]].packed is None])
+    stand_in = StandIn(model)
+    stand_in.share_as_exports_do()
     rows = [row for row in stand_in.modules if row["expert"] is None and row["kind"] == "linear" and is_wanted(row["name"], patterns)
-            and modules[row["name"]].packed is None and modules[row["name"]].weight_quantizer.is_enabled
+            and modules[row["name"]].weight_quantizer.is_enabled
             and users[id(modules[row["name"]]._parameters["weight"])] == 1]
     if not rows:
         raise ValueError("nothing to compress: no weight that fits is quantized; call modelq.quantization.quantize first")
     made = {row["name"]: packed_weight(stand_in, row) for row in progress(rows, "compress", unit="layer")}      # type: ignore[arg-type]
-    for name, quantizer in quantizers_of(model).items():
-        set_found_values(quantizer.native, found_values(stand_in.quantizers[key_of(name)]))
+    stand_in.give_values(model)
     for name, packed in made.items():
         _hold(modules[name], packed)
 

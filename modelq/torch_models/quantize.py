@@ -108,12 +108,12 @@ def fold_weight(model: torch.nn.Module, keep_attrs: bool = False) -> None:
 
 def _fold(module: Any, quantizer: Any, weight: torch.Tensor) -> None:
     """The module's weight as it computes, a branch of low rank included."""
-    branch, quantizer_is_needed = quantizer.low_rank, getattr(module, "packed", None) is None
-    if not quantizer_is_needed:
+    branch, made = quantizer.low_rank, None
+    if getattr(module, "packed", None) is not None:
         module.unpack()
-        weight = module._parameters["weight"]
+        weight = made = module._parameters["weight"]
     with torch.no_grad():
-        made = quantizer(weight) if quantizer_is_needed else weight
+        made = quantizer(weight) if made is None else made
         weight.copy_(made if branch is None else made + quantizer.svdquant_lora_b @ quantizer.svdquant_lora_a)
     quantizer.low_rank = None
 

@@ -68,10 +68,13 @@ class QuantizerModule(TensorQuantizer, torch.nn.Module):
         scale = self.pre_quant_scale
         return x if scale is None else x * torch.from_numpy(scale).to(x)
 
-    def add_low_rank(self, x: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
-        """made plus what the branch makes of x."""
+    def add_low_rank(self, made: torch.Tensor, x: torch.Tensor, input_quantizer: QuantizerModule) -> torch.Tensor:
+        """made plus what the branch, if there is one, makes of x as it is smoothed."""
         down, up = (getattr(self, half) for half in LOW_RANK)
-        return made if down is None else made + torch.nn.functional.linear(torch.nn.functional.linear(x, down.to(x)), up.to(x))
+        if down is None:
+            return made
+        x = input_quantizer.smoothed(x)
+        return made + torch.nn.functional.linear(torch.nn.functional.linear(x, down.to(x)), up.to(x))
 
     @property
     def rounds(self) -> bool:
@@ -141,8 +144,8 @@ class SequentialQuantizer(torch.nn.Sequential):
     def low_rank(self, branch: LowRank | None) -> None:
         self[0].low_rank = branch
 
-    def add_low_rank(self, x: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
-        return self[0].add_low_rank(x, made)
+    def add_low_rank(self, made: torch.Tensor, x: torch.Tensor, input_quantizer: QuantizerModule) -> torch.Tensor:
+        return self[0].add_low_rank(made, x, input_quantizer)
 
     @property
     def pre_quant_scale(self) -> Any:

@@ -15,10 +15,12 @@ import torch
 
 from modelq.arrays import take
 from modelq.calibration.resume import digest_of
+from modelq.calibration.weights import freeze_scales
 from modelq.checkpoint.base import Checkpoint, TensorInfo
 from modelq.experts import Place
 from modelq.quantizers import found_values, make_quantizer, set_found_values
 from modelq.rules import Slot
+from modelq.streaming import Part, unread
 from modelq.torch_models.experts import is_experts, matrices_of, matrix_of
 from modelq.torch_models.modules import is_searched, kind_of
 from modelq.torch_models.quantize import quantizers_of, settings_of
@@ -54,6 +56,7 @@ class StandIn:
     own until an export, as in Model Optimizer."""
 
     float32_weights = False         # weights have the dtype that they have
+    folds_all = False
 
     def __init__(self, model: torch.nn.Module, own_scales: bool = True):
         self.own_scales = own_scales
@@ -82,6 +85,18 @@ class StandIn:
     def experts_of(self, layer: int) -> list[int]:
         return sorted({row["expert"] for row in self.modules if row["layer"] == layer and row["expert"] is not None})
 
+    def share_as_exports_do(self) -> None:
+        """Give linears that read one input the smoothing scale that an export states for all of them; it stays with the linears."""
+        self.own_scales, self.folds_all = False, True
+        for layer in range(-1, self.num_layers):
+            rows = self.modules_of(layer)
+            freeze_scales(self, Part(layer, None, rows, unread(self)), [row for row in rows if row["kind"] == "linear"])    # type: ignore
+
+    def give_values(self, model: torch.nn.Module) -> None:
+        """Hand what was found for every quantizer to the model's own."""
+        for name, quantizer in quantizers_of(model).items():
+            set_found_values(quantizer.native, found_values(self.quantizers[key_of(name)]))
+
     def digest(self, steps: Sequence[Mapping[str, Any]], compat: str | None) -> str:
         """What a calibration depends on, but for its data."""
         weights = hashlib.sha256()
@@ -105,11 +120,12 @@ def key_of(name: str) -> str:
 
 
 def _rows(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> Iterator[dict[str, Any]]:
-    """A row for every linear, embedding and expert's matrix, and its weight into tensors. Tied weights have one name."""
+    """A row for every linear, embedding and expert's matrix, and its weight into tensors, but for what is compressed. Tied weights have
+    one name."""
     names: dict[int, str] = {}
     for name, module in model.named_modules():
         layer = _layer_of(name)
-        if is_searched(module):
+        if is_searched(module) and getattr(module, "packed", None) is None:
             parameter = module._parameters["weight"]
             weight = names.setdefault(id(parameter), f"{name}.weight")
             tensors[weight] = live_value(module, "weight", name)

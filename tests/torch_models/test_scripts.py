@@ -13,6 +13,7 @@ transformers = pytest.importorskip("transformers")
 
 import modelq  # noqa: E402
 import modelq.quantization as mtq  # noqa: E402
+from byte_tokenizer import byte_tokenizer  # noqa: E402
 
 SCRIPTS = Path(__file__).parent / "scripts"
 # longest first
@@ -26,14 +27,11 @@ ALGORITHMS = {"FP8_DEFAULT_CFG": "FP8", "NVFP4_DEFAULT_CFG": "NVFP4", "INT4_AWQ_
 @pytest.fixture(scope="module")
 def folder(golden, tmp_path_factory):
     """The micro llama with a tokenizer of bytes, as from the hub; and a text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
     made = tmp_path_factory.mktemp("model")
     shutil.copytree(golden["llama"].source, made, dirs_exist_ok=True)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=alphabet[0], padding_side="left").save_pretrained(made)
+    tokenizer = byte_tokenizer()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=tokenizer.id_to_token(0),
+                                         padding_side="left").save_pretrained(made)
     (made / "data.txt").write_text("\n\n".join(f"Calibration sample number {i}: the quick brown fox jumps over the lazy dog." for i in range(40)))
     return made
 
