@@ -81,7 +81,7 @@ def shapes_of(scheme):
 
 
 def test_interface(unordered):
-    assert unordered.c.mq_cuda_interface() == 1
+    assert unordered.c.mq_cuda_interface() == 2
     assert unordered.is_emulated or "MODELQ_CUDA_LIBRARY" in os.environ
 
 
