@@ -207,7 +207,8 @@ typedef struct mq_cuda_loss_row {
     float target;                         /* the label's logit */
 } mq_cuda_loss_row;
 
-/* Columns first .. first + logits.cols of the vocabulary. The slice whose first is 0 comes first: it begins the rows. */
+/* Columns first .. first + logits.cols of the vocabulary. The slice whose first is 0 comes first: it begins the
+ * rows. */
 typedef struct mq_cuda_loss_job {
     mq_cuda_matrix logits;                /* MQ_F32 */
     const int32_t *labels;                /* [rows], < 0 = none */
@@ -234,8 +235,8 @@ int mq_cuda_score(const mq_cuda_score_job *job, void *stream, mq_error *err);
 /* ---- what quantizers do besides rounding ---- */
 
 /* y = rotate(x * pre_scale) + sign * bias, each step rounded to the dtype, any of the three; y may be x. What is NULL
- * or 0 is left out. mq_quantizer_apply is: this with sign -1, then mq_cuda_scaled or mq_cuda_block_fake_quantize in place,
- * and where there is a bias, this with only that and sign 1. */
+ * or 0 is left out. mq_quantizer_apply is: this with sign -1, then mq_cuda_scaled or mq_cuda_block_fake_quantize in
+ * place, and where there is a bias, this with only that and sign 1. */
 typedef struct mq_cuda_prepare_job {
     mq_cuda_matrix x, y;
     const float *pre_scale;               /* [cols] */
