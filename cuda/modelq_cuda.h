@@ -124,6 +124,9 @@ typedef struct mq_cuda_histogram_job {
 /* Values beyond the last bin, and NaN, are counted nowhere. */
 int mq_cuda_histogram(const mq_cuda_histogram_job *job, void *stream, mq_error *err);
 
+#include "modelq_cuda_gemm.h"
+#include "modelq_cuda_ops.h"
+
 #pragma GCC visibility pop
 
 #ifdef __cplusplus
