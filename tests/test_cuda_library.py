@@ -4,7 +4,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from cuda_library import library_to_test
+from cuda_library import INTERFACE, library_to_test
 
 import modelq._core as core
 from modelq import cuda
@@ -30,11 +30,6 @@ def compiled(folder: Path, text: str) -> Path:
     source.write_text(text)
     subprocess.run(["gcc", "-shared", "-fPIC", str(source), "-o", str(made)], check=True)
     return made
-
-
-def interface_number(emulated) -> int:
-    import ctypes
-    return ctypes.CDLL(str(emulated)).mq_cuda_interface()
 
 
 def test_a_device_is_described(use):
@@ -75,19 +70,18 @@ def test_a_file_that_is_no_library(use, tmp_path):
     assert "the CUDA library does not open: " in cuda.why_not() and "text.so" in cuda.why_not()
 
 
-def test_another_interface_is_refused(use, tmp_path, emulated):
-    needed = interface_number(emulated)
+def test_another_interface_is_refused(use, tmp_path):
     use(compiled(tmp_path, "int mq_cuda_interface(void) { return 999; }"))
     reason = cuda.why_not()
-    assert f"has version 999 of the interface, this modelq needs {needed}" in reason and "MODELQ_CUDA=1 pip install ." in reason
+    assert f"has version 999 of the interface, this modelq needs {INTERFACE}" in reason and "MODELQ_CUDA=1 pip install ." in reason
 
 
-def test_a_missing_call_is_named(use, tmp_path, emulated):
+def test_a_missing_call_is_named(use, tmp_path):
     use(compiled(tmp_path, "int x;"))
     assert "lacks mq_cuda_interface" in cuda.why_not()
     other = tmp_path / "other"
     other.mkdir()
-    use(compiled(other, f"int mq_cuda_interface(void) {{ return {interface_number(emulated)}; }}"))
+    use(compiled(other, f"int mq_cuda_interface(void) {{ return {INTERFACE}; }}"))
     assert "lacks mq_cuda_is_emulated: build it from modelq's sources of this version" in cuda.why_not()
 
 
