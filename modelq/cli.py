@@ -126,7 +126,7 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--source", metavar="SRC", help="the unquantized checkpoint: also report how far the dequantized weights are from it")
     sub.add_argument("--json", action="store_true", help="print JSON")
 
-    sub = commands.add_parser("formats", help="the number formats and block schemes")
+    sub = commands.add_parser("formats", help="the number formats and block schemes, and what this machine computes with")
     sub.add_argument("--json", action="store_true", help="print JSON")
     return parser
 

@@ -226,17 +226,19 @@ def verify(args: Namespace) -> Report:
 # modelq formats ------------------------------------------------------------------------------------------------------------
 
 def formats(args: Namespace) -> Report:
-    from modelq import _core
+    from modelq import _core, cuda
+    cpu = _core.cpu_info()
     elements = {name: dict(row) for name, row in _core.formats().items()}
     schemes = {name: dict(row) for name, row in _core.schemes().items()}
     element_rows = [[name, row["kind"], row["bits"], row["exponent_bits"], row["mantissa_bits"], row["max"], row["smallest"]]
                     for name, row in elements.items()]
     scheme_rows = [[name, row["element"], "x".join("all" if n == 0 else str(n) for n in row["block"]), row["scale"],
                     round(row["bits_per_weight"], 3), _export_names(row)] for name, row in schemes.items()]
-    return Report({"formats": elements, "schemes": schemes},
+    return Report({"formats": elements, "schemes": schemes, "cpu": cpu, "cuda": cuda.describe()},
                   ["Number formats", (["name", "kind", "bits", "exponent", "mantissa", "max", "smallest"], element_rows), "",
                    "Block schemes (block: rows x columns that share a scale)",
-                   (["name", "element", "block", "scale", "bits per weight", "exported as"], scheme_rows)])
+                   (["name", "element", "block", "scale", "bits per weight", "exported as"], scheme_rows), "",
+                   f"CPU: {cpu['isa']}, {cpu['threads']} threads", f"GPU: {cuda.describe()}"])
 
 
 def _export_names(row: dict[str, Any]) -> str:
