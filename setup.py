@@ -21,7 +21,7 @@ DEBUG, SANITIZE, TESTING = (switch(f"MODELQ_{name}") for name in ("DEBUG", "SANI
 
 compile_args = ["-std=c11", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
                 "-Wall", "-Wextra", "-Wconversion"]
-link_args = ["-pthread", "-lm"]
+link_args = ["-pthread", "-lm", "-ldl"]
 macros = []
 if DEBUG or SANITIZE:
     compile_args += ["-O1", "-g", "-UNDEBUG"]
@@ -36,11 +36,11 @@ if switch("MODELQ_WERROR"):
 
 FOLDERS = ["core", "format", "kernels", "quant", "calib", "model", "export", "backend"]
 core_sources = sorted(path for folder in FOLDERS for path in glob(f"csrc/{folder}/*.c"))
-headers = sorted(path for suffix in ("h", "inc", "def") for path in glob(f"csrc/**/*.{suffix}", recursive=True))
+headers = sorted(path for suffix in ("h", "inc", "def") for path in glob(f"csrc/**/*.{suffix}", recursive=True)) + sorted(glob("cuda/*.h"))
 
 
 def extension(name: str, sources: list[str]) -> Extension:
-    return Extension(name, core_sources + sorted(sources), include_dirs=["csrc", numpy.get_include()], define_macros=macros,
+    return Extension(name, core_sources + sorted(sources), include_dirs=["csrc", "cuda", numpy.get_include()], define_macros=macros,
                      extra_compile_args=compile_args, extra_link_args=link_args, depends=headers)
 
 

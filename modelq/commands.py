@@ -171,9 +171,10 @@ def verify(args: Namespace) -> Report:
 # modelq formats ------------------------------------------------------------------------------------------------------------
 
 def formats(args: Namespace) -> Report:
-    from modelq import _core
+    from modelq import _core, cuda
     from modelq.preset_table import preset_rows
 
+    cpu = _core.cpu_info()
     elements = {name: dict(row) for name, row in _core.formats().items()}
     schemes = {name: dict(row) for name, row in _core.schemes().items()}
     presets = preset_rows()
@@ -183,12 +184,13 @@ def formats(args: Namespace) -> Report:
                     for name, row in elements.items()]
     scheme_rows = [[name, row["element"], "x".join("all" if n == 0 else str(n) for n in row["block"]), row["scale"],
                     round(row["bits_per_weight"], 3), _export_names(row)] for name, row in schemes.items()]
-    return Report({"presets": presets, "formats": elements, "schemes": schemes},
+    return Report({"presets": presets, "formats": elements, "schemes": schemes, "cpu": cpu, "cuda": cuda.describe()},
                   ["Presets (--format)",
                    (["name", "preset", "weights", "inputs", "algorithm", "bits", "engines that load it"], preset_cells), "",
                    "Number formats", (["name", "kind", "bits", "exponent", "mantissa", "max", "smallest"], element_rows), "",
                    "Block schemes (block: rows x columns that share a scale)",
-                   (["name", "element", "block", "scale", "bits per weight", "exported as"], scheme_rows)])
+                   (["name", "element", "block", "scale", "bits per weight", "exported as"], scheme_rows), "",
+                   f"CPU: {cpu['isa']}, {cpu['threads']} threads", f"GPU: {cuda.describe()}"])
 
 
 def _export_names(row: dict[str, Any]) -> str:

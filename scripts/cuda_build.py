@@ -42,7 +42,7 @@ def emulated(folder: Path, sanitize: bool = False, root: Path = ROOT, only: list
     extra = SANITIZERS if sanitize else []
     includes = [f"-I{root / 'cuda'}", f"-I{root / 'csrc'}"]
     commands, objects = [], []
-    for path in [*sources, root / "cuda/shim/cuda_shim.cc", *(root / name for name in CORE)]:
+    for path in [*sources, *sorted((root / "cuda/shim").glob("*.cc")), *(root / name for name in CORE)]:
         objects.append(str(folder / f"{path.name}.o"))
         language = ["gcc", "-std=c11"] if path.suffix == ".c" else ["g++", "-std=c++17", "-fno-exceptions", "-DMQ_CUDA_SHIM", "-x", "c++"]
         commands.append([*language, *GXX, *extra, *includes, "-c", str(path), "-o", objects[-1]])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import modelq._core as core
-from cuda_library import DTYPES, NO_ROW, ORDERS, SANITIZED, CudaError, Library, library_to_test
+from cuda_library import DTYPES, INTERFACE, NO_ROW, ORDERS, SANITIZED, CudaError, Library, library_to_test
 from kernel_digests import tame, wild
 
 SCHEMES = core.schemes()
@@ -81,7 +81,7 @@ def shapes_of(scheme):
 
 
 def test_interface(unordered):
-    assert unordered.c.mq_cuda_interface() == 1
+    assert unordered.c.mq_cuda_interface() == INTERFACE
     assert unordered.is_emulated or "MODELQ_CUDA_LIBRARY" in os.environ
 
 
