@@ -77,6 +77,7 @@ def test_another_algorithm():
         choices.algorithm("rotate+magic")
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_cache_beside_the_older_spelling():
     config = choices.with_kv_cache({"quant_cfg": {"*weight_quantizer": {"num_bits": 8, "axis": 0}, "default": {"enable": False}}}, "fp8")
     assert [rule["quantizer_name"] for rule in config["quant_cfg"]] == ["*weight_quantizer", "*", "*[kv]_bmm_quantizer"]
