@@ -44,7 +44,8 @@ MQ_DEVICE softmax softmax_of(const route_args &a, int64_t row, int lane)
     softmax of = {-INFINITY, 0.0f};
     const mq_larger larger = {};
     for (int64_t i = lane; i < a.experts; i += MQ_WARP) of.largest = larger(of.largest, logit_of<D>(a, row, i));
-    for (int offset = 1; offset < MQ_WARP; offset <<= 1) of.largest = larger(of.largest, mq_exchange(of.largest, offset));
+    for (int offset = 1; offset < MQ_WARP; offset <<= 1)
+        of.largest = larger(of.largest, mq_exchange(of.largest, offset));
     for (int64_t i = lane; i < a.experts; i += MQ_WARP) of.sum += mq_exp(logit_of<D>(a, row, i) - of.largest);
     of.sum = mq_lanes_sum(of.sum, MQ_WARP);
     return of;
