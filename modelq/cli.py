@@ -57,6 +57,8 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--overwrite", action="store_true", help="replace DIR if it is there")
     sub.add_argument("--dialect", help="modelopt (default), compressed-tensors, autoawq, gptq or fp8: how the checkpoint is written")
     sub.add_argument("--engine", help="vllm, sglang, tensorrt-llm or transformers: chooses the dialect, refuses what it does not load")
+    sub.add_argument("--weights-only", action="store_true",
+                     help="do not run the model, whatever its config.json asks for: for formats that need no data")
     add_compute(sub)
 
     sub = commands.add_parser("autoquantize", help="a format for every layer within a budget of bits")

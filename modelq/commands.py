@@ -45,29 +45,33 @@ def quantize(args: Namespace) -> Report:
         config = with_block_size(config, args.block_size)
     import modelq
     from modelq.checkpoint.atomic import check_target
-    from modelq.export import check_exportable, export_hf_checkpoint
+    from modelq.export import check_exportable, export_hf_checkpoint, needs_data
     from modelq.quantization import quantize as quantize_model
+    from modelq.summary import high_precision_lines, unseen_lines
     from modelq.utils.dataset_utils import create_forward_loop, get_dataset_dataloader
     check_target(Path(os.path.realpath(args.out)), args.overwrite)   # before the work that would be in vain
     steps = Steps()
     with steps("load"):
-        model = modelq.load(args.source, compute=args.compute, num_threads=args.threads)
+        model = modelq.load(args.source, compute=args.compute, num_threads=args.threads, weights_only=args.weights_only)
         dialect = check_exportable(model, config, args.dialect, args.engine)
-        loader = get_dataset_dataloader(args.calib, model.tokenizer, args.batch_size, args.samples, args.seq_len)
+        loader, loop = None, None
+        if needs_data(model, config):
+            loader = get_dataset_dataloader(args.calib, model.tokenizer, args.batch_size, args.samples, args.seq_len)
+            loop = create_forward_loop(dataloader=loader)
     with steps("calibrate"):
-        quantize_model(model, config, create_forward_loop(dataloader=loader), checkpoint_dir=args.checkpoint_dir)
+        quantize_model(model, config, loop, checkpoint_dir=args.checkpoint_dir)
     with steps("export"):
         export_hf_checkpoint(model, args.out, overwrite=args.overwrite, dialect=args.dialect, engine=args.engine)
     before, after = stored_bytes(Path(model.checkpoint.path)), stored_bytes(args.out)
     on = sum(quantizer.enabled for quantizer in model.quantizers.values())
     data = {"source": args.source, "out": str(args.out), "format": args.config or args.format, "dialect": dialect,
-            "calibration": str(args.calib),
-            "samples": loader.num_samples, "bytes_before": before, "bytes_after": after, "quantizers": on,
+            "calibration": str(args.calib) if loader else None,
+            "samples": loader.num_samples if loader else 0, "bytes_before": before, "bytes_after": after, "quantizers": on,
             "steps": [vars(step) for step in steps.done]}
     rows = [[step.name, f"{step.seconds:.1f} s", megabytes(step.peak_bytes)] for step in steps.done]
-    return Report(data, [(["step", "time", "peak memory"], rows), "",
-                         f"{args.out}: {megabytes(after)} (before: {megabytes(before)}), {on} quantizers, calibrated on "
-                         f"{loader.num_samples} samples of {args.calib}"])
+    seen = f"calibrated on {loader.num_samples} samples of {args.calib}" if loader else "without calibration data"
+    return Report(data, [(["step", "time", "peak memory"], rows), "", *high_precision_lines(model), *unseen_lines(model), "",
+                         f"{args.out}: {megabytes(after)} (before: {megabytes(before)}), {on} quantizers, {seen}"])
 
 
 def preset_name(name: str) -> str:
@@ -132,6 +136,7 @@ def evaluate(args: Namespace) -> Report:
     steps = Steps()
     with steps("load"):
         model = modelq.load(args.source, compute=args.compute, num_threads=args.threads)
+        model.must_compute()
         ids = model.tokenizer.encode(text, add_special_tokens=False)
     if len(ids) < 2:
         raise ValueError(f"--text {args.text}: {len(ids)} tokens, at least 2 are needed")
