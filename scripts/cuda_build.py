@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-CORE = ["csrc/core/error.c", "csrc/format/format.c"]        # what kernels' launchers need of the C side
+CORE = ["csrc/core/alloc.c", "csrc/core/error.c", "csrc/format/format.c"]        # what the CUDA library needs of the C side
 EMULATED = "libmodelq_cuda_emulated.so"
 # No contraction to fused operations: the bits are those of the C kernels. Division and square roots are correctly rounded and
 # denormals are kept by nvcc's defaults, which -use_fast_math would change.
