@@ -55,7 +55,7 @@ def emulated(folder: Path, sanitize: bool = False, root: Path = ROOT, only: list
         commands.append([*language, *GXX, *extra, *includes, "-c", str(path), "-o", objects[-1]])
     run(commands)
     library = folder / EMULATED
-    run([["g++", "-shared", "-pthread", *extra, *objects, "-o", str(library)]])
+    run([["g++", "-shared", "-pthread", *extra, *objects, "-ldl", "-o", str(library)]])
     return library
 
 
