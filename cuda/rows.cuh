@@ -91,19 +91,34 @@ MQ_DEVICE T mq_lanes_sum(T value, int lanes)
     return value;
 }
 
-/* The sum over the block's threads, in all of them. slot: 0 and 1 in turn from call to call of a kernel, so that one
- * barrier is enough. */
-template <typename T>
-MQ_DEVICE T mq_block_sum(T value, int slot)
+/* What the block's threads have, folded in order of the warps, in all of them. slot: 0 and 1 in turn from call to call
+ * of one T and fold in a kernel, so that one barrier is enough. */
+template <typename T, typename Fold>
+MQ_DEVICE T mq_block_fold(T value, int slot, Fold fold)
 {
     MQ_SHARED(T, partial, 2 * (MQ_THREADS / MQ_WARP));
     T *const own = partial + slot * (MQ_THREADS / MQ_WARP);
-    T total = 0;
-    value = mq_lanes_sum(value, MQ_WARP);
+    for (int offset = 1; offset < MQ_WARP; offset <<= 1) value = fold(value, mq_exchange(value, offset));
     if (threadIdx.x % MQ_WARP == 0) own[threadIdx.x / MQ_WARP] = value;
     __syncthreads();
-    for (int i = 0; i < MQ_THREADS / MQ_WARP; i++) total += own[i];
+    T total = own[0];
+    for (int i = 1; i < MQ_THREADS / MQ_WARP; i++) total = fold(total, own[i]);
     return total;
+}
+
+struct mq_adds {
+    template <typename T> MQ_HD T operator()(T a, T b) const { return a + b; }
+};
+
+/* Passes over NaN. */
+struct mq_larger {
+    MQ_HD float operator()(float a, float b) const { return b > a ? b : a == a ? a : b; }
+};
+
+template <typename T>
+MQ_DEVICE T mq_block_sum(T value, int slot)
+{
+    return mq_block_fold(value, slot, mq_adds());
 }
 
 /* ---- exp ---- */
