@@ -48,7 +48,7 @@ static struct {
 static size_t shared_used;
 
 /* Device memory: mq_shim_alloc. */
-enum { MOST_ARRAYS = 64, PAGE_BYTES = 4096 };
+enum { MOST_ARRAYS = 1024, PAGE_BYTES = 4096 };
 static struct {
     char *map;
     size_t nbytes;          /* the page behind them not counted */
@@ -71,6 +71,9 @@ static const struct {
     {cudaErrorInvalidValue, "cudaErrorInvalidValue", "invalid argument"},
     {cudaErrorMemoryAllocation, "cudaErrorMemoryAllocation", "out of memory"},
     {cudaErrorInvalidConfiguration, "cudaErrorInvalidConfiguration", "invalid configuration argument"},
+    {cudaErrorInsufficientDriver, "cudaErrorInsufficientDriver", "the driver is older than the library"},
+    {cudaErrorNoDevice, "cudaErrorNoDevice", "no device is there"},
+    {cudaErrorInvalidDevice, "cudaErrorInvalidDevice", "invalid device ordinal"},
     {cudaErrorLaunchFailure, "cudaErrorLaunchFailure", reason},
 };
 
@@ -379,8 +382,8 @@ void mq_shim_free(void *memory)
     free(memory);
 }
 #else
-/* The end of what is asked for, up to 15 bytes, lies at the end of a page. */
-void *mq_shim_alloc(size_t nbytes)
+/* The end of what is asked for, up to 15 bytes, lies at the end of a page. Called with the lock held. */
+static void *find_place(size_t nbytes)
 {
     const size_t size = (nbytes + 15) / 16 * 16, pages = (size + PAGE_BYTES - 1) / PAGE_BYTES * PAGE_BYTES;
     for (auto &array : arrays) {
@@ -393,21 +396,33 @@ void *mq_shim_alloc(size_t nbytes)
     return NULL;
 }
 
+void *mq_shim_alloc(size_t nbytes)
+{
+    pthread_mutex_lock(&one_at_a_time);
+    void *memory = find_place(nbytes);
+    pthread_mutex_unlock(&one_at_a_time);
+    return memory;
+}
+
 void mq_shim_free(void *memory)
 {
+    pthread_mutex_lock(&one_at_a_time);
     for (auto &array : arrays) {
         if (array.map == NULL || array.memory != memory) continue;
         munmap(array.map, array.nbytes + PAGE_BYTES);
         array = {NULL, 0, NULL};
     }
+    pthread_mutex_unlock(&one_at_a_time);
 }
 #endif
 
 void mq_shim_copy(void *to, const void *from, size_t nbytes)
 {
+    pthread_mutex_lock(&one_at_a_time);
     protect_arrays(PROT_READ | PROT_WRITE);
     memcpy(to, from, nbytes);
     protect_arrays(PROT_NONE);
+    pthread_mutex_unlock(&one_at_a_time);
 }
 
 void mq_shim_set_order(int wanted, uint64_t seed)

@@ -43,6 +43,10 @@ _HAS_BIAS_KEYS = {"llama": ("attention_bias", "mlp_bias"), "qwen3": ("attention_
 _NESTED = {"gemma3": "gemma3_text"}
 
 
+class UnknownFamily(ValueError):
+    """No row of the core's table is this architecture's."""
+
+
 def runtime_config(hf_config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """(family, flat config) for _core.Runtime.
 
@@ -78,6 +82,12 @@ def runtime_config(hf_config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     return family, known
 
 
+def stated_dtype(hf_config: Mapping[str, Any]) -> str | None:
+    """The dtype that a config.json states for the model, or for its language model; None if it does not."""
+    parts = [hf_config, *(part for part in (hf_config.get("text_config"), hf_config.get("decoder")) if isinstance(part, Mapping))]
+    return next((str(part[key]) for part in parts for key in ("dtype", "torch_dtype") if part.get(key)), None)
+
+
 def supported() -> str:
     """The supported architectures, for messages: "llama, mistral (LlamaForCausalLM, MistralForCausalLM); ..."."""
     return "; ".join(f"{', '.join(row['model_types'])} ({', '.join(row['architectures'])})" for row in _archs())
@@ -110,7 +120,8 @@ def _family(hf_config: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
             return row, model_type
         if model_type is None and named:
             return row, types[classes.index(next(name for name in architectures if name in classes))]
-    raise ValueError(f"config.json: model_type {model_type!r}, architectures {architectures!r}: not supported; supported are {supported()}")
+    raise UnknownFamily(f"config.json: model_type {model_type!r}, architectures {architectures!r}: not supported; supported are "
+                        f"{supported()}")
 
 
 def _head_dim(config: Config, flat: dict[str, Any]) -> int:
