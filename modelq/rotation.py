@@ -92,8 +92,8 @@ class RotatedCheckpoint(Checkpoint):
 
     def __init__(self, model: Model, seed: int = 0, residual: bool = True, values: bool = True):
         if model.runtime.family not in PLAIN:
-            raise ValueError(f"rotation: a model of the family {model.runtime.family} has norms, or linears in one, that rotations do not pass; "
-                             f"it is there for {', '.join(PLAIN)}")
+            raise ValueError(f"rotation: a model of the family {model.runtime.family} has norms, or linears in one, that rotations do not "
+                             f"pass; it is there for {', '.join(PLAIN)}")
         self.original = model.checkpoint
         self.rotation = Rotated(seed, residual, values)
         stream = Rotation(model.runtime.config["hidden_size"], seed) if residual else None

@@ -56,7 +56,8 @@ static void copy_filled(const mq_cache *to, const mq_cache *from)
 {
     for (int64_t layer = 0; layer < from->layers; layer++)
         for (int64_t slot = 0; slot < from->slots; slot++) {
-            copy_heads(to, from, mq_cache_keys(to, layer, slot), mq_cache_keys(from, layer, slot), slot, from->head_dim);
+            copy_heads(to, from, mq_cache_keys(to, layer, slot), mq_cache_keys(from, layer, slot), slot,
+                       from->head_dim);
             copy_heads(to, from, mq_cache_values(to, layer, slot), mq_cache_values(from, layer, slot), slot,
                        from->value_dim);
         }

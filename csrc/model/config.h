@@ -20,7 +20,7 @@ typedef struct mq_config {
 #undef MQ_CONFIG_INT
 #undef MQ_CONFIG_REAL
 #undef MQ_CONFIG_NAME
-    float rope_short_factor[MQ_ROPE_FACTORS], rope_long_factor[MQ_ROPE_FACTORS];  /* longrope: divisors of frequencies */
+    float rope_short_factor[MQ_ROPE_FACTORS], rope_long_factor[MQ_ROPE_FACTORS];    /* longrope: of wavelengths */
     int64_t rope_factors;           /* how many there are */
 } mq_config;
 

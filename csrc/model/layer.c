@@ -1,7 +1,7 @@
-/* x += attention(norm(x)); x += mlp(norm(x)): the decoder layer that the families of archs.def share; some have no norm
- * of what a half reads, some one of what it adds. With experts, the second half is a choice of experts for each row, and
- * then each expert's part (run_experts.c). layer_attention.c and layer_mlp.c say in which order the operations of ops.h
- * come, and pass.c where quantizers and calibrators look on. */
+/* x += attention(norm(x)); x += mlp(norm(x)): the decoder layer that the families of archs.def share; some have no
+ * norm of what a half reads, some one of what it adds. With experts, the second half is a choice of experts for each
+ * row, and then each expert's part (run_experts.c). layer_attention.c and layer_mlp.c say in which order the operations
+ * of ops.h come, and pass.c where quantizers and calibrators look on. */
 #include "model/layer.h"
 
 #include <stdio.h>

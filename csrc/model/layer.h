@@ -133,8 +133,8 @@ typedef struct mq_expert_rows {
 int mq_layer_expert(mq_layer *layer, const mq_layer_context *context, const mq_expert_rows *rows,
                     const mq_scratch *scratch, mq_error *err);
 
-/* Attention over one sequence of so many tokens (layer NULL: as large as any layer's); where q, k, v and out are is left
- * to be said. */
+/* Attention over one sequence of so many tokens (layer NULL: as large as any layer's); where q, k, v and out are is
+ * left to be said. */
 mq_attention_args mq_layer_attention(const mq_layer_context *context, const mq_layer *layer, int64_t tokens);
 
 /* Rope on x (tokens of the sequence, heads, head_dim), as the layer has it. */

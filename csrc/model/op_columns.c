@@ -10,9 +10,10 @@ static void copy_rows(void *argument, int64_t begin, int64_t end, int worker)
     const mq_columns *it = argument;
     const size_t size = mq_dtype_size(it->dtype);
     (void)worker;
-    for (int64_t i = begin; i < end; i++)
-        memcpy((char *)it->to + (size_t)(i * it->ld_to) * size, (const char *)it->from + (size_t)(i * it->ld_from) * size,
-               (size_t)it->width * size);
+    for (int64_t i = begin; i < end; i++) {
+        char *to = (char *)it->to + (size_t)(i * it->ld_to) * size;
+        memcpy(to, (const char *)it->from + (size_t)(i * it->ld_from) * size, (size_t)it->width * size);
+    }
 }
 
 void mq_columns_copy(const mq_columns *columns)
@@ -25,8 +26,10 @@ static void add_rows(void *argument, int64_t begin, int64_t end, int worker)
 {
     const mq_columns *it = argument;
     (void)worker;
-    for (int64_t i = begin; i < end; i++)
-        mq_row_ops_of(MQ_F32)->add((float *)it->to + i * it->ld_to, (const float *)it->from + i * it->ld_from, it->width);
+    for (int64_t i = begin; i < end; i++) {
+        float *to = (float *)it->to + i * it->ld_to;
+        mq_row_ops_of(MQ_F32)->add(to, (const float *)it->from + i * it->ld_from, it->width);
+    }
 }
 
 void mq_columns_add(const mq_columns *columns)

@@ -1,7 +1,7 @@
 /* Rotary embedding on the two halves of each head (the layout of Hugging Face checkpoints). Angles are computed in
  * float32 from float32 frequencies, as transformers does: at position p an angle of p radians is only known to about
- * p * 2^-24, so more exact angles would be different ones. Scaling of frequencies: "linear", "llama3" (3.1), "yarn" (Peng
- * et al. 2023) and "longrope" (Ding et al. 2024). */
+ * p * 2^-24, so more exact angles would be different ones. Scaling of frequencies: "linear", "llama3" (3.1), "yarn"
+ * (Peng et al. 2023) and "longrope" (Ding et al. 2024). */
 #include <math.h>
 #include <string.h>
 

@@ -13,8 +13,8 @@ PyDoc_STRVAR(
     "config: a dict with the flat keys that archs() lists as config_keys (others are ignored), and optionally\n"
     "layer_windows, the attention window of each layer (0 = unlimited), layer_experts, which layers have "
     "experts\n"
-    "(all, if there are experts and it is not given), layer_ropes (0 none, 1 that of the config, 2 of rope_local_theta), "
-    "\nlayer_chunks, the size of each layer's chunks of attention (0 = none), and for rope_type longrope two lists of\n"
+    "(all, if there are experts and it is not given), layer_ropes (0 none, 1 that of the config, 2 of "
+    "rope_local_theta),\nlayer_chunks, the size of each layer's chunks of attention (0 = none), and for rope_type longrope two lists of\n"
     "numbers, rope_short_factor and rope_long_factor. compute: 'bfloat16' (activations between "
     "operations\n"
     "are rounded to bfloat16, as a transformers model in bfloat16 does) or 'float32'.");
@@ -24,125 +24,12 @@ static mq_runtime *runtime_of(PyObject *self)
     return &((RuntimeObject *)self)->runtime;
 }
 
-/* dict[name] as a new reference; NULL if it is not there or None (or, with an exception set, on failure). */
-static PyObject *lookup(PyObject *dict, const char *name)
-{
-    PyObject *value = PyMapping_HasKeyString(dict, name) ? PyMapping_GetItemString(dict, name) : NULL;
-    if (value == Py_None) Py_CLEAR(value);
-    return value;
-}
-
-static int read_key(mq_config *config, const mq_config_key *key, PyObject *value)
-{
-    mq_error err;
-    if (key->type == MQ_CONFIG_IS_INT) {
-        long long integer = PyLong_AsLongLong(value);
-        if (integer == -1 && PyErr_Occurred()) return -1;
-        mq_config_set_int(config, key, integer);
-        return 0;
-    }
-    if (key->type == MQ_CONFIG_IS_REAL) {
-        double real = PyFloat_AsDouble(value);
-        if (real == -1.0 && PyErr_Occurred()) return -1;
-        mq_config_set_real(config, key, real);
-        return 0;
-    }
-    const char *word = PyUnicode_AsUTF8(value);
-    if (word == NULL) return -1;
-    if (mq_config_set_word(config, key, word, &err) == MQ_OK) return 0;
-    mq_raise(&err);
-    return -1;
-}
-
-static void set_default(mq_config *config, const mq_config_key *key)
-{
-    if (key->type == MQ_CONFIG_IS_INT) mq_config_set_int(config, key, key->integer);
-    else if (key->type == MQ_CONFIG_IS_REAL) mq_config_set_real(config, key, key->real);
-    else mq_config_set_word(config, key, key->word, NULL);
-}
-
-/* dict[name], numbers > 0, as many as the others that came before. */
-static int read_factors(PyObject *dict, const char *name, float *out, int64_t *count)
-{
-    PyObject *given = lookup(dict, name);
-    if (given == NULL) return PyErr_Occurred() ? -1 : 0;
-    PyObject *items = PySequence_Fast(given, "config: factors must be a sequence of numbers");
-    Py_DECREF(given);
-    if (items == NULL) return -1;
-    const Py_ssize_t n = PySequence_Fast_GET_SIZE(items);
-    if (n == 0 || n > MQ_ROPE_FACTORS || (*count > 0 && n != *count))
-        PyErr_Format(PyExc_ValueError, "config: %s has %zd numbers", name, n);
-    for (Py_ssize_t i = 0; i < n && !PyErr_Occurred(); i++) {
-        out[i] = (float)PyFloat_AsDouble(PySequence_Fast_GET_ITEM(items, i));
-        if (!PyErr_Occurred() && !(out[i] > 0.0f))
-            PyErr_Format(PyExc_ValueError, "config: %s[%zd] must be positive", name, i);
-    }
-    Py_DECREF(items);
-    *count = n;
-    return PyErr_Occurred() ? -1 : 0;
-}
-
-/* None counts as not given, as in config.json. */
-static int read_config(PyObject *dict, mq_config *config)
-{
-    size_t count;
-    const mq_config_key *keys = mq_config_keys(&count);
-    mq_error err;
-    memset(config, 0, sizeof *config);
-    for (size_t i = 0; i < count; i++) {
-        PyObject *value = lookup(dict, keys[i].name);
-        set_default(config, &keys[i]);
-        int rc = value ? read_key(config, &keys[i], value) : PyErr_Occurred() ? -1 : 0;
-        if (rc < 0 && value != NULL && PyErr_ExceptionMatches(PyExc_TypeError))
-            PyErr_Format(PyExc_TypeError, "config: %s cannot be %R", keys[i].name, value);
-        Py_XDECREF(value);
-        if (rc < 0) return -1;
-    }
-    if (read_factors(dict, "rope_short_factor", config->rope_short_factor, &config->rope_factors) < 0 ||
-        read_factors(dict, "rope_long_factor", config->rope_long_factor, &config->rope_factors) < 0)
-        return -1;
-    if (mq_config_finish(config, &err) == MQ_OK) return 0;
-    mq_raise(&err);
-    return -1;
-}
-
-/* *out: layers numbers to be freed with mq_free, or NULL if the config does not say. */
-static int read_per_layer(PyObject *dict, const char *key, int64_t most, int64_t layers, int64_t **out)
-{
-    PyObject *given = lookup(dict, key);
-    *out = NULL;
-    if (given == NULL) return PyErr_Occurred() ? -1 : 0;
-    PyObject *items = PySequence_Fast(given, "config: layer_windows and the like must be sequences");
-    Py_DECREF(given);
-    if (items == NULL) return -1;
-    int64_t *values = mq_alloc_array((size_t)layers, sizeof *values);
-    if (values == NULL) PyErr_NoMemory();
-    else if (PySequence_Fast_GET_SIZE(items) != (Py_ssize_t)layers)
-        PyErr_Format(PyExc_ValueError, "config: %s has %zd entries for %lld layers", key,
-                     PySequence_Fast_GET_SIZE(items), (long long)layers);
-    for (int64_t i = 0; i < layers && !PyErr_Occurred(); i++) {
-        values[i] = PyLong_AsLongLong(PySequence_Fast_GET_ITEM(items, i));
-        if (!PyErr_Occurred() && (values[i] < 0 || values[i] > most))
-            PyErr_Format(PyExc_ValueError, "config: %s[%lld] is out of range", key, (long long)i);
-    }
-    Py_DECREF(items);
-    *out = values;
-    return PyErr_Occurred() ? -1 : 0;
-}
-
 static int parse_compute(const char *name, mq_dtype *out)
 {
     if (mq_dtype_from_name(name, out) == MQ_OK && (*out == MQ_F32 || *out == MQ_BF16)) return 0;
     PyErr_Format(PyExc_ValueError, "Runtime: compute must be 'bfloat16' or 'float32', got '%s'", name);
     return -1;
 }
-
-/* What differs from layer to layer, by key of the config. */
-enum { WINDOWS, EXPERTS, ROPES, CHUNKS, PER_LAYER };
-static const struct { const char *key; int64_t most; } per_layer_keys[PER_LAYER] = {
-    {"layer_windows", INT32_MAX}, {"layer_experts", INT32_MAX}, {"layer_ropes", MQ_LAYER_LOCAL_ROPE},
-    {"layer_chunks", INT32_MAX},
-};
 
 static int start_runtime(RuntimeObject *self, const mq_family *family, const mq_config *config, mq_dtype dtype,
                          const mq_per_layer *layers)
@@ -163,16 +50,10 @@ static int start_runtime(RuntimeObject *self, const mq_family *family, const mq_
 static int init_runtime(RuntimeObject *self, const mq_family *family, PyObject *dict, mq_dtype dtype)
 {
     mq_config config;
-    int64_t *found[PER_LAYER] = {NULL};
-    int rc = read_config(dict, &config);
-    for (int i = 0; rc == 0 && i < PER_LAYER; i++)
-        rc = read_per_layer(dict, per_layer_keys[i].key, per_layer_keys[i].most, config.num_hidden_layers, &found[i]);
-    if (rc == 0) {
-        const mq_per_layer layers = {.windows = found[WINDOWS], .experts = found[EXPERTS], .ropes = found[ROPES],
-                                     .chunks = found[CHUNKS]};
-        rc = start_runtime(self, family, &config, dtype, &layers);
-    }
-    for (int i = 0; i < PER_LAYER; i++) mq_free(found[i]);
+    mq_per_layer layers;
+    int rc = mq_read_config(dict, &config, &layers);
+    if (rc == 0) rc = start_runtime(self, family, &config, dtype, &layers);
+    mq_per_layer_free(&layers);
     return rc;
 }
 
@@ -681,7 +562,8 @@ static PyObject *runtime_config(PyObject *self, void *unused)
 
 static PyGetSetDef properties[] = {
     {"modules", runtime_modules, NULL,
-     "Modules in the order of named_modules: name, kind, layer, shape, weight, bias, site, expert, offset (of a norm).", NULL},
+     "Modules in the order of named_modules: name, kind, layer, shape, weight, bias, site, expert, offset (of a norm's "
+     "weight).", NULL},
     {"family", runtime_family, NULL, "The row of archs() this model is.", NULL},
     {"compute", runtime_compute, NULL, "'bfloat16' or 'float32'.", NULL},
     {"layers", runtime_layers, NULL, "Number of decoder layers.", NULL},

@@ -44,7 +44,7 @@ class Config:
     def integer(self, key: str, default: Any = _REQUIRED, least: int = 1) -> Any:
         value = self._required(key, default)
         if value is not default and (type(value) is not int or value < least):
-            raise ValueError(f"config.json: {self.prefix}{key} is {value!r}, expected an integer {f'> {least - 1}' if least == 1 else f'>= {least}'}")
+            raise ValueError(f"config.json: {self.prefix}{key} is {value!r}, expected an integer > {least - 1}")
         return value
 
     def real(self, key: str, default: Any = _REQUIRED) -> float:
@@ -82,8 +82,8 @@ class Config:
         for key, value in self.values.items():
             off = value is None or value is False or value == [] or value == {}
             if key not in self.asked and key not in HARMLESS and key not in _OF_OTHERS and not off:
-                raise ValueError(f"config.json: {self.prefix}{key} is {value!r}, which is not known in a model of the family {family}: it may "
-                                 "change what the model computes. If it does not, take it out of config.json")
+                raise ValueError(f"config.json: {self.prefix}{key} is {value!r}, which is not known in a model of the family {family}: it "
+                                 "may change what the model computes. If it does not, take it out of config.json")
 
     def _required(self, key: str, default: Any) -> Any:
         value = self.get(key, default)
