@@ -11,13 +11,11 @@ PyDoc_STRVAR(
     "Runtime(family, config, compute='bfloat16')\n--\n\n"
     "A model of one of the families of archs(), without its weights.\n\n"
     "config: a dict with the flat keys that archs() lists as config_keys (others are ignored), and optionally\n"
-    "layer_windows, the attention window of each layer (0 = unlimited), layer_experts, which layers have "
-    "experts\n"
-    "(all, if there are experts and it is not given), layer_ropes (0 none, 1 that of the config, 2 of "
-    "rope_local_theta),\nlayer_chunks, the size of each layer's chunks of attention (0 = none), and for rope_type longrope two lists of\n"
-    "numbers, rope_short_factor and rope_long_factor. compute: 'bfloat16' (activations between "
-    "operations\n"
-    "are rounded to bfloat16, as a transformers model in bfloat16 does) or 'float32'.");
+    "layer_windows, the attention window of each layer (0 = unlimited), layer_experts, which layers have experts\n"
+    "(all, if there are experts and it is not given), layer_ropes (0 none, 1 that of the config, 2 of\n"
+    "rope_local_theta), layer_chunks, the size of each layer's chunks of attention (0 = none), and for rope_type\n"
+    "longrope two lists of numbers, rope_short_factor and rope_long_factor. compute: 'bfloat16' (activations between\n"
+    "operations are rounded to bfloat16, as a transformers model in bfloat16 does) or 'float32'.");
 
 static mq_runtime *runtime_of(PyObject *self)
 {
