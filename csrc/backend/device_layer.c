@@ -6,7 +6,7 @@
 
 /* ---- points ---- */
 
-int mq_device_point_index(const mq_layer *layer, const mq_point *point)
+static int point_index(const mq_layer *layer, const mq_point *point)
 {
     if (point == &layer->q) return 2 * MQ_ROLE_COUNT;
     if (point == &layer->k) return 2 * MQ_ROLE_COUNT + 1;
@@ -34,7 +34,7 @@ static int quantize(mq_device_pass *pass, const mq_point *point, void *y, const 
     mq_device *device = pass->device;
     const mq_device_rows rows = {.x = mq_device_matrix(pass, (void *)(uintptr_t)x, width),
                                  .y = mq_device_matrix(pass, y, width), .steps = steps};
-    return mq_device_quantizer_apply(&device->quantizers[mq_device_point_index(pass->layer, point)], device->backend,
+    return mq_device_quantizer_apply(&device->quantizers[point_index(pass->layer, point)], device->backend,
                                      device->index, point->quantizer, &rows, device->compute, pass->err);
 }
 
@@ -129,35 +129,72 @@ static int run_linear(mq_device_pass *pass, mq_role role, void *out, const void 
     return rc == MQ_OK ? pass_point(pass, &linear->output, out, linear->rows) : rc;
 }
 
-/* hidden += linear(in). The sum is part of the product unless somebody looks at the output before it. */
-static int run_residual(mq_device_pass *pass, mq_role role, void *hidden, const void *in)
-{
-    mq_linear *linear = &pass->layer->linears[role];
-    pass->applied = NULL;
-    if (mq_point_is_watched(&linear->output) || acts(linear->output.quantizer)) {
-        const int rc = run_linear(pass, role, pass->scratch->temporary, in);
-        const mq_cuda_add_job job = {.x = mq_device_matrix(pass, pass->scratch->temporary, linear->rows),
-                                     .y = mq_device_matrix(pass, hidden, linear->rows), .accumulate = 1};
-        return rc == MQ_OK ? pass->device->backend->add(&job, pass->device->compute, pass->err) : rc;
-    }
-    const int rc = collect_input(pass, linear, in);
-    return rc == MQ_OK ? multiply(pass, role, hidden, in, 1) : rc;
-}
-
-/* ---- attention ---- */
-
-static int norm_heads(mq_device_pass *pass, void *out, const void *in, mq_role role, int64_t heads, int64_t width)
+/* out = norm(in), part by part as wide as the norm is. */
+static int norm(mq_device_pass *pass, mq_role role, void *out, const void *in, int64_t width)
 {
     const mq_cuda_norm_job job = {
         .x = mq_device_matrix(pass, (void *)(uintptr_t)in, width), .y = mq_device_matrix(pass, out, width),
-        .weight = pass->device->norms[role], .heads = heads, .eps = (float)pass->context->config->rms_norm_eps,
+        .weight = pass->device->norms[role], .heads = width / pass->layer->widths[role],
+        .eps = (float)pass->context->config->rms_norm_eps,
     };
     return pass->device->backend->rmsnorm(&job, pass->device->compute, pass->err);
 }
 
-int mq_device_norm(mq_device_pass *pass, void *out, const void *in, mq_role role)
+int mq_device_normed(mq_device_pass *pass, mq_role role, void *out, const void **in)
 {
-    return norm_heads(pass, out, in, role, 1, pass->context->config->hidden_size);
+    if (pass->device->norms[role] == NULL) return MQ_OK;
+    const int rc = norm(pass, role, out, *in, pass->context->config->hidden_size);
+    *in = out;
+    return rc;
+}
+
+/* hidden += norm(linear(in)). The sum is part of the product unless something comes between. */
+static int run_residual(mq_device_pass *pass, mq_role role, mq_role added, void *hidden, const void *in)
+{
+    mq_linear *linear = &pass->layer->linears[role];
+    const void *made = pass->scratch->temporary;
+    pass->applied = NULL;
+    if (!mq_point_is_watched(&linear->output) && !acts(linear->output.quantizer) && pass->device->norms[added] == NULL) {
+        const int rc = collect_input(pass, linear, in);
+        return rc == MQ_OK ? multiply(pass, role, hidden, in, 1) : rc;
+    }
+    int rc = run_linear(pass, role, pass->scratch->temporary, in);
+    if (rc == MQ_OK) rc = mq_device_normed(pass, added, pass->scratch->temporary, &made);
+    const mq_cuda_add_job job = {.x = mq_device_matrix(pass, pass->scratch->temporary, linear->rows),
+                                 .y = mq_device_matrix(pass, hidden, linear->rows), .accumulate = 1};
+    return rc == MQ_OK ? pass->device->backend->add(&job, pass->device->compute, pass->err) : rc;
+}
+
+/* ---- attention ---- */
+
+/* to (rows, width) = columns of what one linear made in the place of several. */
+static int split(mq_device_pass *pass, void *to, int64_t first, int64_t width, int64_t joined)
+{
+    const size_t size = mq_dtype_size(pass->context->dtype);
+    const mq_cuda_rows_job job = {
+        .x = {(char *)pass->scratch->joined + (size_t)first * size, pass->context->dtype, pass->chunk->rows, width,
+              joined},
+        .y = mq_device_matrix(pass, to, width),
+    };
+    return pass->device->backend->rows(&job, pass->device->compute, pass->err);
+}
+
+/* q, k and v, before norm and rope. */
+static int project(mq_device_pass *pass, const void *in)
+{
+    const mq_config *config = pass->context->config;
+    const mq_device_scratch *scratch = pass->scratch;
+    const int64_t q = mq_dim_of(config, MQ_DIM_Q), k = mq_dim_of(config, MQ_DIM_KV), v = mq_dim_of(config, MQ_DIM_V);
+    int rc;
+    if (pass->layer->linears[MQ_ROLE_QKV].cols > 0) {
+        rc = run_linear(pass, MQ_ROLE_QKV, scratch->joined, in);
+        if (rc == MQ_OK) rc = split(pass, scratch->q, 0, q, q + k + v);
+        if (rc == MQ_OK) rc = split(pass, scratch->k, q, k, q + k + v);
+        return rc == MQ_OK ? split(pass, scratch->v, q + k, v, q + k + v) : rc;
+    }
+    rc = run_linear(pass, MQ_ROLE_Q, scratch->q, in);
+    if (rc == MQ_OK) rc = run_linear(pass, MQ_ROLE_K, scratch->k, in);
+    return rc == MQ_OK ? run_linear(pass, MQ_ROLE_V, scratch->v, in) : rc;
 }
 
 static int attention_point(mq_device_pass *pass, mq_point *point, void *x, int64_t width)
@@ -172,25 +209,27 @@ static int attention_point(mq_device_pass *pass, mq_point *point, void *x, int64
     return rc;
 }
 
-/* q or k: norm over each head (where the family has it), rope, then its point. */
-static int finish_heads(mq_device_pass *pass, mq_role norm, mq_point *point, void *x, int64_t heads)
+/* q or k: norm of each head or of all (where the family has it), rope, then its point. */
+static int finish_heads(mq_device_pass *pass, mq_role role, mq_point *point, void *x, int64_t heads)
 {
     const int64_t width = heads * pass->context->config->head_dim;
-    const mq_device_scratch *scratch = pass->scratch;
+    const mq_rope_table *table = mq_ropes_of(pass->context->ropes, pass->layer->rope, pass->chunk->longest);
     int rc = MQ_OK;
-    if (pass->device->norms[norm] != NULL) rc = norm_heads(pass, x, x, norm, heads, width);
-    const mq_cuda_rope_job job = {
-        .x = mq_device_matrix(pass, x, width), .heads = heads, .cosine = scratch->cosine, .sine = scratch->sine,
-        .rotary = pass->context->rope->rotary, .positions = pass->chunk->positions,
-    };
-    if (rc == MQ_OK) rc = pass->device->backend->rope(&job, pass->device->compute, pass->err);
+    if (pass->device->norms[role] != NULL) rc = norm(pass, role, x, x, width);
+    if (rc == MQ_OK && table != NULL) {
+        const mq_cuda_rope_job job = {
+            .x = mq_device_matrix(pass, x, width), .heads = heads, .cosine = pass->scratch->cosine,
+            .sine = pass->scratch->sine, .rotary = table->rotary, .positions = pass->chunk->positions,
+        };
+        rc = pass->device->backend->rope(&job, pass->device->compute, pass->err);
+    }
     return rc == MQ_OK ? attention_point(pass, point, x, width) : rc;
 }
 
-static mq_cuda_attention_job attention_job(const mq_layer_context *context, int64_t window, int64_t rows,
-                                           int64_t sequences, int64_t longest)
+mq_cuda_attention_job mq_device_attention(const mq_layer_context *context, const mq_layer *layer, int64_t rows,
+                                          int64_t sequences, int64_t longest)
 {
-    const mq_attention_args args = mq_layer_attention(context, window, longest);
+    const mq_attention_args args = mq_layer_attention(context, layer, longest);
     return (mq_cuda_attention_job){
         .dtype = args.dtype, .heads = args.heads, .kv_heads = args.kv_heads, .head_dim = args.head_dim,
         .value_dim = args.value_dim, .ldq = args.ldq, .ldk = args.ldk, .ldv = args.ldv, .ldo = args.ldo, .rows = rows,
@@ -202,8 +241,8 @@ static int attend(mq_device_pass *pass)
 {
     const mq_device_chunk *chunk = pass->chunk;
     const mq_device_scratch *scratch = pass->scratch;
-    mq_cuda_attention_job job = attention_job(pass->context, pass->layer->window, chunk->rows, chunk->sequences,
-                                              chunk->longest);
+    mq_cuda_attention_job job = mq_device_attention(pass->context, pass->layer, chunk->rows, chunk->sequences,
+                                                    chunk->longest);
     job.q = scratch->q;
     job.k = scratch->k;
     job.v = scratch->v;
@@ -220,17 +259,16 @@ static int attention_half(mq_device_pass *pass)
     const mq_config *config = pass->context->config;
     const mq_device_scratch *scratch = pass->scratch;
     mq_layer *layer = pass->layer;
+    const void *in = pass->chunk->hidden;
     pass->applied = NULL;
-    int rc = mq_device_norm(pass, scratch->normed, pass->chunk->hidden, MQ_ROLE_INPUT_NORM);
-    if (rc == MQ_OK) rc = run_linear(pass, MQ_ROLE_Q, scratch->q, scratch->normed);
-    if (rc == MQ_OK) rc = run_linear(pass, MQ_ROLE_K, scratch->k, scratch->normed);
-    if (rc == MQ_OK) rc = run_linear(pass, MQ_ROLE_V, scratch->v, scratch->normed);
+    int rc = mq_device_normed(pass, MQ_ROLE_INPUT_NORM, scratch->normed, &in);
+    if (rc == MQ_OK) rc = project(pass, in);
     if (rc == MQ_OK) rc = finish_heads(pass, MQ_ROLE_Q_NORM, &layer->q, scratch->q, config->num_attention_heads);
     if (rc == MQ_OK) rc = finish_heads(pass, MQ_ROLE_K_NORM, &layer->k, scratch->k, config->num_key_value_heads);
-    if (rc == MQ_OK)
-        rc = attention_point(pass, &layer->v, scratch->v, config->num_key_value_heads * config->head_dim);
+    if (rc == MQ_OK) rc = attention_point(pass, &layer->v, scratch->v, mq_dim_of(config, MQ_DIM_V));
     if (rc == MQ_OK) rc = attend(pass);
-    return rc == MQ_OK ? run_residual(pass, MQ_ROLE_O, pass->chunk->hidden, scratch->mixed) : rc;
+    return rc == MQ_OK ? run_residual(pass, MQ_ROLE_O, MQ_ROLE_ATTENTION_NORM, pass->chunk->hidden, scratch->mixed)
+                       : rc;
 }
 
 /* ---- the other half ---- */
@@ -242,40 +280,58 @@ static int swiglu(mq_device_pass *pass, int64_t width)
     return pass->device->backend->swiglu(&job, pass->device->compute, pass->err);
 }
 
-/* out += mlp(in), or (is_expert) out = expert(in), where gate's point serves up too. */
-int mq_device_mlp(mq_device_pass *pass, void *out, const void *in, int is_expert)
+/* scratch->gate and up of in. */
+static int project_gate(mq_device_pass *pass, const void *in)
+{
+    const mq_device_scratch *scratch = pass->scratch;
+    const int64_t joined = pass->layer->linears[MQ_ROLE_GATE_UP].rows;
+    int rc;
+    if (joined > 0) {
+        rc = run_linear(pass, MQ_ROLE_GATE_UP, scratch->joined, in);
+        if (rc == MQ_OK) rc = split(pass, scratch->gate, 0, joined / 2, joined);
+        return rc == MQ_OK ? split(pass, scratch->up, joined / 2, joined / 2, joined) : rc;
+    }
+    rc = run_linear(pass, MQ_ROLE_GATE, scratch->gate, in);
+    return rc == MQ_OK ? run_linear(pass, MQ_ROLE_UP, scratch->up, in) : rc;
+}
+
+static int mlp_half(mq_device_pass *pass, const void *in)
+{
+    pass->applied = NULL;
+    int rc = project_gate(pass, in);
+    if (rc == MQ_OK) rc = swiglu(pass, pass->layer->linears[MQ_ROLE_DOWN].cols);
+    pass->applied = NULL;
+    return rc == MQ_OK ? run_residual(pass, MQ_ROLE_DOWN, MQ_ROLE_MLP_NORM, pass->chunk->hidden, pass->scratch->gate)
+                       : rc;
+}
+
+/* temporary = the loaded expert of the chunk's rows; gate's point serves up too. */
+int mq_device_expert(mq_device_pass *pass)
 {
     mq_linear *gate = &pass->layer->linears[MQ_ROLE_GATE];
     const mq_device_scratch *scratch = pass->scratch;
     const mq_device_linear *weights = pass->device->linears;
-    const void *rounded;
-    int rc;
+    const void *in = pass->chunk->hidden, *rounded;
     pass->applied = NULL;
-    if (is_expert) {
-        rc = collect_input(pass, gate, in);
-        if (rc == MQ_OK) rc = quantized_input(pass, gate, in, &rounded);
-        if (rc == MQ_OK) rc = product(pass, scratch->gate, rounded, &weights[MQ_ROLE_GATE].weight, NULL, 0);
-        if (rc == MQ_OK) rc = product(pass, scratch->up, rounded, &weights[MQ_ROLE_UP].weight, NULL, 0);
-    } else {
-        rc = run_linear(pass, MQ_ROLE_GATE, scratch->gate, in);
-        if (rc == MQ_OK) rc = run_linear(pass, MQ_ROLE_UP, scratch->up, in);
-    }
+    int rc = mq_device_normed(pass, MQ_ROLE_POST_NORM, scratch->normed, &in);
+    if (rc == MQ_OK) rc = collect_input(pass, gate, in);
+    if (rc == MQ_OK) rc = quantized_input(pass, gate, in, &rounded);
+    if (rc == MQ_OK) rc = product(pass, scratch->gate, rounded, &weights[MQ_ROLE_GATE].weight, NULL, 0);
+    if (rc == MQ_OK) rc = product(pass, scratch->up, rounded, &weights[MQ_ROLE_UP].weight, NULL, 0);
     if (rc == MQ_OK) rc = swiglu(pass, gate->rows);
     pass->applied = NULL;
-    if (rc != MQ_OK) return rc;
-    return is_expert ? run_linear(pass, MQ_ROLE_DOWN, out, scratch->gate)
-                     : run_residual(pass, MQ_ROLE_DOWN, out, scratch->gate);
+    return rc == MQ_OK ? run_linear(pass, MQ_ROLE_DOWN, scratch->temporary, scratch->gate) : rc;
 }
 
 /* The experts of the chunk's rows, to the host. */
-static int route(mq_device_pass *pass)
+static int route(mq_device_pass *pass, const void *in)
 {
     const mq_config *config = pass->context->config;
     const mq_device_scratch *scratch = pass->scratch;
     const mq_backend *backend = pass->device->backend;
     const mq_routes *routes = pass->context->routes;
     const int64_t first = pass->chunk->first * routes->top_k, count = pass->chunk->rows * routes->top_k;
-    int rc = product(pass, scratch->router, scratch->normed, &pass->device->linears[MQ_ROLE_ROUTER].weight, NULL, 0);
+    int rc = product(pass, scratch->router, in, &pass->device->linears[MQ_ROLE_ROUTER].weight, NULL, 0);
     const mq_cuda_route_job job = {
         .logits = mq_device_matrix(pass, scratch->router, pass->layer->experts), .top_k = routes->top_k,
         .normalize = config->norm_topk_prob != 0, .rounded = pass->context->round_routes, .experts = scratch->experts,
@@ -291,231 +347,11 @@ static int route(mq_device_pass *pass)
     return rc;
 }
 
-static int run_chunk(mq_device_pass *pass)
+int mq_device_run_chunk(mq_device_pass *pass)
 {
+    const void *in = pass->chunk->hidden;
     int rc = attention_half(pass);
-    if (rc == MQ_OK) rc = mq_device_norm(pass, pass->scratch->normed, pass->chunk->hidden, MQ_ROLE_POST_NORM);
+    if (rc == MQ_OK) rc = mq_device_normed(pass, MQ_ROLE_POST_NORM, pass->scratch->normed, &in);
     if (rc != MQ_OK) return rc;
-    return pass->layer->experts > 0 ? route(pass) : mq_device_mlp(pass, pass->chunk->hidden, pass->scratch->normed, 0);
-}
-
-/* ---- room ---- */
-
-static size_t meta_nbytes(int64_t rows)
-{
-    return (size_t)(2 * rows + 1) * sizeof(int64_t) + (size_t)rows * (sizeof(int32_t) + 1);
-}
-
-/* Cuts the arena, which may only count, for chunks of `rows` rows. */
-static size_t cut(mq_arena *arena, const mq_layer_context *context, int64_t rows, int64_t longest, int masked,
-                  mq_device_scratch *out)
-{
-    const mq_config *config = context->config;
-    const size_t size = mq_dtype_size(context->dtype), table = (size_t)(context->rope->positions * context->rope->rotary)
-                                                               / 2 * sizeof(float);
-    const int64_t hidden = config->hidden_size, q_width = config->num_attention_heads * config->head_dim;
-    const int64_t inner = MQ_MAX(config->intermediate_size, config->num_experts > 0 ? config->moe_intermediate_size : 0);
-    const int64_t kv_width = config->num_key_value_heads * config->head_dim;
-    const int64_t widest = MQ_MAX(MQ_MAX(hidden, inner), q_width), prepared = context->rank > 0;
-    const int64_t routes = config->num_experts > 0 ? rows * config->num_experts_per_tok : 0;
-    const mq_cuda_attention_job job = attention_job(context, 0, rows, MQ_MAX(rows / MQ_MAX(longest, (int64_t)1),
-                                                                             (int64_t)1), longest);
-    (void)job;
-    arena->used = 0;
-    out->rows = rows;
-    out->meta_nbytes = meta_nbytes(rows);
-    for (int i = 0; i < 2; i++) {
-        out->hidden[i] = mq_arena_take(arena, (size_t)(rows * hidden) * size);
-        out->meta[i] = mq_arena_take(arena, out->meta_nbytes);
-    }
-    out->cosine = mq_arena_take(arena, table);
-    out->sine = mq_arena_take(arena, table);
-    out->normed = out->mixed = mq_arena_take(arena, (size_t)(rows * MQ_MAX(hidden, q_width)) * size);
-    out->quantized = mq_arena_take(arena, (size_t)(rows * widest) * size);
-    out->temporary = mq_arena_take(arena, (size_t)(rows * hidden) * size);
-    out->prepared = mq_arena_take(arena, (size_t)(prepared * rows * widest) * size);
-    out->low = mq_arena_take(arena, (size_t)(rows * context->rank) * size);
-    out->counted = mq_arena_take(arena, masked ? (size_t)(rows * widest) * size : 0);
-    out->router = mq_arena_take(arena, (size_t)(rows * config->num_experts) * size);
-    out->experts = mq_arena_take(arena, (size_t)routes * sizeof *out->experts);
-    out->shares = mq_arena_take(arena, (size_t)routes * sizeof *out->shares);
-    const size_t halves = arena->used;
-    out->q = mq_arena_take(arena, (size_t)(rows * q_width) * size);
-    out->k = mq_arena_take(arena, (size_t)(rows * kv_width) * size);
-    out->v = mq_arena_take(arena, (size_t)(rows * kv_width) * size);
-    out->attention = mq_arena_take(arena, out->attention_nbytes);
-    const size_t attention = arena->used;
-    arena->used = halves;       /* the MLP's half in the place of the attention's */
-    out->gate = mq_arena_take(arena, (size_t)(rows * inner) * size);
-    out->up = mq_arena_take(arena, (size_t)(rows * inner) * size);
-    return arena->used = MQ_MAX(arena->used, attention);
-}
-
-static size_t needed(const mq_device *device, const mq_run *run, int64_t rows, int64_t longest,
-                     mq_device_scratch *out)
-{
-    const mq_layer_context context = mq_run_context(run);
-    const mq_cuda_attention_job job = attention_job(&context, 0, rows, rows, longest);
-    mq_arena none = {0};
-    out->attention_nbytes = device->backend->attention_workspace(&job);
-    return cut(&none, &context, rows, longest, run->mask != NULL && !run->count_padding, out);
-}
-
-static int too_long(const mq_device *device, const mq_run *run, int64_t longest, size_t room, mq_error *err)
-{
-    mq_device_scratch scratch = {0};
-    int64_t fits = longest;
-    while (fits > 0 && needed(device, run, fits, fits, &scratch) > room) fits = fits > 16 ? fits / 8 * 7 : fits - 1;
-    return mq_fail(err, MQ_ERR_MEMORY,
-                   "out of device memory: a sequence of %lld tokens needs %.1f MB beside the weights of a layer, but "
-                   "only %.1f of %.1f MB are left for it; sequences of %lld tokens fit (batches of any size do: they "
-                   "go through the device in pieces). Allow more by load(..., device_memory=) or MODELQ_CUDA_MEMORY",
-                   (long long)longest, (double)needed(device, run, longest, longest, &scratch) / 1e6,
-                   (double)room / 1e6, (double)device->budget / 1e6, (long long)fits);
-}
-
-int mq_device_reserve(mq_device *device, mq_run *run, int64_t rows, int64_t longest, mq_device_scratch *out,
-                      mq_error *err)
-{
-    const mq_layer_context context = mq_run_context(run);
-    const mq_rope_table *table = context.rope;
-    const size_t room = mq_device_available(device, &device->work);
-    const size_t table_nbytes = (size_t)(table->positions * table->rotary) / 2 * sizeof(float);
-    int64_t fit = MQ_MIN(MQ_MAX(rows, longest), MQ_MAX((int64_t)MQ_CHUNK_ROWS, longest));
-    size_t nbytes;
-    while ((nbytes = needed(device, run, fit, longest, out)) > room && fit > longest)
-        fit = MQ_MAX(fit / 4 * 3, longest);
-    if (nbytes > room) return too_long(device, run, longest, room, err);
-    int rc = mq_arena_reserve(device, &device->work, nbytes, "the rows of a layer", err);
-    if (rc != MQ_OK) return rc;
-    cut(&device->work, &context, fit, longest, run->mask != NULL && !run->count_padding, out);
-    rc = device->backend->copy(out->cosine, table->cosine, table_nbytes, device->compute, err);
-    return rc == MQ_OK ? device->backend->copy(out->sine, table->sine, table_nbytes, device->compute, err) : rc;
-}
-
-/* ---- chunks ---- */
-
-/* As many whole sequences from `first_sequence` on as there is room for. */
-static mq_device_chunk chunk_from(const mq_run *run, int64_t first_sequence, int64_t most)
-{
-    const mq_sequence *sequences = run->sequences;
-    const uint8_t *mask = run->count_padding ? NULL : run->mask;
-    mq_device_chunk chunk = {.first_sequence = first_sequence, .first = sequences[first_sequence].first};
-    for (int64_t i = first_sequence; i < run->sequence_count && chunk.rows + sequences[i].tokens <= most; i++) {
-        chunk.rows += sequences[i].tokens;
-        chunk.sequences++;
-        chunk.longest = MQ_MAX(chunk.longest, sequences[i].tokens);
-    }
-    chunk.position = chunk.first;
-    chunk.mask = mask != NULL ? mask + chunk.first : NULL;
-    return chunk;
-}
-
-/* Where the parts of a chunk's indices are, on the host or the device. */
-static void place_meta(mq_device_chunk *chunk, void *memory)
-{
-    chunk->starts = memory;
-    chunk->index = chunk->starts + chunk->sequences + 1;
-    chunk->positions = (int32_t *)(void *)(chunk->index + chunk->rows);
-    chunk->key_mask = (uint8_t *)(chunk->positions + chunk->rows);
-}
-
-static void fill_meta(const mq_run *run, mq_device_chunk *chunk, void *memory)
-{
-    mq_device_chunk here = *chunk;
-    place_meta(&here, memory);
-    int64_t row = 0;
-    for (int64_t s = 0; s < chunk->sequences; s++) {
-        here.starts[s] = row;
-        for (int64_t t = 0; t < run->sequences[chunk->first_sequence + s].tokens; t++) here.positions[row++] = (int32_t)t;
-    }
-    here.starts[chunk->sequences] = row;
-    chunk->counted = 0;
-    for (int64_t i = 0; i < chunk->rows; i++)
-        if (chunk->mask == NULL || chunk->mask[i]) here.index[chunk->counted++] = i;
-    if (run->mask != NULL) memcpy(here.key_mask, run->mask + chunk->first, (size_t)chunk->rows);
-    else memset(here.key_mask, 1, (size_t)chunk->rows);
-}
-
-/* Rows and indices of a chunk to their place, on the copy stream. */
-static int send_chunk(mq_device *device, const mq_run *run, const mq_device_scratch *scratch, int slot,
-                      mq_device_chunk *chunk, mq_error *err)
-{
-    const size_t stride = (size_t)run->runtime->config.hidden_size * mq_dtype_size(run->runtime->dtype);
-    const size_t nbytes = meta_nbytes(chunk->rows);
-    void *meta = mq_alloc(nbytes);
-    if (meta == NULL) return mq_fail_memory(err, "indices of a chunk", nbytes);
-    fill_meta(run, chunk, meta);
-    place_meta(chunk, scratch->meta[slot]);
-    if (run->mask == NULL) chunk->key_mask = NULL;
-    chunk->hidden = scratch->hidden[slot];
-    int rc = device->backend->copy(scratch->meta[slot], meta, nbytes, device->copies, err);
-    if (rc == MQ_OK)
-        rc = device->backend->copy(chunk->hidden, run->hidden + (size_t)chunk->first * stride,
-                                   (size_t)chunk->rows * stride, device->copies, err);
-    mq_free(meta);
-    return rc;
-}
-
-/* The next chunk comes while this one is computed; then this one goes back. */
-static int run_chunks(mq_device *device, mq_run *run, mq_layer *layer, mq_error *err)
-{
-    const mq_backend *backend = device->backend;
-    const mq_layer_context context = mq_run_context(run);
-    const size_t stride = (size_t)run->runtime->config.hidden_size * mq_dtype_size(run->runtime->dtype);
-    mq_device_scratch scratch = {0};
-    mq_device_chunk chunks[2];
-    int rc = mq_device_reserve(device, run, run->rows, run->longest, &scratch, err);
-    if (rc != MQ_OK) return rc;
-    chunks[0] = chunk_from(run, 0, scratch.rows);
-    rc = send_chunk(device, run, &scratch, 0, &chunks[0], err);
-    for (int slot = 0; rc == MQ_OK && chunks[slot].rows > 0; slot = 1 - slot) {
-        mq_device_chunk *chunk = &chunks[slot], *next = &chunks[1 - slot];
-        const int64_t next_sequence = chunk->first_sequence + chunk->sequences;
-        mq_device_pass pass = {.device = device, .layer = layer, .context = &context, .scratch = &scratch,
-                               .chunk = chunk, .err = err};
-        if (run->poll != NULL) rc = run->poll(run->poll_context);
-        if (rc == MQ_OK) rc = backend->event_record(device->loaded, device->copies, err);
-        if (rc == MQ_OK) rc = backend->event_after(device->loaded, device->compute, err);
-        if (rc == MQ_OK) rc = run_chunk(&pass);
-        if (rc == MQ_OK) rc = backend->event_record(device->loaded, device->compute, err);
-        *next = (mq_device_chunk){0};
-        if (rc == MQ_OK && next_sequence < run->sequence_count) {
-            *next = chunk_from(run, next_sequence, scratch.rows);
-            rc = send_chunk(device, run, &scratch, 1 - slot, next, err);
-        }
-        if (rc == MQ_OK) rc = backend->event_after(device->loaded, device->copies, err);
-        if (rc == MQ_OK)
-            rc = backend->copy(run->hidden + (size_t)chunk->first * stride, chunk->hidden, (size_t)chunk->rows * stride,
-                               device->copies, err);
-    }
-    return rc;
-}
-
-/* ---- the layer ---- */
-
-static int watched(mq_device *device, mq_run *run, mq_layer *layer, mq_error *err)
-{
-    mq_point *points[MQ_LAYER_MAX_POINTS];
-    const size_t count = mq_layer_points(layer, points);
-    int rc = mq_points_begin(points, count, &run->spare, err);
-    if (rc != MQ_OK) return rc;
-    rc = run_chunks(device, run, layer, err);
-    const int taken = mq_findings_take(device, rc == MQ_OK ? err : NULL);
-    if (rc == MQ_OK) rc = taken;
-    const int ended = mq_points_end(points, count, rc == MQ_OK, err);
-    return rc == MQ_OK ? ended : rc;
-}
-
-int mq_device_run_layer(mq_elsewhere *self, mq_run *run, int64_t index, mq_error *err)
-{
-    mq_device *device = (mq_device *)(void *)self;
-    int before;
-    if (device->layer != index)
-        return mq_fail(err, MQ_ERR_STATE, "layer %lld is not loaded on the device", (long long)index);
-    int rc = mq_device_enter(device, &before, err);
-    if (rc != MQ_OK) return rc;
-    rc = watched(device, run, &run->runtime->layers[index], err);
-    mq_device_leave(device, before);
-    return rc;
+    return pass->layer->experts > 0 ? route(pass, in) : mlp_half(pass, in);
 }

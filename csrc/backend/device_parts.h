@@ -1,5 +1,5 @@
 /* The inside of a mq_device, which its files share: memory, weights (device.c), findings (device_findings.c), layers
- * (device_layer.c), experts (device_experts.c), the head (device_head.c). */
+ * (device_layer.c, device_chunks.c), experts (device_experts.c), the head (device_head.c). */
 #ifndef MQ_DEVICE_PARTS_H
 #define MQ_DEVICE_PARTS_H
 
@@ -73,7 +73,7 @@ typedef struct mq_device_chunk {
 typedef struct mq_device_scratch {
     void *hidden[2], *meta[2];
     size_t meta_nbytes;
-    void *normed, *q, *k, *v, *mixed, *quantized, *temporary, *prepared, *low, *gate, *up, *router, *counted;
+    void *normed, *joined, *q, *k, *v, *mixed, *quantized, *temporary, *prepared, *low, *gate, *up, *router, *counted;
     int32_t *experts;
     float *shares;
     float *cosine, *sine;
@@ -118,12 +118,24 @@ typedef struct mq_device_pass {
 } mq_device_pass;
 
 mq_cuda_matrix mq_device_matrix(const mq_device_pass *pass, void *data, int64_t width);
-int mq_device_norm(mq_device_pass *pass, void *out, const void *in, mq_role role);
-int mq_device_mlp(mq_device_pass *pass, void *out, const void *in, int is_expert);
-int mq_device_point_index(const mq_layer *layer, const mq_point *point);
-/* Makes the scratch for chunks of as many rows as the budget lets, whole sequences. rows: no more are needed. */
+/* *in becomes its norm in out, where the layer has that norm. */
+int mq_device_normed(mq_device_pass *pass, mq_role role, void *out, const void **in);
+int mq_device_expert(mq_device_pass *pass);
+int mq_device_run_chunk(mq_device_pass *pass);
+/* layer NULL: as large as any layer's. */
+mq_cuda_attention_job mq_device_attention(const mq_layer_context *context, const mq_layer *layer, int64_t rows,
+                                          int64_t sequences, int64_t longest);
+
+/* ---- device_chunks.c ---- */
+
+/* Room for chunks of as many rows as the budget lets, whole sequences. rows: no more are needed. */
 int mq_device_reserve(mq_device *device, mq_run *run, int64_t rows, int64_t longest, mq_device_scratch *out,
                       mq_error *err);
+/* work with the calibrators of the layer's points looking on, as mq_run_steps. */
+typedef int (*mq_device_work)(mq_device *device, mq_run *run, mq_layer *layer, const void *context, mq_error *err);
+int mq_device_watched(mq_device *device, mq_run *run, int64_t layer, mq_device_work work, const void *context,
+                      mq_error *err);
+
 int mq_device_run_layer(mq_elsewhere *self, mq_run *run, int64_t layer, mq_error *err);
 int mq_device_run_expert(mq_elsewhere *self, mq_run *run, int64_t layer, int64_t first, int64_t count, mq_error *err);
 int mq_device_run_head(mq_elsewhere *self, const mq_head_request *request, mq_error *err);
