@@ -31,13 +31,14 @@ COMPAT = (None, "modelopt")
 
 
 def calibrate(model: Model, algorithm: Any = "max", forward_loop: Callable[..., Any] | None = None, checkpoint_dir: Any = None,
-              compat: str | None = None) -> Model:
+              compat: str | None = None, finish: Callable[[Model], None] | None = None) -> Model:
     """Find what every enabled quantizer of the model needs, by the steps that `algorithm` names (see `modelq.algorithms`).
 
     forward_loop(model) calls the model with calibration batches; the calls are recorded, and the layers then run one after the
     other over all of them. ValueError if data are needed and none came, or if NaN or infinity shows up. Everything is as before if
     anything raises. checkpoint_dir: a folder where progress is kept layer by layer; the same call goes on from there. compat "modelopt":
-    padding counts, the means that AWQ takes weigh every call alike, and experts keep their maxima where Model Optimizer leaves them.
+    padding counts, the means that AWQ takes weigh every call alike, and experts keep their maxima where Model Optimizer leaves them. finish:
+    what is to be done with the result before it counts.
     """
     steps = runnable_steps(algorithm)
     if compat not in COMPAT:
@@ -55,11 +56,13 @@ def calibrate(model: Model, algorithm: Any = "max", forward_loop: Callable[..., 
                 if isinstance(done, Saved):
                     done.finish()
             warn_unseen(model)
+        if finish is not None:
+            finish(model)
+        model.connect()
     except BaseException:
         before.put_back(model)
-        raise
-    finally:
         model.connect()
+        raise
     return model
 
 

@@ -32,25 +32,23 @@ def atomic_directory(target: Path | str, overwrite: bool = False) -> Iterator[Pa
     target = Path(os.path.realpath(target))
     _restore_or_remove_leftovers(target)
     check_target(target, overwrite)
-    made = _make_parents(target.parent)
+    made, partial = _make_parents(target.parent), _Partial(target)
     try:
-        partial, lock = _make_partial(target)
-        try:
-            yield partial
-            sync_tree(partial)
-            check_target(target, overwrite)
-            _move_into_place(partial, target)
-            _sync(target.parent)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        finally:
-            os.close(lock)
+        partial.make()
+        assert partial.path is not None
+        yield partial.path
+        sync_tree(partial.path)
+        check_target(target, overwrite)
+        _move_into_place(partial.path, target)
+        _sync(target.parent)
     except BaseException:
+        partial.remove()
         for folder in made:
             with suppress(OSError):
                 folder.rmdir()
         raise
+    finally:
+        partial.unlock()
 
 
 def sync_tree(folder: Path) -> None:
@@ -90,14 +88,31 @@ def _make_parents(folder: Path) -> list[Path]:
     return missing
 
 
-def _make_partial(target: Path) -> tuple[Path, int]:
-    """(a new locked folder, the descriptor that holds the lock)."""
-    while True:
-        path = target.parent / f".{target.name}.{secrets.token_hex(4)}{_PARTIAL}"
-        path.mkdir()
-        descriptor = _lock(path, required=False)
-        if descriptor is not None:
-            return path, descriptor
+class _Partial:
+    """The folder beside the target, locked. It knows of what it makes before that is there, so that no interrupt leaves it behind."""
+
+    def __init__(self, target: Path):
+        self.target = target
+        self.path: Path | None = None
+        self.lock: int | None = None
+
+    def make(self) -> None:
+        while self.lock is None:        # None: another process took it for a leftover, before it was locked
+            self.path = self.target.parent / f".{self.target.name}.{secrets.token_hex(4)}{_PARTIAL}"
+            try:
+                self.path.mkdir()
+            except FileExistsError:
+                self.path = None
+            else:
+                self.lock = _lock(self.path, required=False)
+
+    def remove(self) -> None:
+        if self.path is not None:
+            shutil.rmtree(self.path, ignore_errors=True)
+
+    def unlock(self) -> None:
+        if self.lock is not None:
+            os.close(self.lock)
 
 
 def _lock(path: Path, required: bool = True) -> int | None:

@@ -19,6 +19,7 @@ from modelq.rotation import RotatedCheckpoint
 from modelq.rules import Setting, apply_rules, changed_settings, default_setting, describe_rule, stages, warn_idle
 from modelq.supported import check_settings, warn_partial_blocks
 from modelq.torch_models import is_torch_model
+from modelq.undoing import all_or_nothing
 
 __all__ = ["calibrate", "disable_quantizer", "enable_quantizer", "quantize", "register", "set_quantizer_attributes_full",
            "set_quantizer_attributes_partial", "set_quantizer_by_cfg", "set_quantizer_by_cfg_context", "unregister"]
@@ -87,8 +88,8 @@ def calibrate(model: Model, algorithm: Any = "max", forward_loop: Callable[..., 
     if is_torch_model(model):
         return _for_torch().calibrate(model, algorithm, forward_loop, compat, checkpoint_dir)
     check_model(model, quantized=True)
-    run_calibration(model, algorithm, forward_loop, checkpoint_dir, compat)
-    repack(model)
+    with all_or_nothing(model):
+        run_calibration(model, algorithm, forward_loop, checkpoint_dir, compat, finish=repack)
     return model
 
 
@@ -125,9 +126,10 @@ def set_quantizer_by_cfg_context(model: Model, quant_cfg: Any) -> Iterator[None]
         with _for_torch().settings_within(model, rules):
             yield
         return
+    check_model(model, quantized=True)
     before = dict(model.settings)
-    set_quantizer_by_cfg(model, rules)
     try:
+        set_quantizer_by_cfg(model, rules)
         yield
     finally:
         _change(model, before)
@@ -201,20 +203,6 @@ def _refuse_nothing(settings: Mapping[str, Setting], rules: Iterable[QuantizerCf
     what = "no weight" if enabled else "nothing"
     raise ValueError(f"this config quantizes {what} in this model{hint}; a quantizer is named like {next(iter(settings), '(none)')!r}, and "
                      "later rules win")
-
-
-@contextmanager
-def all_or_nothing(model: Model) -> Iterator[None]:
-    """Put the model back as it was if the body raises, Ctrl-C included."""
-    model.settle()
-    before = dict(vars(model))
-    try:
-        yield
-    except BaseException:
-        model.disconnect()
-        vars(model).update(before)
-        model.connect()
-        raise
 
 
 def _set(model: Model, pattern: Pattern, parent_class: str | None, change: Callable[[Setting, QuantizerCfgEntry], Setting]) -> None:
