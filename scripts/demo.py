@@ -17,7 +17,8 @@ from pathlib import Path
 import modelq
 import modelq.quantization as mtq
 from modelq.checkpoint import open_checkpoint
-from modelq.commands import PRESETS, stored_bytes
+from modelq.choices import PRESETS
+from modelq.commands import stored_bytes
 from modelq.export import export_hf_checkpoint
 from modelq.measure import Steps
 from modelq.tables import megabytes, table, wants_color

@@ -48,7 +48,7 @@ static struct {
 static size_t shared_used;
 
 /* Device memory: mq_shim_alloc. */
-enum { MOST_ARRAYS = 64, PAGE_BYTES = 4096 };
+enum { MOST_ARRAYS = 1024, PAGE_BYTES = 4096 };
 static struct {
     char *map;
     size_t nbytes;          /* the page behind them not counted */
@@ -71,6 +71,9 @@ static const struct {
     {cudaErrorInvalidValue, "cudaErrorInvalidValue", "invalid argument"},
     {cudaErrorMemoryAllocation, "cudaErrorMemoryAllocation", "out of memory"},
     {cudaErrorInvalidConfiguration, "cudaErrorInvalidConfiguration", "invalid configuration argument"},
+    {cudaErrorInsufficientDriver, "cudaErrorInsufficientDriver", "the driver is older than the library"},
+    {cudaErrorNoDevice, "cudaErrorNoDevice", "no device is there"},
+    {cudaErrorInvalidDevice, "cudaErrorInvalidDevice", "invalid device ordinal"},
     {cudaErrorLaunchFailure, "cudaErrorLaunchFailure", reason},
 };
 
@@ -405,9 +408,11 @@ void mq_shim_free(void *memory)
 
 void mq_shim_copy(void *to, const void *from, size_t nbytes)
 {
+    pthread_mutex_lock(&one_at_a_time);
     protect_arrays(PROT_READ | PROT_WRITE);
     memcpy(to, from, nbytes);
     protect_arrays(PROT_NONE);
+    pthread_mutex_unlock(&one_at_a_time);
 }
 
 void mq_shim_set_order(int wanted, uint64_t seed)

@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 
 from modelq.config import QuantizeConfig
-from modelq.export.folding import model_to_export
-from modelq.export.hf_checkpoint import export_dtype
-from modelq.export.plan import make_plan
+from modelq.export.hf_checkpoint import export_dtype, plan_export
+from modelq.export.plan import Plan
 from modelq.low_rank import LowRank
 from modelq.quantization.api import check_source, planned_quantizers
 from modelq.quantizers import needs_amax, stage_quantizers
@@ -28,12 +27,14 @@ def check_exportable(model_or_path: Any, config: Any, dialect: str | None = None
     from modelq.model import Model, load
 
     model = model_or_path if isinstance(model_or_path, Model) else load(model_or_path)
+    return planned_export(model, config, dialect, engine)[1].dialect
+
+
+def planned_export(model: Any, config: Any, dialect: str | None = None, engine: str | None = None) -> tuple[Any, Plan]:
+    """(a stand-in for the model, quantized by this config and not calibrated; what an export of it would write). As `check_exportable`."""
     check_source(model)
     probe = as_if_calibrated(model, QuantizeConfig.parse(config))
-    dtype = export_dtype(None, model.config)
-    probe, dialect = model_to_export(probe, dtype, dialect, engine)
-    make_plan(probe, dtype, dialect)
-    return dialect
+    return probe, plan_export(probe, export_dtype(None, model.config), dialect, engine)[1]
 
 
 def as_if_calibrated(model: Any, parsed: QuantizeConfig) -> Any:

@@ -52,7 +52,7 @@ def export_hf_checkpoint(model: Any, export_dir: str | os.PathLike[str] | None =
     dtype = export_dtype(dtype, model.config)
     from modelq.export.engines import check_written
 
-    model, plan = _plan(model, dtype, dialect, engine)
+    model, plan = plan_export(model, dtype, dialect, engine)
     files = WRITERS[plan.dialect](plan)
     from modelq.checkpoint.writer import ShardedWriter, atomic_directory
 
@@ -69,7 +69,7 @@ def export_hf_checkpoint(model: Any, export_dir: str | os.PathLike[str] | None =
     return Path(export_dir)
 
 
-def _plan(model: Any, dtype: str, dialect: str | None, engine: str | None) -> tuple[Any, Plan]:
+def plan_export(model: Any, dtype: str, dialect: str | None, engine: str | None) -> tuple[Any, Plan]:
     """The model, or what stands in for it without smoothing scales, and the plan of its export."""
     from modelq.export.engines import ENGINES, NEEDS_PRE_QUANT_SCALE
     from modelq.export.folding import model_to_export
