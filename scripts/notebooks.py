@@ -19,6 +19,7 @@ from typing import Any
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 MOST_BYTES = 300_000
 TIMEOUT = 1800      # seconds, for one cell
+INLINE = "module://matplotlib_inline.backend_inline"
 METADATA = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}, "language_info": {"name": "python"}}
 
 # What cells must print, by notebook and name of the cell: a pattern that re.search finds.
@@ -29,7 +30,7 @@ PROMISED = {
         "summary": r"q_proj.input_quantizer +TensorQuantizer\(\(4, 3\) bit.*In high precision:.*lm_head.*TensorQuantizers found",
         "export-fp8": r"bytes  config.json.*hf_quant_config.json.*safetensors", "reopen-fp8": r"reopened export: (\S+), simulated: \1",
         "nvfp4": r"NVFP4: (\S+), of the reopened export: \1\n\n\w+",
-        "torch": r"not installed|before: .*TensorQuantizer.*with FP8: .*reopened export: \d"},
+        "torch": r"not installed|windows before: .*TensorQuantizer.*with FP8: .*reopened export: \d"},
     "2_PTQ_AWQ_Calibration": {
         "load": r"llama, 30 layers.*TokenBatches\(", "before": r"perplexity before: \d+\.\d+\n\n\w+",
         "why-64": r"576 columns with block 128: use block_size 64 or 192", "config": r"-1: 64.*awq_lite.*modelopt",
@@ -37,14 +38,14 @@ PROMISED = {
         "summary": r"q_proj.input_quantizer +TensorQuantizer\(disabled pre_quant_scale.*In high precision:.*smoothed by a pre_quant_scale: 210",
         "block-sizes": r"bfloat16 +\d.*max, blocks of 64 +\d.*AWQ, blocks of 64 +\d.*AWQ, blocks of 192 +\d",
         "export": r"MB of weights", "engine": r"vLLM: nothing found; perplexity \d", "reopen": r"reopened export: (\S+), simulated: \1\n\n\w+",
-        "torch": r"not installed|before: .*TensorQuantizer.*with AWQ: .*reopened export: \d"},
+        "torch": r"not installed|windows before: .*TensorQuantizer.*with AWQ: .*reopened export: \d"},
     "3_PTQ_AutoQuantization": {
         "load": r"llama, 30 layers.*TokenBatches\(", "before": r"perplexity before: \d+\.\d+\n\n\w+", "formats": r"\[kv\]_bmm_quantizer",
         "search": r"[56]\.\d+ bits per weight: \d+ groups in FP8_DEFAULT_CFG.*\d+ groups in NVFP4_DEFAULT_CFG",
         "kv": r"60 quantizers of keys and values are on", "summary": r"v_bmm_quantizer +TensorQuantizer\(\(4, 3\).*In high precision:",
         "after": r"with 6 bits: \d+\.\d+\n\n\w+", "export": r"MB of weights.*TensorRT-LLM: 0 errors",
         "reopen": r"reopened export: (\S+), simulated: \1\n\n\w+", "budgets": r"5 bits: perplexity \d.*all nvfp4: .*all fp8: ",
-        "torch": r"not installed|before: .*chose the same for.*with 6 bits: .*reopened export: \d"},
+        "torch": r"not installed|windows before: .*chose the same for.*with 6 bits: .*reopened export: \d"},
 }
 
 
@@ -54,7 +55,8 @@ def stored(name: str = "") -> list[Path]:
 
 
 def execute(path: Path, folder: Path, quick: bool = False, **environment: str) -> Any:
-    """The notebook with the outputs of a run from top to bottom within a folder. An exception in a cell is raised here."""
+    """The notebook with the outputs of a run from top to bottom within a folder, by this interpreter. An exception in a cell is raised
+    here (nbclient.exceptions.CellExecutionError)."""
     import nbformat
     from nbclient import NotebookClient
 
@@ -62,8 +64,9 @@ def execute(path: Path, folder: Path, quick: bool = False, **environment: str) -
     for cell in book.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
-    environment = {**os.environ, "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "MODELQ_NOTEBOOK_QUICK": str(int(quick)), **environment}
-    client = NotebookClient(book, timeout=TIMEOUT, resources={"metadata": {"path": str(folder)}}, record_timing=False)
+    environment = {**os.environ, "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "MODELQ_NOTEBOOK_QUICK": str(int(quick)), "MPLBACKEND": INLINE,
+                   "IPYTHONDIR": str(folder / ".ipython"), **environment}
+    client = NotebookClient(book, timeout=TIMEOUT, record_timing=False, coalesce_streams=True, resources={"metadata": {"path": str(folder)}})
     client.execute(env=environment)
     return book
 
