@@ -68,7 +68,9 @@ def _sync(path: Path) -> None:
 
 
 def check_target(target: Path, overwrite: bool) -> None:
-    """FileExistsError if atomic_directory would not write to target. Callers with long work ahead ask first."""
+    """FileExistsError if atomic_directory would not write to target, and what `check_writable` raises. Callers with long work ahead ask
+    first."""
+    check_writable(target)
     if not target.exists():
         return
     if not target.is_dir():
@@ -79,6 +81,26 @@ def check_target(target: Path, overwrite: bool) -> None:
         raise FileExistsError(errno.EEXIST, "the folder exists; choose another, or pass overwrite=True (--overwrite)", str(target))
     if not (target / "config.json").is_file() or target in (Path.cwd(), *Path.cwd().parents) or os.path.ismount(target):
         raise FileExistsError(errno.EEXIST, "the folder does not look like a checkpoint, so it is not overwritten", str(target))
+
+
+def check_writable(target: Path) -> None:
+    """Whether a file or folder can be made in this place: PermissionError, NotADirectoryError. Folders on the way may be missing."""
+    folder = next(parent for parent in target.parents if parent.exists())
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, f"a file, not a folder that {target.name} could be in", str(folder))
+    if not os.access(folder, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise PermissionError(errno.EACCES, f"{target.name} cannot be written there: no permission, or a read-only file system", str(folder))
+
+
+def check_file(path: Path | str) -> None:
+    """Whether a file can be written, asked before the work that would be in vain. IsADirectoryError, FileNotFoundError: there is no folder
+    for it; and what `check_writable` raises."""
+    path = Path(os.path.realpath(path))
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "a folder is there, a file is to be written; choose another name", str(path))
+    check_writable(path)
+    if not path.parent.exists():
+        raise FileNotFoundError(errno.ENOENT, f"no such folder, to write {path.name} in", str(path.parent))
 
 
 def _make_parents(folder: Path) -> list[Path]:
