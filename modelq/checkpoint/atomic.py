@@ -85,7 +85,7 @@ def check_target(target: Path, overwrite: bool) -> None:
 
 def check_writable(target: Path) -> None:
     """Whether a file or folder can be made in this place: PermissionError, NotADirectoryError. Folders on the way may be missing."""
-    folder = next(parent for parent in target.parents if parent.exists())
+    folder = next(parent for parent in Path(os.path.realpath(target)).parents if parent.exists())
     if not folder.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, f"a file, not a folder that {target.name} could be in", str(folder))
     if not os.access(folder, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
