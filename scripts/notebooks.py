@@ -26,7 +26,8 @@ METADATA = {"kernelspec": {"display_name": "Python 3", "language": "python", "na
 PROMISED = {
     "1_FP4-FP8_PTQ_Min-Max_Calibration": {
         "load": r"llama, 30 layers", "data": r"TokenBatches\(", "before": r"perplexity before: \d+\.\d+\n\n\w+",
-        "quantize-fp8": r"420 quantizers on", "after-fp8": r"perplexity with FP8: \d+\.\d+\n\n\w+",
+        "quantize-fp8": r"420 quantizers on",
+        "after-fp8": r"perplexity with FP8: \d+\.\d+\n\n\w+",
         "summary": r"q_proj.input_quantizer +TensorQuantizer\(\(4, 3\) bit.*In high precision:.*lm_head.*TensorQuantizers found",
         "export-fp8": r"bytes  config.json.*hf_quant_config.json.*safetensors", "reopen-fp8": r"reopened export: (\S+), simulated: \1",
         "nvfp4": r"NVFP4: (\S+), of the reopened export: \1\n\n\w+",
@@ -66,7 +67,8 @@ def execute(path: Path, folder: Path, quick: bool = False, **environment: str) -
             cell.outputs, cell.execution_count = [], None
     environment = {**os.environ, "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "MODELQ_NOTEBOOK_QUICK": str(int(quick)), "MPLBACKEND": INLINE,
                    "IPYTHONDIR": str(folder / ".ipython"), **environment}
-    client = NotebookClient(book, timeout=TIMEOUT, record_timing=False, coalesce_streams=True, resources={"metadata": {"path": str(folder)}})
+    client = NotebookClient(book, timeout=TIMEOUT, record_timing=False, coalesce_streams=True,
+                            resources={"metadata": {"path": str(folder)}})
     client.execute(env=environment)
     return book
 
@@ -87,9 +89,8 @@ def name_of(cell: Any) -> str:
 
 def printed(cell: Any) -> str:
     """What a cell wrote to stdout, and the text of its values."""
-    texts = [output.get("text", "") if output.output_type == "stream" and output.name == "stdout" else output.get("data", {}).get("text/plain", "")
-             for output in cell.outputs]
-    return "".join(texts)
+    return "".join(output.get("text", "") if output.get("name") == "stdout" else output.get("data", {}).get("text/plain", "")
+                   for output in cell.outputs)
 
 
 def mistakes(book: Any, name: str) -> list[str]:

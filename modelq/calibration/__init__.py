@@ -39,8 +39,8 @@ def calibrate(model: Model, algorithm: Any = "max", forward_loop: Callable[..., 
     forward_loop(model) calls the model with calibration batches; the calls are recorded, and the layers then run one after the
     other over all of them. ValueError if data are needed and none came, or if NaN or infinity shows up. Everything is as before if
     anything raises. checkpoint_dir: a folder where progress is kept layer by layer; the same call goes on from there. compat "modelopt":
-    padding counts, the means that AWQ takes weigh every call alike, and experts keep their maxima where Model Optimizer leaves them. finish:
-    what is to be done with the result before it counts.
+    padding counts, the means that AWQ takes weigh every call alike, and experts keep their maxima where Model Optimizer leaves them.
+    finish: what is to be done with the result before it counts.
     """
     steps = runnable_steps(algorithm)
     if compat not in COMPAT:

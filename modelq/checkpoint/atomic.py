@@ -89,7 +89,8 @@ def check_writable(target: Path) -> None:
     if not folder.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, f"a file, not a folder that {target.name} could be in", str(folder))
     if not os.access(folder, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
-        raise PermissionError(errno.EACCES, f"{target.name} cannot be written there: no permission, or a read-only file system", str(folder))
+        why = f"{target.name} cannot be written there: no permission, or a read-only file system"
+        raise PermissionError(errno.EACCES, why, str(folder))
 
 
 def check_file(path: Path | str) -> None:
