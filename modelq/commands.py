@@ -75,6 +75,7 @@ def evaluate(args: Namespace) -> Report:
     text, steps = measured_text(args), Steps()
     with steps("load"):
         model = modelq.load(args.source, compute=args.compute, num_threads=args.threads)
+        model.must_compute()
         ids = token_ids(args, text or measured_documents(args, model.tokenizer), model.tokenizer)
     with steps("evaluate"):
         value = model.perplexity(ids, window=args.window)

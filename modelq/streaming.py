@@ -108,7 +108,7 @@ def parts(model: Model, layer: int) -> Iterator[tuple[list[str], Part]]:
 
 
 def unread(model: Model) -> Mapping[str, np.ndarray]:
-    """The tensors of the checkpoint, read when asked for and not kept."""
+    """The tensors of the checkpoint, read when asked for and not kept: the pages of one are given back when the next is read."""
     return _Lazy(model)
 
 
@@ -116,8 +116,12 @@ class _Lazy(dict[str, np.ndarray]):
     def __init__(self, model: Model):
         super().__init__()
         self._model = model
+        self._before: list[str] = []
 
     def __missing__(self, name: str) -> np.ndarray:
+        if self._before != [name]:
+            self._model.checkpoint.release(self._before)
+            self._before = [name]
         return self._model.checkpoint.read(name)
 
 

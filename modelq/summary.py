@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from modelq.attributes import QuantizerAttributeConfig
+from modelq.checkpoint.matrices import LEFT_ALONE
 from modelq.experts import place_of
 from modelq.quantizers import KV_CAST_AMAX, MICROSCALING, stage_quantizers
 from modelq.rotation import rotation_of
@@ -108,9 +109,11 @@ def why_high_precision(model: Model, module: dict[str, Any]) -> str | None:
         return None
     setting = model.settings.get(place_of(model, f"{module['name']}.weight_quantizer").name)
     if setting is None:
-        return f"{module['kind']}: not a kind that is quantized"
+        return LEFT_ALONE.get(module["kind"], f"{module['kind']}: not a kind that is quantized")
     if setting.enable and model.quantized:
         return None
+    if setting.why:
+        return setting.why
     if setting.rule is None or (setting.rule.quantizer_name == "*" and setting.rule.parent_class is None):
         return "no rule switched it on"
     return f"switched off by rule {describe_rule(setting.rule)}"

@@ -16,7 +16,7 @@ needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc
 
 def compiled(architecture):
     def make(folder):
-        cuda_build.run(cuda_build.nvcc_commands(folder, [architecture]))
+        cuda_build.compile_all(folder, [architecture])
         cuda_build.library(folder)
     return once(ROOT / "build/cuda" / architecture, make)
 

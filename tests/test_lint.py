@@ -105,7 +105,9 @@ def test_functions_are_short():
 
 
 def test_functions_have_few_parameters():
-    assert not [f"{f.file}: {f.name} has {f.parameters} parameters" for f in functions() if f.parameters > MOST_PARAMETERS]
+    """But for cuBLASLt's own calls, which cuda/shim emulates."""
+    own = [f for f in functions() if not f.name.startswith("cublasLt")]
+    assert not [f"{f.file}: {f.name} has {f.parameters} parameters" for f in own if f.parameters > MOST_PARAMETERS]
 
 
 @pytest.mark.parametrize("path", C_FILES, ids=name)

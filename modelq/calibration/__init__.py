@@ -19,6 +19,7 @@ from modelq.calibration.statistics import activation_slots
 from modelq.calibration.svdquant import SvdQuant
 from modelq.calibration.walk import Method, Walk, warn_unseen
 from modelq.quantizers import found_values, set_found_values
+from modelq.weights_only import refuse_data
 
 if TYPE_CHECKING:
     from modelq.model import Model
@@ -42,11 +43,12 @@ def calibrate(model: Model, algorithm: Any = "max", forward_loop: Callable[..., 
     steps = runnable_steps(algorithm)
     if compat not in COMPAT:
         raise ValueError(f"compat must be None or 'modelopt', got {compat!r}")
+    refuse_data(model, why_data(model, steps))
     model.settle()
     before = _State(model)
     try:
         with model.simulating(weights=False, activations=False):
-            batches = record(model, forward_loop, _why_data(model, steps)) if _why_data(model, steps) else []
+            batches = record(model, forward_loop, why_data(model, steps)) if why_data(model, steps) else []
             digest = digest_of(model, steps, batches, compat) if progress_folder(checkpoint_dir, steps) else ""
             for index, step in enumerate(steps):
                 done = _progress(model, checkpoint_dir, index, step, digest)
@@ -95,7 +97,7 @@ def runnable_steps(algorithm: Any) -> list[dict[str, Any]]:
     return steps
 
 
-def _why_data(model: Model, steps: list[dict[str, Any]]) -> str:
+def why_data(model: Any, steps: list[dict[str, Any]]) -> str:
     """Why calibration data are needed; empty if they are not."""
     searching = [step["method"] for step in steps if METHODS[step["method"]].needs_data]
     if searching:

@@ -29,6 +29,10 @@ _WINDOW_IN_ALL_LAYERS = ("mistral", "mixtral", "qwen3_moe")
 _WINDOW_SWITCHED = ("qwen2", "qwen3", "qwen3_moe")    # by use_sliding_window
 
 
+class UnknownFamily(ValueError):
+    """No row of the core's table is this architecture's."""
+
+
 def runtime_config(hf_config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """(family, flat config) for _core.Runtime.
 
@@ -58,6 +62,12 @@ def runtime_config(hf_config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     return row["family"], known
 
 
+def stated_dtype(hf_config: Mapping[str, Any]) -> str | None:
+    """The dtype that a config.json states for the model, or for its language model; None if it does not."""
+    parts = [hf_config, *(part for part in (hf_config.get("text_config"), hf_config.get("decoder")) if isinstance(part, Mapping))]
+    return next((str(part[key]) for part in parts for key in ("dtype", "torch_dtype") if part.get(key)), None)
+
+
 def supported() -> str:
     """The supported architectures, for messages: "llama, mistral (LlamaForCausalLM, MistralForCausalLM); ..."."""
     return "; ".join(f"{', '.join(row['model_types'])} ({', '.join(row['architectures'])})" for row in _archs())
@@ -80,7 +90,8 @@ def _family(hf_config: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
             return row, model_type
         if model_type is None and named:
             return row, types[classes.index(next(name for name in architectures if name in classes))]
-    raise ValueError(f"config.json: model_type {model_type!r}, architectures {architectures!r}: not supported; supported are {supported()}")
+    raise UnknownFamily(f"config.json: model_type {model_type!r}, architectures {architectures!r}: not supported; supported are "
+                        f"{supported()}")
 
 
 class _Config:

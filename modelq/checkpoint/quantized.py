@@ -14,6 +14,7 @@ import numpy as np
 
 from modelq.checkpoint import dialects
 from modelq.checkpoint.base import Checkpoint, TensorInfo
+from modelq.checkpoint.config import stated_dtype
 from modelq.checkpoint.dialects import Form, Pair
 from modelq.checkpoint.kv_cache import names_of, read_cache
 from modelq.checkpoint.quantization_config import find_quantization
@@ -155,7 +156,7 @@ class QuantizedCheckpoint(Checkpoint):
 
 def model_dtype(config: dict[str, Any]) -> str:
     """The dtype that a config.json states for the model."""
-    return config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+    return stated_dtype(config) or "bfloat16"
 
 
 def dequantized(form: Form, parts: dict[str, np.ndarray], dtype: str) -> np.ndarray:

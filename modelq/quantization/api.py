@@ -19,6 +19,7 @@ from modelq.rotation import RotatedCheckpoint
 from modelq.rules import Setting, apply_rules, changed_settings, default_setting, describe_rule, stages, warn_idle
 from modelq.supported import check_settings, warn_partial_blocks
 from modelq.torch_models import is_torch_model
+from modelq.weights_only import fitting, warn_misfits
 
 __all__ = ["calibrate", "disable_quantizer", "enable_quantizer", "quantize", "register", "set_quantizer_attributes_full",
            "set_quantizer_attributes_partial", "set_quantizer_by_cfg", "set_quantizer_by_cfg_context", "unregister"]
@@ -51,6 +52,7 @@ def quantize(model: Model, config: Any, forward_loop: Callable[..., Any] | None 
         settings, quantizers, idle = planned_quantizers(model, parsed)
         warn_idle(idle, stacklevel=2)
         warn_partial_blocks(settings.values(), model.head_dim)
+        warn_misfits(settings.values())
         model.settings, model.quantizers, model.quantized = settings, quantizers, True
         model.packed, model.low_rank, model.search_losses = {}, {}, {}
         run_calibration(model, steps, forward_loop, checkpoint_dir, compat)
@@ -76,6 +78,8 @@ def check_source(model: Model) -> None:
 def planned_quantizers(model: Model, parsed: QuantizeConfig) -> tuple[dict[str, Setting], dict[str, Any], list[QuantizerCfgEntry]]:
     """(settings and uncalibrated quantizers by name, the rules that fit nothing); whatever can be refused before any work is refused."""
     settings, idle = apply_rules({name: default_setting(slot) for name, slot in model.slots.items()}, parsed.quant_cfg)
+    if model.weights_only:
+        settings = fitting(settings)
     _refuse_nothing(settings, parsed.quant_cfg, idle)
     check_settings(settings.values(), model.head_dim)
     return settings, {name: make_quantizer(setting) for name, setting in settings.items()}, idle
@@ -198,6 +202,8 @@ def _refuse_nothing(settings: Mapping[str, Setting], rules: Iterable[QuantizerCf
     if enabled and ("weight" in enabled or not any(last[name] for name in for_weights)):
         return
     hint = f"; these patterns fit nothing: {', '.join(describe_rule(r) for r in idle if r.enable)}" if any(r.enable for r in idle) else ""
+    misfits = [f"{setting.slot.module}: {setting.why}" for setting in settings.values() if setting.why]
+    hint += f"; {misfits[0]}" if misfits else ""
     what = "no weight" if enabled else "nothing"
     raise ValueError(f"this config quantizes {what} in this model{hint}; a quantizer is named like {next(iter(settings), '(none)')!r}, and "
                      "later rules win")
