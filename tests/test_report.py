@@ -124,7 +124,7 @@ def test_smoothed_weights_are_compared_as_what_they_stand_for(golden, tmp_path, 
     facts = gather(before, after, ids, 32, "")
     notes = " ".join(one.note for one in facts.weights)
     assert smoothed in notes
-    assert all(one.error < (0.03 if "INT8" in config else 0.15) for one in facts.weights), {one.module: one.error for one in facts.weights}
+    assert all(one.error < (0.05 if "INT8" in config else 0.15) for one in facts.weights), {one.module: one.error for one in facts.weights}
     assert Page(html_page(facts)).problems == []
 
 
