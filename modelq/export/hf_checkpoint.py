@@ -106,7 +106,7 @@ def export_dtype(dtype: Any, config: dict[str, Any], tensors: Mapping[str, Tenso
 
 def _write_tensors(model: Any, plan: Plan, writer: Any) -> None:
     from modelq.progress import progress
-    from modelq.smoothing import as_loaded, stated_weight, times_columns
+    from modelq.smoothing import as_loaded, stated_weight, times_norm
 
     checkpoint = model.checkpoint
     for name in progress(plan.order, "export", unit="tensor"):
@@ -115,7 +115,7 @@ def _write_tensors(model: Any, plan: Plan, writer: Any) -> None:
             linear = plan.linears[name]
             _write_linear(linear, stated_weight(model, linear.row, as_loaded(model, array)), writer, plan.dialect)
         elif name in plan.norms:
-            writer.write(name, _cast(times_columns(array, plan.norms[name]), plan.copies[name].dtype))
+            writer.write(name, _cast(times_norm(model, name, array, plan.norms[name]), plan.copies[name].dtype))
         else:
             del array
             copy_tensor(checkpoint, name, plan.copies[name].dtype, writer)
