@@ -14,9 +14,10 @@ import numpy as np
 from modelq.checkpoint import dialects
 from modelq.checkpoint.base import TensorInfo
 from modelq.checkpoint.dialects import Form, Pair
-from modelq.export.copies import LINEAR_LIKE, OWN_QUANTIZERS, others_of, planned_copies, tensor_info
+from modelq.export.copies import LINEAR_LIKE, planned_copies, tensor_info
 from modelq.export.kv_cache import Cache, plan_cache
 from modelq.experts import place_of, quantizer_of
+from modelq.foreign import OWN_QUANTIZERS, others_of
 from modelq.groups import pair_of, siblings
 from modelq.quantizers import stage_quantizers
 from modelq.rules import stages
