@@ -36,9 +36,10 @@ PROMISED = {
         "load": r"llama, 30 layers.*TokenBatches\(", "before": r"perplexity before: \d+\.\d+\n\n\w+",
         "why-64": r"576 columns with block 128: use block_size 64 or 192", "config": r"-1: 64.*awq_lite.*modelopt",
         "plain": r"plain: \d+\.\d+\n\n\w+", "quantize": r"with AWQ: \d+\.\d+\n\n\w+",
-        "summary": r"q_proj.input_quantizer +TensorQuantizer\(disabled pre_quant_scale.*In high precision:.*smoothed by a pre_quant_scale: 210",
+        "summary": r"q_proj.input_quantizer +TensorQuantizer\(disabled pre_quant_scale.*In high precision:.*smoothed by .*: 210 linears",
         "block-sizes": r"bfloat16 +\d.*max, blocks of 64 +\d.*AWQ, blocks of 64 +\d.*AWQ, blocks of 192 +\d",
-        "export": r"MB of weights", "engine": r"vLLM: nothing found; perplexity \d", "reopen": r"reopened export: (\S+), simulated: \1\n\n\w+",
+        "export": r"MB of weights", "engine": r"vLLM: nothing found; perplexity \d",
+        "reopen": r"reopened export: (\S+), simulated: \1\n\n\w+",
         "torch": r"not installed|windows before: .*TensorQuantizer.*with AWQ: .*reopened export: \d"},
     "3_PTQ_AutoQuantization": {
         "load": r"llama, 30 layers.*TokenBatches\(", "before": r"perplexity before: \d+\.\d+\n\n\w+", "formats": r"\[kv\]_bmm_quantizer",
@@ -119,7 +120,8 @@ def check(path: Path) -> list[str]:
     found = mistakes(nbformat.read(path, as_version=4), path.stem)
     text = path.read_text(encoding="utf-8")
     found += [f"{path.stat().st_size} bytes, more than {MOST_BYTES}"] * (path.stat().st_size > MOST_BYTES)
-    return found + [f"it names a place on some machine: {place}" for place in sorted(set(re.findall(r"/(?:home|tmp|work|root)/[\w.-]+", text)))]
+    places = sorted(set(re.findall(r"/(?:home|tmp|work|root)/[\w.-]+", text)))
+    return found + [f"it names a place on some machine: {place}" for place in places]
 
 
 def main() -> None:
