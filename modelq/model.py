@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from modelq import _core
+from modelq.cuda import library
+from modelq.devices import Placement, placement_of
 from modelq.experts import expert_places
 from modelq.generation import Generates
 from modelq.inputs import IGNORED_ARGUMENTS, Batch, check_vocabulary, groups, integer_matrix, make_batch
@@ -25,7 +27,8 @@ from modelq.weights_only import runtime_of, why_not_computed
 HIDDEN_BYTES = 512 << 20
 
 
-def load(path_or_id: str | Path, compute: str = "auto", num_threads: int | None = None, weights_only: bool = False) -> Model:
+def load(path_or_id: str | Path, compute: str = "auto", num_threads: int | None = None, weights_only: bool = False, device: str = "cpu",
+         device_memory: int | str | None = None) -> Model:
     """Open a Hugging Face folder, a GGUF file or a Hub id. Weights are mapped, checked, and not read yet.
 
     An architecture that modelq does not compute is opened for its weights alone: formats that need no calibration data work on it.
@@ -34,6 +37,8 @@ def load(path_or_id: str | Path, compute: str = "auto", num_threads: int | None 
     dtype=float32: weights too are quantized as float32), or "auto": bfloat16 where this processor computes it fast.
     num_threads: for the whole process; None leaves MODELQ_NUM_THREADS or the processor's cores.
     weights_only: open a known architecture so, too, whatever its config.json asks for.
+    device: "cuda" or "cuda:0": layers, logits and losses are computed on that GPU, layer by layer (see modelq.cuda); gradients and
+    generation stay on the CPU. device_memory: how much of it may be used, bytes or "8GB"; None: MODELQ_CUDA_MEMORY, else what is free.
     """
     from modelq.checkpoint import open_checkpoint
     from modelq.checkpoint.quantized import open_quantized
@@ -41,8 +46,13 @@ def load(path_or_id: str | Path, compute: str = "auto", num_threads: int | None 
         raise ValueError(f"compute must be auto, bfloat16 or float32, got {compute!r}")
     if num_threads is not None:
         _core.set_threads(num_threads)
+    placement = placement_of(device, device_memory)
+    if placement is not None:
+        library()           # says what is missing before files are looked for
+        compute = "bfloat16" if compute == "auto" else compute
     checkpoint = open_checkpoint(path_or_id)
-    return Model(checkpoint if hasattr(checkpoint, "layers") else open_quantized(checkpoint), compute, weights_only)
+    checkpoint = checkpoint if hasattr(checkpoint, "layers") else open_quantized(checkpoint)
+    return Model(checkpoint, compute, weights_only, placement)
 
 
 class Model(Generates):
@@ -59,8 +69,8 @@ class Model(Generates):
     stored_layers: modules whose weights the checkpoint holds quantized already (an export opened again), and how.
     """
 
-    def __init__(self, checkpoint: Any, compute: str = "auto", weights_only: bool = False):
-        self.float32_weights, self._weights_only = compute == "float32", weights_only
+    def __init__(self, checkpoint: Any, compute: str = "auto", weights_only: bool = False, placement: Placement | None = None):
+        self.float32_weights, self._weights_only, self.placement = compute == "float32", weights_only, placement
         self.training = self.own_scales = False
         self._tokenizer: Any = None
         self._recorded: list[Batch] | None = None
@@ -73,6 +83,8 @@ class Model(Generates):
         self.forget_decoding()
         self.config: dict[str, Any] = checkpoint.config
         self.runtime = runtime_of(checkpoint, compute, self._weights_only)
+        if self.placement is not None and not self.weights_only:
+            self.placement.attach(self.runtime)
         self.modules: list[dict[str, Any]] = list(self.runtime.modules)
         self.num_layers: int = self.runtime.layers
         self.vocab_size: int = self.runtime.config["vocab_size"]
@@ -146,7 +158,7 @@ class Model(Generates):
 
     @property
     def device(self) -> str:
-        return "cpu"
+        return "cpu" if self.placement is None else str(self.placement)
 
     def eval(self) -> Model:
         return self

@@ -174,7 +174,8 @@ static int load(mq_elsewhere *self, const mq_runtime *runtime, const mq_module *
                               "the weights of a layer", err);
     if (rc == MQ_OK && module->expert < 0) device->layer = module->layer;
     if (rc == MQ_OK && weight == NULL) {
-        rc = put_vector(device, arena, (void **)&device->norms[module->role], vector, (size_t)rows * sizeof *vector, err);
+        void **norm = (void **)&device->norms[module->role];
+        rc = put_vector(device, arena, norm, vector, (size_t)rows * sizeof *vector, err);
     } else if (rc == MQ_OK) {
         mq_device_linear *linear = &device->linears[module->role];
         const size_t nbytes = (size_t)(rows * columns) * mq_dtype_size(runtime->dtype);

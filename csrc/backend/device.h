@@ -17,6 +17,9 @@ typedef struct mq_device_options {
     const char *cublas;         /* path or name of cuBLASLt; NULL: as the loader finds it */
 } mq_device_options;
 
+/* Whether all that the runtime's family needs is there on a device; MQ_ERR_VALUE names what is not. */
+int mq_device_supports(const mq_runtime *runtime, mq_error *err);
+
 /* backend must outlive it. */
 int mq_device_new(const mq_backend *backend, const mq_device_options *options, mq_device **out, mq_error *err);
 void mq_device_free(mq_device *device);                 /* NULL is accepted */

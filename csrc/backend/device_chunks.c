@@ -30,7 +30,8 @@ static size_t cut(mq_arena *arena, const mq_layer_context *context, int64_t rows
     const mq_config *config = context->config;
     const size_t size = mq_dtype_size(context->dtype), table = table_nbytes(table_of(context, longest));
     const int64_t hidden = config->hidden_size, q_width = config->num_attention_heads * config->head_dim;
-    const int64_t inner = MQ_MAX(config->intermediate_size, config->num_experts > 0 ? config->moe_intermediate_size : 0);
+    const int64_t expert = config->num_experts > 0 ? config->moe_intermediate_size : 0;
+    const int64_t inner = MQ_MAX(config->intermediate_size, expert);
     const int64_t k_width = config->num_key_value_heads * config->head_dim;
     const int64_t v_width = config->num_key_value_heads * config->value_head_dim;
     const int64_t mixed = config->num_attention_heads * config->value_head_dim;
@@ -143,7 +144,8 @@ static void fill_meta(const mq_run *run, mq_device_chunk *chunk, void *memory)
     int64_t row = 0;
     for (int64_t s = 0; s < chunk->sequences; s++) {
         here.starts[s] = row;
-        for (int64_t t = 0; t < run->sequences[chunk->first_sequence + s].tokens; t++) here.positions[row++] = (int32_t)t;
+        const int64_t tokens = run->sequences[chunk->first_sequence + s].tokens;
+        for (int64_t t = 0; t < tokens; t++) here.positions[row++] = (int32_t)t;
     }
     here.starts[chunk->sequences] = row;
     chunk->counted = 0;

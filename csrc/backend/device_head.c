@@ -32,7 +32,8 @@ static const mq_runtime *runtime_of(const head *it)
 
 static size_t cut(head *it, mq_arena *arena)
 {
-    const int64_t hidden = runtime_of(it)->config.hidden_size, all = it->request->losses != NULL ? it->request->rows : 0;
+    const int64_t hidden = runtime_of(it)->config.hidden_size;
+    const int64_t all = it->request->losses != NULL ? it->request->rows : 0;
     const size_t size = mq_dtype_size(runtime_of(it)->dtype);
     arena->used = 0;
     it->norm = mq_arena_take(arena, (size_t)hidden * sizeof *it->norm);
@@ -98,10 +99,11 @@ static int give_logits(head *it, int64_t first, int64_t rows, mq_error *err)
     float *to = it->request->logits + first * vocabulary + it->first;
     const int64_t pieces = it->width == vocabulary ? 1 : rows;
     const size_t nbytes = (size_t)(it->width * rows / pieces) * sizeof *to;
+    const mq_backend *backend = it->device->backend;
     int rc = MQ_OK;
     for (int64_t i = 0; rc == MQ_OK && i < pieces; i++)
-        rc = it->device->backend->copy(to + i * vocabulary, it->logits + i * it->width, nbytes, it->device->compute, err);
-    return rc == MQ_OK ? it->device->backend->stream_wait(it->device->compute, err) : rc;
+        rc = backend->copy(to + i * vocabulary, it->logits + i * it->width, nbytes, it->device->compute, err);
+    return rc == MQ_OK ? backend->stream_wait(it->device->compute, err) : rc;
 }
 
 static int step(head *it, int64_t first, mq_error *err)

@@ -154,7 +154,8 @@ static int run_residual(mq_device_pass *pass, mq_role role, mq_role added, void 
     mq_linear *linear = &pass->layer->linears[role];
     const void *made = pass->scratch->temporary;
     pass->applied = NULL;
-    if (!mq_point_is_watched(&linear->output) && !acts(linear->output.quantizer) && pass->device->norms[added] == NULL) {
+    const int between = mq_point_is_watched(&linear->output) || acts(linear->output.quantizer);
+    if (!between && pass->device->norms[added] == NULL) {
         const int rc = collect_input(pass, linear, in);
         return rc == MQ_OK ? multiply(pass, role, hidden, in, 1) : rc;
     }
