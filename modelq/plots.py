@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ UNQUANTIZED = "#BBBBBB"
 
 
 def require_matplotlib() -> Any:
-    """matplotlib.pyplot for files. ImportError says how to get it."""
+    """matplotlib.pyplot for files. A notebook that draws already keeps its backend. ImportError says how to get it."""
     try:
         import matplotlib
     except ImportError:
         raise ImportError("pictures need matplotlib: pip install 'modelq[plot]'") from None
-    matplotlib.use("Agg")
+    if "matplotlib.pyplot" not in sys.modules:
+        matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     return plt
 
