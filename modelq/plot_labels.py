@@ -51,7 +51,9 @@ def _best(point: Any, half: tuple[float, float], taken: Sequence[Any], frame: An
 
 
 def _crosses(start: Any, end: Any, box: Any) -> float:
-    """How bad it is that a line goes over a box: by how much of it does."""
+    """How bad it is that a line goes over a box: by how much of it does. Where it begins in one, nothing can be done."""
+    if box[0] <= start[0] <= box[2] and box[1] <= start[1] <= box[3]:
+        return 0.0
     along = [(start[0] + (end[0] - start[0]) * step / 24, start[1] + (end[1] - start[1]) * step / 24) for step in range(24)]
     return 20.0 * sum(box[0] < x < box[2] and box[1] < y < box[3] for x, y in along)
 
