@@ -111,10 +111,13 @@ static int send_piece(mq_device *device, const mq_tensor *w, const mq_cuda_matri
 int mq_device_upload(mq_device *device, const mq_tensor *w, const mq_cuda_matrix *to, mq_error *err)
 {
     const int64_t row_nbytes = to->cols * (int64_t)MQ_MAX(mq_dtype_size(w->dtype), mq_dtype_size(to->dtype));
-    const int64_t step = MQ_MAX((int64_t)1, MQ_PIECE_NBYTES / row_nbytes);
+    const int64_t step = device->piece_nbytes / row_nbytes;
     int rc = MQ_OK;
-    if (row_nbytes > MQ_PIECE_NBYTES)
-        return mq_fail(err, MQ_ERR_VALUE, "rows of %lld columns are too long for a device", (long long)to->cols);
+    if (step < 1)
+        return mq_fail(err, MQ_ERR_MEMORY,
+                       "out of device memory: a row of %lld columns is larger than the piece of %lld bytes in which "
+                       "weights come where %.1f MB may be used", (long long)to->cols, (long long)device->piece_nbytes,
+                       (double)device->budget / 1e6);
     for (int64_t row = 0; rc == MQ_OK && row < to->rows; row += step)
         rc = send_piece(device, w, to, row, MQ_MIN(step, to->rows - row), err);
     return rc;
@@ -255,6 +258,7 @@ static int choose_budget(mq_device *device, size_t wanted, mq_error *err)
     size_t free_nbytes = 0, total = 0;
     const int rc = device->backend->memory_free_nbytes(&free_nbytes, &total, err);
     device->budget = wanted != 0 ? wanted : free_nbytes / 10 * 9;
+    device->piece_nbytes = (int64_t)MQ_MAX(MQ_MIN(device->budget / 32, (size_t)MQ_PIECE_NBYTES), (size_t)1 << 16);
     return rc;
 }
 
@@ -266,8 +270,11 @@ static int open_gemm(mq_device *device, const char *cublas, mq_error *err)
     };
     int rc = device->backend->gemm_open(&options, &device->gemm, err);
     if (rc != MQ_OK) return rc;
-    device->workspace.nbytes = device->backend->gemm_workspace(device->gemm);
-    return new_memory(device, &device->workspace.data, device->workspace.nbytes, "the workspace of products", err);
+    const size_t nbytes = device->backend->gemm_workspace(device->gemm);
+    rc = new_memory(device, &device->workspace_memory, nbytes + MQ_ALIGN_DEVICE, "the workspace of products", err);
+    const uintptr_t at = (uintptr_t)device->workspace_memory;
+    device->workspace = (mq_cuda_workspace){(void *)MQ_ROUND_UP(at, (uintptr_t)MQ_ALIGN_DEVICE), nbytes};
+    return rc;
 }
 
 static int open_all(mq_device *device, const mq_device_options *options, mq_error *err)
@@ -278,12 +285,12 @@ static int open_all(mq_device *device, const mq_device_options *options, mq_erro
     if (rc == MQ_OK) rc = backend->stream_new(&device->copies, err);
     if (rc == MQ_OK) rc = backend->event_new(&device->loaded, err);
     for (int i = 0; rc == MQ_OK && i < 2; i++) {
-        rc = backend->pinned_new((void **)&device->pinned[i], MQ_PIECE_NBYTES, err);
+        rc = backend->pinned_new((void **)&device->pinned[i], (size_t)device->piece_nbytes, err);
         if (rc == MQ_OK) rc = backend->event_new(&device->sent[i], err);
     }
     if (rc == MQ_OK) rc = open_gemm(device, options->cublas, err);
     for (int i = 0; rc == MQ_OK && i < 2; i++)
-        rc = new_memory(device, (void **)&device->staged[i], MQ_PIECE_NBYTES, "pieces of weights", err);
+        rc = new_memory(device, (void **)&device->staged[i], (size_t)device->piece_nbytes, "pieces of weights", err);
     if (rc == MQ_OK)
         rc = new_memory(device, (void **)&device->maxima, MQ_MAXIMA * sizeof *device->maxima, "maxima", err);
     return rc;
@@ -327,7 +334,7 @@ void mq_device_free(mq_device *device)
     drop_arena(device, &device->expert_weights);
     drop_arena(device, &device->work);
     backend->memory_free(device->maxima);
-    backend->memory_free(device->workspace.data);
+    backend->memory_free(device->workspace_memory);
     if (device->gemm != NULL) backend->gemm_close(device->gemm);
     for (int i = 0; i < 2; i++) {
         backend->memory_free(device->staged[i]);

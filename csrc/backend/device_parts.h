@@ -28,7 +28,7 @@ typedef struct mq_finding {
 enum {
     MQ_FINDINGS = 256,          /* and how many numbers they may be: */
     MQ_MAXIMA = 1 << 16,
-    MQ_PIECE_NBYTES = 4 << 20,  /* of a weight on its way */
+    MQ_PIECE_NBYTES = 16 << 20, /* of a weight on its way, at most */
     MQ_CHUNK_ROWS = 8192,       /* rows of a chunk, at most */
     MQ_QUANTIZERS = MQ_LAYER_MAX_POINTS + 1,    /* places of mq_device.quantizers; the last is lm_head's */
     MQ_ALIGN_DEVICE = 256
@@ -43,6 +43,7 @@ struct mq_device {
     void *loaded;               /* event: behind the last weight */
     mq_cuda_gemm *gemm;
     mq_cuda_workspace workspace;
+    void *workspace_memory;
     mq_arena layer_weights, expert_weights, work;
     int64_t layer;              /* whose weights are there; -1 = none */
     mq_device_linear linears[MQ_ROLE_COUNT];
@@ -50,6 +51,7 @@ struct mq_device {
     char *pinned[2], *staged[2];/* pieces of weights: on the host, and on the device before conversion */
     void *sent[2];              /* events: behind the copy of that piece */
     int next_piece;
+    int64_t piece_nbytes;
     float *maxima;              /* [MQ_MAXIMA] on the device */
     mq_finding findings[MQ_FINDINGS];
     int64_t finding_count, maxima_used;
