@@ -19,7 +19,7 @@ void mq_device_leave(mq_device *device, int before)
     if (before != device->index) device->backend->device_set(before, &err);
 }
 
-static int new_memory(mq_device *device, void **out, size_t nbytes, const char *purpose, mq_error *err)
+int mq_device_take(mq_device *device, void **out, size_t nbytes, const char *purpose, mq_error *err)
 {
     *out = NULL;
     if (device->held + nbytes > device->budget)
@@ -33,7 +33,7 @@ static int new_memory(mq_device *device, void **out, size_t nbytes, const char *
     return rc;
 }
 
-static void drop_memory(mq_device *device, void **memory, size_t nbytes)
+void mq_device_give(mq_device *device, void **memory, size_t nbytes)
 {
     if (*memory == NULL) return;
     device->backend->memory_free(*memory);
@@ -49,7 +49,7 @@ size_t mq_device_available(const mq_device *device, const mq_arena *arena)
 
 static void drop_arena(mq_device *device, mq_arena *arena)
 {
-    drop_memory(device, (void **)&arena->memory, arena->nbytes);
+    mq_device_give(device, (void **)&arena->memory, arena->nbytes);
     *arena = (mq_arena){0};
 }
 
@@ -58,7 +58,7 @@ int mq_arena_reserve(mq_device *device, mq_arena *arena, size_t nbytes, const ch
     arena->used = 0;
     if (nbytes <= arena->nbytes) return MQ_OK;
     drop_arena(device, arena);
-    const int rc = new_memory(device, (void **)&arena->memory, nbytes, purpose, err);
+    const int rc = mq_device_take(device, (void **)&arena->memory, nbytes, purpose, err);
     if (rc == MQ_OK) arena->nbytes = nbytes;
     return rc;
 }
@@ -210,10 +210,10 @@ static int load_low_rank(mq_elsewhere *self, const mq_module *module, const mq_t
         return mq_fail(err, MQ_ERR_STATE, "%s: its layer is not loaded", module->name);
     int before, rc = mq_device_enter(device, &before, err);
     if (rc != MQ_OK) return rc;
-    drop_memory(device, &linear->branch, branch_nbytes(linear));
+    mq_device_give(device, &linear->branch, branch_nbytes(linear));
     linear->down = (mq_cuda_matrix){NULL, dtype, rank, linear->weight.cols, linear->weight.cols};
     linear->up = (mq_cuda_matrix){NULL, dtype, linear->weight.rows, rank, rank};
-    rc = new_memory(device, &linear->branch, branch_nbytes(linear), "a branch of low rank", err);
+    rc = mq_device_take(device, &linear->branch, branch_nbytes(linear), "a branch of low rank", err);
     if (rc == MQ_OK) {
         linear->down.data = linear->branch;
         linear->up.data = (char *)linear->branch + rounded(rank * linear->weight.cols, mq_dtype_size(dtype));
@@ -233,12 +233,12 @@ static void drop_layer(mq_elsewhere *self, int64_t layer)
     if (device->layer < 0 || layer != device->layer) return;
     const int entered = mq_device_enter(device, &before, &err) == MQ_OK;
     for (int role = 0; role < MQ_ROLE_COUNT; role++)
-        drop_memory(device, &device->linears[role].branch, branch_nbytes(&device->linears[role]));
+        mq_device_give(device, &device->linears[role].branch, branch_nbytes(&device->linears[role]));
     memset(device->linears, 0, sizeof device->linears);
     memset(device->norms, 0, sizeof device->norms);
     device->layer_weights.used = 0;
     device->layer = -1;
-    device->finding_count = device->maxima_used = 0;
+    mq_findings_drop(device);
     if (entered) mq_device_leave(device, before);
 }
 
@@ -271,7 +271,7 @@ static int open_gemm(mq_device *device, const char *cublas, mq_error *err)
     int rc = device->backend->gemm_open(&options, &device->gemm, err);
     if (rc != MQ_OK) return rc;
     const size_t nbytes = device->backend->gemm_workspace(device->gemm);
-    rc = new_memory(device, &device->workspace_memory, nbytes + MQ_ALIGN_DEVICE, "the workspace of products", err);
+    rc = mq_device_take(device, &device->workspace_memory, nbytes + MQ_ALIGN_DEVICE, "the workspace of products", err);
     const uintptr_t at = (uintptr_t)device->workspace_memory;
     device->workspace = (mq_cuda_workspace){(void *)MQ_ROUND_UP(at, (uintptr_t)MQ_ALIGN_DEVICE), nbytes};
     return rc;
@@ -290,9 +290,9 @@ static int open_all(mq_device *device, const mq_device_options *options, mq_erro
     }
     if (rc == MQ_OK) rc = open_gemm(device, options->cublas, err);
     for (int i = 0; rc == MQ_OK && i < 2; i++)
-        rc = new_memory(device, (void **)&device->staged[i], (size_t)device->piece_nbytes, "pieces of weights", err);
+        rc = mq_device_take(device, (void **)&device->staged[i], (size_t)device->piece_nbytes, "pieces of weights", err);
     if (rc == MQ_OK)
-        rc = new_memory(device, (void **)&device->maxima, MQ_MAXIMA * sizeof *device->maxima, "maxima", err);
+        rc = mq_device_take(device, (void **)&device->maxima, MQ_MAXIMA * sizeof *device->maxima, "maxima", err);
     return rc;
 }
 

@@ -25,7 +25,15 @@ typedef struct mq_finding {
     int64_t at, width, seen;    /* where they are; how many; rows that they are of */
 } mq_finding;
 
+/* A Gram matrix that is summed on the device. */
+typedef struct mq_device_gram {
+    mq_calib *watch;            /* NULL = free */
+    double *sums;
+    int64_t width, rows;
+} mq_device_gram;
+
 enum {
+    MQ_GRAMS = 32,
     MQ_FINDINGS = 256,          /* and how many numbers they may be: */
     MQ_MAXIMA = 1 << 16,
     MQ_PIECE_NBYTES = 16 << 20, /* of a weight on its way, at most */
@@ -55,6 +63,7 @@ struct mq_device {
     float *maxima;              /* [MQ_MAXIMA] on the device */
     mq_finding findings[MQ_FINDINGS];
     int64_t finding_count, maxima_used;
+    mq_device_gram grams[MQ_GRAMS];
     mq_device_quantizer quantizers[MQ_QUANTIZERS];
 };
 
@@ -92,6 +101,9 @@ void mq_device_leave(mq_device *device, int before);
 /* Room for nbytes; what was in it is gone. MQ_ERR_MEMORY says what it was to be for, and what may be used. */
 int mq_arena_reserve(mq_device *device, mq_arena *arena, size_t nbytes, const char *purpose, mq_error *err);
 void *mq_arena_take(mq_arena *arena, size_t nbytes);    /* of a reserved one; arenas without memory only count */
+/* Memory that counts in the budget; MQ_ERR_MEMORY where there is no room, err may be NULL. */
+int mq_device_take(mq_device *device, void **out, size_t nbytes, const char *purpose, mq_error *err);
+void mq_device_give(mq_device *device, void **memory, size_t nbytes);
 size_t mq_device_available(const mq_device *device, const mq_arena *arena); /* what arena could hold */
 /* to = w (rows of w, columns), converted to to's dtype, on the copy stream. */
 int mq_device_upload(mq_device *device, const mq_tensor *w, const mq_cuda_matrix *to, mq_error *err);
@@ -102,7 +114,8 @@ int mq_finding_weight(mq_device *device, const mq_cuda_matrix *w, const char *na
 int mq_finding_rows(mq_device *device, mq_calib *watch, const mq_cuda_matrix *x, mq_error *err);
 /* Waits, and gives everybody what was found; a weight that is not finite is an error. */
 int mq_findings_take(mq_device *device, mq_error *err);
-/* Statistics of x at a point: those of kind max on the device, others from a copy on the host. */
+void mq_findings_drop(mq_device *device);
+/* Statistics of x at a point: maxima and Gram matrices on the device, others from a copy on the host. */
 int mq_device_collect(mq_device *device, mq_point *point, const mq_cuda_matrix *x, const mq_device_chunk *chunk,
                       const mq_layer_context *context, void *room, mq_error *err);
 
