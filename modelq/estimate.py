@@ -34,7 +34,11 @@ class Estimate:
 
 
 def estimate(model: Model, config: Mapping[str, Any], loader: Any, plan: Plan) -> Estimate:
-    """Quantizes the first layer twice, of one sample and of one batch, and one weight as the export would. The model stays as it is."""
+    """Quantizes the first layer twice, of one sample and of one batch, and one weight as the export would; where no data are needed
+    (loader None), only that. The model stays as it is."""
+    if loader is None:
+        seconds = _export_seconds(model, plan)
+        return Estimate(seconds / 2, seconds, seconds / 2 / max(1, model.num_layers), 0.0)
     batch = next(iter(loader))
     rows = len(batch["input_ids"])
     one = _seconds(model, config, {name: column[:1] for name, column in batch.items()})

@@ -67,6 +67,7 @@ class Generates:
         reuse: go on from the sequences of the last call as far as the prompts begin like them, without computing that again; the last
         bits of logits may differ. Beginning another stream ends this one. ValueError: a prompt as long as the context, or empty.
         """
+        self.must_compute()
         if do_sample is not None:
             temperature = (temperature or 1.0) if do_sample else 0.0
         sampling = Sampling(temperature, top_p, top_k, seed)

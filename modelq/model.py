@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from modelq import _core
-from modelq.checkpoint.config import runtime_config
 from modelq.experts import expert_places
 from modelq.generation import Generates
 from modelq.inputs import IGNORED_ARGUMENTS, Batch, check_vocabulary, groups, integer_matrix, make_batch
@@ -20,19 +19,21 @@ from modelq.quantizers import without_rounding
 from modelq.rules import Setting, default_setting
 from modelq.slots import slots_of
 from modelq.stated import stated_input_quantizers
-
-FAST_BFLOAT16 = ("amx_bf16", "avx512_bf16")
+from modelq.weights_only import runtime_of, why_not_computed
 
 # How many bytes of hidden states a measurement (loss, perplexity) holds at once; more batches go in further rounds.
 HIDDEN_BYTES = 512 << 20
 
 
-def load(path_or_id: str | Path, compute: str = "auto", num_threads: int | None = None) -> Model:
+def load(path_or_id: str | Path, compute: str = "auto", num_threads: int | None = None, weights_only: bool = False) -> Model:
     """Open a Hugging Face folder, a GGUF file or a Hub id. Weights are mapped, checked, and not read yet.
+
+    An architecture that modelq does not compute is opened for its weights alone: formats that need no calibration data work on it.
 
     compute: "bfloat16" (activations stored as bfloat16, products accumulated in float32), "float32" (as a model loaded with
     dtype=float32: weights too are quantized as float32), or "auto": bfloat16 where this processor computes it fast.
     num_threads: for the whole process; None leaves MODELQ_NUM_THREADS or the processor's cores.
+    weights_only: open a known architecture so, too, whatever its config.json asks for.
     """
     from modelq.checkpoint import open_checkpoint
     from modelq.checkpoint.quantized import open_quantized
@@ -41,7 +42,7 @@ def load(path_or_id: str | Path, compute: str = "auto", num_threads: int | None 
     if num_threads is not None:
         _core.set_threads(num_threads)
     checkpoint = open_checkpoint(path_or_id)
-    return Model(checkpoint if hasattr(checkpoint, "layers") else open_quantized(checkpoint), compute)
+    return Model(checkpoint if hasattr(checkpoint, "layers") else open_quantized(checkpoint), compute, weights_only)
 
 
 class Model(Generates):
@@ -58,8 +59,8 @@ class Model(Generates):
     stored_layers: modules whose weights the checkpoint holds quantized already (an export opened again), and how.
     """
 
-    def __init__(self, checkpoint: Any, compute: str = "auto"):
-        self.float32_weights = compute == "float32"
+    def __init__(self, checkpoint: Any, compute: str = "auto", weights_only: bool = False):
+        self.float32_weights, self._weights_only = compute == "float32", weights_only
         self.training = self.own_scales = False
         self._tokenizer: Any = None
         self._recorded: list[Batch] | None = None
@@ -71,7 +72,7 @@ class Model(Generates):
         self.checkpoint = checkpoint
         self.forget_decoding()
         self.config: dict[str, Any] = checkpoint.config
-        self.runtime = _runtime_of(checkpoint, compute)
+        self.runtime = runtime_of(checkpoint, compute, self._weights_only)
         self.modules: list[dict[str, Any]] = list(self.runtime.modules)
         self.num_layers: int = self.runtime.layers
         self.vocab_size: int = self.runtime.config["vocab_size"]
@@ -134,6 +135,16 @@ class Model(Generates):
         return plain + sum(weight.nbytes for weight in self.packed.values())
 
     @property
+    def weights_only(self) -> bool:
+        """Whether it cannot be run: an architecture that modelq does not compute, or one opened so."""
+        return bool(why_not_computed(self))
+
+    def must_compute(self) -> None:
+        """ValueError, with the reason, for a model that cannot be run."""
+        if self.weights_only:
+            self.runtime.start()
+
+    @property
     def device(self) -> str:
         return "cpu"
 
@@ -151,6 +162,7 @@ class Model(Generates):
         for name in ignored:
             if name not in IGNORED_ARGUMENTS:
                 raise TypeError(f"model(): unknown argument {name!r}: expected input_ids, attention_mask, labels")
+        self.must_compute()
         batch = make_batch(self.vocab_size, input_ids, attention_mask, labels)
         output = Output(self, batch)
         if self._recorded is not None:  # calibration runs these itself
@@ -195,16 +207,17 @@ class Model(Generates):
         """Within it, the model computes with quantized weights, quantized activations, both or none. What changes no values but for
         rounding stays: smoothing, rotations, branches of low rank beside what is left of weights."""
         before = self.simulate, self.simulate_inputs
-        self.simulate, self.simulate_inputs = weights, activations
-        self.connect()
         try:
+            self.simulate, self.simulate_inputs = weights, activations
+            self.connect()
             yield
         except BaseException:
             self.simulate, self.simulate_inputs = before
             with suppress(ValueError):      # siblings half smoothed: whoever quantizes puts all back
                 self.connect()
             raise
-        self.simulate, self.simulate_inputs = before
+        finally:
+            self.simulate, self.simulate_inputs = before
         self.connect()
 
     def connect(self) -> None:
@@ -238,6 +251,7 @@ class Model(Generates):
 
         batches: anything that the model can be called with, dictionaries included.
         """
+        self.must_compute()
         total, count = 0.0, 0
         for group in groups([make_batch(self.vocab_size, batch) for batch in batches], self.tokens_at_once):
             sums, counts = Pass(self, group, "loss").losses
@@ -251,6 +265,7 @@ class Model(Generates):
 
         token_ids: one long row of tokens. A rest shorter than a window is left out, unless it is all there is.
         """
+        self.must_compute()
         ids = integer_matrix(token_ids, "token_ids")
         check_vocabulary(ids, self.vocab_size, "token_ids")
         if window < 2 or ids.size < 2:
@@ -270,25 +285,3 @@ class Model(Generates):
     def __repr__(self) -> str:
         state = f"{sum(q.enabled for q in self.quantizers.values())} quantizers on" if self.quantized else "not quantized"
         return f"<modelq.Model {self.config.get('model_type')!r} from {str(self.checkpoint.path)!r}: {self.num_layers} layers, {state}>"
-
-
-def _runtime_of(checkpoint: Any, compute: str) -> Any:
-    """The runtime, and a check that the checkpoint holds every tensor that it will ask for, in the right shape."""
-    if compute == "auto":
-        features = _core.cpu_info()["features"].split()
-        compute = "bfloat16" if any(feature in features for feature in FAST_BFLOAT16) else "float32"
-    try:
-        runtime = _core.Runtime(*runtime_config(checkpoint.config), compute)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{checkpoint.path}: {error}") from error
-    for module in runtime.modules:
-        for tensor, shape in ((module["weight"], tuple(module["shape"])), (module["bias"], tuple(module["shape"][:1]))):
-            if tensor is None:
-                continue
-            if tensor not in checkpoint.tensors:
-                raise ValueError(f"{checkpoint.path}: no tensor {tensor!r}, which a {checkpoint.config.get('model_type')} model with this "
-                                 "config.json needs: is a file missing, or config.json another model's?")
-            if checkpoint.tensors[tensor].shape != shape:
-                raise ValueError(f"{checkpoint.tensors[tensor].file or checkpoint.path}: tensor {tensor!r} has shape "
-                                 f"{list(checkpoint.tensors[tensor].shape)}, config.json asks for {list(shape)}")
-    return runtime

@@ -79,6 +79,8 @@ OUT = option("--out", "the folder to make", type=Path, metavar="DIR")
 OVERWRITE = option("--overwrite", "replace what is there", action="store_true")
 DIALECT = option("--dialect", "how the checkpoint is written (default modelopt)", choices=DIALECTS)
 ENGINE = option("--engine", "chooses the dialect, and refuses what the engine does not load", choices=ENGINES)
+WEIGHTS_ONLY = option("--weights-only", "do not run the model, whatever its config.json asks for: for formats that need no data",
+                      action="store_true")
 DRY_RUN = option("--dry-run", "write nothing: say what would be done to which layers, how big the result is, and about how long it takes",
                  action="store_true")
 
@@ -115,7 +117,7 @@ class Command(NamedTuple):
 COMMANDS = (
     Command("quantize", "calibrate, quantize and export a checkpoint", "quantize_commands.quantize",
             [SOURCE, FORMAT, BLOCK_SIZE, ALGORITHM, KV_CACHE, CONFIG, *CALIBRATION, CHECKPOINT_DIR, OUT, OVERWRITE, DIALECT, ENGINE,
-             DRY_RUN, *COMPUTE, JSON],
+             DRY_RUN, WEIGHTS_ONLY, *COMPUTE, JSON],
             ["quantize path/to/model --format nvfp4 --out model-nvfp4",
              "quantize org/model --format int4_awq --engine vllm --out model-int4",
              "quantize path/to/model --format fp8 --kv-cache fp8 --dry-run"]),
@@ -147,12 +149,29 @@ COMMANDS = (
              option("second", "the same of the other model, such as an export of A", metavar="B"), PROMPT.but(required=True), *GENERATION,
              *COMPUTE, JSON],
             ["compare path/to/model model-nvfp4 --prompt 'What is a block scale?'"]),
+    Command("bench", "accuracy kept against decode speed, for exports and formats", "bench_commands.bench",
+            [SOURCE, option("directories", "exported folders of SRC to measure", nargs="*", metavar="DIR", type=Path),
+             FORMATS.but(help="measure these too, quantized and exported for the occasion"), BLOCK_SIZE, *CALIBRATION, *MEASUREMENT,
+             option("--decode-tokens", "tokens to decode when speed is measured (default 32)", type=count, default=32, metavar="N"),
+             option("--repeat", "times to measure speed; the best counts (default 3)", type=count, default=3, metavar="N"),
+             PLOT, OVERWRITE.but(help="replace pictures that are there"), *COMPUTE, JSON],
+            ["bench path/to/model model-nvfp4 model-fp8",
+             "bench path/to/model --formats nvfp4,fp8,int4_awq,int8 --plot bench.png --plot bench.svg"]),
+    Command("report", "one self-contained HTML page on an export", "report_commands.report",
+            [SOURCE.but(help="the unquantized checkpoint: a folder, a .gguf file or a hub id"), DIRECTORY,
+             OUT.but(help="the page to make (default report.html)", metavar="FILE", default=Path("report.html")), OVERWRITE, *MEASUREMENT,
+             option("--search", "the --checkpoint-dir of the AutoQuantize search that chose the formats, to show its scores", type=Path,
+                    metavar="DIR"),
+             *COMPUTE, JSON],
+            ["report path/to/model model-nvfp4 --out report.html", "report path/to/model model-6bit --search scores --text wiki.test.txt"]),
     Command("inspect", "the tensors of a checkpoint: formats, scales, bits per weight", "commands.inspect", [SOURCE, JSON],
             ["inspect model-nvfp4", "inspect model.gguf --json"]),
-    Command("convert", "write an exported folder in another dialect, without the original weights", "commands.convert",
+    Command("convert", "write an exported folder in another dialect, or a Megatron-LM, NeMo or GGUF model as a Hugging Face folder",
+            "commands.convert",
             [DIRECTORY, DIALECT.but(help="the one to write"), ENGINE.but(help="the dialect that this engine loads"),
              OUT.but(required=True), OVERWRITE, JSON],
-            ["convert model-nvfp4 --dialect compressed-tensors --out model-ct", "convert model-fp8 --engine transformers --out model-hf"]),
+            ["convert model-nvfp4 --dialect compressed-tensors --out model-ct", "convert model-fp8 --engine transformers --out model-hf",
+             "convert llama.nemo --out llama-hf", "convert megatron/checkpoints --out llama-hf"]),
     Command("verify", "would an engine load this export? exit code 1 if not", "commands.verify",
             [DIRECTORY, ENGINE.but(help="the one to ask for (default: all; then it is an error if none would load it)"),
              option("--source", "the unquantized checkpoint: also report how far the dequantized weights are from it", metavar="SRC"),

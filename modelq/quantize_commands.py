@@ -20,30 +20,40 @@ def quantize(args: Namespace) -> Report:
         return dry_run(args, config)
     if args.out is None:
         raise ValueError("--out DIR: say where the export goes (or --dry-run to see what it would be)")
-    import modelq
     from modelq.checkpoint.atomic import check_target
-    from modelq.export import check_exportable, export_hf_checkpoint
+    from modelq.export import check_exportable, export_hf_checkpoint, needs_data
     from modelq.quantization import quantize as quantize_model
+    from modelq.summary import high_precision_lines, unseen_lines
     from modelq.utils.dataset_utils import create_forward_loop
 
     check_target(Path(os.path.realpath(args.out)), args.overwrite)   # before the work that would be in vain
     steps = Steps()
     with steps("load"):
-        model = modelq.load(args.source, compute=args.compute, num_threads=args.threads)
+        model = opened(args)
         dialect = check_exportable(model, config, args.dialect, args.engine)
-        loader = calibration_data(args, model)
+        loader = calibration_data(args, model) if needs_data(model, config) else None
     with steps("calibrate"):
-        quantize_model(model, config, create_forward_loop(dataloader=loader), checkpoint_dir=args.checkpoint_dir)
+        loop = None if loader is None else create_forward_loop(dataloader=loader)
+        quantize_model(model, config, loop, checkpoint_dir=args.checkpoint_dir)
     with steps("export"):
         export_hf_checkpoint(model, args.out, overwrite=args.overwrite, dialect=args.dialect, engine=args.engine)
     before, after = stored_bytes(Path(model.checkpoint.path)), stored_bytes(args.out)
     on = sum(quantizer.enabled for quantizer in model.quantizers.values())
-    data = {**_asked(args), "out": str(args.out), "dialect": dialect, "samples": loader.num_samples, "bytes_before": before,
+    data = {**_asked(args, loader), "out": str(args.out), "dialect": dialect, "bytes_before": before,
             "bytes_after": after, "quantizers": on, "steps": [vars(step) for step in steps.done]}
     rows = [[step.name, f"{step.seconds:.1f} s", megabytes(step.peak_bytes)] for step in steps.done]
-    return Report(data, [(["step", "time", "peak memory"], rows), "",
-                         f"{args.out}: {megabytes(after)} (before: {megabytes(before)}), {on} quantizers, calibrated on "
-                         f"{loader.num_samples} samples of {args.calib}"])
+    return Report(data, [(["step", "time", "peak memory"], rows), *high_precision_lines(model), *unseen_lines(model), "",
+                         f"{args.out}: {megabytes(after)} (before: {megabytes(before)}), {on} quantizers, {_calibrated(args, loader)}"])
+
+
+def opened(args: Namespace) -> Any:
+    import modelq
+
+    return modelq.load(args.source, compute=args.compute, num_threads=args.threads, weights_only=args.weights_only)
+
+
+def _calibrated(args: Namespace, loader: Any) -> str:
+    return "without data" if loader is None else f"calibrated on {loader.num_samples} samples of {args.calib}"
 
 
 def calibration_data(args: Namespace, model: Any, pack: bool = False) -> Any:
@@ -52,25 +62,24 @@ def calibration_data(args: Namespace, model: Any, pack: bool = False) -> Any:
     return get_dataset_dataloader(args.calib, model.tokenizer, args.batch_size, args.samples, args.seq_len, pack=pack)
 
 
-def _asked(args: Namespace) -> dict[str, Any]:
+def _asked(args: Namespace, loader: Any) -> dict[str, Any]:
     return {"source": args.source, "format": str(args.config or args.format or "nvfp4"), "kv_cache": args.kv_cache,
-            "calibration": str(args.calib)}
+            "calibration": None if loader is None else str(args.calib), "samples": 0 if loader is None else loader.num_samples}
 
 
 # --dry-run -----------------------------------------------------------------------------------------------------------------------
 
 def dry_run(args: Namespace, config: dict[str, Any]) -> Report:
-    import modelq
     from modelq.estimate import estimate
-    from modelq.export.check import planned_export
+    from modelq.export.check import needs_data, planned_export
 
-    model = modelq.load(args.source, compute=args.compute, num_threads=args.threads)
+    model = opened(args)
     probe, plan = planned_export(model, config, args.dialect, args.engine)
-    loader = calibration_data(args, model)
+    loader = calibration_data(args, model) if needs_data(model, config) else None
     layers = planned_layers(probe, plan)
     bytes_before, bytes_after = stored_bytes(Path(model.checkpoint.path)), sum(info.nbytes for info in plan.tensors)
     guess = estimate(model, config, loader, plan)
-    data = {**_asked(args), "dry_run": True, "dialect": plan.dialect, "samples": loader.num_samples, "layers": layers,
+    data = {**_asked(args, loader), "dry_run": True, "dialect": plan.dialect, "layers": layers,
             "kv_cache_format": plan.cache.algorithm, "bytes_before": bytes_before, "bytes_after": bytes_after,
             "estimated_seconds": {"calibrate": guess.calibrate, "export": guess.export}}
     rows = [[row["pattern"], row["count"], "x".join(map(str, row["shape"])), row["format"] or "as it is", row["inputs"] or "-",
@@ -79,8 +88,8 @@ def dry_run(args: Namespace, config: dict[str, Any]) -> Report:
     cache = f", keys and values in {plan.cache.algorithm}" if plan.cache.algorithm else ""
     return Report(data, [(header, rows), "",
                          f"{megabytes(bytes_after)} in the {plan.dialect} dialect (now: {megabytes(bytes_before)}){cache}",
-                         f"about {duration(guess.seconds)} on this machine: {duration(guess.calibrate)} to calibrate on "
-                         f"{loader.num_samples} samples of {args.calib}, {duration(guess.export)} to export; nothing was written"])
+                         f"about {duration(guess.seconds)} on this machine: {duration(guess.calibrate)} for scales, "
+                         f"{_calibrated(args, loader)}, {duration(guess.export)} to export; nothing was written"])
 
 
 def planned_layers(probe: Any, plan: Any) -> list[dict[str, Any]]:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from modelq.attributes import QuantizerAttributeConfig
+from modelq.checkpoint.matrices import LEFT_ALONE
 from modelq.experts import place_of
+from modelq.foreign import others_of
 from modelq.quantizers import KV_CAST_AMAX, MICROSCALING, stage_quantizers
 from modelq.rotation import rotation_of
 from modelq.rules import Setting, describe_rule, stages
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from modelq.model import Model
 
 SUMMARY_FILE = ".quant_summary.txt"
+FOREIGN = "copied: not part of the model that is computed"
 CALIBRATORS = {"histogram": "HistogramCalibrator"}
 
 
@@ -97,6 +100,8 @@ def high_precision_lines(model: Model) -> list[str]:
         if module.get("weight") and (why := why_high_precision(model, module)) is not None:
             name = re.sub(r"(?<=\.)\d+(?=\.)", "*", module["name"])
             reasons.setdefault((name, why), []).append(module["layer"])
+    for row in () if model.weights_only else others_of(model):
+        reasons.setdefault((re.sub(r"(?<=\.)\d+(?=\.)", "*", row["name"]), FOREIGN), []).append(-1)
     if not reasons:
         return []
     return ["", "In high precision:"] + [f"  {name:78} {why}{_which(layers, model.num_layers)}" for (name, why), layers in reasons.items()]
@@ -108,9 +113,11 @@ def why_high_precision(model: Model, module: dict[str, Any]) -> str | None:
         return None
     setting = model.settings.get(place_of(model, f"{module['name']}.weight_quantizer").name)
     if setting is None:
-        return f"{module['kind']}: not a kind that is quantized"
+        return LEFT_ALONE.get(module["kind"], f"{module['kind']}: not a kind that is quantized")
     if setting.enable and model.quantized:
         return None
+    if setting.why:
+        return setting.why
     if setting.rule is None or (setting.rule.quantizer_name == "*" and setting.rule.parent_class is None):
         return "no rule switched it on"
     return f"switched off by rule {describe_rule(setting.rule)}"

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-CORE = ["csrc/core/error.c", "csrc/format/format.c"]        # what kernels' launchers need of the C side
+CORE = ["csrc/core/alloc.c", "csrc/core/error.c", "csrc/format/format.c"]        # what the CUDA library needs of the C side
 EMULATED, LIBRARY = "libmodelq_cuda_emulated.so", "libmodelq_cuda.so"
 # What is shipped: Ampere, its consumer GPUs, Ada, Hopper, Blackwell (90a, 100a: with what only they have), and PTX for what comes.
 SHIPPED = ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "compute_100"]
@@ -55,7 +55,7 @@ def emulated(folder: Path, sanitize: bool = False, root: Path = ROOT, only: list
         commands.append([*language, *GXX, *extra, *includes, "-c", str(path), "-o", objects[-1]])
     run(commands)
     library = folder / EMULATED
-    run([["g++", "-shared", "-pthread", *extra, *objects, "-o", str(library)]])
+    run([["g++", "-shared", "-pthread", *extra, *objects, "-ldl", "-o", str(library)]])
     return library
 
 

@@ -284,7 +284,7 @@ def test_modules(llama):
     by_name = {module["name"]: module for module in modules}
     assert by_name["model.layers.1.self_attn.k_proj"] == {
         "name": "model.layers.1.self_attn.k_proj", "kind": "linear", "layer": 1, "shape": (32, 32),
-        "weight": "model.layers.1.self_attn.k_proj.weight", "bias": None, "site": "model.layers.1.self_attn.input", "expert": None}
+        "weight": "model.layers.1.self_attn.k_proj.weight", "bias": None, "site": "model.layers.1.self_attn.input", "expert": None, "offset": 0}
     assert by_name["lm_head"]["weight"] == "model.embed_tokens.weight" and by_name["lm_head"]["layer"] == -1
     assert by_name["model.layers.0.input_layernorm"]["kind"] == "norm" and by_name["model.layers.0.input_layernorm"]["shape"] == (32,)
     assert set(llama.runtime.layer_tensors(0)) | set(llama.runtime.layer_tensors(1)) | set(llama.runtime.head_tensors()) == set(llama.tensors)
@@ -349,7 +349,7 @@ def test_bad_weights_are_named(llama):
 
 @pytest.mark.parametrize("changes, message", [
     ({"hidden_size": None}, "hidden_size is missing"), ({"num_key_value_heads": 3}, "not a multiple"), ({"head_dim": 7}, "odd"),
-    ({"rope_type": "yarn"}, "rope_type \"yarn\" is not supported"), ({"hidden_act": "gelu"}, "gelu"), ({"vocab_size": 0}, "vocab_size"),
+    ({"rope_type": "ntk"}, "rope_type \"ntk\" is not supported"), ({"hidden_act": "gelu"}, "gelu"), ({"vocab_size": 0}, "vocab_size"),
     ({"rope_type": "llama3"}, "rope_original_max"), ({"rope_theta": 0}, "rope_theta"), ({"num_hidden_layers": -1}, "num_hidden_layers"),
     ({"layer_windows": [1]}, "layer_windows has 1 entries for 2 layers")])
 def test_bad_configs(changes, message):

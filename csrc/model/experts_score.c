@@ -138,7 +138,7 @@ static int see_rows(mq_experts_score *score, const mq_observed *rows, mq_error *
         const void *in = mq_score_quantized(candidate->input, input, rows->input, &outer);
         mq_linear_forward(gate, in, &candidate->linears[0], 0, &outer);
         mq_linear_forward(up, in, &candidate->linears[1], 0, &outer);
-        mq_swiglu_forward(gate, up, &narrow);
+        mq_gate_forward(gate, up, rows->gate, &narrow);
         in = mq_score_quantized(candidate->product, up + product, gate, &narrow);
         mq_linear_forward(made, in, &candidate->linears[2], 0, &narrow);
         change_job job = {.change = candidate->change, .made = made, .was = rows->output, .rows = rows};

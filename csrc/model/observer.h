@@ -19,6 +19,7 @@ typedef struct mq_observed {
     int64_t expert;                 /* -1: none */
     const int64_t *tokens;          /* (rows): rows of the run; NULL = from first on */
     const float *shares;            /* (rows) */
+    const struct mq_gate *gate;     /* its activation (ops.h) */
 } mq_observed;
 
 typedef struct mq_observer {

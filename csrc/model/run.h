@@ -37,7 +37,7 @@ typedef struct mq_run {
     char *hidden;                /* (rows, C) of runtime->dtype */
     mq_dispatch dispatch;
     mq_cache *cache;             /* not owned; NULL = sequences are whole */
-    mq_rope_table rope;          /* empty where the cache has one */
+    mq_ropes ropes;              /* empty where the cache has some */
     mq_scratch *scratch;         /* one per worker */
     mq_spare spare;              /* for statistics, from layer to layer */
     int workers;
@@ -59,6 +59,9 @@ int mq_run_init(mq_run *run, mq_runtime *runtime, const mq_batch_input *batches,
                 mq_cache *cache, mq_error *err);
 void mq_run_free(mq_run *run);
 size_t mq_run_nbytes(const mq_run *run);
+
+/* What embeddings are multiplied by. */
+double mq_embedding_factor(const mq_runtime *runtime);
 
 /* The hidden states of all rows where the run now is (mq_run_state_nbytes), and back to where a run over the same
  * batches had them: layer is the one that comes next. */

@@ -27,8 +27,10 @@ int mq_dispatch_begin(mq_run *run, mq_error *err)
         it->sums = mq_alloc(sums_nbytes(run));
     }
     if (it->routes.experts != NULL && it->routes.shares != NULL && it->start != NULL && it->counted != NULL &&
-        it->tokens != NULL && it->shares != NULL && it->sums != NULL)
+        it->tokens != NULL && it->shares != NULL && it->sums != NULL) {
+        memset(it->sums, 0, sums_nbytes(run));
         return MQ_OK;
+    }
     mq_dispatch_free(it);
     return mq_fail_memory(err, "the sums of the experts", sums_nbytes(run));
 }
@@ -64,7 +66,6 @@ void mq_dispatch_rows(mq_run *run, int64_t layer)
     const int64_t top_k = it->routes.top_k, choices = run->rows * top_k;
     memset(it->start, 0, (size_t)(experts + 1) * sizeof *it->start);
     memset(it->counted, 0, (size_t)experts * sizeof *it->counted);
-    memset(it->sums, 0, sums_nbytes(run));
     for (int64_t i = 0; i < choices; i++)
         if (it->routes.experts[i] + 2 <= experts) it->start[it->routes.experts[i] + 2]++;
     for (int64_t e = 2; e <= experts; e++) it->start[e] += it->start[e - 1];
@@ -126,7 +127,7 @@ static int run_loaded(mq_run *run, int64_t index, int64_t expert, mq_error *err)
 static void finish_layer(mq_run *run)
 {
     mq_row_sizes sizes = {.rows = run->rows, .width = run->runtime->config.hidden_size, .dtype = run->runtime->dtype};
-    mq_add_forward(run->hidden, run->dispatch.sums, &sizes);
+    mq_add_scaled_forward(run->hidden, run->dispatch.sums, run->runtime->config.residual_multiplier, &sizes);
     run->next_layer = run->dispatch.layer + 1;
     run->dispatch.layer = -1;
 }

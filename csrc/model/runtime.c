@@ -45,7 +45,7 @@ static void add_layer_module(mq_runtime *runtime, int64_t index, const mq_layer_
     set_expert_name(module->name, prefix, row->name, expert, "");
     if (*row->site) set_expert_name(module->site, prefix, row->site, expert, "");
     if (row->kind != MQ_MODULE_ATTENTION && row->kind != MQ_MODULE_EXPERTS)
-        set_expert_name(module->weight, prefix, row->name, expert, ".weight");
+        set_expert_name(module->weight, prefix, row->name, expert, row->kind == MQ_MODULE_VECTOR ? "" : ".weight");
     if (mq_condition_holds(runtime->family, config, 0, row->bias)) set_name(module->bias, prefix, row->name, ".bias");
 }
 
@@ -132,24 +132,31 @@ static void bind_linear(mq_runtime *runtime, const mq_module *module)
     };
 }
 
-static void bind_layers(mq_runtime *runtime, const int64_t *windows)
+static void bind_layer(mq_runtime *runtime, int64_t index, const mq_per_layer *per_layer)
+{
+    mq_layer *layer = &runtime->layers[index];
+    layer->q.site = 2 * MQ_ROLE_COUNT;
+    layer->k.site = 2 * MQ_ROLE_COUNT + 1;
+    layer->v.site = 2 * MQ_ROLE_COUNT + 2;
+    layer->window = per_layer->windows ? per_layer->windows[index] : runtime->config.sliding_window;
+    layer->chunk = per_layer->chunks ? per_layer->chunks[index] : 0;
+    layer->rope = per_layer->ropes ? (int)per_layer->ropes[index] : MQ_LAYER_ROPE;
+    runtime->layer_ropes |= 1u << layer->rope;
+}
+
+static void bind_layers(mq_runtime *runtime, const mq_per_layer *per_layer)
 {
     for (size_t i = 0; i < runtime->module_count; i++) {
         const mq_module *module = &runtime->modules[i];
         runtime->by_name[i] = module;
         if (module->layer < 0) continue;
         mq_layer *layer = &runtime->layers[module->layer];
-        layer->window = windows ? windows[module->layer] : runtime->config.sliding_window;
         if (module->kind == MQ_MODULE_ATTENTION) layer->attention_name = module->name;
         if (module->kind == MQ_MODULE_EXPERTS) layer->experts = runtime->config.num_experts;
         if (module->kind == MQ_MODULE_LINEAR || module->kind == MQ_MODULE_ROUTER) bind_linear(runtime, module);
+        if (module->kind == MQ_MODULE_NORM) layer->widths[module->role] = module->shape[0];
     }
-    for (int64_t i = 0; i < runtime->config.num_hidden_layers; i++) {
-        mq_layer *layer = &runtime->layers[i];
-        layer->q.site = 2 * MQ_ROLE_COUNT;
-        layer->k.site = 2 * MQ_ROLE_COUNT + 1;
-        layer->v.site = 2 * MQ_ROLE_COUNT + 2;
-    }
+    for (int64_t i = 0; i < runtime->config.num_hidden_layers; i++) bind_layer(runtime, i, per_layer);
     qsort(runtime->by_name, runtime->module_count, sizeof *runtime->by_name, by_name);
 }
 
@@ -166,7 +173,7 @@ int mq_runtime_init(mq_runtime *runtime, const mq_family *family, const mq_confi
     if (rc != MQ_OK) goto done;
     runtime->layers = mq_alloc_zeroed(layers * sizeof *runtime->layers);
     if (runtime->layers == NULL) rc = mq_fail_memory(err, "the layers", layers * sizeof *runtime->layers);
-    else bind_layers(runtime, per_layer->windows);
+    else bind_layers(runtime, per_layer);
 done:
     if (rc != MQ_OK) mq_runtime_free(runtime);
     return rc;
@@ -285,6 +292,14 @@ float *mq_read_vector(const mq_tensor *tensor, mq_dtype dtype, const char *name,
     return NULL;
 }
 
+float *mq_read_norm(const mq_runtime *runtime, const mq_tensor *tensor, const char *name, mq_error *err)
+{
+    float *weight = mq_read_vector(tensor, runtime->dtype, name, err);
+    const int plus_one = (runtime->family->flags & MQ_FAMILY_NORM_PLUS_ONE) != 0;
+    for (int64_t i = 0; weight != NULL && plus_one && i < tensor->shape[0]; i++) weight[i] += 1.0f;
+    return weight;
+}
+
 static int load_module(mq_runtime *runtime, const mq_module *module, const mq_named_tensor *tensors, size_t count,
                        mq_error *err)
 {
@@ -292,8 +307,10 @@ static int load_module(mq_runtime *runtime, const mq_module *module, const mq_na
     mq_linear *linear = &layer->linears[module->role];
     const mq_tensor *weight = mq_find_tensor(tensors, count, module->weight, module->shape, module->ndim, err);
     if (weight == NULL) return err->code;
-    if (module->kind == MQ_MODULE_NORM) {
-        layer->norms[module->role] = mq_read_vector(weight, runtime->dtype, module->weight, err);
+    if (module->kind == MQ_MODULE_NORM || module->kind == MQ_MODULE_VECTOR) {
+        layer->norms[module->role] = module->kind == MQ_MODULE_NORM
+                                         ? mq_read_norm(runtime, weight, module->weight, err)
+                                         : mq_read_vector(weight, MQ_F32, module->weight, err);
         return layer->norms[module->role] == NULL ? err->code : MQ_OK;
     }
     if (module->bias[0] != '\0') {

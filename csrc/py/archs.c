@@ -31,7 +31,7 @@ static PyObject *flag_list(unsigned flags)
 
 static int may_hold(const mq_family *family, mq_condition condition)
 {
-    static const mq_config all = {.attention_bias = 1, .mlp_bias = 1};
+    static const mq_config all = {.attention_bias = 1, .mlp_bias = 1, .qkv_bias = 1};
     int moe = (family->flags & MQ_FAMILY_MOE) != 0;
     return mq_condition_holds(family, &all, 0, condition) || (moe && mq_condition_holds(family, &all, 1, condition));
 }
@@ -41,13 +41,14 @@ static int has_tensors(const mq_layer_module *row)
     return row->kind != MQ_MODULE_ATTENTION && row->kind != MQ_MODULE_EXPERTS;
 }
 
+/* suffix: "" for a tensor that is no module's. */
 static int add_template(PyObject *list, const char *name, const char *suffix)
 {
     const char *mark = strchr(name, '#');
     char expert[MQ_NAME_SIZE];
     if (mark != NULL)
         PyOS_snprintf(expert, sizeof expert, "%.*s{expert}%s", (int)(mark - name), name, mark + 1);
-    return append(list, PyUnicode_FromFormat("model.layers.{layer}.%s.%s", mark ? expert : name, suffix));
+    return append(list, PyUnicode_FromFormat("model.layers.{layer}.%s%s", mark ? expert : name, suffix));
 }
 
 /* Every tensor that a model of the family may have. */
@@ -58,8 +59,9 @@ static PyObject *tensor_list(const mq_family *family)
     PyObject *list = Py_BuildValue("[sss]", "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight");
     for (size_t i = 0; list != NULL && i < count; i++) {
         if (!has_tensors(&table[i]) || !may_hold(family, table[i].present)) continue;
-        if (add_template(list, table[i].name, "weight") < 0 ||
-            (may_hold(family, table[i].bias) && add_template(list, table[i].name, "bias") < 0))
+        const char *suffix = table[i].kind == MQ_MODULE_VECTOR ? "" : ".weight";
+        if (add_template(list, table[i].name, suffix) < 0 ||
+            (may_hold(family, table[i].bias) && add_template(list, table[i].name, ".bias") < 0))
             Py_CLEAR(list);
     }
     return list;

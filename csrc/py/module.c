@@ -4,9 +4,9 @@
 #include "core/mq.h"
 
 static const mq_py_part *const parts[] = {
-    &mq_py_archs, &mq_py_backward, &mq_py_blocks, &mq_py_calibrator, &mq_py_cuda, &mq_py_decoder, &mq_py_faults,
-    &mq_py_formats, &mq_py_gram_loss, &mq_py_ndarray, &mq_py_observer, &mq_py_quantizer, &mq_py_repack, &mq_py_run,
-    &mq_py_runtime, &mq_py_search, &mq_py_straight_through, &mq_py_system,
+    &mq_py_archs, &mq_py_backward, &mq_py_blocks, &mq_py_calibrator, &mq_py_cuda, &mq_py_cuda_arrays, &mq_py_decoder,
+    &mq_py_faults, &mq_py_formats, &mq_py_gram_loss, &mq_py_ndarray, &mq_py_observer, &mq_py_quantizer, &mq_py_repack,
+    &mq_py_run, &mq_py_runtime, &mq_py_search, &mq_py_straight_through, &mq_py_system,
 };
 
 static int core_exec(PyObject *module)

@@ -35,6 +35,7 @@ extern const mq_py_part mq_py_backward;
 extern const mq_py_part mq_py_blocks;
 extern const mq_py_part mq_py_calibrator;
 extern const mq_py_part mq_py_cuda;
+extern const mq_py_part mq_py_cuda_arrays;
 extern const mq_py_part mq_py_decoder;
 extern const mq_py_part mq_py_faults;
 extern const mq_py_part mq_py_formats;

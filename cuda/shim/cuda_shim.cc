@@ -447,8 +447,8 @@ void mq_shim_free(void *memory)
     free(memory);
 }
 #else
-/* The end of what is asked for, up to 15 bytes, lies at the end of a page. */
-void *mq_shim_alloc(size_t nbytes)
+/* The end of what is asked for, up to 15 bytes, lies at the end of a page. Called with the lock held. */
+static void *find_place(size_t nbytes)
 {
     const size_t size = (nbytes + 15) / 16 * 16, pages = (size + PAGE_BYTES - 1) / PAGE_BYTES * PAGE_BYTES;
     for (auto &array : arrays) {
@@ -461,13 +461,23 @@ void *mq_shim_alloc(size_t nbytes)
     return NULL;
 }
 
+void *mq_shim_alloc(size_t nbytes)
+{
+    pthread_mutex_lock(&one_at_a_time);
+    void *memory = find_place(nbytes);
+    pthread_mutex_unlock(&one_at_a_time);
+    return memory;
+}
+
 void mq_shim_free(void *memory)
 {
+    pthread_mutex_lock(&one_at_a_time);
     for (auto &array : arrays) {
         if (array.map == NULL || array.memory != memory) continue;
         munmap(array.map, array.nbytes + PAGE_BYTES);
         array = {NULL, 0, NULL};
     }
+    pthread_mutex_unlock(&one_at_a_time);
 }
 #endif
 

@@ -12,19 +12,21 @@ from modelq import _core
 from modelq.algorithms import HISTOGRAM
 from modelq.arrays import give_back, take
 from modelq.attributes import QuantizerAttributeConfig
+from modelq.nn.on_device import OnDevice
 from modelq.quantizers import (Found, attributes_need_amax, core_quantizer, found_values, set_constant_amax, set_found_values, stage_amax,
                                without_rounding)
 
 STATE = ("amax", "pre_quant_scale", "bias", "global_amax")
 
 
-class TensorQuantizer:
+class TensorQuantizer(OnDevice):
     """Rounds arrays to the numbers of a format, or looks at them first to find the range (calibration).
 
     quant_attribute_cfg: attributes as in a config's "cfg" (a dictionary or QuantizerAttributeConfig); None: 8-bit integers, one scale for
-    the tensor. Called on an array (NumPy, torch, JAX, anything with DLPack, on the CPU) it returns one of the same framework, dtype and
-    shape. if_quant: rounds; if_calib: takes note of what passes, for `load_calib_amax`; both may be on. Errors: ValueError for attributes
-    that make no quantizer, for NaN or infinity seen by a calibration, and when it has to round without knowing a range.
+    the tensor. Called on an array (NumPy, torch, JAX, anything with DLPack) it returns one of the same framework, dtype and shape; arrays
+    on a CUDA device stay there, where modelq has its CUDA library (modelq.cuda). if_quant: rounds; if_calib: takes note of what passes, for
+    `load_calib_amax`; both may be on. Errors: ValueError for attributes that make no quantizer, for NaN or infinity seen by a calibration,
+    and when it has to round without knowing a range.
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> TensorQuantizer:
@@ -149,11 +151,15 @@ class TensorQuantizer:
     def reset_calibrator(self) -> None:
         """Forget what was seen."""
         self._maxima: np.ndarray | None = None
+        self._pending = []
         kind = self.attributes.calibrator if isinstance(self.attributes.calibrator, str) else "max"
         self._statistics = _core.Calibrator("histogram", None, HISTOGRAM["num_bins"]) if kind == "histogram" else None
 
     def collect(self, x: Any) -> None:
         """Look at an array, as it is."""
+        library = self._library_for(x) if self._statistics is None else None
+        if library is not None and (0 in x.shape or self._collect_there(library, x)):
+            return
         array = take(x, self.name)
         if self._statistics is not None:
             self._statistics.collect(array)
@@ -169,6 +175,7 @@ class TensorQuantizer:
 
     def compute_amax(self, method: str = "entropy", **options: Any) -> np.ndarray | None:
         """What the calibration found; None if nothing passed. method: of histograms (entropy, percentile or mse)."""
+        self._bring_over()
         if self._statistics is None:
             return self._maxima
         bits = self.num_bits if isinstance(self.num_bits, int) else 0
@@ -193,16 +200,29 @@ class TensorQuantizer:
         looks, rounds = self._if_calib and self.is_enabled, self._if_quant and self.is_enabled
         if not prepares and not looks and not rounds:
             return x
+        library = self._library_for(x)
+        if library is not None:
+            return x if 0 in x.shape else self._call_there(library, x, prepares, looks, rounds)
         array = take(x, self.name)
         if array.size == 0:
             return x
         if looks:
             self.collect(without_rounding(self.core)(array) if prepares else array)
         if rounds:
-            if self.needs_calibration and self.core.amax is None and not self._is_plain_cast:
-                raise ValueError(f"{self.name}: no amax yet: calibrate first, or set amax")
+            self._check_range()
             return give_back(self._as_it_came(self.core(self.as_rows(array)), array), x)
         return give_back(without_rounding(self.core)(array), x) if prepares else x
+
+    def _call_there(self, library: Any, x: Any, prepares: bool, looks: bool, rounds: bool) -> Any:
+        if looks:
+            self.collect(self._round_there(library, x, True) if prepares else x)
+        if rounds:
+            self._check_range()
+        return self._round_there(library, x, not rounds) if rounds or prepares else x
+
+    def _check_range(self) -> None:
+        if self.needs_calibration and self.core.amax is None and not self._is_plain_cast:
+            raise ValueError(f"{self.name}: no amax yet: calibrate first, or set amax")
 
     def as_rows(self, array: np.ndarray) -> np.ndarray:
         """As the core takes it: channels of an array that is no matrix (convolutions, vectors) are rows; where a cache [batch, heads,
@@ -223,14 +243,19 @@ class TensorQuantizer:
 
     def prepared(self, x: Any) -> Any:
         """What would be rounded of an array: times pre_quant_scale, rotated."""
-        return give_back(without_rounding(self.core)(take(x, self.name)), x)
+        library = self._library_for(x)
+        return give_back(without_rounding(self.core)(take(x, self.name)), x) if library is None else self._round_there(library, x, True)
 
     def gradient(self, gradient: Any, x: Any = None) -> Any:
         """The gradient of a loss by what was given, from that by what came out: straight through; with x, what was given, nothing passes
-        where its magnitude is above amax. Arrays alike, of any framework, on the CPU."""
-        core, array = self.core if x is not None else without_rounding(self.core), take(gradient, self.name)
+        where its magnitude is above amax. Arrays alike, of any framework."""
+        core = self.core if x is not None else without_rounding(self.core)
         if x is None and core.pre_quant_scale is None and not core.rotate:
             return gradient
+        library = self._library_for(gradient) if not core.rotate else None
+        if library is not None:
+            return self._gradient_there(library, core, gradient, x)
+        array = take(gradient, self.name)
         rows = self.as_rows(array)
         made = _core.straight_through(core, rows if x is None else self.as_rows(take(x, self.name)), rows)
         return give_back(self._as_it_came(made, array), gradient)
@@ -253,6 +278,7 @@ class TensorQuantizer:
         memo[id(self)] = made
         made.core.enabled, made.core.rotate = self.core.enabled, self.core.rotate
         set_found_values(made.core, found_values(self.core))
+        self._bring_over()
         made._maxima = copy.copy(self._maxima)
         if self._statistics is not None and made._statistics is not None:
             made._statistics.load(self._statistics.save())
