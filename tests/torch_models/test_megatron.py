@@ -86,6 +86,20 @@ def test_experts_per_rank(split, tmp_path):
     check(tmp_path / "megatron", make("mixtral"), tmp_path)
 
 
+def test_virtual_stages(tmp_path):
+    """An interleaved pipeline: the first of two ranks has layers 0 and 2, the second 1 and 3."""
+    model = make("llama")
+    write_ranks(model, tmp_path / "four", pipeline=4)
+    stages = [torch.load(tmp_path / "four" / "iter_0000007" / f"mp_rank_00_00{rank}" / "model_optim_rng.pt", weights_only=False)
+              for rank in range(4)]
+    for rank in range(2):
+        folder = tmp_path / "two" / f"mp_rank_00_00{rank}"
+        folder.mkdir(parents=True)
+        torch.save({"args": stages[0]["args"], "model0": stages[rank]["model"], "model1": stages[rank + 2]["model"]},
+                   folder / "model_optim_rng.pt")
+    check(tmp_path / "two", model, tmp_path)
+
+
 LEGACY = (("self_attention.linear_qkv.layer_norm_weight", "input_norm.weight"), ("mlp.linear_fc1.layer_norm_weight", "post_attention_norm.weight"),
           ("self_attention.linear_qkv.", "self_attention.query_key_value."), ("self_attention.linear_proj.", "self_attention.dense."),
           ("linear_fc1.", "dense_h_to_4h."), ("linear_fc2.", "dense_4h_to_h."), ("decoder.final_layernorm", "decoder.final_norm"))
