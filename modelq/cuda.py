@@ -24,7 +24,7 @@ CUBLAS = "libcublasLt.so.13"
 _PACKAGE_FOLDERS = ("cu13/lib", "cublas/lib")       # below the nvidia packages' common folder: since CUDA 13, and before
 
 
-class CudaUnavailable(RuntimeError):
+class CudaUnavailable(OSError):
     """No GPU can be used; the text says what is missing and how to get it."""
 
 

@@ -290,7 +290,8 @@ static int open_all(mq_device *device, const mq_device_options *options, mq_erro
     }
     if (rc == MQ_OK) rc = open_gemm(device, options->cublas, err);
     for (int i = 0; rc == MQ_OK && i < 2; i++)
-        rc = mq_device_take(device, (void **)&device->staged[i], (size_t)device->piece_nbytes, "pieces of weights", err);
+        rc = mq_device_take(device, (void **)&device->staged[i], (size_t)device->piece_nbytes, "pieces of weights",
+                            err);
     if (rc == MQ_OK)
         rc = mq_device_take(device, (void **)&device->maxima, MQ_MAXIMA * sizeof *device->maxima, "maxima", err);
     return rc;

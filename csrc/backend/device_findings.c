@@ -180,8 +180,8 @@ static int collect_here(mq_calib *const *others, const mq_calib_rows *rows, mq_e
     return rc;
 }
 
-static int collect_copy(mq_calib *const *others, const char *x, const mq_cuda_matrix *shape, const mq_device_chunk *chunk,
-                        const mq_layer_context *context, mq_error *err)
+static int collect_copy(mq_calib *const *others, const char *x, const mq_cuda_matrix *shape,
+                        const mq_device_chunk *chunk, const mq_layer_context *context, mq_error *err)
 {
     const size_t stride = (size_t)shape->cols * mq_dtype_size(shape->dtype);
     int rc = MQ_OK;

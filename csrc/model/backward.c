@@ -17,7 +17,7 @@ int mq_backward_init(mq_backward *back, mq_run *run, const mq_weight_gradient *w
         return mq_fail(err, MQ_ERR_STATE, "backward: the run has not been through all layers (next is %lld of %lld)",
                        (long long)run->next_layer, (long long)layers);
     if (run->runtime->elsewhere != NULL)
-        return mq_fail(err, MQ_ERR_STATE, "backward: is computed on the CPU only; Runtime.use_device(None) comes first");
+        return mq_fail(err, MQ_ERR_STATE, "backward: is computed on the CPU; Runtime.use_device(None) comes first");
     back->run = run;
     back->wanted = wanted;
     back->wanted_count = count;

@@ -5,8 +5,8 @@
 const char mq_runtime_use_device_doc[] =
 "use_device($self, library, index=0, memory=0, cublas=None)\n--\n\n"
 "Compute layers, logits and losses on a CUDA device from now on, by a CudaLibrary; None: on the CPU again.\n\n"
-"memory: bytes of the device that may be used, 0 = nine tenths of what is free. cublas: the path of cuBLASLt; None: as\n"
-"the loader finds it. Weights that are loaded are dropped. ValueError: the family needs what a device does not\n"
+"memory: bytes of the device that may be used, 0 = nine tenths of what is free. cublas: the path of cuBLASLt; None:\n"
+"as the loader finds it. Weights that are loaded are dropped. ValueError: the family needs what a device does not\n"
 "compute; MemoryError: not even workspace fits; RuntimeError: something else is missing.";
 
 static int drop_layers(RuntimeObject *self)
