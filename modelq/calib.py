@@ -5,19 +5,24 @@
         calibrator.collect(batch)                  # NumPy, ml_dtypes, or any DLPack producer (a torch tensor), on the CPU
     amax = calibrator.compute_amax("entropy")
 
+`observe` shows calibrators what reaches the quantizers of a native model.
 The same statistics are what quantize() collects on its way through a model (csrc/calib); these classes hold a
 `_core.Calibrator`, `calibrator.statistics`, which may also be given to a Runtime's set_calibrator.
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from modelq import _core
 
-__all__ = ["GramCalibrator", "HistogramCalibrator", "MaxCalibrator", "MeanCalibrator"]
+if TYPE_CHECKING:
+    from modelq.model import Model
+
+__all__ = ["GramCalibrator", "HistogramCalibrator", "MaxCalibrator", "MeanCalibrator", "observe"]
 
 
 class _Calibrator:
@@ -167,3 +172,35 @@ class MeanCalibrator(_Calibrator):
     def compute_mean(self) -> np.ndarray | None:
         """float32 [C]; None if nothing was collected. ValueError if NaN or an infinity was seen."""
         return self.statistics.compute_amax()
+
+
+# On a model ----------------------------------------------------------------------------------------------------------------------
+
+def observe(model: Model, batches: Iterable[Any], calibrators: Mapping[str, _Calibrator]) -> None:
+    """Show calibrators the activations that come to quantizers of a native model, as it computes now: to draw them, or to find ranges by
+    a rule of one's own.
+
+    Args:
+        model: from modelq.load, quantized or not; it stays as it is.
+        batches: anything that the model can be called with, dictionaries included.
+        calibrators: by the full name of an activation's quantizer, such as "model.layers.0.mlp.down_proj.input_quantizer". They see
+            [..., C] values before rounding, padding left out. Linears that read one tensor may share one.
+
+    Raises:
+        KeyError: the model has no such place. TypeError: it is no native model. ValueError: there is no batch.
+    """
+    from modelq import streaming
+    from modelq.inputs import groups, make_batch
+    from modelq.model import Model
+
+    if not isinstance(model, Model):
+        raise TypeError(f"observe: expected a model from modelq.load, got {type(model).__name__}")
+    made = [make_batch(model.vocab_size, batch) for batch in batches]
+    if not made:
+        raise ValueError("observe: there is no batch to show")
+    with ExitStack() as stack:
+        for name, calibrator in calibrators.items():
+            model.runtime.set_calibrator(name, calibrator.statistics)
+            stack.callback(model.runtime.set_calibrator, name, None)
+        for group in groups(made, model.tokens_at_once):
+            streaming.forward(model, group, "observe")

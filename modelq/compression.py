@@ -25,6 +25,7 @@ from modelq.rules import stages
 from modelq.smoothing import as_loaded, own_weight, stated_weight
 from modelq.stated import own_weight_amax, stated_weight_amax
 from modelq.torch_models import is_torch_model
+from modelq.undoing import all_or_nothing
 
 if TYPE_CHECKING:
     from modelq.model import Model
@@ -165,10 +166,11 @@ def fold_weight(model: Model, keep_attrs: bool = False) -> Model:
         quantizers[name] = make_quantizer(settings[name])
         if keep_attrs:
             quantizers[name].amax = stage_quantizers(model.quantizers[name])[0].amax
-    model.checkpoint = FoldedCheckpoint(frozen, rows)
-    model.settings, model.quantizers = settings, quantizers
-    model.packed = {}
-    model.connect()
+    with all_or_nothing(model):
+        model.checkpoint = FoldedCheckpoint(frozen, rows)
+        model.settings, model.quantizers = settings, quantizers
+        model.packed = {}
+        model.connect()
     return model
 
 

@@ -207,16 +207,17 @@ class Model(Generates):
         """Within it, the model computes with quantized weights, quantized activations, both or none. What changes no values but for
         rounding stays: smoothing, rotations, branches of low rank beside what is left of weights."""
         before = self.simulate, self.simulate_inputs
-        self.simulate, self.simulate_inputs = weights, activations
-        self.connect()
         try:
+            self.simulate, self.simulate_inputs = weights, activations
+            self.connect()
             yield
         except BaseException:
             self.simulate, self.simulate_inputs = before
             with suppress(ValueError):      # siblings half smoothed: whoever quantizes puts all back
                 self.connect()
             raise
-        self.simulate, self.simulate_inputs = before
+        finally:
+            self.simulate, self.simulate_inputs = before
         self.connect()
 
     def connect(self) -> None:

@@ -18,6 +18,7 @@ from modelq.low_rank import LowRank
 from modelq.quantizers import named_values, set_named_value
 from modelq.rules import Setting, stages
 from modelq.torch_models import is_torch_model, unwrapped
+from modelq.undoing import all_or_nothing
 
 JSON_FILE, TENSOR_FILE, VERSION = "quantizers.json", "quantizers.safetensors", 1
 
@@ -109,7 +110,7 @@ def _restore_torch(model: Any, said: Mapping[str, Any], found: Mapping[str, np.n
 
 def _restore_native(model: Any, said: Mapping[str, Any], found: dict[str, np.ndarray], folder: Path) -> None:
     from modelq.calibration.resume import give_back
-    from modelq.quantization.api import all_or_nothing, check_source, take_original
+    from modelq.quantization.api import check_source, take_original
     from modelq.quantizers import make_quantizer
     from modelq.rules import default_setting
 

@@ -10,6 +10,7 @@ import numpy as np
 from modelq.attributes import QuantizerAttributeConfig
 from modelq.checkpoint.matrices import LEFT_ALONE
 from modelq.experts import place_of
+from modelq.foreign import others_of
 from modelq.quantizers import KV_CAST_AMAX, MICROSCALING, stage_quantizers
 from modelq.rotation import rotation_of
 from modelq.rules import Setting, describe_rule, stages
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from modelq.model import Model
 
 SUMMARY_FILE = ".quant_summary.txt"
+FOREIGN = "copied: not part of the model that is computed"
 CALIBRATORS = {"histogram": "HistogramCalibrator"}
 
 
@@ -98,6 +100,8 @@ def high_precision_lines(model: Model) -> list[str]:
         if module.get("weight") and (why := why_high_precision(model, module)) is not None:
             name = re.sub(r"(?<=\.)\d+(?=\.)", "*", module["name"])
             reasons.setdefault((name, why), []).append(module["layer"])
+    for row in () if model.weights_only else others_of(model):
+        reasons.setdefault((re.sub(r"(?<=\.)\d+(?=\.)", "*", row["name"]), FOREIGN), []).append(-1)
     if not reasons:
         return []
     return ["", "In high precision:"] + [f"  {name:78} {why}{_which(layers, model.num_layers)}" for (name, why), layers in reasons.items()]

@@ -14,6 +14,7 @@ import numpy as np
 from modelq import streaming
 from modelq.calibration.statistics import Range, InputStatistics, activation_slots, input_statistics
 from modelq.calibration.weights import find_weight_amax, freeze_scales, take_amax
+from modelq.calibration.mxfp4 import keep_mxfp4
 from modelq.experts import PARENT, quantizer_of
 from modelq.inputs import Batch
 from modelq.progress import progress
@@ -61,6 +62,8 @@ class Method:
         """A part's weights are there; its tokens are to come."""
         freeze_scales(self.model, part, part.modules)
         find_weight_amax(self.model, part)
+        if type(self).search is Method.search:
+            keep_mxfp4(self.model, part)
 
     def search(self, part: Part, inputs: Mapping[str, InputStatistics]) -> None:
         """A part's tokens have passed. inputs: by module, statistics of the inputs of what is `searched`."""

@@ -11,7 +11,7 @@ from modelq.config import QuantizeConfig
 from modelq.export.hf_checkpoint import export_dtype, plan_export
 from modelq.export.plan import Plan
 from modelq.low_rank import LowRank
-from modelq.quantization.api import check_source, planned_quantizers
+from modelq.quantization.api import as_original, planned_quantizers
 from modelq.quantizers import needs_amax, stage_quantizers
 from modelq.rules import stages
 from modelq.weights_only import refuse_data
@@ -34,7 +34,7 @@ def check_exportable(model_or_path: Any, config: Any, dialect: str | None = None
 
 def planned_export(model: Any, config: Any, dialect: str | None = None, engine: str | None = None) -> tuple[Any, Plan]:
     """(a stand-in for the model, quantized by this config and not calibrated; what an export of it would write). As `check_exportable`."""
-    check_source(model)
+    model = as_original(model)
     parsed = QuantizeConfig.parse(config)
     probe = as_if_calibrated(model, parsed)
     refuse_data(probe, why_data(probe, parsed.steps))
@@ -43,7 +43,7 @@ def planned_export(model: Any, config: Any, dialect: str | None = None, engine: 
 
 def needs_data(model: Any, config: Any) -> bool:
     """Whether quantizing a model from modelq.load by this config looks at activations."""
-    parsed = QuantizeConfig.parse(config)
+    parsed, model = QuantizeConfig.parse(config), as_original(model)
     probe = copy.copy(model)
     probe.settings, probe.quantizers, _ = planned_quantizers(model, parsed)
     return bool(why_data(probe, parsed.steps))

@@ -19,9 +19,10 @@ from modelq.checkpoint.dialects import Form, Pair
 from modelq.checkpoint.kv_cache import ALGORITHMS, TENSORS
 from modelq.export.hf_checkpoint import WRITERS, copy_tensor
 from modelq.export.kv_cache import Cache, check_sayable, stored_scale
-from modelq.export.copies import LINEAR_LIKE, OWN_QUANTIZERS
+from modelq.export.copies import LINEAR_LIKE
 from modelq.export.plan import Plan, stored_tensors
 from modelq.export.side_files import copy_side_files, patched_config, write_json
+from modelq.foreign import OWN_QUANTIZERS
 
 
 @dataclass(frozen=True)

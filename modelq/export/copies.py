@@ -7,12 +7,10 @@ from typing import Any
 import numpy as np
 
 from modelq.checkpoint.base import TensorInfo
-from modelq.checkpoint.matrices import rows_of
+from modelq.foreign import NOT_WRITTEN, foreign_tensors
 
 FLOATS = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
-OWN_QUANTIZERS = ("linear", "embedding", "router")     # kinds of modules that an export's config names when they stay unquantized
-LINEAR_LIKE = ("linear", "router", "head")      # of `others_of`: what engines may make a linear of
-NOT_WRITTEN = (".rotary_emb.inv_freq",)      # buffers of old checkpoints that follow from the config
+LINEAR_LIKE = ("linear", "router", "head")      # of `modelq.foreign.others_of`: what engines may make a linear of
 
 
 def planned_copies(model: Any, linears: Mapping[str, str], dtype: str) -> tuple[dict[str, TensorInfo], list[str]]:
@@ -40,22 +38,6 @@ def planned_copies(model: Any, linears: Mapping[str, str], dtype: str) -> tuple[
 def _vectors(model: Any) -> set[str]:
     """Small tensors that are no module's (what corrects a router's scores, attention sinks): they stay as precise as they are."""
     return {row["weight"] for row in model.modules if row["kind"] == "vector"}
-
-
-def others_of(model: Any) -> list[dict[str, Any]]:
-    """Rows of the matrices that are copied because no quantizer has a place there: of an architecture that nobody told whatever is no
-    linear nor embedding, of a known family what its row does not have (layers that predict further tokens, another part of the model)."""
-    if getattr(model, "weights_only", False):
-        return [row for row in model.modules if row["kind"] not in OWN_QUANTIZERS or row["kind"] == "router"]
-    return rows_of({name: model.checkpoint.tensors[name] for name in foreign_tensors(model)}, model.config)
-
-
-def foreign_tensors(model: Any) -> dict[str, None]:
-    """Names of the tensors that the family's row does not have, in order. (A torch model's are all its own.)"""
-    if getattr(model, "runtime", None) is None:
-        return {}
-    own = {row[what] for row in model.modules for what in ("weight", "bias")}
-    return {name: None for name in model.checkpoint.tensors if name not in own and not name.endswith(NOT_WRITTEN)}
 
 
 def most_common_float(tensors: Mapping[str, TensorInfo]) -> str:

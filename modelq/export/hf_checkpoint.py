@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -139,23 +139,23 @@ def _write_linear(linear: Linear, weight: np.ndarray, writer: Any, dialect: str)
 
 
 def copy_tensor(checkpoint: Any, name: str, dtype: str, writer: Any) -> None:
-    """Write one tensor as it is, or cast."""
-    array = checkpoint.read(name)
-    writer.write_pieces(name, (_cast(piece, dtype) for piece in _pieces(array, lambda: checkpoint.release([name]))))
-    del array
+    """Write one tensor as it is, or cast, some rows at a time (an embedding may be gigabytes), pages given back after each."""
+    info = checkpoint.tensors[name]
+    rows = info.shape[0] if info.shape else 1
+    step = max(1, rows * PIECE_BYTES // max(1, info.nbytes))
+    writer.write_pieces(name, (_cast(piece, dtype) for piece in _pieces(checkpoint, name, rows, step)))
     checkpoint.release([name])
 
 
-def _pieces(array: np.ndarray, release: Callable[[], None]) -> Iterator[np.ndarray]:
-    """Runs of rows of a tensor that is only copied (an embedding may be gigabytes), its pages given back after each."""
-    rows = array.shape[0] if array.ndim else 1
-    step = max(1, rows * PIECE_BYTES // max(1, array.nbytes))
-    if step >= rows:
-        yield array
+def _pieces(checkpoint: Any, name: str, rows: int, step: int) -> Iterator[np.ndarray]:
+    made_by_rows = getattr(checkpoint, "is_made_by_rows", lambda name: False)(name)
+    whole = None if made_by_rows else checkpoint.read(name)
+    if whole is not None and step >= rows:
+        yield whole
         return
     for start in range(0, rows, step):
-        yield array[start:start + step]
-        release()
+        yield checkpoint.read_rows(name, start, start + step) if whole is None else whole[start:start + step]
+        checkpoint.release([name])
 
 
 def _cast(array: np.ndarray, dtype: str) -> np.ndarray:

@@ -1,6 +1,8 @@
 """quantize, calibrate and the calls that set quantizers by name."""
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,6 +21,7 @@ from modelq.rotation import RotatedCheckpoint
 from modelq.rules import Setting, apply_rules, changed_settings, default_setting, describe_rule, stages, warn_idle
 from modelq.supported import check_settings, warn_partial_blocks
 from modelq.torch_models import is_torch_model
+from modelq.undoing import all_or_nothing
 from modelq.weights_only import fitting, warn_misfits
 
 __all__ = ["calibrate", "disable_quantizer", "enable_quantizer", "quantize", "register", "set_quantizer_attributes_full",
@@ -33,7 +36,8 @@ def quantize(model: Model, config: Any, forward_loop: Callable[..., Any] | None 
 
     config: a preset such as FP8_DEFAULT_CFG or a dictionary like it. forward_loop(model) calls the model on calibration data
     (input_ids as NumPy arrays, lists or any DLPack integer array); weight-only configs need none.
-    A model that is quantized already is quantized anew, from its original weights. If anything raises, it is left as it was.
+    A model that is quantized already is quantized anew, from its original weights; one opened from a quantized checkpoint from what its
+    weights dequantize to (MXFP4 becomes NVFP4 without loss). If anything raises, it is left as it was.
     checkpoint_dir: a folder where progress is kept layer by layer, so that the same call goes on where an interrupted one was, with the
     same result. compat "modelopt": padding and short batches weigh as they do there, experts are searched only where they are there.
 
@@ -43,7 +47,6 @@ def quantize(model: Model, config: Any, forward_loop: Callable[..., Any] | None 
     if is_torch_model(model):
         return _for_torch().quantize(model, config, forward_loop, compat, checkpoint_dir)
     check_model(model)
-    check_source(model)
     parsed = QuantizeConfig.parse(config)
     rotation, steps = split_rotation(parsed.algorithm)
     runnable_steps(steps)
@@ -60,13 +63,26 @@ def quantize(model: Model, config: Any, forward_loop: Callable[..., Any] | None 
 
 
 def take_original(model: Model, rotation: Mapping[str, Any] | None) -> None:
-    """Go back to the weights as they were loaded, rotated if so wished."""
+    """Go back to the weights as they were loaded (dequantized, if they are stored quantized), rotated if so wished."""
     while isinstance(model.checkpoint, ChangedCheckpoint):
         model.checkpoint = model.checkpoint.original
     if isinstance(model.checkpoint, RotatedCheckpoint):
         model.take(model.checkpoint.original, model.runtime.compute)
+    if stored := next(iter(model.stored_layers.values()), None):
+        warnings.warn(f"{model.checkpoint.path}: its weights are stored quantized ({stored.algorithm}): what they stand for is quantized "
+                      "anew, and rounded once more", UserWarning, stacklevel=3)
+        model.take(model.checkpoint.as_source(), model.runtime.compute)
     if rotation is not None:
         model.take(RotatedCheckpoint(model, rotation["seed"], rotation["residual"], rotation["values"]), model.runtime.compute)
+
+
+def as_original(model: Model) -> Model:
+    """The model, or if it was opened from a quantized checkpoint a copy that is not quantized, of what its weights stand for."""
+    if not model.stored_layers:
+        return model
+    made = copy.copy(model)
+    made.take(model.checkpoint.as_source(), model.runtime.compute)
+    return made
 
 
 def check_source(model: Model) -> None:
@@ -91,8 +107,8 @@ def calibrate(model: Model, algorithm: Any = "max", forward_loop: Callable[..., 
     if is_torch_model(model):
         return _for_torch().calibrate(model, algorithm, forward_loop, compat, checkpoint_dir)
     check_model(model, quantized=True)
-    run_calibration(model, algorithm, forward_loop, checkpoint_dir, compat)
-    repack(model)
+    with all_or_nothing(model):
+        run_calibration(model, algorithm, forward_loop, checkpoint_dir, compat, finish=repack)
     return model
 
 
@@ -129,9 +145,10 @@ def set_quantizer_by_cfg_context(model: Model, quant_cfg: Any) -> Iterator[None]
         with _for_torch().settings_within(model, rules):
             yield
         return
+    check_model(model, quantized=True)
     before = dict(model.settings)
-    set_quantizer_by_cfg(model, rules)
     try:
+        set_quantizer_by_cfg(model, rules)
         yield
     finally:
         _change(model, before)
@@ -207,20 +224,6 @@ def _refuse_nothing(settings: Mapping[str, Setting], rules: Iterable[QuantizerCf
     what = "no weight" if enabled else "nothing"
     raise ValueError(f"this config quantizes {what} in this model{hint}; a quantizer is named like {next(iter(settings), '(none)')!r}, and "
                      "later rules win")
-
-
-@contextmanager
-def all_or_nothing(model: Model) -> Iterator[None]:
-    """Put the model back as it was if the body raises, Ctrl-C included."""
-    model.settle()
-    before = dict(vars(model))
-    try:
-        yield
-    except BaseException:
-        model.disconnect()
-        vars(model).update(before)
-        model.connect()
-        raise
 
 
 def _set(model: Model, pattern: Pattern, parent_class: str | None, change: Callable[[Setting, QuantizerCfgEntry], Setting]) -> None:
