@@ -12,7 +12,7 @@ from modelq.measure import Steps
 from modelq.tables import megabytes, table
 
 MOST_FINDINGS = 5       # of each of several engines
-TESTED = ("logits with and without padding", "gradients", "generation with a cache", "calibration", "export and opening it again")      # of each family
+TESTED = ("logits with and without padding", "gradients", "generation with a cache", "calibration", "export and opening it again")
 MOST_WINDOWS = 1024      # of a data set, if nothing else is said: hub data sets may have no end
 
 
@@ -205,7 +205,7 @@ def families(args: Namespace) -> Report:
     cells = [[row["family"], row["models"], ", ".join(row["model_types"]), ", ".join(row["architectures"]), row["oracle"]] for row in rows]
     return Report({"families": rows}, [(["family", "models", "model_type", "architectures", "tested against"], cells), "",
                                        f"Tested of each: {', '.join(TESTED)}.",
-                                       "Other architectures take the formats that need no activations: weights are found by name and shape."])
+                                       "Other architectures take the formats that need no activations."])
 
 
 def _export_names(row: dict[str, Any]) -> str:

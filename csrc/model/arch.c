@@ -43,8 +43,8 @@ const char *mq_family_flag_name(unsigned flag)
 {
     static const char *const names[] = {
         "qkv_bias", "bias_keys", "qk_norm", "moe", "block_sparse", "router_f32", "wide_qk_norm", "post_norms",
-        "no_pre_norms", "norm_plus_one", "fused", "shared_expert", "shared_gated", "latent", "corrected", "blocks", "sinks",
-        "biased_experts", "feed_forward", "shared_inputs",
+        "no_pre_norms", "norm_plus_one", "fused", "shared_expert", "shared_gated", "latent", "corrected", "blocks",
+        "sinks", "biased_experts", "feed_forward", "shared_inputs",
     };
     for (size_t i = 0; i < MQ_COUNT(names); i++)
         if (flag == 1u << i) return names[i];
@@ -125,7 +125,8 @@ static int norm_holds(const mq_family *family, const mq_layer_kind *kind, mq_con
 }
 
 /* Of MLP and experts. */
-static int mlp_holds(const mq_family *family, const mq_config *config, const mq_layer_kind *kind, mq_condition condition)
+static int mlp_holds(const mq_family *family, const mq_config *config, const mq_layer_kind *kind,
+                     mq_condition condition)
 {
     const int moe = kind->experts, dense = !moe && kind->mlp == MQ_BLOCK_FULL, fused = has(family, MQ_FAMILY_FUSED);
     const int block_sparse = has(family, MQ_FAMILY_BLOCK_SPARSE), forward = has(family, MQ_FAMILY_FEED_FORWARD);

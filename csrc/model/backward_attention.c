@@ -135,7 +135,8 @@ void mq_backward_attention_again(const mq_back_unit *it)
     const mq_back_rows rows = rows_of(it);
     const mq_linear_weight *o = &it->layer->linears[MQ_ROLE_O].weight;
     const int64_t kv_heads = mq_dim_of(config, &it->layer->kind, MQ_DIM_KV_HEADS);
-    const mq_row_sizes hidden = sizes_of(it, config->hidden_size), mixed = sizes_of(it, mq_dim_of(config, &it->layer->kind, MQ_DIM_O));
+    const mq_row_sizes hidden = sizes_of(it, config->hidden_size);
+    const mq_row_sizes mixed = sizes_of(it, mq_dim_of(config, &it->layer->kind, MQ_DIM_O));
     memcpy(scratch->middle, it->input, (size_t)(hidden.rows * hidden.width) * mq_dtype_size(hidden.dtype));
     if (it->layer->kind.attention == MQ_BLOCK_NONE) return;
     mq_backward_enter(&rows, MQ_ROLE_INPUT_NORM, scratch->normed, it->input);
@@ -164,7 +165,8 @@ static void attention_back(const mq_back_unit *it)
 {
     const mq_back_scratch *scratch = &it->back->scratch;
     const mq_config *config = &it->back->run->runtime->config;
-    const int64_t k_width = mq_dim_of(config, &it->layer->kind, MQ_DIM_KV), v_width = mq_dim_of(config, &it->layer->kind, MQ_DIM_V);
+    const int64_t k_width = mq_dim_of(config, &it->layer->kind, MQ_DIM_KV);
+    const int64_t v_width = mq_dim_of(config, &it->layer->kind, MQ_DIM_V);
     for (int64_t i = 0; i < it->unit->sequences; i++) {
         const mq_attention_args args = attention_of(it, i);
         const int64_t row = sequence_of(it, i)->first - it->unit->first;
@@ -230,8 +232,9 @@ static void expand_back(const mq_back_unit *it)
 {
     const mq_back_scratch *scratch = &it->back->scratch;
     const mq_config *config = &it->back->run->runtime->config;
-    const int64_t heads = config->num_attention_heads, turned = config->qk_rope_head_dim, value = config->value_head_dim;
-    const int64_t plain = config->head_dim - turned, lora = config->kv_lora_rank, rows = it->unit->rows;
+    const int64_t heads = config->num_attention_heads, turned = config->qk_rope_head_dim;
+    const int64_t value = config->value_head_dim, plain = config->head_dim - turned, lora = config->kv_lora_rank;
+    const int64_t rows = it->unit->rows;
     mq_columns columns = {.to = scratch->d_expanded, .from = scratch->d_k, .ld_to = plain + value, .dtype = MQ_F32,
                           .ld_from = config->head_dim, .width = plain, .rows = rows * heads};
     mq_columns_copy(&columns);

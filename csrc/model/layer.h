@@ -144,7 +144,8 @@ mq_rope_sizes mq_layer_rope(const mq_layer_context *context, int64_t heads, cons
 void mq_layer_turn(const mq_layer_context *context, const mq_layer *layer, void *x, int64_t heads,
                    const mq_sequence *sequence);
 
-/* Where there is no rope, what q (tokens of the sequence, heads, head_dim) is multiplied by as positions grow (Llama 4). */
+/* Where there is no rope, what q (tokens of the sequence, heads, head_dim) is multiplied by as positions grow
+ * (Llama 4). */
 float mq_layer_growth(const mq_layer_context *context, int64_t position);
 void mq_layer_grow(const mq_layer_context *context, const mq_layer *layer, void *q, const mq_sequence *sequence);
 /* Keys that are padding, and where chunks begin that way. */

@@ -38,8 +38,8 @@ void mq_layer_expand(const mq_layer_context *context, int64_t rows, void *k, voi
 {
     const mq_config *config = context->config;
     const size_t size = mq_dtype_size(context->dtype);
-    const int64_t heads = config->num_attention_heads, turned = config->qk_rope_head_dim, value = config->value_head_dim;
-    const int64_t plain = config->head_dim - turned, lora = config->kv_lora_rank;
+    const int64_t heads = config->num_attention_heads, turned = config->qk_rope_head_dim;
+    const int64_t value = config->value_head_dim, plain = config->head_dim - turned, lora = config->kv_lora_rank;
     mq_columns columns = {.to = k, .from = expanded, .ld_to = config->head_dim, .ld_from = plain + value,
                           .width = plain, .rows = rows * heads, .dtype = context->dtype};
     mq_columns_copy(&columns);

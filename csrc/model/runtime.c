@@ -97,8 +97,9 @@ static int check_layer(const mq_config *config, const mq_per_layer *layers, int6
     const int64_t inner = layers->inner ? layers->inner[index] : 0;
     if (kv_heads > config->num_key_value_heads || (kv_heads > 0 && config->num_attention_heads % kv_heads != 0) ||
         inner > config->intermediate_size)
-        return mq_fail(err, MQ_ERR_VALUE, "config: layer %lld has %lld key and value heads, and an MLP of %lld, but the "
-                       "model %lld of %lld heads, and %lld", (long long)index, (long long)kv_heads, (long long)inner,
+        return mq_fail(err, MQ_ERR_VALUE,
+                       "config: layer %lld has %lld key and value heads and an MLP of %lld, but the model %lld of %lld "
+                       "heads, and %lld", (long long)index, (long long)kv_heads, (long long)inner,
                        (long long)config->num_key_value_heads, (long long)config->num_attention_heads,
                        (long long)config->intermediate_size);
     return MQ_OK;

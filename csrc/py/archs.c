@@ -106,7 +106,8 @@ static PyObject *family_dict(const mq_family *family)
 
 PyDoc_STRVAR(archs_doc,
 "archs()\n--\n\n"
-"The model families: [{'family', 'models', 'oracle', 'model_types', 'architectures', 'flags', 'tensors', 'config_keys'}].\n\n"
+"The model families: [{'family', 'models', 'oracle', 'model_types', 'architectures', 'flags', 'tensors',\n"
+"'config_keys'}].\n\n"
 "models: some of them by their common names; oracle: whose logits the tests compare with.\n\n"
 "tensors: names of all tensors a model may have, {layer} and {expert} standing for numbers.\n"
 "config_keys: {flat key of Runtime's config: its default, None where it must be given}.");

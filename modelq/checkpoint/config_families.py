@@ -1,4 +1,4 @@
-"""What only one family's config.json says: DeepSeek's latent attention and routing, Llama-Nemotron's blocks, factors of Granite and Gemma."""
+"""What only one family's config.json says: DeepSeek's latent attention and routing, Llama-Nemotron's blocks, Granite's factors."""
 from __future__ import annotations
 
 import math
@@ -37,8 +37,8 @@ def _latent(config: Config) -> dict[str, Any]:
     turned, plain = config.integer("qk_rope_head_dim"), config.integer("qk_nope_head_dim")
     heads = config.integer("num_attention_heads")
     if config.integer("num_key_value_heads", heads) != heads:
-        raise ValueError(f"config.json: num_key_value_heads {config.get('num_key_value_heads')} is not supported beside num_attention_heads "
-                         f"{heads}: every head has its own keys")
+        raise ValueError(f"config.json: num_key_value_heads {config.get('num_key_value_heads')} is not supported beside "
+                         f"num_attention_heads {heads}: every head has its own keys")
     scale = (plain + turned) ** -0.5
     rope = config.get("rope_scaling") or config.get("rope_parameters", {})
     if rope.get("rope_type", rope.get("type", "default")) != "default" and rope.get("mscale_all_dim"):
