@@ -148,6 +148,7 @@ def fold_weight(model: Model, keep_attrs: bool = False) -> Model:
 
     keep_attrs: keep the amax of those quantizers. What the model computes stays as it is; quantizers of activations are left alone.
     Quantizing the model again starts from the folded weights. There is nothing to export then but a model in high precision.
+    ValueError: no weight is quantized.
     """
     if is_torch_model(model):
         from modelq.torch_models import quantize as torch_models

@@ -28,7 +28,9 @@ def require_matplotlib() -> Any:
 
 def draw_trade_off(path: Path | str, budgets: Sequence[Mapping[str, Any]], uniform: Sequence[Mapping[str, Any]],
                    plain: float | None) -> None:
-    """Perplexity against effective bits: the searched choices as a line, uniform formats as marks, the unquantized model as a level."""
+    """Perplexity against effective bits, into a file: the searched choices (budgets) as a line, uniform formats as marks, the unquantized
+    model (plain) as a level. path: .png, .svg or .pdf. budgets, uniform: rows with effective_bits and perplexity; of uniform ones also
+    format. ImportError: matplotlib is missing."""
     plt = require_matplotlib()
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     axes.plot([one["effective_bits"] for one in budgets], [one["perplexity"] for one in budgets], "o-", color=COLORS[0],
@@ -47,7 +49,8 @@ def draw_trade_off(path: Path | str, budgets: Sequence[Mapping[str, Any]], unifo
 
 
 def draw_layers(path: Path | str, state: Mapping[str, Any]) -> None:
-    """Which layer got which format (colour), and what the lowest format would cost it (the number, a power of ten of its score)."""
+    """Which layer got which format (colour), and what the lowest format would cost it (the number, a power of ten of its score), into a
+    file. path: .png, .svg or .pdf. state: what `auto_quantize` returned. ImportError: matplotlib is missing."""
     plt = require_matplotlib()
     import numpy as np
 
@@ -82,8 +85,8 @@ def draw_layers(path: Path | str, state: Mapping[str, Any]) -> None:
 
 
 def draw_bench(path: Path | str, models: Sequence[Mapping[str, Any]]) -> None:
-    """Accuracy kept against decode speed-up, twice: by perplexity, and by how often the likeliest token is the same. models: the
-    unquantized one first; rows of `modelq bench --json`."""
+    """Accuracy kept against decode speed-up, twice: by perplexity, and by how often the likeliest token is the same. path: .png,
+    .svg or .pdf. models: the unquantized one first; rows of `modelq bench --json`. ImportError: matplotlib is missing."""
     from modelq.plot_labels import place_labels
 
     plt = require_matplotlib()

@@ -42,7 +42,7 @@ def save(model: Any, path: str | Path) -> Path:
 
 
 def restore(model: Any, path: str | Path) -> Any:
-    """Quantize a model as `save` found another to be; returns it. Its weights are to be the same.
+    """Quantize a model as `save` found another to be, and wrote into the folder `path`; returns it. Its weights are to be the same.
 
     FileNotFoundError, ValueError: no such folder, a damaged one, or one of a model with other quantizers. Then nothing is changed.
     """
