@@ -229,6 +229,11 @@ static int run_empty(const mq_cuda_gemm_job *job, void *stream, mq_error *err)
 
 int mq_cuda_gemm_run(mq_cuda_gemm *gemm, const mq_cuda_gemm_job *job, void *stream, mq_error *err)
 {
+    return mq_gemm_run(gemm, job, gemm->allow_tf32, stream, err);
+}
+
+int mq_gemm_run(mq_cuda_gemm *gemm, const mq_cuda_gemm_job *job, bool allow_tf32, void *stream, mq_error *err)
+{
     int rc = check(job, err);
     if (rc != MQ_OK || job->out.rows == 0 || job->out.cols == 0) return rc;
     mq_lt_product p = {};
@@ -243,7 +248,7 @@ int mq_cuda_gemm_run(mq_cuda_gemm *gemm, const mq_cuda_gemm_job *job, void *stre
     p.out_type = mq_lt_type_of(job->out.dtype);
     p.out_ld = job->out.ld;
     p.out_stride = job->stride_out;
-    p.compute = gemm->allow_tf32 && job->a.dtype == MQ_F32 ? lt::CUBLAS_COMPUTE_32F_FAST_TF32 : lt::CUBLAS_COMPUTE_32F;
+    p.compute = allow_tf32 && job->a.dtype == MQ_F32 ? lt::CUBLAS_COMPUTE_32F_FAST_TF32 : lt::CUBLAS_COMPUTE_32F;
     p.scale_type = lt::CUDA_R_32F;
     p.bias = job->bias;
     p.bias_type = p.out_type;

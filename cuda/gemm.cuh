@@ -54,6 +54,9 @@ struct mq_cuda_gemm {
     mq_cuda_gemm_counts counts;
 };
 
+/* mq_cuda_gemm_run, whatever the context allows. */
+int mq_gemm_run(mq_cuda_gemm *gemm, const mq_cuda_gemm_job *job, bool allow_tf32, void *stream, mq_error *err);
+
 void mq_lt_describe(const mq_lt_product *product, char *out, size_t size);
 int mq_lt_failed(const mq_cuda_gemm *gemm, lt::cublasStatus_t status, const char *call, const mq_lt_product *product,
                  mq_error *err);

@@ -142,12 +142,13 @@ def _scales(row: dict[str, Any]) -> str:
 # modelq convert ------------------------------------------------------------------------------------------------------------
 
 def convert(args: Namespace) -> Report:
-    from modelq.export import convert_checkpoint
-    if not args.dialect and not args.engine:
-        raise ValueError("give --dialect or --engine")
-    out = convert_checkpoint(args.directory, args.out, args.dialect, args.engine, overwrite=args.overwrite)
+    from modelq.export import convert_checkpoint, convert_to_hugging_face
+    if args.dialect or args.engine:
+        out = convert_checkpoint(args.directory, args.out, args.dialect, args.engine, overwrite=args.overwrite)
+    else:
+        out = convert_to_hugging_face(args.directory, args.out, overwrite=args.overwrite)
     data = {"directory": str(args.directory), "out": str(out), "dialect": args.dialect, "engine": args.engine}
-    return Report(data, [f"{out}: {args.directory} for {args.engine or args.dialect}"])
+    return Report(data, [f"{out}: {args.directory} for {args.engine or args.dialect or 'Hugging Face'}"])
 
 
 # modelq verify -------------------------------------------------------------------------------------------------------------

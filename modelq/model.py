@@ -26,7 +26,7 @@ HIDDEN_BYTES = 512 << 20
 
 
 def load(path_or_id: str | Path, compute: str = "auto", num_threads: int | None = None, weights_only: bool = False) -> Model:
-    """Open a Hugging Face folder, a GGUF file or a Hub id. Weights are mapped, checked, and not read yet.
+    """Open path_or_id: a Hugging Face folder, a GGUF file or a Hub id. Weights are mapped, checked, and not read yet.
 
     An architecture that modelq does not compute is opened for its weights alone: formats that need no calibration data work on it.
 
@@ -34,6 +34,7 @@ def load(path_or_id: str | Path, compute: str = "auto", num_threads: int | None 
     dtype=float32: weights too are quantized as float32), or "auto": bfloat16 where this processor computes it fast.
     num_threads: for the whole process; None leaves MODELQ_NUM_THREADS or the processor's cores.
     weights_only: open a known architecture so, too, whatever its config.json asks for.
+    FileNotFoundError: nothing is there. ValueError: a damaged file, or a config.json that does not fit its weights (named).
     """
     from modelq.checkpoint import open_checkpoint
     from modelq.checkpoint.quantized import open_quantized
@@ -69,7 +70,7 @@ class Model(Generates):
         self.take(checkpoint, compute)
 
     def take(self, checkpoint: Any, compute: str) -> None:
-        """Be the model of another checkpoint, not quantized."""
+        """Be the model of another checkpoint, not quantized, with compute as for `load`."""
         self.checkpoint = checkpoint
         self.forget_decoding()
         self.config: dict[str, Any] = checkpoint.config
@@ -117,20 +118,24 @@ class Model(Generates):
 
     @property
     def embedding_modules(self) -> list[dict[str, Any]]:
+        """Those before the layers."""
         return [module for module in self.modules if module["kind"] == "embedding"]
 
     @property
     def head_modules(self) -> list[dict[str, Any]]:
+        """The linears behind the layers: lm_head."""
         return [module for module in self.modules if module["kind"] == "linear" and module["layer"] < 0]
 
     @property
     def tokenizer(self) -> Any:
+        """The checkpoint's (modelq.checkpoint.tokenizer.Tokenizer). FileNotFoundError, ValueError: none that can be read."""
         if self._tokenizer is None:
             self._tokenizer = self.checkpoint.tokenizer()
         return self._tokenizer
 
     @property
     def head_dim(self) -> int:
+        """Channels of a head of attention."""
         return self.runtime.config["head_dim"]
 
     @property
@@ -152,19 +157,25 @@ class Model(Generates):
 
     @property
     def device(self) -> str:
+        """Where the model is."""
         return "cpu"
 
     def eval(self) -> Model:
+        """Accepted for scripts' sake, as `train`; returns the model."""
         return self
 
     def train(self, mode: bool = True) -> Model:
-        """Accepted for scripts' sake. There is no dropout here, and nothing learns."""
+        """Accepted for scripts' sake, whatever the mode. There is no dropout here, and nothing learns."""
         return self
 
     # Calls -------------------------------------------------------------------------------------------------------------
 
     def __call__(self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None, **ignored: Any) -> Output:
-        """Next-token logits of [B, T] token ids, computed when touched (see `Output`). A dictionary of arguments works too."""
+        """Next-token logits float32 [B, T, V], and the loss where labels are given, computed when touched (see `Output`).
+
+        input_ids, attention_mask (0: padding), labels (-100: nothing to predict): integers [B, T], or one dictionary of them.
+        ValueError: shapes or ids that do not fit. TypeError: an argument that a transformers model would take and this does not.
+        """
         for name in ignored:
             if name not in IGNORED_ARGUMENTS:
                 raise TypeError(f"model(): unknown argument {name!r}: expected input_ids, attention_mask, labels")
@@ -178,7 +189,7 @@ class Model(Generates):
         return output
 
     def compute_pending(self, wanted: Output) -> None:
-        """Run every call still waiting, and still held by someone, in one pass over the layers."""
+        """Run every call still waiting, and still held by someone, in one pass over the layers, and the one wanted."""
         outputs = [output for output in self._open_outputs() if output.waiting and output is not wanted] + [wanted]
         done = Pass(self, [output.batch for output in outputs])
         for index, output in enumerate(outputs):
@@ -199,7 +210,7 @@ class Model(Generates):
 
     @contextmanager
     def recording(self) -> Iterator[list[Batch]]:
-        """Within it, calls are noted in the list it gives, and computed only where touched, without quantization."""
+        """Within it, calls are noted in the list it gives, and computed only where touched, without quantization. RuntimeError: twice."""
         if self._recorded is not None:
             raise RuntimeError("calibration is already recording this model's calls: quantize() cannot run inside a forward_loop")
         self._recorded = []
@@ -213,16 +224,17 @@ class Model(Generates):
         """Within it, the model computes with quantized weights, quantized activations, both or none. What changes no values but for
         rounding stays: smoothing, rotations, branches of low rank beside what is left of weights."""
         before = self.simulate, self.simulate_inputs
-        self.simulate, self.simulate_inputs = weights, activations
-        self.connect()
         try:
+            self.simulate, self.simulate_inputs = weights, activations
+            self.connect()
             yield
         except BaseException:
             self.simulate, self.simulate_inputs = before
             with suppress(ValueError):      # siblings half smoothed: whoever quantizes puts all back
                 self.connect()
             raise
-        self.simulate, self.simulate_inputs = before
+        finally:
+            self.simulate, self.simulate_inputs = before
         self.connect()
 
     def connect(self) -> None:
@@ -254,7 +266,7 @@ class Model(Generates):
     def loss(self, batches: Iterable[Any]) -> float:
         """Mean negative log-likelihood in nats of each next token, over all tokens of all batches (padding does not count).
 
-        batches: anything that the model can be called with, dictionaries included.
+        batches: anything that the model can be called with, dictionaries included. ValueError: there is nothing to predict.
         """
         self.must_compute()
         total, count = 0.0, 0
@@ -268,7 +280,7 @@ class Model(Generates):
     def perplexity(self, token_ids: Any, window: int = 512) -> float:
         """exp of the mean negative log-likelihood over the tokens of consecutive windows, the first of each not predicted.
 
-        token_ids: one long row of tokens. A rest shorter than a window is left out, unless it is all there is.
+        token_ids: one long row of tokens. A rest shorter than a window is left out, unless it is all there is. ValueError: too few.
         """
         self.must_compute()
         ids = integer_matrix(token_ids, "token_ids")
@@ -281,9 +293,11 @@ class Model(Generates):
 
     @property
     def tokens_at_once(self) -> int:
+        """Of how many tokens hidden states are held together."""
         return max(1, HIDDEN_BYTES // (4 * self.runtime.config["hidden_size"]))
 
     def close(self) -> None:
+        """Close the checkpoint's files: nothing can be computed any more."""
         self.forget_decoding()
         self.checkpoint.close()
 

@@ -18,7 +18,7 @@ EXCLUDED = "excluded_module_name_patterns"
 
 def autoquantize(args: Namespace) -> Report:
     import modelq
-    from modelq.checkpoint.atomic import check_target
+    from modelq.checkpoint.atomic import check_file, check_target
     from modelq.export import export_hf_checkpoint
     from modelq.plots import draw_layers, draw_trade_off, require_matplotlib
     from modelq.quantize_commands import calibration_data
@@ -27,6 +27,8 @@ def autoquantize(args: Namespace) -> Report:
     formats = {name.strip(): preset(name.strip()) for name in args.formats.split(",")}
     if args.plot or args.plot_layers:
         require_matplotlib()
+    for path in [*args.plot, *args.plot_layers]:
+        check_file(path)
     if args.out:
         if len(wanted) > 1:
             raise ValueError("--out exports one model: give one number of --effective-bits")

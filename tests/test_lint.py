@@ -21,7 +21,7 @@ HEAVY = {"torch", "transformers", "datasets", "matplotlib", "huggingface_hub", "
          "tokenizers", "tqdm", "yaml", "rich", "jinja2"}
 
 # What a part of modelq/ may import when it is imported itself: its own kind and those before it. Files not named are "model".
-PYTHON_LAYERS = [{"_core", "_version", "algorithms", "attributes", "calib", "config", "cuda", "measure", "plots", "presets", "progress", "rules",
+PYTHON_LAYERS = [{"_core", "_version", "algorithms", "attributes", "calib", "config", "cuda", "measure", "plot_labels", "plots", "presets", "progress", "rules",
                   "tables", "utils"},
                  {"checkpoint"}, {"model"}, {"quantization", "export"}, {"choices", "preset_table", "estimate"},
                  {"bench_commands", "chat_commands", "cli", "commands", "completion", "parsers", "quantize_commands", "report_commands",

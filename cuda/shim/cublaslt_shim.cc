@@ -22,6 +22,7 @@ static struct {
 } said[MQ_COUNT(names)];
 
 static int64_t live;
+static size_t version = 130100;
 static library real;
 
 static int index_of(const char *call)
@@ -68,6 +69,11 @@ int mq_shim_lt_mirror(const char *path)
         return real.opened == NULL || real.call == ours ? ours : (int)CUBLAS_STATUS_INTERNAL_ERROR; \
     } while (0)
 
+void mq_shim_lt_set_version(int wanted)
+{
+    version = (size_t)wanted;
+}
+
 /* ---- the library ---- */
 
 MQ_LT_EXPORT cublasStatus_t cublasLtCreate(cublasLtHandle_t *out)
@@ -88,7 +94,7 @@ MQ_LT_EXPORT cublasStatus_t cublasLtDestroy(cublasLtHandle_t handle)
 
 MQ_LT_EXPORT size_t cublasLtGetVersion(void)
 {
-    return 130100;
+    return version;
 }
 
 MQ_LT_EXPORT const char *cublasLtGetStatusName(cublasStatus_t status)

@@ -11,6 +11,7 @@
 #pragma GCC visibility push(default)
 extern "C" {
 void mq_shim_lt_set_capability(int capability);     /* of the device it is to be for: 10 * major + minor; 90 at first */
+void mq_shim_lt_set_version(int version);           /* 130100 at first */
 /* The n-th call of that name from now (1 = the next) gives that status; 0 = none does. */
 void mq_shim_lt_fail(const char *call, int n, int status);
 int64_t mq_shim_lt_calls(const char *call);         /* how many there were */

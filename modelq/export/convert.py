@@ -47,8 +47,9 @@ def convert_checkpoint(directory: str | os.PathLike[str], out: str | os.PathLike
     """Write a quantized checkpoint in another dialect; returns the folder `out`.
 
     directory: a quantized folder of any dialect. dialect: see `export_hf_checkpoint`; engine: choose the dialect that this engine
-    ("vllm", "sglang", "tensorrt-llm", "transformers") loads. ValueError before any byte is written: the folder is not quantized, or
-    the dialect cannot say one of its layers (named), its smoothing or its KV cache. Memory stays at one tensor.
+    ("vllm", "sglang", "tensorrt-llm", "transformers") loads. max_shard_size, overwrite: as there. ValueError before any byte is written:
+    the folder is not quantized, or the dialect cannot say one of its layers (named), its smoothing or its KV cache. Memory stays at one
+    tensor.
     """
     from modelq.checkpoint import open_checkpoint
     from modelq.checkpoint.writer import ShardedWriter, atomic_directory

@@ -44,8 +44,8 @@ def export_hf_checkpoint(model: Any, export_dir: str | os.PathLike[str] | None =
 
     The folder is complete or not there: it is written beside its place, synced and renamed. Memory stays at one tensor.
     ValueError before any byte is written: nothing is quantized, a layer was never calibrated, the dialect has no word for a
-    layer's format, the engine does not load it. FileExistsError: the folder is there. OSError: the disk is full; what was there before
-    is left as it was.
+    layer's format, the engine does not load it. FileExistsError: the folder is there. TypeError: no model of modelq's. OSError: the disk is
+    full; what was there before is left as it was.
     """
     export_dir, dtype = _order(export_dir, dtype)
     if is_torch_model(model):

@@ -134,9 +134,11 @@ def _quantized_rows(model: Any) -> list[Any]:
 
 
 def _plan_linear(model: Any, row: Any, amax: dict[str, np.ndarray], dialect: str, dtype: str, smoothed_words: tuple[str, ...]) -> Linear:
+    from modelq.checkpoint.safetensors import numpy_dtype
+
     module = row["name"]
     form = planned_form(model, row)
-    given = _given_parts(model, row, form.pair, amax, dialect)
+    given = _given_parts(model, row, form.pair, amax, dialect, numpy_dtype(dtype))
     form = replace(form, input_scaled="input_scale" in given)
     try:
         algorithm = dialects.algorithm(dialect, form)
@@ -144,7 +146,7 @@ def _plan_linear(model: Any, row: Any, amax: dict[str, np.ndarray], dialect: str
         raise ValueError(f"{module}: {error}") from None
     _check_stages(module, form, quantizer(model, module, "weight"), dialect)
     if algorithm in smoothed_words and not form.smoothed and not _has_siblings(model, row):
-        given["pre_quant_scale"] = np.ones(form.shape[1], _weight_dtype(model, row))
+        given["pre_quant_scale"] = np.ones(form.shape[1], numpy_dtype(dtype))
     form = replace(form, smoothed="pre_quant_scale" in given)    # without what a norm takes up
     tensors = stored_tensors(module, form, dialect, dtype)
     if dialect == "modelopt" and place_of(model, f"{module}.weight_quantizer").parts > 1:
@@ -182,7 +184,8 @@ def _check_stages(module: str, form: Form, weight: Any, dialect: str) -> None:
                          "dialect: beside FP8 inputs it has int4 then fp8 (W4A8_AWQ_BETA_CFG), elsewhere single quantizers")
 
 
-def _given_parts(model: Any, row: dict[str, Any], pair: Pair, amax: dict[str, np.ndarray], dialect: str) -> dict[str, np.ndarray]:
+def _given_parts(model: Any, row: dict[str, Any], pair: Pair, amax: dict[str, np.ndarray], dialect: str, dtype: np.dtype
+                 ) -> dict[str, np.ndarray]:
     module, given = row["name"], {}
     input_amax = amax.get(f"{module}.input_quantizer")
     lacks = input_amax is None and dialect == "modelopt" and dialects.may_lack_input_scale(pair)
@@ -191,16 +194,10 @@ def _given_parts(model: Any, row: dict[str, Any], pair: Pair, amax: dict[str, np
     if (second := amax.get(f"{module}.weight_quantizer.1")) is not None:
         given["weight_scale_2"] = _scale(second, "fp8")
     if is_stored(model, row):
-        given["pre_quant_scale"] = stated_scale(model, row).astype(_weight_dtype(model, row))
+        given["pre_quant_scale"] = stated_scale(model, row).astype(dtype)
     if (branch := getattr(model, "low_rank", {}).get(module)) is not None:
         given |= {"low_rank_down": branch.down, "low_rank_up": branch.up}
     return given
-
-
-def _weight_dtype(model: Any, row: dict[str, Any]) -> np.dtype:
-    from modelq.checkpoint.safetensors import numpy_dtype
-
-    return numpy_dtype(model.checkpoint.tensors[row["weight"]].dtype)
 
 
 def _has_siblings(model: Any, row: dict[str, Any]) -> bool:

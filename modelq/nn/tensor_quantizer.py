@@ -19,6 +19,11 @@ from modelq.quantizers import (Found, attributes_need_amax, core_quantizer, foun
 STATE = ("amax", "pre_quant_scale", "bias", "global_amax")
 
 
+def _attribute(name: str, says: str) -> Any:
+    """What the attributes say, to be read."""
+    return property(lambda self: getattr(self.attributes, name), doc=says)
+
+
 class TensorQuantizer(OnDevice):
     """Rounds arrays to the numbers of a format, or looks at them first to find the range (calibration).
 
@@ -46,7 +51,8 @@ class TensorQuantizer(OnDevice):
             self.amax = amax
 
     def set_from_attribute_config(self, quant_attribute_cfg: Any) -> None:
-        """Take these attributes; what is not named gets its default. What was found for others is forgotten."""
+        """Take the attributes of quant_attribute_cfg; what is not named gets its default. What was found for others is forgotten.
+        ValueError: unknown or impossible attributes."""
         attributes = QuantizerAttributeConfig.parse(quant_attribute_cfg, self.name)
         self.core = core_quantizer(attributes)
         self.attributes, self.core.enabled = attributes, attributes.enable
@@ -62,9 +68,11 @@ class TensorQuantizer(OnDevice):
 
     @property
     def is_enabled(self) -> bool:
+        """Whether it does anything but multiply by a pre_quant_scale."""
         return self.core.enabled
 
     def enable(self) -> None:
+        """Round and look again, as the two switches below say."""
         self.core.enabled = True
 
     def disable(self) -> None:
@@ -72,9 +80,11 @@ class TensorQuantizer(OnDevice):
         self.core.enabled = False
 
     def enable_quant(self) -> None:
+        """Round what passes."""
         self._if_quant = True
 
     def disable_quant(self) -> None:
+        """Round nothing."""
         self._if_quant = False
 
     def enable_calib(self) -> None:
@@ -84,36 +94,21 @@ class TensorQuantizer(OnDevice):
         self._if_calib = True
 
     def disable_calib(self) -> None:
+        """Look no longer; what was seen stays."""
         self._if_calib = False
 
     # Attributes --------------------------------------------------------------------------------------------------------------------
 
-    @property
-    def num_bits(self) -> Any:
-        return self.attributes.num_bits
-
-    @property
-    def axis(self) -> Any:
-        return self.attributes.axis
-
-    @property
-    def block_sizes(self) -> Any:
-        return self.attributes.block_sizes
-
-    @property
-    def unsigned(self) -> bool:
-        return self.attributes.unsigned
-
-    @property
-    def narrow_range(self) -> bool:
-        return self.attributes.narrow_range
-
-    @property
-    def fake_quant(self) -> bool:
-        return self.attributes.fake_quant
+    num_bits = _attribute("num_bits", "An integer, or (exponent, mantissa) of a float format.")
+    axis = _attribute("axis", "Of the dimension that has an amax for each of its indices; None: one for all.")
+    block_sizes = _attribute("block_sizes", "{-1: 16, ...}: elements of a block by dimension, how its scale is stored; None: no blocks.")
+    unsigned = _attribute("unsigned", "Whether integers begin at 0.")
+    narrow_range = _attribute("narrow_range", "Whether integers are -127 to 127 rather than -128 to 127.")
+    fake_quant = _attribute("fake_quant", "Whether values are rounded and stay in their dtype.")
 
     @property
     def needs_calibration(self) -> bool:
+        """Whether there is an amax to be found: not for scales taken on the fly, and constant ones."""
         return attributes_need_amax(self.attributes)
 
     @property
@@ -156,7 +151,7 @@ class TensorQuantizer(OnDevice):
         self._statistics = _core.Calibrator("histogram", None, HISTOGRAM["num_bins"]) if kind == "histogram" else None
 
     def collect(self, x: Any) -> None:
-        """Look at an array, as it is."""
+        """Look at an array x, as it is. ValueError if NaN or infinity is in it."""
         library = self._library_for(x) if self._statistics is None else None
         if library is not None and (0 in x.shape or self._collect_there(library, x)):
             return
@@ -184,18 +179,21 @@ class TensorQuantizer(OnDevice):
             "stride", "start_bin", "percentile", "skip_zeros")))
 
     def load_calib_amax(self, method: str = "entropy", **options: Any) -> None:
-        """Take the range that was found. ValueError if nothing passed."""
+        """Take the range that was found, as amax; method and options as in `compute_amax`. ValueError if nothing passed."""
         found = self.compute_amax(method, **options)
         if found is None:
             raise ValueError(f"{self.name}: no array has passed while calibration was on")
         self.core.amax = np.asarray(found, np.float32)
 
     def reset_amax(self) -> None:
+        """Forget the amax."""
         self.core.amax = None
 
     # Calls -------------------------------------------------------------------------------------------------------------------------
 
     def __call__(self, x: Any) -> Any:
+        """x of any shape and framework, looked at or rounded as the switches say; framework, device, dtype and shape stay. ValueError: it
+        was never calibrated, or NaN is in what it looks at."""
         prepares = self.core.pre_quant_scale is not None or bool(self.core.rotate)
         looks, rounds = self._if_calib and self.is_enabled, self._if_quant and self.is_enabled
         if not prepares and not looks and not rounds:
@@ -242,7 +240,7 @@ class TensorQuantizer(OnDevice):
         return isinstance(self.num_bits, tuple) and self.block_sizes is None
 
     def prepared(self, x: Any) -> Any:
-        """What would be rounded of an array: times pre_quant_scale, rotated."""
+        """What would be rounded of an array x: times pre_quant_scale, rotated."""
         library = self._library_for(x)
         return give_back(without_rounding(self.core)(take(x, self.name)), x) if library is None else self._round_there(library, x, True)
 
@@ -267,7 +265,7 @@ class TensorQuantizer(OnDevice):
         return {name: np.asarray(value) for name, value in found_values(self.core)[0]._asdict().items() if value is not None}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take what `state` gave."""
+        """Take what `state` gave. ValueError: a name that it never gives."""
         unknown = set(state) - set(STATE)
         if unknown:
             raise ValueError(f"{self.name}: unknown state {sorted(unknown)}: known are {', '.join(STATE)}")

@@ -21,6 +21,7 @@ from modelq.rotation import RotatedCheckpoint
 from modelq.rules import Setting, apply_rules, changed_settings, default_setting, describe_rule, stages, warn_idle
 from modelq.supported import check_settings, warn_partial_blocks
 from modelq.torch_models import is_torch_model
+from modelq.undoing import all_or_nothing
 from modelq.weights_only import fitting, warn_misfits
 
 __all__ = ["calibrate", "disable_quantizer", "enable_quantizer", "quantize", "register", "set_quantizer_attributes_full",
@@ -102,27 +103,32 @@ def planned_quantizers(model: Model, parsed: QuantizeConfig) -> tuple[dict[str, 
 
 def calibrate(model: Model, algorithm: Any = "max", forward_loop: Callable[..., Any] | None = None, *, checkpoint_dir: Any = None,
               compat: str | None = None) -> Model:
-    """Find anew the amax of every enabled quantizer of a quantized model. See `quantize`."""
+    """Find anew the amax of every enabled quantizer of a quantized model; returns the model.
+
+    algorithm: as in a config ("max", {"method": "mse"}, a list of steps). forward_loop, checkpoint_dir, compat, and what is raised: as for
+    `quantize`. If anything raises, the model is left as it was. ValueError also if the model is not quantized.
+    """
     if is_torch_model(model):
         return _for_torch().calibrate(model, algorithm, forward_loop, compat, checkpoint_dir)
     check_model(model, quantized=True)
-    run_calibration(model, algorithm, forward_loop, checkpoint_dir, compat)
-    repack(model)
+    with all_or_nothing(model):
+        run_calibration(model, algorithm, forward_loop, checkpoint_dir, compat, finish=repack)
     return model
 
 
 def disable_quantizer(model: Model, wildcard_or_filter_func: Pattern) -> None:
-    """Switch off the quantizers whose full name fits the pattern, or for which the function is true. Their amax stays."""
+    """Switch off quantizers. wildcard_or_filter_func: a pattern ("*lm_head*") that their full name fits, or a function of that name. Their
+    amax stays. ValueError: the model is not quantized."""
     set_quantizer_attributes_partial(model, wildcard_or_filter_func, {"enable": False})
 
 
 def enable_quantizer(model: Model, wildcard_or_filter_func: Pattern) -> None:
-    """Switch them on again."""
+    """Switch on the quantizers that wildcard_or_filter_func fits, as in `disable_quantizer`."""
     set_quantizer_attributes_partial(model, wildcard_or_filter_func, {"enable": True})
 
 
 def set_quantizer_by_cfg(model: Model, quant_cfg: Any) -> None:
-    """Apply rules (either spelling) to the quantizers of a quantized model, in order, without calibrating.
+    """Apply the rules quant_cfg (either spelling) to the quantizers of a quantized model, in order, without calibrating.
 
     A quantizer that gets new attributes keeps its amax where that has the same meaning (one per tensor, per channel, per block).
     """
@@ -136,7 +142,8 @@ def set_quantizer_by_cfg(model: Model, quant_cfg: Any) -> None:
 
 @contextmanager
 def set_quantizer_by_cfg_context(model: Model, quant_cfg: Any) -> Iterator[None]:
-    """Within it the rules hold; afterwards every quantizer is as before, but for an amax found meanwhile."""
+    """Within it the rules quant_cfg hold; afterwards every quantizer is as before, but for an amax found meanwhile. ValueError: a rule
+    with several quantizers in a row, or a model that is not quantized."""
     rules = normalize_quant_cfg_list(quant_cfg)
     if any(isinstance(rule.cfg, tuple) for rule in rules):
         raise ValueError("set_quantizer_by_cfg_context: a list of attributes (quantizers one after the other) is not allowed here")
@@ -144,9 +151,10 @@ def set_quantizer_by_cfg_context(model: Model, quant_cfg: Any) -> Iterator[None]
         with _for_torch().settings_within(model, rules):
             yield
         return
+    check_model(model, quantized=True)
     before = dict(model.settings)
-    set_quantizer_by_cfg(model, rules)
     try:
+        set_quantizer_by_cfg(model, rules)
         yield
     finally:
         _change(model, before)
@@ -154,7 +162,11 @@ def set_quantizer_by_cfg_context(model: Model, quant_cfg: Any) -> Iterator[None]
 
 def set_quantizer_attributes_full(model: Model, wildcard_or_filter_func: Pattern, attributes: Any,
                                   parent_class: str | None = None) -> None:
-    """Give the quantizers that fit exactly these attributes; what is not named goes back to its default."""
+    """Give quantizers exactly these attributes; what is not named goes back to its default.
+
+    wildcard_or_filter_func: which, as in `disable_quantizer`; parent_class: of them, only those in modules of that class ("nn.Linear").
+    ValueError: impossible attributes, a model that is not quantized.
+    """
     if isinstance(attributes, (list, tuple)):
         attributes = tuple(QuantizerAttributeConfig.parse(a) for a in attributes)
         enable = all(a.enable for a in attributes)
@@ -166,7 +178,10 @@ def set_quantizer_attributes_full(model: Model, wildcard_or_filter_func: Pattern
 
 def set_quantizer_attributes_partial(model: Model, wildcard_or_filter_func: Pattern, partial_attributes: Mapping[str, Any],
                                      parent_class: str | None = None) -> None:
-    """Change only the named attributes of the quantizers that fit."""
+    """Change only the attributes named in partial_attributes ("enable" among them).
+
+    wildcard_or_filter_func, parent_class, ValueError: as in `set_quantizer_attributes_full`.
+    """
     given = dict(partial_attributes)
     enable = given.pop("enable", None)
 
@@ -178,7 +193,7 @@ def set_quantizer_attributes_partial(model: Model, wildcard_or_filter_func: Patt
 
 
 def register(original_cls: type, quantized_cls: type) -> None:
-    """Let torch modules of a class be quantized by a user's class, a subclass of it or a mix-in: `_setup(self)` makes its quantizers
+    """Let torch modules of original_cls be quantized by quantized_cls, a subclass of it or a mix-in: `_setup(self)` makes its quantizers
     (modelq.nn.TensorQuantizer) as attributes, and forward calls them. `weight_quantizer` is for the parameter `weight`; others see what
     passes. TypeError: not classes of that kind."""
     from modelq.torch_models.modules import register as register_class
@@ -187,7 +202,7 @@ def register(original_cls: type, quantized_cls: type) -> None:
 
 
 def unregister(original_cls: type) -> None:
-    """Undo `register`. KeyError: the class is not registered."""
+    """Undo `register` of original_cls. KeyError: the class is not registered."""
     from modelq.torch_models.modules import unregister as unregister_class
 
     unregister_class(original_cls)
@@ -222,20 +237,6 @@ def _refuse_nothing(settings: Mapping[str, Setting], rules: Iterable[QuantizerCf
     what = "no weight" if enabled else "nothing"
     raise ValueError(f"this config quantizes {what} in this model{hint}; a quantizer is named like {next(iter(settings), '(none)')!r}, and "
                      "later rules win")
-
-
-@contextmanager
-def all_or_nothing(model: Model) -> Iterator[None]:
-    """Put the model back as it was if the body raises, Ctrl-C included."""
-    model.settle()
-    before = dict(vars(model))
-    try:
-        yield
-    except BaseException:
-        model.disconnect()
-        vars(model).update(before)
-        model.connect()
-        raise
 
 
 def _set(model: Model, pattern: Pattern, parent_class: str | None, change: Callable[[Setting, QuantizerCfgEntry], Setting]) -> None:

@@ -16,7 +16,7 @@ __all__ = ["ENGINES", "ERROR", "NOTE", "Finding", "dequantized_errors", "verify_
 
 
 def verify_checkpoint(directory: str | Path, engine: str) -> list[Finding]:
-    """Everything in an exported folder that the engine ("vllm", "sglang", "tensorrt-llm", "transformers") would stumble over.
+    """Everything in an exported folder `directory` that the engine ("vllm", "sglang", "tensorrt-llm", "transformers") would stumble over.
 
     An empty list: nothing was found. Findings of level "note" do not keep the engine from loading it. ValueError: unknown engine,
     or a file that is damaged; FileNotFoundError: no such folder.
@@ -45,6 +45,8 @@ def _findings(export: Export) -> Any:
 
 def dequantized_errors(directory: str | Path, source: str | Path) -> dict[str, float]:
     """Weight to the root mean square of (dequantized - original), as a share of the original's. Only of layers stored quantized.
+
+    directory: an exported folder; source: the checkpoint that it was made of.
 
     Layers with a pre_quant_scale are left out: what they store is not the original weight.
     """
