@@ -52,6 +52,8 @@ def fidelity(first: Model, second: Model, token_ids: Any, window: int = 512) -> 
 
     ValueError: models of different shapes, too few tokens; the same model twice is a mistake, too.
     """
+    for model in (first, second):
+        model.must_compute()
     check_alike(first, second)
     ids = integer_matrix(token_ids, "token_ids")
     check_vocabulary(ids, first.vocab_size, "token_ids")

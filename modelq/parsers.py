@@ -162,7 +162,7 @@ COMMANDS = (
              OUT.but(help="the page to make (default report.html)", metavar="FILE", default=Path("report.html")), OVERWRITE, *MEASUREMENT,
              option("--search", "the --checkpoint-dir of the AutoQuantize search that chose the formats, to show its scores", type=Path,
                     metavar="DIR"),
-             *COMPUTE, JSON],
+             WEIGHTS_ONLY.but(help="compare weights alone, do not run the model"), *COMPUTE, JSON],
             ["report path/to/model model-nvfp4 --out report.html", "report path/to/model model-6bit --search scores --text wiki.test.txt"]),
     Command("inspect", "the tensors of a checkpoint: formats, scales, bits per weight", "commands.inspect", [SOURCE, JSON],
             ["inspect model-nvfp4", "inspect model.gguf --json"]),

@@ -21,22 +21,27 @@ def report(args: Namespace) -> Report:
     if args.search is not None:
         search_file(args.search)
     with steps("load"):
-        before, after = (modelq.load(source, compute=args.compute, num_threads=args.threads) for source in (args.source, args.directory))
-        ids = token_ids(args, text or measured_documents(args, before.tokenizer), before.tokenizer)
+        before, after = (modelq.load(source, compute=args.compute, num_threads=args.threads, weights_only=args.weights_only)
+                         for source in (args.source, args.directory))
+        computed = not (before.weights_only or after.weights_only)
+        ids = token_ids(args, text or measured_documents(args, before.tokenizer), before.tokenizer) if computed else None
     with steps("measure"):
         facts = gather(before, after, ids, args.window, text_name(args), args.search)
     write_file(args.out, html_page(facts).encode())
     errors = [one for one in facts.weights if one.error is not None]
     worst = max(errors, key=lambda one: one.error or 0, default=None)
     data: dict[str, Any] = {
-        "source": args.source, "directory": str(args.directory), "out": str(args.out), "text": text_name(args), **facts.fidelity.as_data(),
+        "source": args.source, "directory": str(args.directory), "out": str(args.out), "text": text_name(args) if computed else None,
+        **(facts.fidelity.as_data() if facts.fidelity else {}),
         "bits_per_weight": facts.bits_per_weight, "bytes_after": facts.bytes_after, "formats": sorted(set(facts.choices.values())),
-        "errors": {one.module: one.error for one in facts.weights}, "hidden_errors": facts.fidelity.hidden, "seconds": steps.seconds,
+        "errors": {one.module: one.error for one in facts.weights}, "seconds": steps.seconds,
+        "hidden_errors": facts.fidelity.hidden if facts.fidelity else None,
         "peak_bytes": max(step.peak_bytes for step in steps.done)}
     found = facts.fidelity
     lines = [f"perplexity {found.perplexity_after:.4f} (before: {found.perplexity_before:.4f}), KL divergence {found.divergence:.4g} nats, "
-             f"the same likeliest token at {found.agreement:.1%} of {found.positions} places",
-             f"{facts.bits_per_weight:.2f} bits per weight, {megabytes(facts.bytes_after)}"]
+             f"the same likeliest token at {found.agreement:.1%} of {found.positions} places"] if found else [
+        "the model cannot be run here: weights alone were compared"]
+    lines.append(f"{facts.bits_per_weight:.2f} bits per weight, {megabytes(facts.bytes_after)}")
     lines += [f"largest error of a weight: {worst.error:.2%}, {worst.module}"] if worst is not None and worst.error is not None else []
     return Report(data, [*lines, f"{args.out}: the report ({steps.seconds:.1f} s)"])
 

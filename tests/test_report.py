@@ -156,6 +156,26 @@ def test_histograms_reach_as_far_as_clip_points():
     assert found.top == 8 and len(found.counts) == BINS and sum(found.counts) == 51 and found.counts[0] == 50 and found.counts[11] == 1
 
 
+def test_models_that_cannot_be_run(tmp_path):
+    """An architecture that is not known: weights are compared, and nothing is claimed of the rest."""
+    from test_weights_only import QUANTIZED, strange, write
+
+    source = write(tmp_path / "strange", strange())
+    code = cli.main(["quantize", str(source), "--format", "nvfp4_wo", "--out", str(tmp_path / "export")])
+    assert code == 0
+    assert cli.main(["report", str(source), str(tmp_path / "export"), "--out", str(tmp_path / "page.html")]) == 0
+    page = Page((tmp_path / "page.html").read_text())
+    assert page.problems == [] and "it was not run" in page.text and "Perplexity" not in page.text and "attn" in page.text
+    before, after = modelq.load(source), modelq.load(tmp_path / "export")
+    facts = gather(before, after, None, 32, "")
+    wanted = dequantized_errors(tmp_path / "export", source)
+    assert {one.module for one in facts.weights} == QUANTIZED and facts.inputs == [] and facts.layers == [0, 1]
+    assert {f"{one.module}.weight": one.error for one in facts.weights} == pytest.approx(wanted, rel=1e-4)
+    assert {one.part for one in facts.weights} == {"attn.wq", "attn.wk", "attn.wv", "attn.wo", "moe.experts.*.w1", "moe.experts.*.w3"}
+    with pytest.raises(ValueError, match="cannot be run"):
+        gather(before, after, [1, 2, 3], 32, "")
+
+
 # ---- the command ----
 
 @pytest.fixture(scope="module")

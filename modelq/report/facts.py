@@ -46,12 +46,12 @@ class Kept:
 
 @dataclass
 class Facts:
-    """bytes_before: in 16 bits. choices: module to the word for its format; scores: module to the score of the format of fewest bits in a
-    search, and search: its choice, if one is given."""
+    """fidelity: None, and inputs empty, if the model cannot be run. bytes_before: in 16 bits. choices: module to the word for its format;
+    scores: module to the score of the format of fewest bits in a search, and search: its choice, if one is given."""
     source: str
     directory: str
     text: str
-    fidelity: Fidelity
+    fidelity: Fidelity | None
     weights: list[WeightFacts]
     inputs: list[InputFacts]
     kept: list[Kept]
@@ -65,19 +65,27 @@ class Facts:
     scores: dict[str, float] = field(default_factory=dict)
     search: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def layers(self) -> list[int]:
+        return list(range(1 + max((one.layer for one in self.weights), default=-1)))
+
 
 def gather(before: Model, after: Model, ids: Any, window: int, text: str, search: Path | None = None) -> Facts:
-    """before: the original; after: an export of it, opened. ValueError: not an export, or not of this model."""
+    """before: the original; after: an export of it, opened. ids: tokens to run both on; None: only look at weights. ValueError: not an
+    export, or not of this model."""
     if not getattr(after.checkpoint, "layers", {}):
         raise ValueError(f"{after.checkpoint.path}: its weights are not stored quantized: a report is on an export, beside its source")
-    with watched_inputs(after) as calibrators:
-        found = fidelity(before, after, ids, window)
+    found, inputs = None, []
+    if ids is not None:
+        after.must_compute()
+        with watched_inputs(after) as calibrators:
+            found = fidelity(before, after, ids, window)
+        inputs = list(_inputs(after, calibrators))
     weights = [weight_facts(before, after, row) for row in progress(quantized_rows(after), "weights", unit="tensor")]
     said = json.loads(search_file(search).read_text(encoding="utf-8")).get("state", {}) if search is not None else {}
     inner, tensors = after.checkpoint.inner, after.checkpoint.tensors
     size = sum(info.nbytes for info in inner.tensors.values())
     elements = sum(int(np.prod(info.shape)) for info in tensors.values())
-    inputs = list(_inputs(after, calibrators))
     return Facts(str(before.checkpoint.path), str(after.checkpoint.path), text, found, weights, inputs, kept(after),
                  {one.module: one.algorithm for one in weights}, 2 * elements, size, 8 * size / max(1, elements),
                  dict(after.checkpoint.quantization), versions(after), cache_format(after), scores_of(said), said.get("best", {}))

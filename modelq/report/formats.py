@@ -45,7 +45,7 @@ def choices(facts: Facts) -> str:
 
 
 def _grid(facts: Facts) -> tuple[dict[int, dict[str, Any]], list[str]]:
-    rows: dict[int, dict[str, Any]] = {layer: {} for layer in range(len(facts.fidelity.hidden) - 1)}
+    rows: dict[int, dict[str, Any]] = {layer: {} for layer in facts.layers}
     for one in facts.weights:
         if one.layer >= 0:
             rows[one.layer][one.part] = one

@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from modelq.fidelity import Fidelity
 from modelq.report import charts
 from modelq.report.charts import number
 from modelq.report.facts import Facts
@@ -35,19 +36,24 @@ def html_page(facts: Facts) -> str:
 
 
 def _head(facts: Facts, name: str) -> str:
-    found = facts.fidelity
     formats = ", ".join(dict.fromkeys(facts.choices.values()))
     share = facts.bytes_after / facts.bytes_before
-    cards = [("Perplexity", f"{found.perplexity_after:.3f}", f"{found.perplexity_before:.3f} before: {found.ratio:.1%} kept"),
-             ("Same likeliest token", f"{found.agreement:.1%}", f"at {found.positions} places"),
-             ("KL divergence", f"{number(found.divergence)} nats", f"mean; largest {number(found.largest_divergence)}"),
+    cards = [*_measured(facts.fidelity),
              ("Bits per weight", f"{facts.bits_per_weight:.2f}", "scales and what stayed as it was included"),
              ("Size", megabytes(facts.bytes_after), f"{share:.0%} of {megabytes(facts.bytes_before)} in 16 bits"),
              ("Formats", escape(formats), f"cache of keys and values: {escape(facts.cache or 'as it was')}")]
     inner = "".join(f"<div class=card><dt>{title}</dt><dd>{value}<small>{more}</small></dd></div>" for title, value, more in cards)
-    return (f"<header><h1>{escape(name)}</h1>\n<p class=soft>An export of <code>{escape(facts.source)}</code>, measured against it on "
-            f"{found.positions} tokens of <code>{escape(facts.text)}</code> in windows of {found.window}.</p></header>\n"
+    measured = (f"measured against it on {facts.fidelity.positions} tokens of <code>{escape(facts.text)}</code> in windows of "
+                f"{facts.fidelity.window}" if facts.fidelity else "whose weights are compared with it; it was not run")
+    return (f"<header><h1>{escape(name)}</h1>\n<p class=soft>An export of <code>{escape(facts.source)}</code>, {measured}.</p></header>\n"
             f"<dl class=cards>{inner}</dl>")
+
+
+def _measured(found: Fidelity | None) -> list[tuple[str, str, str]]:
+    return [] if found is None else [
+        ("Perplexity", f"{found.perplexity_after:.3f}", f"{found.perplexity_before:.3f} before: {found.ratio:.1%} kept"),
+        ("Same likeliest token", f"{found.agreement:.1%}", f"at {found.positions} places"),
+        ("KL divergence", f"{number(found.divergence)} nats", f"mean; largest {number(found.largest_divergence)}")]
 
 
 # Errors --------------------------------------------------------------------------------------------------------------------------
@@ -59,21 +65,22 @@ def _errors(facts: Facts) -> str:
     for one in layered:
         cells.setdefault((one.layer, one.part), []).append(one)
     errors = {key: mean([one.error for one in ones]) for key, ones in cells.items()}
-    hidden = facts.fidelity.hidden
-    rotated = hidden[0] > OTHER_BASIS
-    scale, hidden_scale = Scale(errors.values()), Scale([] if rotated else hidden)
+    hidden = facts.fidelity.hidden if facts.fidelity else []
+    rotated = bool(hidden) and hidden[0] > OTHER_BASIS
+    hidden = [] if rotated else hidden[1:]
+    scale, hidden_scale = Scale(errors.values()), Scale(hidden)
     rows = []
-    for layer in range(len(hidden) - 1):
+    for layer in range(len(hidden)) if hidden else facts.layers:
         row = "".join(_heat_cell(errors.get((layer, part)), scale, "h", _cell_title(cells.get((layer, part)))) for part in parts)
-        row += "" if rotated else f"<td class=gap></td>{_heat_cell(hidden[layer + 1], hidden_scale, 'o', '')}"
+        row += f"<td class=gap></td>{_heat_cell(hidden[layer], hidden_scale, 'o', '')}" if hidden else ""
         rows.append(f"<tr><th scope=row>{layer}</th>{row}</tr>")
-    last = "" if rotated else "<th class=gap></th><th scope=col>hidden<span>states</span></th>"
+    last = "" if not hidden else "<th class=gap></th><th scope=col>hidden<span>states</span></th>"
     noted = Counter(one.note for one in facts.weights if one.note)
     notes = "".join(f"<li>{escape(note)}: {count} weights</li>" for note, count in noted.items())
     others = "".join(f"<li><code>{escape(one.module)}</code> ({escape(one.algorithm)}): {percent(one.error)}</li>"
                      for one in facts.weights if one.layer < 0)
     of_states = ("Hidden states are in another basis than the original's (rotated): they are not compared." if rotated else
-                 "The last column is that of the hidden states behind each layer, for the token in the middle.")
+                 "The last column is that of the hidden states behind each layer, for the token in the middle." if hidden else "")
     return ("<section><h2>Errors by layer and module</h2>\n<p>Root mean square of the difference between a weight as the export stands for "
             f"it and the original, as a share of the original, in percent. {of_states}</p>\n"
             f"{scale.legend('h', 'weights')}{hidden_scale.legend('o', 'hidden states')}{heat_table(parts, last, rows)}"

@@ -1,6 +1,7 @@
 """What a quantized weight is to the one it was made of: its error, its distribution, and where its format clips."""
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -72,10 +73,8 @@ def weight_facts(before: Model, after: Model, row: dict[str, Any]) -> WeightFact
 
 def part_of(row: dict[str, Any]) -> str:
     """What a module is called in its layer: "self_attn.q_proj", "mlp.experts.*.up_proj"; all of its name outside the layers."""
-    name = row["name"]
-    if row["layer"] >= 0:
-        name = name.partition(f".{row['layer']}.")[2]
-    return name if row["expert"] is None else name.replace(f".{row['expert']}.", ".*.", 1)
+    name = re.sub(r"^(.*?\.)?\d+\.", "", row["name"], count=1) if row["layer"] >= 0 else row["name"]
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
 def column_factor(before: Model, after: Model, row: dict[str, Any]) -> tuple[np.ndarray | None, str]:
