@@ -19,7 +19,7 @@ from modelq.quantizers import without_rounding
 from modelq.rules import Setting, default_setting
 from modelq.slots import slots_of
 from modelq.stated import stated_input_quantizers
-from modelq.weights_only import runtime_of, why_not_computed
+from modelq.weights_only import PerhapsWeightsOnly, runtime_of
 
 # How many bytes of hidden states a measurement (loss, perplexity) holds at once; more batches go in further rounds.
 HIDDEN_BYTES = 512 << 20
@@ -46,7 +46,7 @@ def load(path_or_id: str | Path, compute: str = "auto", num_threads: int | None 
     return Model(checkpoint if hasattr(checkpoint, "layers") else open_quantized(checkpoint), compute, weights_only)
 
 
-class Model(Generates):
+class Model(Generates, PerhapsWeightsOnly):
     """A language model without PyTorch.
 
     config: config.json as a dictionary. checkpoint: the open files. runtime: the C forward. modules: one dictionary per module in
@@ -144,16 +144,6 @@ class Model(Generates):
         replaced = {row["weight"] for row in self.modules if row["name"] in self.packed}
         plain = sum(info.nbytes for name, info in self.checkpoint.tensors.items() if name not in replaced)
         return plain + sum(weight.nbytes for weight in self.packed.values())
-
-    @property
-    def weights_only(self) -> bool:
-        """Whether it cannot be run: an architecture that modelq does not compute, or one opened so."""
-        return bool(why_not_computed(self))
-
-    def must_compute(self) -> None:
-        """ValueError, with the reason, for a model that cannot be run."""
-        if self.weights_only:
-            self.runtime.start()
 
     @property
     def device(self) -> str:
