@@ -186,9 +186,9 @@ class Library:
         if self.is_emulated:
             self.c.mq_shim_set_order(ORDERS[name], seed)
 
-    def call(self, name: str, job, staging: Staging) -> None:
+    def call(self, name: str, job, staging: Staging, *more) -> None:
         err = Error()
-        code = getattr(self.c, f"mq_cuda_{name}")(C.byref(job), None, C.byref(err))
+        code = getattr(self.c, f"mq_cuda_{name}")(C.byref(job), *map(C.byref, more), None, C.byref(err))
         staging.finish()
         if code:
             assert code == err.code

@@ -210,6 +210,7 @@ def test_the_page_of_a_search(folders, capsys, tmp_path):
     for stats in scores.values():
         if stats["scores"][0] > 0:
             assert f"{np.log10(stats['scores'][0]):.1f}" in page.text
+    assert page.text.count("Layer 0") + page.text.count("Layer 1") >= 1 and "The other layer" in page.text
     assert sorted(data["formats"]) == ["FP8", "NVFP4"] and data["perplexity_kept"] == data["perplexity_before"] / data["perplexity_after"]
     assert data["perplexity_after"] == pytest.approx(json.loads(evaluated(capsys, folders))["perplexity"], rel=1e-4)
     code, out, _ = report(capsys, folders, "--out", tmp_path / "other.html")
