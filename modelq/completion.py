@@ -72,7 +72,7 @@ def bash(commands: dict[str, list[Words]]) -> str:
     cases = "".join(_bash_command(name, words) for name, words in commands.items())
     return f"""# bash completion for modelq (modelq completion bash)
 _modelq() {{
-    local word="${{COMP_WORDS[COMP_CWORD]}}" before="${{COMP_WORDS[COMP_CWORD-1]}}" command="" options="" values="" i
+    local word="${{COMP_WORDS[COMP_CWORD]}}" before="${{COMP_WORDS[COMP_CWORD-1]}}" command="" options="" values="" last i
     COMPREPLY=()
     for ((i = 1; i < COMP_CWORD; i++)); do
         [[ ${{COMP_WORDS[i]}} != -* ]] && command="${{COMP_WORDS[i]}}" && break
@@ -88,7 +88,8 @@ _modelq() {{
     elif [[ $values == {FILES} ]]; then
         mapfile -t COMPREPLY < <(compgen -f -- "$word")
     elif [[ $values != {NOTHING} ]]; then
-        COMPREPLY=($(compgen -W "$values" -- "$word"))
+        last="${{word##*,}}"      # of a list with commas
+        COMPREPLY=($(compgen -P "${{word%"$last"}}" -W "$values" -- "$last"))
     fi
 }}
 complete -o filenames -F _modelq modelq
@@ -134,7 +135,11 @@ _modelq() {{
     case "$line[1]" in
 {cases}    esac
 }}
-compdef _modelq modelq
+if [[ $funcstack[1] == _modelq ]]; then    # read from a folder of $fpath: this is the first completion
+    _modelq "$@"
+else
+    compdef _modelq modelq
+fi
 """
 
 

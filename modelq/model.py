@@ -18,19 +18,20 @@ from modelq.quantizers import without_rounding
 from modelq.rules import Setting, default_setting
 from modelq.slots import slots_of
 from modelq.stated import stated_input_quantizers
-from modelq.weights_only import runtime_of, why_not_computed
+from modelq.weights_only import PerhapsWeightsOnly, runtime_of
 
 # How many bytes of hidden states a measurement (loss, perplexity) holds at once; more batches go in further rounds.
 HIDDEN_BYTES = 512 << 20
 
 
-class Model(Generates):
+class Model(Generates, PerhapsWeightsOnly):
     """A language model without PyTorch.
 
     config: config.json as a dictionary. checkpoint: the open files. runtime: the C forward. modules: one dictionary per module in
     the order of the model (name, kind, layer, shape, weight, bias, site, expert). quantizers: full name
     ("model.layers.0.mlp.up_proj.weight_quantizer") to `_core.Quantizer`; settings: the same names to what the rules said.
-    places: where the quantizers of experts' linears are. unseen_experts: by layer, those that no token of the calibration reached.
+    places: where the quantizers of experts' linears are. expert_tokens: by layer, how many tokens of the
+    calibration reached each expert.
     packed: modules whose weights `compress` holds in memory. low_rank: module name to the branch beside its weight (SVDQuant).
     search_losses: what the last search found each module or quantizer to lose.
     connected: the quantizers in the runtime, by name.
@@ -61,7 +62,7 @@ class Model(Generates):
         for module in self.modules:
             self._parts.setdefault((module["layer"], module["expert"]), []).append(module)
         self.places = expert_places(self.modules)
-        self.unseen_experts: dict[int, list[int]] = {}
+        self.expert_tokens: dict[int, np.ndarray] = {}
         self.slots = {slot.name: slot for slot in slots_of(self.modules)}
         self.settings: dict[str, Setting] = {name: default_setting(slot) for name, slot in self.slots.items()}
         self.quantizers: dict[str, Any] = {}
@@ -81,6 +82,11 @@ class Model(Generates):
     def modules_of(self, layer: int, expert: int | None = None) -> list[dict[str, Any]]:
         """The modules of a layer without those of its experts, or of one expert."""
         return self._parts.get((layer, expert), [])
+
+    @property
+    def unseen_experts(self) -> dict[int, list[int]]:
+        """By layer, the quantized experts that no token of the calibration reached."""
+        return {layer: unseen for layer, tokens in self.expert_tokens.items() if (unseen := np.flatnonzero(tokens == 0).tolist())}
 
     def without_norms(self) -> Model:
         """A copy, to be looked at and not run, that takes smoothing up nowhere."""
@@ -118,16 +124,6 @@ class Model(Generates):
         replaced = {row["weight"] for row in self.modules if row["name"] in self.packed}
         plain = sum(info.nbytes for name, info in self.checkpoint.tensors.items() if name not in replaced)
         return plain + sum(weight.nbytes for weight in self.packed.values())
-
-    @property
-    def weights_only(self) -> bool:
-        """Whether it cannot be run: an architecture that modelq does not compute, or one opened so."""
-        return bool(why_not_computed(self))
-
-    def must_compute(self) -> None:
-        """ValueError, with the reason, for a model that cannot be run."""
-        if self.weights_only:
-            self.runtime.start()
 
     @property
     def device(self) -> str:

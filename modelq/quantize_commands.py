@@ -23,7 +23,7 @@ def quantize(args: Namespace) -> Report:
     from modelq.checkpoint.atomic import check_target
     from modelq.export import check_exportable, export_hf_checkpoint, needs_data
     from modelq.quantization import quantize as quantize_model
-    from modelq.summary import high_precision_lines, unseen_lines
+    from modelq.summary import coverage_lines, high_precision_lines, unseen_lines
     from modelq.utils.dataset_utils import create_forward_loop
 
     check_target(Path(os.path.realpath(args.out)), args.overwrite)   # before the work that would be in vain
@@ -40,9 +40,12 @@ def quantize(args: Namespace) -> Report:
     before, after = stored_bytes(Path(model.checkpoint.path)), stored_bytes(args.out)
     on = sum(quantizer.enabled for quantizer in model.quantizers.values())
     data = {**_asked(args, loader), "out": str(args.out), "dialect": dialect, "bytes_before": before,
-            "bytes_after": after, "quantizers": on, "steps": [vars(step) for step in steps.done]}
+            "bytes_after": after, "quantizers": on,
+            "expert_tokens": {layer: tokens.tolist() for layer, tokens in model.expert_tokens.items()},
+            "steps": [vars(step) for step in steps.done]}
     rows = [[step.name, f"{step.seconds:.1f} s", megabytes(step.peak_bytes)] for step in steps.done]
-    return Report(data, [(["step", "time", "peak memory"], rows), *high_precision_lines(model), *unseen_lines(model), "",
+    said = [*high_precision_lines(model), *coverage_lines(model), *unseen_lines(model)]
+    return Report(data, [(["step", "time", "peak memory"], rows), *said, "",
                          f"{args.out}: {megabytes(after)} (before: {megabytes(before)}), {on} quantizers, {_calibrated(args, loader)}"])
 
 

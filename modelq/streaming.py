@@ -33,12 +33,12 @@ def forward(model: Model, batches: Sequence[Batch], description: str = "forward"
     return run
 
 
-def start(model: Model, batches: Sequence[Batch], count_padding: bool = False) -> Any:
-    """A run over the batches, past the embedding. count_padding: padding counts in statistics."""
+def start(model: Model, batches: Sequence[Batch], count_padding: bool = False, experts: int = 0) -> Any:
+    """A run over the batches, past the embedding. count_padding: padding counts in statistics. experts: so many at least see each token."""
     masks = None
     if any(batch.mask is not None for batch in batches):
         masks = [np.ones(batch.ids.shape, np.uint8) if batch.mask is None else batch.mask for batch in batches]
-    run = model.runtime.start([batch.ids for batch in batches], masks, count_padding)
+    run = model.runtime.start([batch.ids for batch in batches], masks, count_padding, experts)
     run.embed(embed_tensors(model))
     return run
 

@@ -47,7 +47,7 @@ def summary_lines(model: Model) -> list[str]:
         return [*lines, f"{len(lines)} TensorQuantizers found in model"]
     lines = [f"{name:80} {text}" for whole, quantizer in model.quantizers.items()
              for name, text in describe_stages(whole, model.settings[whole], quantizer)]
-    reports = [*high_precision_lines(model), *unseen_lines(model), *changed_lines(model), *count_lines(model)]
+    reports = [*high_precision_lines(model), *coverage_lines(model), *unseen_lines(model), *changed_lines(model), *count_lines(model)]
     return [*lines, *reports, f"{len(lines)} TensorQuantizers found in model"]
 
 
@@ -130,11 +130,21 @@ def _which(layers: list[int], total: int) -> str:
     return f" (layers {', '.join(map(str, layers))})" if len(layers) <= 8 else f" ({len(layers)} of {total} layers)"
 
 
+def coverage_lines(model: Model) -> list[str]:
+    """How many tokens of the calibration reached the experts of each layer."""
+    if not model.expert_tokens:
+        return []
+    rows = [(row["name"], model.expert_tokens[row["layer"]]) for row in model.modules
+            if row["kind"] == "experts" and row["layer"] in model.expert_tokens]
+    return ["", "Tokens that reached each expert in calibration (fewest, median, most):"] + [
+        f"  {name:78} {tokens.min()}, {int(np.median(tokens))}, {tokens.max()}" for name, tokens in rows]
+
+
 def unseen_lines(model: Model) -> list[str]:
     """The experts that calibration reached with no token."""
     if not model.unseen_experts:
         return []
-    return ["", "Experts that saw no token, calibrated from their weights alone:"] + [
+    return ["", "Experts that saw no token, calibrated from their weights alone (their inputs have the scale of the layer's others):"] + [
         f"  {container['name']:78} {len(unseen)} of {container['shape'][0]}: {_numbers(unseen)}"
         for container in model.modules if container["kind"] == "experts" and (unseen := model.unseen_experts.get(container["layer"]))]
 

@@ -89,6 +89,22 @@ def runtime_of(checkpoint: Any, compute: str, weights_only: bool = False) -> Any
     return runtime
 
 
+class PerhapsWeightsOnly:
+    """What a Model says of whether it can be run."""
+
+    runtime: Any
+
+    @property
+    def weights_only(self) -> bool:
+        """Whether it cannot be run: an architecture that modelq does not compute, or one opened so."""
+        return bool(why_not_computed(self))
+
+    def must_compute(self) -> None:
+        """ValueError, with the reason, for a model that cannot be run."""
+        if self.weights_only:
+            self.runtime.start()
+
+
 def why_not_computed(model: Any) -> str:
     """Why a model cannot be run; empty if it can."""
     return getattr(model.runtime, "why", "")

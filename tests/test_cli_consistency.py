@@ -163,6 +163,7 @@ def test_bash_completes_commands_and_options(bash_completes):
 def test_bash_completes_values(bash_completes):
     assert bash_completes("quantize", "--format", "int4") == [name for name in choices.PRESETS if name.startswith("int4")]
     assert bash_completes("verify", "x", "--engine", "") == list(parsers.ENGINES)
+    assert bash_completes("bench", "x", "--formats", "fp8,mx") == ["fp8,mxfp8", "fp8,mxfp4"]
     assert bash_completes("quantize", "--kv-cache", "fp8") == ["fp8", "fp8_affine"]
     assert bash_completes("completion", "") == ["bash", "zsh", "fish"]
     assert bash_completes("quantize", "--samples", "") == [""]

@@ -155,7 +155,7 @@ def test_experts(golden):
     for model in (here, there):
         mtq.quantize(model, mtq.FP8_DEFAULT_CFG, passes)
     check_amax(here, there)
-    assert here.unseen_experts == there.unseen_experts
+    assert str(here.expert_tokens) == str(there.expert_tokens)
 
 
 def test_statistics_on_the_host_where_there_is_no_room_on_the_device(llama):

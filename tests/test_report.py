@@ -13,8 +13,9 @@ from byte_tokenizer import byte_tokenizer
 from modelq import cli
 from modelq.export import export_hf_checkpoint
 from modelq.report import gather, html_page
-from modelq.report.weights import BINS, relative_error, scaled_error, summed
+from modelq.report.weights import BINS, summed
 from modelq.verify import dequantized_errors
+from modelq.verify.errors import relative_error, scaled_error
 
 EMPTY = {"meta", "link", "br", "hr", "img", "input", "path", "rect", "circle", "polyline", "polygon"}
 OPTIONAL = {"dt", "dd", "p", "li"}
@@ -124,6 +125,8 @@ def test_smoothed_weights_are_compared_as_what_they_stand_for(golden, tmp_path, 
     facts = gather(before, after, ids, 32, "")
     notes = " ".join(one.note for one in facts.weights)
     assert smoothed in notes
+    assert dequantized_errors(tmp_path / "export", golden["llama"].source) == pytest.approx(
+        {f"{one.module}.weight": one.error for one in facts.weights}, rel=1e-6)
     assert all(one.error < (0.05 if "INT8" in config else 0.15) for one in facts.weights), {one.module: one.error for one in facts.weights}
     assert Page(html_page(facts)).problems == []
 
@@ -131,6 +134,7 @@ def test_smoothed_weights_are_compared_as_what_they_stand_for(golden, tmp_path, 
 def test_rotated_weights_are_not_compared(golden, tmp_path):
     before, after, ids = quantized(golden, "llama", mtq.FP8_DEFAULT_CFG, tmp_path, algorithm=["rotate", "max"])
     facts = gather(before, after, ids, 32, "")
+    assert None in dequantized_errors(tmp_path / "export", golden["llama"].source).values()
     assert any(one.error is None and "rotated" in one.note for one in facts.weights) and facts.fidelity.hidden[0] > 0.5
     page = Page(html_page(facts))
     assert page.problems == [] and "another basis" in page.text and "hidden states" not in re.sub("Hidden.*", "", page.text)
@@ -210,6 +214,7 @@ def test_the_page_of_a_search(folders, capsys, tmp_path):
     for stats in scores.values():
         if stats["scores"][0] > 0:
             assert f"{np.log10(stats['scores'][0]):.1f}" in page.text
+    assert page.text.count("Layer 0") + page.text.count("Layer 1") >= 1 and "The other layer" in page.text
     assert sorted(data["formats"]) == ["FP8", "NVFP4"] and data["perplexity_kept"] == data["perplexity_before"] / data["perplexity_after"]
     assert data["perplexity_after"] == pytest.approx(json.loads(evaluated(capsys, folders))["perplexity"], rel=1e-4)
     code, out, _ = report(capsys, folders, "--out", tmp_path / "other.html")

@@ -16,7 +16,8 @@ static int has_role(const mq_runtime *runtime, mq_role role)
 static int has_vectors(const mq_runtime *runtime)
 {
     int found = 0;
-    for (size_t i = 0; i < runtime->module_count; i++) found |= runtime->modules[i].kind == MQ_MODULE_VECTOR;
+    for (size_t i = 0; i < runtime->module_count; i++)
+        found |= runtime->modules[i].kind == MQ_MODULE_VECTOR && runtime->modules[i].role != MQ_ROLE_CORRECTION;
     return found;
 }
 
@@ -39,8 +40,7 @@ int mq_device_supports(const mq_runtime *runtime, mq_error *err)
         {config->rope_type == MQ_ROPE_LONGROPE, "longrope, which depends on a sequence's length"},
         {(runtime->layer_ropes & 1u << MQ_LAYER_LOCAL_ROPE) != 0, "a rope of its own in some layers"},
         {config->q_lora_rank > 0 || config->kv_lora_rank > 0, "latent attention"},
-        {config->routing != MQ_ROUTING_SOFTMAX || config->expert_groups > 1, "routing by sigmoids or groups"},
-        {config->routed_scaling_factor != 1.0, "a factor of the experts' shares"},
+        {(runtime->family->flags & MQ_FAMILY_SHARED_INPUTS) != 0, "inputs of experts that are multiplied"},
         {has_role(runtime, MQ_ROLE_SHARED_DOWN), "an expert that all tokens share"},
         {has_vectors(runtime), "vectors beside linears and norms"},
         {has_chunks(runtime), "attention by chunks"},

@@ -31,9 +31,8 @@ static size_t cut(mq_arena *arena, const mq_layer_context *context, int64_t rows
     const size_t size = mq_dtype_size(context->dtype), table = table_nbytes(table_of(context, longest));
     const int64_t hidden = config->hidden_size, q_width = config->num_attention_heads * config->head_dim;
     const int64_t expert = config->num_experts > 0 ? config->moe_intermediate_size : 0;
-    const int64_t inner = MQ_MAX(config->intermediate_size, expert);
-    const int64_t k_width = config->num_key_value_heads * config->head_dim;
-    const int64_t v_width = config->num_key_value_heads * config->value_head_dim;
+    const int64_t inner = MQ_MAX(mq_dim_of(config, NULL, MQ_DIM_INNER), expert);
+    const int64_t k_width = mq_dim_of(config, NULL, MQ_DIM_KV), v_width = mq_dim_of(config, NULL, MQ_DIM_V);
     const int64_t mixed = config->num_attention_heads * config->value_head_dim;
     const int64_t joined = context->fused ? MQ_MAX(q_width + k_width + v_width, 2 * inner) : 0;
     const int64_t widest = MQ_MAX(MQ_MAX(hidden, inner), MQ_MAX(q_width, mixed)), prepared = context->rank > 0;

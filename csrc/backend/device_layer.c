@@ -135,7 +135,7 @@ static int norm(mq_device_pass *pass, mq_role role, void *out, const void *in, i
     const mq_cuda_norm_job job = {
         .x = mq_device_matrix(pass, (void *)(uintptr_t)in, width), .y = mq_device_matrix(pass, out, width),
         .weight = pass->device->norms[role], .heads = width / pass->layer->widths[role],
-        .eps = (float)pass->context->config->rms_norm_eps,
+        .eps = (float)mq_norm_eps(pass->context->config, role),
     };
     return pass->device->backend->rmsnorm(&job, pass->device->compute, pass->err);
 }
@@ -185,7 +185,8 @@ static int project(mq_device_pass *pass, const void *in)
 {
     const mq_config *config = pass->context->config;
     const mq_device_scratch *scratch = pass->scratch;
-    const int64_t q = mq_dim_of(config, MQ_DIM_Q), k = mq_dim_of(config, MQ_DIM_KV), v = mq_dim_of(config, MQ_DIM_V);
+    const int64_t q = mq_dim_of(config, NULL, MQ_DIM_Q), k = mq_dim_of(config, NULL, MQ_DIM_KV);
+    const int64_t v = mq_dim_of(config, NULL, MQ_DIM_V);
     int rc;
     if (pass->layer->linears[MQ_ROLE_QKV].cols > 0) {
         rc = run_linear(pass, MQ_ROLE_QKV, scratch->joined, in);
@@ -261,12 +262,15 @@ static int attention_half(mq_device_pass *pass)
     const mq_device_scratch *scratch = pass->scratch;
     mq_layer *layer = pass->layer;
     const void *in = pass->chunk->hidden;
+    const int64_t kv_heads = mq_dim_of(config, &layer->kind, MQ_DIM_KV_HEADS);
     pass->applied = NULL;
     int rc = mq_device_normed(pass, MQ_ROLE_INPUT_NORM, scratch->normed, &in);
+    if (rc == MQ_OK && layer->kind.attention == MQ_BLOCK_LINEAR)
+        return run_residual(pass, MQ_ROLE_LINEAR_ATTENTION, MQ_ROLE_ATTENTION_NORM, pass->chunk->hidden, in);
     if (rc == MQ_OK) rc = project(pass, in);
     if (rc == MQ_OK) rc = finish_heads(pass, MQ_ROLE_Q_NORM, &layer->q, scratch->q, config->num_attention_heads);
-    if (rc == MQ_OK) rc = finish_heads(pass, MQ_ROLE_K_NORM, &layer->k, scratch->k, config->num_key_value_heads);
-    if (rc == MQ_OK) rc = attention_point(pass, &layer->v, scratch->v, mq_dim_of(config, MQ_DIM_V));
+    if (rc == MQ_OK) rc = finish_heads(pass, MQ_ROLE_K_NORM, &layer->k, scratch->k, kv_heads);
+    if (rc == MQ_OK) rc = attention_point(pass, &layer->v, scratch->v, mq_dim_of(config, &layer->kind, MQ_DIM_V));
     if (rc == MQ_OK) rc = attend(pass);
     return rc == MQ_OK ? run_residual(pass, MQ_ROLE_O, MQ_ROLE_ATTENTION_NORM, pass->chunk->hidden, scratch->mixed)
                        : rc;
@@ -299,6 +303,8 @@ static int project_gate(mq_device_pass *pass, const void *in)
 static int mlp_half(mq_device_pass *pass, const void *in)
 {
     pass->applied = NULL;
+    if (pass->layer->kind.mlp == MQ_BLOCK_LINEAR)
+        return run_residual(pass, MQ_ROLE_LINEAR_MLP, MQ_ROLE_MLP_NORM, pass->chunk->hidden, in);
     int rc = project_gate(pass, in);
     if (rc == MQ_OK) rc = swiglu(pass, pass->layer->linears[MQ_ROLE_DOWN].cols);
     pass->applied = NULL;
@@ -317,28 +323,41 @@ int mq_device_expert(mq_device_pass *pass)
     int rc = mq_device_normed(pass, MQ_ROLE_POST_NORM, scratch->normed, &in);
     if (rc == MQ_OK) rc = collect_input(pass, gate, in);
     if (rc == MQ_OK) rc = quantized_input(pass, gate, in, &rounded);
-    if (rc == MQ_OK) rc = product(pass, scratch->gate, rounded, &weights[MQ_ROLE_GATE].weight, NULL, 0);
-    if (rc == MQ_OK) rc = product(pass, scratch->up, rounded, &weights[MQ_ROLE_UP].weight, NULL, 0);
+    if (rc == MQ_OK) rc = product(pass, scratch->gate, rounded, &weights[MQ_ROLE_GATE].weight,
+                                     weights[MQ_ROLE_GATE].bias, 0);
+    if (rc == MQ_OK) rc = product(pass, scratch->up, rounded, &weights[MQ_ROLE_UP].weight,
+                                     weights[MQ_ROLE_UP].bias, 0);
     if (rc == MQ_OK) rc = swiglu(pass, gate->rows);
     pass->applied = NULL;
     return rc == MQ_OK ? run_linear(pass, MQ_ROLE_DOWN, scratch->temporary, scratch->gate) : rc;
 }
 
-/* The experts of the chunk's rows, to the host. */
-static int route(mq_device_pass *pass, const void *in)
+/* What the device's kernel has no words for is chosen on the host. */
+static int route_here(mq_device_pass *pass, const mq_route_sizes *sizes)
 {
-    const mq_config *config = pass->context->config;
+    const mq_backend *backend = pass->device->backend;
+    const size_t nbytes = (size_t)(sizes->rows * sizes->experts) * mq_dtype_size(sizes->dtype);
+    void *logits = mq_alloc(nbytes);
+    if (logits == NULL) return mq_fail_memory(pass->err, "logits of experts", nbytes);
+    int rc = backend->copy(logits, pass->scratch->router, nbytes, pass->device->compute, pass->err);
+    if (rc == MQ_OK) rc = backend->stream_wait(pass->device->compute, pass->err);
+    if (rc == MQ_OK) mq_route_forward(pass->context->routes, logits, sizes);
+    mq_free(logits);
+    return rc;
+}
+
+static int route_there(mq_device_pass *pass, const mq_route_sizes *sizes)
+{
     const mq_device_scratch *scratch = pass->scratch;
     const mq_backend *backend = pass->device->backend;
     const mq_routes *routes = pass->context->routes;
-    const int64_t first = pass->chunk->first * routes->top_k, count = pass->chunk->rows * routes->top_k;
-    int rc = product(pass, scratch->router, in, &pass->device->linears[MQ_ROLE_ROUTER].weight, NULL, 0);
+    const int64_t first = sizes->first * routes->top_k, count = sizes->rows * routes->top_k;
     const mq_cuda_route_job job = {
-        .logits = mq_device_matrix(pass, scratch->router, pass->layer->experts), .top_k = routes->top_k,
-        .normalize = config->norm_topk_prob != 0, .rounded = pass->context->round_routes, .experts = scratch->experts,
+        .logits = mq_device_matrix(pass, scratch->router, sizes->experts), .top_k = routes->top_k,
+        .normalize = sizes->normalize, .rounded = sizes->rounded, .experts = scratch->experts,
         .shares = scratch->shares,
     };
-    if (rc == MQ_OK) rc = backend->route(&job, pass->device->compute, pass->err);
+    int rc = backend->route(&job, pass->device->compute, pass->err);
     if (rc == MQ_OK)
         rc = backend->copy(routes->experts + first, scratch->experts, (size_t)count * sizeof *routes->experts,
                            pass->device->compute, pass->err);
@@ -348,11 +367,33 @@ static int route(mq_device_pass *pass, const void *in)
     return rc;
 }
 
+/* The experts of the chunk's rows, to the host. */
+static int route(mq_device_pass *pass, const void *in)
+{
+    const mq_device_linear *router = &pass->device->linears[MQ_ROLE_ROUTER];
+    const mq_routes *routes = pass->context->routes;
+    mq_route_sizes sizes = mq_route_of(pass->context->config);
+    sizes.rows = pass->chunk->rows;
+    sizes.experts = pass->layer->experts;
+    sizes.first = pass->chunk->first;
+    sizes.dtype = pass->context->dtype;
+    sizes.rounded = pass->context->round_routes;
+    sizes.correction = pass->layer->norms[MQ_ROLE_CORRECTION];
+    const int plain = !sizes.sigmoid && sizes.correction == NULL && sizes.groups <= 1 &&
+                      (sizes.factor == 0.0f || sizes.factor == 1.0f) &&
+                      (routes->kept == 0 || routes->kept == routes->top_k);
+    const int rc = product(pass, pass->scratch->router, in, &router->weight, router->bias, 0);
+    if (rc != MQ_OK) return rc;
+    return plain ? route_there(pass, &sizes) : route_here(pass, &sizes);
+}
+
 int mq_device_run_chunk(mq_device_pass *pass)
 {
+    const mq_layer_kind *kind = &pass->layer->kind;
     const void *in = pass->chunk->hidden;
-    int rc = attention_half(pass);
-    if (rc == MQ_OK) rc = mq_device_normed(pass, MQ_ROLE_POST_NORM, pass->scratch->normed, &in);
+    int rc = kind->attention != MQ_BLOCK_NONE ? attention_half(pass) : MQ_OK;
+    if (rc != MQ_OK || (pass->layer->experts == 0 && kind->mlp == MQ_BLOCK_NONE)) return rc;
+    rc = mq_device_normed(pass, MQ_ROLE_POST_NORM, pass->scratch->normed, &in);
     if (rc != MQ_OK) return rc;
     return pass->layer->experts > 0 ? route(pass, in) : mlp_half(pass, in);
 }

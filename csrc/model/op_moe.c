@@ -84,11 +84,25 @@ static void correct(const mq_route_sizes *sizes, float *choice, const float *sco
     if (sizes->groups > 1) keep_groups(sizes, choice);
 }
 
+/* Experts who see a row and have no share in what becomes of it: those behind the kept ones, whatever their group. */
+static void choose_onlookers(const mq_route_sizes *sizes, int32_t *experts, float *shares, float *choice,
+                             const float *scores, const mq_routes *routes)
+{
+    for (int64_t i = 0; i < sizes->experts; i++)
+        choice[i] = scores[i] + (sizes->correction ? sizes->correction[i] : 0.0f);
+    for (int64_t i = 0; i < routes->kept; i++) choice[experts[i]] = TAKEN;
+    for (int64_t i = routes->kept; i < routes->top_k; i++) {
+        experts[i] = (int32_t)take_largest(choice, sizes->experts);
+        shares[i] = 0.0f;
+    }
+}
+
 static void route_row(const route_job *job, int64_t row)
 {
     const mq_route_sizes *sizes = job->sizes;
+    const mq_routes *routes = job->routes;
     const mq_typed_row_ops *kernels = mq_row_ops_of(sizes->dtype);
-    const int64_t top_k = job->routes->top_k, at = (sizes->first + row) * top_k;
+    const int64_t top_k = routes->kept > 0 ? routes->kept : routes->top_k, at = (sizes->first + row) * routes->top_k;
     int32_t *experts = job->routes->experts + at;
     float *shares = job->routes->shares + at, scores[MQ_MAX_EXPERTS], choice[MQ_MAX_EXPERTS], sum = 0.0f;
     kernels->to_f32(scores, job->logits + (size_t)(row * sizes->experts) * mq_dtype_size(sizes->dtype), sizes->experts);
@@ -101,6 +115,7 @@ static void route_row(const route_job *job, int64_t row)
     }
     for (int64_t i = 0; i < top_k && sizes->normalize; i++) shares[i] /= sum;
     for (int64_t i = 0; i < top_k && sizes->factor != 0.0f; i++) shares[i] *= sizes->factor;
+    if (top_k < routes->top_k) choose_onlookers(sizes, experts, shares, choice, scores, routes);
     if (!sizes->rounded) return;
     kernels->from_f32(scores, shares, top_k);
     kernels->to_f32(shares, scores, top_k);
@@ -141,6 +156,7 @@ static void scatter_row(const indexed_job *job, int64_t row)
 {
     const char *in = job->in + (size_t)row * job->stride;
     char *out = job->out + (size_t)job->index[row] * job->stride;
+    if (job->shares[row] == 0.0f) return;      /* an onlooker's */
     for (int64_t first = 0; first < job->width; first += COLUMNS) {
         const int64_t n = MQ_MIN((int64_t)COLUMNS, job->width - first);
         float values[COLUMNS], rounded[COLUMNS];

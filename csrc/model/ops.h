@@ -49,11 +49,12 @@ void mq_gate_backward(float *d_gate, float *d_up, const void *gate, const void *
  * (the earlier one first where equal); Shazeer et al. 2017. normalize: the shares are divided by their sum. rounded:
  * they are rounded to dtype. sigmoid: of each logit, in the place of the softmax. correction (experts): added where
  * experts are chosen, not to shares. groups: only experts of the groups_kept best are chosen, by the sum of each
- * group's two best (DeepSeek-AI 2024, "DeepSeek-V3"); 0 = all. factor: of the shares, in the end. */
+ * group's two best (DeepSeek-AI 2024, "DeepSeek-V3"); 0 = all. factor: of the shares, in the end. kept: so many of the
+ * top_k are chosen so; the others are the next best of all groups, who see the row and have no share; 0 = all. */
 typedef struct mq_routes {
     int32_t *experts;   /* (N, top_k) */
     float *shares;      /* (N, top_k) */
-    int64_t top_k;
+    int64_t top_k, kept;
 } mq_routes;
 typedef struct mq_route_sizes {
     int64_t rows, experts, first;   /* first: row of routes where the first one goes */

@@ -34,6 +34,7 @@ typedef struct mq_run {
     int32_t *ids;                /* (rows) */
     uint8_t *mask;               /* (rows), NULL = no padding */
     int count_padding;           /* padding counts in statistics too */
+    int64_t onlooking;           /* so many experts at least see each row, for statistics; set before any layer */
     char *hidden;                /* (rows, C) of runtime->dtype */
     mq_dispatch dispatch;
     mq_cache *cache;             /* not owned; NULL = sequences are whole */
@@ -111,6 +112,7 @@ int mq_run_steps(mq_run *run, mq_layer *layer, const mq_steps *steps, mq_error *
 mq_layer_context mq_run_context(const mq_run *run);
 
 /* run_experts.c: begin makes room, dispatch sorts the rows by expert. */
+int64_t mq_run_experts_per_row(const mq_run *run);
 int mq_dispatch_begin(mq_run *run, mq_error *err);
 void mq_dispatch_rows(mq_run *run, int64_t layer);
 void mq_dispatch_free(mq_dispatch *dispatch);

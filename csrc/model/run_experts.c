@@ -11,13 +11,19 @@ static size_t sums_nbytes(const mq_run *run)
     return (size_t)(run->rows * run->runtime->config.hidden_size) * mq_dtype_size(run->runtime->dtype);
 }
 
+int64_t mq_run_experts_per_row(const mq_run *run)
+{
+    return MQ_MAX(run->onlooking, run->runtime->config.num_experts_per_tok);
+}
+
 int mq_dispatch_begin(mq_run *run, mq_error *err)
 {
     const mq_config *config = &run->runtime->config;
     mq_dispatch *it = &run->dispatch;
-    size_t experts = (size_t)config->num_experts, choices = (size_t)(run->rows * config->num_experts_per_tok);
+    size_t experts = (size_t)config->num_experts, choices = (size_t)(run->rows * mq_run_experts_per_row(run));
     if (it->sums == NULL) {
-        it->routes.top_k = config->num_experts_per_tok;
+        it->routes.top_k = mq_run_experts_per_row(run);
+        it->routes.kept = config->num_experts_per_tok;
         it->routes.experts = mq_alloc_array(choices, sizeof *it->routes.experts);
         it->routes.shares = mq_alloc_array(choices, sizeof *it->routes.shares);
         it->start = mq_alloc_array(experts + 1, sizeof *it->start);
@@ -53,7 +59,7 @@ size_t mq_dispatch_nbytes(const mq_run *run)
     size_t choice = sizeof *run->dispatch.tokens + sizeof *run->dispatch.shares + sizeof *run->dispatch.routes.experts +
                     sizeof *run->dispatch.routes.shares;
     if (run->dispatch.sums == NULL) return 0;
-    return sums_nbytes(run) + (size_t)(run->rows * config->num_experts_per_tok) * choice +
+    return sums_nbytes(run) + (size_t)(run->rows * mq_run_experts_per_row(run)) * choice +
            (size_t)(2 * config->num_experts + 1) * sizeof(int64_t);
 }
 

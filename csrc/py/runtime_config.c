@@ -116,6 +116,10 @@ static const struct { const char *key; int64_t most; size_t offset; } per_layer_
     {"layer_experts", INT32_MAX, offsetof(mq_per_layer, experts)},
     {"layer_ropes", MQ_LAYER_LOCAL_ROPE, offsetof(mq_per_layer, ropes)},
     {"layer_chunks", INT32_MAX, offsetof(mq_per_layer, chunks)},
+    {"layer_attention", MQ_BLOCK_LINEAR, offsetof(mq_per_layer, attention)},
+    {"layer_mlp", MQ_BLOCK_LINEAR, offsetof(mq_per_layer, mlp)},
+    {"layer_kv_heads", 65536, offsetof(mq_per_layer, kv_heads)},
+    {"layer_intermediate_size", 1 << 24, offsetof(mq_per_layer, inner)},
 };
 
 int mq_read_config(PyObject *dict, mq_config *config, mq_per_layer *layers)

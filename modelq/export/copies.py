@@ -21,7 +21,7 @@ def planned_copies(model: Any, linears: Mapping[str, str], dtype: str) -> tuple[
     bit.
     """
     known, copies, order = not getattr(model, "weights_only", False), {}, []
-    foreign = set(model.checkpoint.tensors) if not known else foreign_tensors(model)
+    foreign = set(model.checkpoint.tensors) if not known else set(foreign_tensors(model)) | _vectors(model)
     tied = bool(model.config.get("tie_word_embeddings"))
     untied = {weight: key for key, weight in linears.items() if weight != key}
     for name, info in model.checkpoint.tensors.items():
@@ -33,6 +33,11 @@ def planned_copies(model: Any, linears: Mapping[str, str], dtype: str) -> tuple[
         if name in untied:
             order.append(untied[name])
     return copies, order
+
+
+def _vectors(model: Any) -> set[str]:
+    """Small tensors that are no module's (what corrects a router's scores, attention sinks): they stay as precise as they are."""
+    return {row["weight"] for row in model.modules if row["kind"] == "vector"}
 
 
 def most_common_float(tensors: Mapping[str, TensorInfo]) -> str:

@@ -68,9 +68,10 @@ def ranges(title: str, layers: Sequence[int], values: Sequence[Distribution], un
     def up(value: float) -> float:
         return bottom - (bottom - TOP) * min(1.0, max(0.0, (math.log10(max(value, 10.0 ** low)) - low) / (high - low)))
     points = sorted(zip(layers, values), key=lambda pair: pair[0])
-    lines = {name: " ".join(f"{across(layer):.1f},{up(value.quantiles[index]):.1f}" for layer, value in points)
+    ways = (0.0,) if len(points) > 1 else (-5.0, 5.0)       # one layer alone is as wide as a mark
+    lines = {name: " ".join(f"{across(layer) + way:.1f},{up(value.quantiles[index]):.1f}" for layer, value in points for way in ways)
              for index, name in enumerate(("half", "most", "tail"))}
-    back = " ".join(f"{across(layer):.1f},{up(value.quantiles[0]):.1f}" for layer, value in reversed(points))
+    back = " ".join(f"{across(layer) - way:.1f},{up(value.quantiles[0]):.1f}" for layer, value in reversed(points) for way in ways)
     body = [_frame(right, bottom), *_decades(low, high, up, right), f'<polygon class="band" points="{lines["most"]} {back}"/>',
             f'<polyline class="middle" points="{lines["half"]}"/>', f'<polyline class="tail" points="{lines["tail"]}"/>']
     body += [f'<circle class="dot" cx="{across(layer):.1f}" cy="{up(value.largest):.1f}" r="1.8"/>' for layer, value in points]

@@ -53,9 +53,16 @@ def _grid(facts: Facts) -> tuple[dict[int, dict[str, Any]], list[str]]:
     return {layer: {part: row.get(part) for part in parts} for layer, row in rows.items()}, parts
 
 
+def _score(facts: Facts, module: str) -> float:
+    """Of the module, or of what it is in: experts are scored together."""
+    while module and module not in facts.scores:
+        module = module.rpartition(".")[0]
+    return facts.scores.get(module, 0.0)
+
+
 def _choice_cell(one: Any, colors: dict[str, int], facts: Facts) -> str:
     if one is None:
         return f'<td class=none title="{UNQUANTIZED}">–</td>'
-    score = facts.scores.get(one.module, 0)
+    score = _score(facts, one.module)
     text = f"{math.log10(score):.1f}" if score > 0 else escape(one.algorithm)
     return f'<td class="c{colors[one.algorithm]}" title="{escape(one.module)}: {escape(one.algorithm)}">{text}</td>'

@@ -53,7 +53,7 @@ def _measured(found: Fidelity | None) -> list[tuple[str, str, str]]:
     return [] if found is None else [
         ("Perplexity", f"{found.perplexity_after:.3f}", f"{found.perplexity_before:.3f} before: {found.ratio:.1%} kept"),
         ("Same likeliest token", f"{found.agreement:.1%}", f"at {found.positions} places"),
-        ("KL divergence", f"{number(found.divergence)} nats", f"mean; largest {number(found.largest_divergence)}")]
+        ("KL divergence", number(found.divergence), f"nats, mean; largest {number(found.largest_divergence)}")]
 
 
 # Errors --------------------------------------------------------------------------------------------------------------------------
@@ -172,11 +172,12 @@ def _histograms(facts: Facts) -> str:
     worst = max(layers, key=lambda layer: mean([one.error for one in facts.weights if one.layer == layer]) or 0)
     others = "".join(f"<details><summary>Layer {layer}</summary>{_layer_histograms(facts, layer)}</details>"
                      for layer in layers if layer != worst)
+    rest = "The other layer" if len(layers) == 2 else f"The other {len(layers) - 1} layers"
     return ("<section><h2>Histograms</h2>\n<p>How many numbers (on a logarithmic scale) have which magnitude. The orange line is the clip "
             f"point, of many blocks the middle one, with their range shaded.</p>\n"
             f"<h3>Layer {worst}, whose weights have the largest error</h3>"
             f"{_layer_histograms(facts, worst)}"
-            + (f"<details><summary>The other {len(layers) - 1} layers</summary>{others}</details>" if others else "") + "</section>")
+            + (f"<details><summary>{rest}</summary>{others}</details>" if others else "") + "</section>")
 
 
 def _layer_histograms(facts: Facts, layer: int) -> str:
