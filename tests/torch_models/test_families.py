@@ -164,3 +164,35 @@ def test_formats_are_searched(name, tmp_path):
                                  forward_step=lambda model, batch: model(**batch), loss_func=lambda output, batch: output.loss)
     scores = [score for stats in state["candidate_stats"].values() for score in stats["scores"]]
     assert np.isfinite(scores).all() and max(scores) > 0
+
+
+def test_language_model_inside_another(tmp_path):
+    """Gemma 3's checkpoints hold a vision tower too: it is copied to the bit, and names stay those of the Hub."""
+    import transformers as tf
+    text = {**MODELS["gemma3"][1], "vocab_size": 64}
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    torch.manual_seed(0)
+    theirs = tf.Gemma3ForConditionalGeneration(tf.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)).eval().float()
+    folder = save(theirs, tmp_path / "source")
+    model = modelq.load(folder, compute="float32")
+    ids, left, _ = inputs()
+    with torch.no_grad():
+        wanted = theirs(input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(left),
+                        token_type_ids=torch.zeros(ids.shape, dtype=torch.long)).logits.numpy()
+    seen = left.astype(bool)
+    np.testing.assert_allclose(model(ids, attention_mask=left).logits[seen], wanted[seen], rtol=0, atol=LOGITS)
+    mtq.quantize(model, mtq.FP8_DEFAULT_CFG, lambda model: model(ids))
+    export_hf_checkpoint(model, export_dir=tmp_path / "export")
+    before, after = (load_raw(path / "model.safetensors") for path in (folder, tmp_path / "export"))
+    assert set(before) <= set(after) | {"lm_head.weight"}
+    towers = [name for name in before if "vision_tower" in name or "multi_modal" in name]
+    assert len(towers) > 10 and all(np.array_equal(before[name], after[name]) for name in towers)
+    quantized = [name for name in after if name.endswith("weight_scale")]
+    assert len(quantized) == 7 * 4 and all(".layers." in name and "language_model" in name for name in quantized)
+    again = modelq.load(tmp_path / "export", compute="float32")
+    assert np.linalg.norm(again(ids).logits - model(ids).logits) < 0.03 * np.linalg.norm(model(ids).logits)
+
+
+def load_raw(path):
+    from safetensors.torch import load_file as load
+    return {name: tensor.view(torch.uint8).numpy() if tensor.ndim else tensor.float().numpy() for name, tensor in load(path).items()}
