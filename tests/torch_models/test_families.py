@@ -196,3 +196,48 @@ def test_language_model_inside_another(tmp_path):
 def load_raw(path):
     from safetensors.torch import load_file as load
     return {name: tensor.view(torch.uint8).numpy() if tensor.ndim else tensor.float().numpy() for name, tensor in load(path).items()}
+
+
+# Keys whose value is a shape, or a spelling, that other keys repeat.
+REPEATED = {"layer_types", "_sliding_window_pattern", "sliding_window_pattern", "sliding_window", "use_sliding_window", "max_window_layers",
+            "head_dim", "qk_head_dim", "num_local_experts", "partial_rotary_factor", "original_max_position_embeddings"}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_key_counts_or_is_refused(name):
+    """Each key of config.json changed: the runtime's numbers change, or it is refused by name, unless it is one that changes no forward."""
+    import transformers as tf
+    from modelq.checkpoint.config import runtime_config
+    from modelq.checkpoint.config_values import HARMLESS
+    kind, arguments = MODELS[name]
+    config = getattr(tf, kind)(**arguments).to_dict()
+    config["architectures"] = [next(row["architectures"][0] for row in core.archs() if row["family"] == name.split()[0])]
+    plain, silent = runtime_config(config), []
+    for key, value in config.items():
+        if key in HARMLESS | REPEATED:
+            continue
+        for other in changed(value):
+            try:
+                if runtime_config({**config, key: other}) == plain:
+                    silent.append((key, value, other))
+            except ValueError as error:
+                assert any(word in str(error) for word in (key, "num_attention_heads", "groups", "layer_types")), (key, error)
+    assert not silent
+    with pytest.raises(ValueError, match="query_scale is 2.0, which is not known"):
+        runtime_config(config | {"query_scale": 2.0})
+
+
+def changed(value):
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, int):
+        return [value + 2]
+    if isinstance(value, float):
+        return [value * 2]
+    if isinstance(value, str):
+        return ["another"]
+    if isinstance(value, dict):
+        return [{**value, key: other} for key, item in value.items() for other in changed(item)] + [{**value, "unknown": 3}]
+    if isinstance(value, list):
+        return [[*value[:-1], value[-1] + 1]] if value and isinstance(value[-1], int) else [["another"]]
+    return [3.0]
