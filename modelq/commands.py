@@ -164,7 +164,7 @@ def verify(args: Namespace) -> Report:
     lines: list[Any] = []
     if args.source:
         data["dequantized_errors"] = dequantized_errors(args.directory, args.source)
-        errors_of = [[name, error] for name, error in data["dequantized_errors"].items()]
+        errors_of = [[name, "rotated" if error is None else f"{error:.4g}"] for name, error in data["dequantized_errors"].items()]
         lines += [(["tensor", "error of the weights, relative"], errors_of), ""]
     for engine, findings in found.items():
         verdict = f"{errors[engine]} errors, {len(findings) - errors[engine]} notes" if findings else "nothing found"
