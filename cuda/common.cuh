@@ -13,9 +13,14 @@
 #if defined(MQ_CUDA_SHIM)
 #include "shim/cuda_shim.h"
 #define MQ_IS_EMULATED 1
+#define MQ_UNROLL
+#define MQ_UNROLL_BY(count)
 #else
 #include <cuda_runtime.h>
 #define MQ_IS_EMULATED 0
+#define MQ_PRAGMA(text) _Pragma(#text)
+#define MQ_UNROLL MQ_PRAGMA(unroll)
+#define MQ_UNROLL_BY(count) MQ_PRAGMA(unroll count)
 #define MQ_SHARED(type, name, count) __shared__ type name[count]
 #define MQ_CHEVRONS(kernel, grid, block, stream, args) \
     (kernel<<<grid, block, 0, (cudaStream_t)stream>>>(args), cudaGetLastError())

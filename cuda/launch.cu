@@ -1,5 +1,5 @@
 /* Errors of launches, and what all entry points check. */
-#include "common.cuh"
+#include "rows.cuh"
 
 int mq_cuda_interface(void)
 {
@@ -54,4 +54,29 @@ int mq_cuda_check_same(const mq_cuda_matrix *a, const mq_cuda_matrix *b, const c
     mq_cuda_describe_matrix(a, text, sizeof text);
     mq_cuda_describe_matrix(b, other, sizeof other);
     return mq_fail(err, MQ_ERR_VALUE, "%s %s: expected shape and dtype of x %s", name, other, text);
+}
+
+int mq_cuda_check_activations(const mq_cuda_matrix *matrix, const char *name, mq_error *err)
+{
+    char text[128];
+    const int rc = mq_cuda_check_matrix(matrix, name, err);
+    if (rc != MQ_OK || matrix->dtype == MQ_F32 || matrix->dtype == MQ_BF16) return rc;
+    mq_cuda_describe_matrix(matrix, text, sizeof text);
+    return mq_fail(err, MQ_ERR_TYPE, "%s %s: expected float32 or bfloat16", name, text);
+}
+
+int mq_cuda_check_shape(const mq_cuda_matrix *matrix, int64_t rows, int64_t cols, const char *name, mq_error *err)
+{
+    char text[128];
+    const int rc = mq_cuda_check_activations(matrix, name, err);
+    if (rc != MQ_OK || (matrix->rows == rows && matrix->cols == cols)) return rc;
+    mq_cuda_describe_matrix(matrix, text, sizeof text);
+    return mq_fail(err, MQ_ERR_VALUE, "%s %s: expected [%lld, %lld]", name, text, (long long)rows, (long long)cols);
+}
+
+int mq_cuda_check_workspace(const void *workspace, size_t nbytes, size_t needed, const char *name, mq_error *err)
+{
+    if (nbytes >= needed && (workspace != NULL || needed == 0) && (uintptr_t)workspace % 16 == 0) return MQ_OK;
+    return mq_fail(err, MQ_ERR_VALUE, "%s: needs a workspace of %zu bytes, aligned to 16; got %zu at %p", name, needed,
+                   nbytes, workspace);
 }

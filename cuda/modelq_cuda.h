@@ -17,9 +17,11 @@ extern "C" {
 #include "core/tensor.h"
 #include "format/format.h"
 
+#include "modelq_cuda_device.h"
+
 #pragma GCC visibility push(default)   /* all else in the library is hidden */
 
-enum { MQ_CUDA_INTERFACE = 1 };   /* changes whenever a struct or a call below does */
+enum { MQ_CUDA_INTERFACE = 2 };   /* changes whenever a struct or a call below does */
 
 int mq_cuda_interface(void);
 int mq_cuda_is_emulated(void);    /* 1 in the library that g++ makes of the same sources, for tests */
@@ -121,6 +123,9 @@ typedef struct mq_cuda_histogram_job {
 
 /* Values beyond the last bin, and NaN, are counted nowhere. */
 int mq_cuda_histogram(const mq_cuda_histogram_job *job, void *stream, mq_error *err);
+
+#include "modelq_cuda_gemm.h"
+#include "modelq_cuda_ops.h"
 
 #pragma GCC visibility pop
 

@@ -29,7 +29,15 @@ FIELDS = ("scheme", "shape", "dtype", "block_size", "axis")
 def save_arrays(tree: Any, path: str | Path) -> Path:
     """Write every array of a tree; returns the path. Leaves that are no arrays (numbers, texts, None) are not written.
 
-    ValueError: there is none, or two would have one name.
+    path: of the file. ValueError: there is none, or two would have one name. OSError: it cannot be written.
+
+    >>> import tempfile, numpy as np
+    >>> from modelq.packed_array import quantize_array
+    >>> tree = {"layer": {"kernel": quantize_array(np.ones((2, 32), np.float32), "mxfp4"), "bias": np.zeros(2, np.float32)}}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     found = load_arrays(save_arrays(tree, folder + "/arrays.safetensors"))
+    >>> sorted(found), found["layer.kernel"].scheme
+    (['layer.bias', 'layer.kernel'], 'mxfp4')
     """
     from modelq.checkpoint.writer import write_tensors
 

@@ -5,19 +5,24 @@
         calibrator.collect(batch)                  # NumPy, ml_dtypes, or any DLPack producer (a torch tensor), on the CPU
     amax = calibrator.compute_amax("entropy")
 
+`observe` shows calibrators what reaches the quantizers of a native model.
 The same statistics are what quantize() collects on its way through a model (csrc/calib); these classes hold a
 `_core.Calibrator`, `calibrator.statistics`, which may also be given to a Runtime's set_calibrator.
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from modelq import _core
 
-__all__ = ["GramCalibrator", "HistogramCalibrator", "MaxCalibrator", "MeanCalibrator"]
+if TYPE_CHECKING:
+    from modelq.model import Model
+
+__all__ = ["GramCalibrator", "HistogramCalibrator", "MaxCalibrator", "MeanCalibrator", "observe"]
 
 
 class _Calibrator:
@@ -32,7 +37,8 @@ class _Calibrator:
         return self.statistics.count
 
     def collect(self, x: Any, mask: Any = None) -> None:
-        """Adds x [..., C], float32, bfloat16 or float16. NaN and infinities are remembered, and refused by what computes."""
+        """Adds x [..., C], float32, bfloat16 or float16; mask [...]: 0 where x is padding. NaN and infinities are remembered, and refused
+        by what computes."""
         self.statistics.collect(x, mask)
 
     def reset(self) -> None:
@@ -41,7 +47,7 @@ class _Calibrator:
 
     def merge(self, other: _Calibrator) -> None:
         """Adds what another of the same kind has seen. Maxima and histograms of two halves merge to exactly those of the whole, sums
-        to rounding. ValueError for another kind or other parameters."""
+        to rounding. TypeError for another kind, ValueError for other parameters."""
         if type(other) is not type(self):
             raise TypeError(f"merge: expected a {type(self).__name__}, got {type(other).__name__}")
         self.statistics.merge(other.statistics)
@@ -51,7 +57,7 @@ class _Calibrator:
         return self.statistics.save()
 
     def load(self, state: bytes) -> None:
-        """Replaces the statistics by saved ones; ValueError if they are of another kind or damaged."""
+        """Replaces the statistics by state, saved ones; ValueError if they are of another kind or damaged."""
         self.statistics.load(state)
 
     def __repr__(self) -> str:
@@ -63,6 +69,12 @@ class MaxCalibrator(_Calibrator):
 
     num_bits and unsigned are taken for its sake; a maximum does not depend on them. With track_amax, `amaxs` lists the maxima of
     the single calls.
+
+    >>> import numpy as np
+    >>> calibrator = MaxCalibrator(axis=-1)
+    >>> calibrator.collect(np.array([[1.0, -5.0], [-2.0, 3.0]], np.float32))
+    >>> calibrator.compute_amax().tolist()
+    [2.0, 5.0]
     """
 
     def __init__(self, num_bits: int | tuple[int, int] = 8, axis: int | Sequence[int] | None = None, unsigned: bool = False,
@@ -76,7 +88,7 @@ class MaxCalibrator(_Calibrator):
         self.amaxs: list[float | np.ndarray] | None = [] if track_amax else None
 
     def collect(self, x: Any, mask: Any = None) -> None:
-        """Adds x, of any shape with that axis. A mask is for the last axis (or None) only."""
+        """Adds x, of any shape with that axis. A mask is for the last axis (or None) only. ValueError: x has no such axis."""
         if self.axis is not None:
             x = _core.as_array(x, "x")
             if not -x.ndim <= self.axis < x.ndim:
@@ -92,6 +104,7 @@ class MaxCalibrator(_Calibrator):
             self.amaxs.append(single.compute_amax())
 
     def reset(self) -> None:
+        """Forgets everything collected, `amaxs` too."""
         super().reset()
         if self.amaxs is not None:
             self.amaxs = []
@@ -106,6 +119,12 @@ class HistogramCalibrator(_Calibrator):
 
     num_bins bins span the first call's largest |x|; later calls that reach farther add bins of the same width (beyond 16 times as
     many, bins become wider). skip_zeros leaves exact zeros out. Per tensor only, as there.
+
+    >>> import numpy as np
+    >>> calibrator = HistogramCalibrator()
+    >>> calibrator.collect(np.r_[np.linspace(0, 1, 9999), 100].astype(np.float32))      # one outlier among ten thousand
+    >>> round(calibrator.compute_amax("percentile", percentile=99.9), 1)
+    1.0
     """
 
     def __init__(self, num_bits: int | tuple[int, int] = 8, axis: None = None, unsigned: bool = False, num_bins: int = 2048,
@@ -126,8 +145,8 @@ class HistogramCalibrator(_Calibrator):
         return None if found is None else (found[0], np.arange(len(found[0]) + 1) * found[1])
 
     def compute_amax(self, method: str, *, stride: int = 1, start_bin: int = 128, percentile: float = 99.99) -> float | None:
-        """The amax by "entropy" (least Kullback-Leibler divergence, last minimum), "mse" (least squared error of the quantized bin
-        centres, first minimum) or "percentile"; None if nothing was collected.
+        """The amax by a method: "entropy" (least Kullback-Leibler divergence, last minimum), "mse" (least squared error of the quantized
+        bin centres, first minimum) or "percentile"; None if nothing was collected.
 
         stride and start_bin: which numbers of bins entropy and mse try. mse is the formula that Model Optimizer means; its own call
         passes the arguments in the wrong places. ValueError if NaN or an infinity was seen, or for arguments out of range.
@@ -142,6 +161,12 @@ class GramCalibrator(_Calibrator):
     bfloat16 is multiplied as it is, float32 and float16 as float32; sums are float32 within a block of 2048 to 8192 tokens, float64
     across blocks. block_size keeps the blocks on the diagonal only: far less work and memory. The result does not depend on the
     number of threads.
+
+    >>> import numpy as np
+    >>> calibrator = GramCalibrator()
+    >>> calibrator.collect(np.array([[1, 2], [3, 4]], np.float32))
+    >>> calibrator.compute_gram().tolist()
+    [[10.0, 14.0], [14.0, 20.0]]
     """
 
     def __init__(self, block_size: int | None = None) -> None:
@@ -167,3 +192,35 @@ class MeanCalibrator(_Calibrator):
     def compute_mean(self) -> np.ndarray | None:
         """float32 [C]; None if nothing was collected. ValueError if NaN or an infinity was seen."""
         return self.statistics.compute_amax()
+
+
+# On a model ----------------------------------------------------------------------------------------------------------------------
+
+def observe(model: Model, batches: Iterable[Any], calibrators: Mapping[str, _Calibrator]) -> None:
+    """Show calibrators the activations that come to quantizers of a native model, as it computes now: to draw them, or to find ranges by
+    a rule of one's own.
+
+    Args:
+        model: from modelq.load, quantized or not; it stays as it is.
+        batches: anything that the model can be called with, dictionaries included.
+        calibrators: by the full name of an activation's quantizer, such as "model.layers.0.mlp.down_proj.input_quantizer". They see
+            [..., C] values before rounding, padding left out. Linears that read one tensor may share one.
+
+    Raises:
+        KeyError: the model has no such place. TypeError: it is no native model. ValueError: there is no batch.
+    """
+    from modelq import streaming
+    from modelq.inputs import groups, make_batch
+    from modelq.model import Model
+
+    if not isinstance(model, Model):
+        raise TypeError(f"observe: expected a model from modelq.load, got {type(model).__name__}")
+    made = [make_batch(model.vocab_size, batch) for batch in batches]
+    if not made:
+        raise ValueError("observe: there is no batch to show")
+    with ExitStack() as stack:
+        for name, calibrator in calibrators.items():
+            model.runtime.set_calibrator(name, calibrator.statistics)
+            stack.callback(model.runtime.set_calibrator, name, None)
+        for group in groups(made, model.tokens_at_once):
+            streaming.forward(model, group, "observe")

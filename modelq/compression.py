@@ -25,6 +25,7 @@ from modelq.rules import stages
 from modelq.smoothing import as_loaded, own_weight, stated_weight
 from modelq.stated import own_weight_amax, stated_weight_amax
 from modelq.torch_models import is_torch_model
+from modelq.undoing import all_or_nothing
 
 if TYPE_CHECKING:
     from modelq.model import Model
@@ -160,6 +161,7 @@ def fold_weight(model: Model, keep_attrs: bool = False) -> Model:
 
     keep_attrs: keep the amax of those quantizers. What the model computes stays as it is; quantizers of activations are left alone.
     Quantizing the model again starts from the folded weights. There is nothing to export then but a model in high precision.
+    ValueError: no weight is quantized.
     """
     if is_torch_model(model):
         from modelq.torch_models import quantize as torch_models
@@ -178,10 +180,11 @@ def fold_weight(model: Model, keep_attrs: bool = False) -> Model:
         quantizers[name] = make_quantizer(settings[name])
         if keep_attrs:
             quantizers[name].amax = stage_quantizers(model.quantizers[name])[0].amax
-    model.checkpoint = FoldedCheckpoint(frozen, rows)
-    model.settings, model.quantizers = settings, quantizers
-    model.packed = {}
-    model.connect()
+    with all_or_nothing(model):
+        model.checkpoint = FoldedCheckpoint(frozen, rows)
+        model.settings, model.quantizers = settings, quantizers
+        model.packed = {}
+        model.connect()
     return model
 
 

@@ -89,7 +89,13 @@ class QuantizeConfig:
 
 
 def normalize_quant_cfg_list(quant_cfg: Any) -> list[QuantizerCfgEntry]:
-    """Rules of either spelling as a list of checked entries. The older spelling draws a DeprecationWarning."""
+    """Rules (quant_cfg of a config) of either spelling as a list of checked entries. The older spelling draws a DeprecationWarning.
+    ValueError: a rule with a mistake.
+
+    >>> rule, = normalize_quant_cfg_list([{"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": 8, "axis": 0}}])
+    >>> rule.cfg.num_bits, rule.cfg.axis, rule.enable
+    (8, 0, True)
+    """
     if isinstance(quant_cfg, Mapping):
         _warn_legacy()
         return [QuantizerCfgEntry.parse(rule) for key, value in quant_cfg.items() for rule in _from_legacy(key, value)]
@@ -110,7 +116,11 @@ def normalize_quant_cfg_list(quant_cfg: Any) -> list[QuantizerCfgEntry]:
 
 
 def find_quant_cfg_entry_by_path(quant_cfg_list: Sequence[Any], quantizer_name: str) -> Any:
-    """The last rule whose quantizer_name equals the given text exactly (no pattern matching). KeyError if there is none."""
+    """The last rule of quant_cfg_list whose quantizer_name equals the given text exactly (no pattern matching). KeyError if there is none.
+
+    >>> find_quant_cfg_entry_by_path([{"quantizer_name": "*", "enable": False}], "*")
+    {'quantizer_name': '*', 'enable': False}
+    """
     for entry in reversed(quant_cfg_list):
         name = entry.quantizer_name if isinstance(entry, QuantizerCfgEntry) else entry.get("quantizer_name")
         if name == quantizer_name:
@@ -137,9 +147,10 @@ def need_calibration(config: Any) -> bool:
 
 
 def load_config(path: Any) -> dict[str, Any]:
-    """A config from a .yaml, .yml or .json file, checked, as the dictionary that `quantize` takes.
+    """A config from a .yaml, .yml or .json file (path), checked, as the dictionary that `quantize` takes.
 
-    Lists stand for tuples ([4, 3] or "E4M3"), and a file whose top holds `quantize:` (a recipe) is read from there.
+    Lists stand for tuples ([4, 3] or "E4M3"), and a file whose top holds `quantize:` (a recipe) is read from there. ValueError names the
+    file and what is wrong with it.
     """
     import json
     from pathlib import Path

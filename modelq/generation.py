@@ -60,13 +60,14 @@ class Generates:
                reuse: bool = False) -> Iterator[np.ndarray]:
         """The new tokens of `generate` as they come: int64 [B] each, pad_token_id for a sequence that is at its end.
 
-        max_new_tokens: at most so many; fewer where all sequences have ended, or where the model's context does. temperature, top_p,
-        top_k, seed: see `modelq.sampling.Sampling`; by default the likeliest token. eos_token_id: what ends a sequence (one or several;
-        default: what generation_config.json, config.json or the tokenizer says; [] = nothing). pad_token_id: default the first of these.
-        do_sample: as in transformers: False means temperature 0, True a temperature of 1 where none is given.
-        reuse: go on from the sequences of the last call as far as the prompts begin like them, without computing that again; the last
-        bits of logits may differ. Beginning another stream ends this one. ValueError: a prompt as long as the context, or empty.
+        input_ids, attention_mask: as for `generate`. max_new_tokens: at most so many; fewer where all sequences have ended, or where the
+        model's context does. temperature, top_p, top_k, seed: see `modelq.sampling.Sampling`; by default the likeliest token. eos_token_id:
+        what ends a sequence (one or several; default: what generation_config.json, config.json or the tokenizer says; [] = nothing).
+        pad_token_id: default the first of these. do_sample: as in transformers: False means temperature 0, True a temperature of 1 where
+        none is given. reuse: go on from the sequences of the last call as far as the prompts begin like them, without computing that again;
+        the last bits of logits may differ. Beginning another stream ends this one. ValueError: a prompt as long as the context, or empty.
         """
+        self.must_compute()
         if do_sample is not None:
             temperature = (temperature or 1.0) if do_sample else 0.0
         sampling = Sampling(temperature, top_p, top_k, seed)

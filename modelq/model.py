@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from modelq import _core
-from modelq.checkpoint.config import runtime_config
 from modelq.experts import expert_places
 from modelq.generation import Generates
 from modelq.inputs import IGNORED_ARGUMENTS, Batch, check_vocabulary, groups, integer_matrix, make_batch
@@ -20,19 +19,22 @@ from modelq.quantizers import without_rounding
 from modelq.rules import Setting, default_setting
 from modelq.slots import slots_of
 from modelq.stated import stated_input_quantizers
-
-FAST_BFLOAT16 = ("amx_bf16", "avx512_bf16")
+from modelq.weights_only import PerhapsWeightsOnly, runtime_of
 
 # How many bytes of hidden states a measurement (loss, perplexity) holds at once; more batches go in further rounds.
 HIDDEN_BYTES = 512 << 20
 
 
-def load(path_or_id: str | Path, compute: str = "auto", num_threads: int | None = None) -> Model:
-    """Open a Hugging Face folder, a GGUF file or a Hub id. Weights are mapped, checked, and not read yet.
+def load(path_or_id: str | Path, compute: str = "auto", num_threads: int | None = None, weights_only: bool = False) -> Model:
+    """Open path_or_id: a Hugging Face folder, a GGUF file or a Hub id. Weights are mapped, checked, and not read yet.
+
+    An architecture that modelq does not compute is opened for its weights alone: formats that need no calibration data work on it.
 
     compute: "bfloat16" (activations stored as bfloat16, products accumulated in float32), "float32" (as a model loaded with
     dtype=float32: weights too are quantized as float32), or "auto": bfloat16 where this processor computes it fast.
     num_threads: for the whole process; None leaves MODELQ_NUM_THREADS or the processor's cores.
+    weights_only: open a known architecture so, too, whatever its config.json asks for.
+    FileNotFoundError: nothing is there. ValueError: a damaged file, or a config.json that does not fit its weights (named).
     """
     from modelq.checkpoint import open_checkpoint
     from modelq.checkpoint.quantized import open_quantized
@@ -41,16 +43,17 @@ def load(path_or_id: str | Path, compute: str = "auto", num_threads: int | None 
     if num_threads is not None:
         _core.set_threads(num_threads)
     checkpoint = open_checkpoint(path_or_id)
-    return Model(checkpoint if hasattr(checkpoint, "layers") else open_quantized(checkpoint), compute)
+    return Model(checkpoint if hasattr(checkpoint, "layers") else open_quantized(checkpoint), compute, weights_only)
 
 
-class Model(Generates):
+class Model(Generates, PerhapsWeightsOnly):
     """A language model without PyTorch.
 
     config: config.json as a dictionary. checkpoint: the open files. runtime: the C forward. modules: one dictionary per module in
     the order of the model (name, kind, layer, shape, weight, bias, site, expert). quantizers: full name
     ("model.layers.0.mlp.up_proj.weight_quantizer") to `_core.Quantizer`; settings: the same names to what the rules said.
-    places: where the quantizers of experts' linears are. unseen_experts: by layer, those that no token of the calibration reached.
+    places: where the quantizers of experts' linears are. expert_tokens: by layer, how many tokens of the
+    calibration reached each expert.
     packed: modules whose weights `compress` holds in memory. low_rank: module name to the branch beside its weight (SVDQuant).
     search_losses: what the last search found each module or quantizer to lose.
     connected: the quantizers in the runtime, by name.
@@ -58,8 +61,8 @@ class Model(Generates):
     stored_layers: modules whose weights the checkpoint holds quantized already (an export opened again), and how.
     """
 
-    def __init__(self, checkpoint: Any, compute: str = "auto"):
-        self.float32_weights = compute == "float32"
+    def __init__(self, checkpoint: Any, compute: str = "auto", weights_only: bool = False):
+        self.float32_weights, self._weights_only = compute == "float32", weights_only
         self.training = self.own_scales = False
         self._tokenizer: Any = None
         self._recorded: list[Batch] | None = None
@@ -67,11 +70,11 @@ class Model(Generates):
         self.take(checkpoint, compute)
 
     def take(self, checkpoint: Any, compute: str) -> None:
-        """Be the model of another checkpoint, not quantized."""
+        """Be the model of another checkpoint, not quantized, with compute as for `load`."""
         self.checkpoint = checkpoint
         self.forget_decoding()
         self.config: dict[str, Any] = checkpoint.config
-        self.runtime = _runtime_of(checkpoint, compute)
+        self.runtime = runtime_of(checkpoint, compute, self._weights_only)
         self.modules: list[dict[str, Any]] = list(self.runtime.modules)
         self.num_layers: int = self.runtime.layers
         self.vocab_size: int = self.runtime.config["vocab_size"]
@@ -79,7 +82,7 @@ class Model(Generates):
         for module in self.modules:
             self._parts.setdefault((module["layer"], module["expert"]), []).append(module)
         self.places = expert_places(self.modules)
-        self.unseen_experts: dict[int, list[int]] = {}
+        self.expert_tokens: dict[int, np.ndarray] = {}
         self.slots = {slot.name: slot for slot in slots_of(self.modules)}
         self.settings: dict[str, Setting] = {name: default_setting(slot) for name, slot in self.slots.items()}
         self.quantizers: dict[str, Any] = {}
@@ -100,6 +103,11 @@ class Model(Generates):
         """The modules of a layer without those of its experts, or of one expert."""
         return self._parts.get((layer, expert), [])
 
+    @property
+    def unseen_experts(self) -> dict[int, list[int]]:
+        """By layer, the quantized experts that no token of the calibration reached."""
+        return {layer: unseen for layer, tokens in self.expert_tokens.items() if (unseen := np.flatnonzero(tokens == 0).tolist())}
+
     def without_norms(self) -> Model:
         """A copy, to be looked at and not run, that takes smoothing up nowhere."""
         made = copy.copy(self)
@@ -110,20 +118,24 @@ class Model(Generates):
 
     @property
     def embedding_modules(self) -> list[dict[str, Any]]:
+        """Those before the layers."""
         return [module for module in self.modules if module["kind"] == "embedding"]
 
     @property
     def head_modules(self) -> list[dict[str, Any]]:
+        """The linears behind the layers: lm_head."""
         return [module for module in self.modules if module["kind"] == "linear" and module["layer"] < 0]
 
     @property
     def tokenizer(self) -> Any:
+        """The checkpoint's (modelq.checkpoint.tokenizer.Tokenizer). FileNotFoundError, ValueError: none that can be read."""
         if self._tokenizer is None:
             self._tokenizer = self.checkpoint.tokenizer()
         return self._tokenizer
 
     @property
     def head_dim(self) -> int:
+        """Channels of a head of attention."""
         return self.runtime.config["head_dim"]
 
     @property
@@ -135,22 +147,29 @@ class Model(Generates):
 
     @property
     def device(self) -> str:
+        """Where the model is."""
         return "cpu"
 
     def eval(self) -> Model:
+        """Accepted for scripts' sake, as `train`; returns the model."""
         return self
 
     def train(self, mode: bool = True) -> Model:
-        """Accepted for scripts' sake. There is no dropout here, and nothing learns."""
+        """Accepted for scripts' sake, whatever the mode. There is no dropout here, and nothing learns."""
         return self
 
     # Calls -------------------------------------------------------------------------------------------------------------
 
     def __call__(self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None, **ignored: Any) -> Output:
-        """Next-token logits of [B, T] token ids, computed when touched (see `Output`). A dictionary of arguments works too."""
+        """Next-token logits float32 [B, T, V], and the loss where labels are given, computed when touched (see `Output`).
+
+        input_ids, attention_mask (0: padding), labels (-100: nothing to predict): integers [B, T], or one dictionary of them.
+        ValueError: shapes or ids that do not fit. TypeError: an argument that a transformers model would take and this does not.
+        """
         for name in ignored:
             if name not in IGNORED_ARGUMENTS:
                 raise TypeError(f"model(): unknown argument {name!r}: expected input_ids, attention_mask, labels")
+        self.must_compute()
         batch = make_batch(self.vocab_size, input_ids, attention_mask, labels)
         output = Output(self, batch)
         if self._recorded is not None:  # calibration runs these itself
@@ -160,7 +179,7 @@ class Model(Generates):
         return output
 
     def compute_pending(self, wanted: Output) -> None:
-        """Run every call still waiting, and still held by someone, in one pass over the layers."""
+        """Run every call still waiting, and still held by someone, in one pass over the layers, and the one wanted."""
         outputs = [output for output in self._open_outputs() if output.waiting and output is not wanted] + [wanted]
         done = Pass(self, [output.batch for output in outputs])
         for index, output in enumerate(outputs):
@@ -181,7 +200,7 @@ class Model(Generates):
 
     @contextmanager
     def recording(self) -> Iterator[list[Batch]]:
-        """Within it, calls are noted in the list it gives, and computed only where touched, without quantization."""
+        """Within it, calls are noted in the list it gives, and computed only where touched, without quantization. RuntimeError: twice."""
         if self._recorded is not None:
             raise RuntimeError("calibration is already recording this model's calls: quantize() cannot run inside a forward_loop")
         self._recorded = []
@@ -195,16 +214,17 @@ class Model(Generates):
         """Within it, the model computes with quantized weights, quantized activations, both or none. What changes no values but for
         rounding stays: smoothing, rotations, branches of low rank beside what is left of weights."""
         before = self.simulate, self.simulate_inputs
-        self.simulate, self.simulate_inputs = weights, activations
-        self.connect()
         try:
+            self.simulate, self.simulate_inputs = weights, activations
+            self.connect()
             yield
         except BaseException:
             self.simulate, self.simulate_inputs = before
             with suppress(ValueError):      # siblings half smoothed: whoever quantizes puts all back
                 self.connect()
             raise
-        self.simulate, self.simulate_inputs = before
+        finally:
+            self.simulate, self.simulate_inputs = before
         self.connect()
 
     def connect(self) -> None:
@@ -236,8 +256,9 @@ class Model(Generates):
     def loss(self, batches: Iterable[Any]) -> float:
         """Mean negative log-likelihood in nats of each next token, over all tokens of all batches (padding does not count).
 
-        batches: anything that the model can be called with, dictionaries included.
+        batches: anything that the model can be called with, dictionaries included. ValueError: there is nothing to predict.
         """
+        self.must_compute()
         total, count = 0.0, 0
         for group in groups([make_batch(self.vocab_size, batch) for batch in batches], self.tokens_at_once):
             sums, counts = Pass(self, group, "loss").losses
@@ -249,8 +270,9 @@ class Model(Generates):
     def perplexity(self, token_ids: Any, window: int = 512) -> float:
         """exp of the mean negative log-likelihood over the tokens of consecutive windows, the first of each not predicted.
 
-        token_ids: one long row of tokens. A rest shorter than a window is left out, unless it is all there is.
+        token_ids: one long row of tokens. A rest shorter than a window is left out, unless it is all there is. ValueError: too few.
         """
+        self.must_compute()
         ids = integer_matrix(token_ids, "token_ids")
         check_vocabulary(ids, self.vocab_size, "token_ids")
         if window < 2 or ids.size < 2:
@@ -261,34 +283,14 @@ class Model(Generates):
 
     @property
     def tokens_at_once(self) -> int:
+        """Of how many tokens hidden states are held together."""
         return max(1, HIDDEN_BYTES // (4 * self.runtime.config["hidden_size"]))
 
     def close(self) -> None:
+        """Close the checkpoint's files: nothing can be computed any more."""
         self.forget_decoding()
         self.checkpoint.close()
 
     def __repr__(self) -> str:
         state = f"{sum(q.enabled for q in self.quantizers.values())} quantizers on" if self.quantized else "not quantized"
         return f"<modelq.Model {self.config.get('model_type')!r} from {str(self.checkpoint.path)!r}: {self.num_layers} layers, {state}>"
-
-
-def _runtime_of(checkpoint: Any, compute: str) -> Any:
-    """The runtime, and a check that the checkpoint holds every tensor that it will ask for, in the right shape."""
-    if compute == "auto":
-        features = _core.cpu_info()["features"].split()
-        compute = "bfloat16" if any(feature in features for feature in FAST_BFLOAT16) else "float32"
-    try:
-        runtime = _core.Runtime(*runtime_config(checkpoint.config), compute)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{checkpoint.path}: {error}") from error
-    for module in runtime.modules:
-        for tensor, shape in ((module["weight"], tuple(module["shape"])), (module["bias"], tuple(module["shape"][:1]))):
-            if tensor is None:
-                continue
-            if tensor not in checkpoint.tensors:
-                raise ValueError(f"{checkpoint.path}: no tensor {tensor!r}, which a {checkpoint.config.get('model_type')} model with this "
-                                 "config.json needs: is a file missing, or config.json another model's?")
-            if checkpoint.tensors[tensor].shape != shape:
-                raise ValueError(f"{checkpoint.tensors[tensor].file or checkpoint.path}: tensor {tensor!r} has shape "
-                                 f"{list(checkpoint.tensors[tensor].shape)}, config.json asks for {list(shape)}")
-    return runtime

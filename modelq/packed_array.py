@@ -68,8 +68,16 @@ def quantize_array(x: Any, format: Any, amax: Any = None, block_size: int | None
 
     format: a scheme ("nvfp4", "fp8", "int4", "int8", "mxfp4", ...) or a preset. amax: the largest magnitude to be representable, in
     the grain of the scheme's scales; None: of the array itself. axis: what is summed over when x is multiplied by activations: the last of
-    a weight [out, in], -2 of a JAX kernel [in, out]; blocks go along it, other axes count as rows. where: of a tree, says which leaves.
+    a weight [out, in], -2 of a JAX kernel [in, out]; blocks go along it, other axes count as rows. block_size: elements of a block, for
+    schemes that leave it open (INT4). where: of a tree, says which leaves. Returns a QuantizedArray, or the tree with those.
     ValueError: the axis is not whole blocks, NaN, an unknown format.
+
+    >>> import numpy as np
+    >>> packed = quantize_array(np.array([[0.5, -1.0, 3.0, 6.0] * 4], np.float32), "nvfp4")
+    >>> packed
+    <QuantizedArray nvfp4 [1, 16] of float32: 13 bytes>
+    >>> packed.dequantize()[0, :4].tolist()
+    [0.5, -1.0, 3.0, 6.0]
     """
     way = _way_of(format, block_size)
 
@@ -82,7 +90,8 @@ def quantize_array(x: Any, format: Any, amax: Any = None, block_size: int | None
 
 
 def dequantize_array(packed: Any, dtype: str | None = None) -> Any:
-    """The array that a QuantizedArray stands for, or a tree with those of all that are in it."""
+    """The array that a QuantizedArray `packed` stands for, or a tree with those of all that are in it. dtype: "float32", "bfloat16" or
+    "float16"; None: of the original. TypeError: neither a QuantizedArray nor a tree."""
     if not isinstance(packed, QuantizedArray) and not is_tree(packed):
         raise TypeError(f"dequantize_array: expected a QuantizedArray or a tree of them, got {type(packed).__name__}")
     return map_leaves(lambda path, leaf: leaf.dequantize(dtype) if isinstance(leaf, QuantizedArray) else leaf, packed)
@@ -90,7 +99,14 @@ def dequantize_array(packed: Any, dtype: str | None = None) -> Any:
 
 def fake_quantize_array(x: Any, format: Any, amax: Any = None, block_size: int | None = None, axis: int = -1,
                         where: Where | None = None) -> Any:
-    """x with every number rounded to what its code would stand for; framework, device, dtype and shape stay. As quantize_array."""
+    """x with every number rounded to what its code would stand for; framework, device, dtype and shape stay.
+
+    format, amax, block_size, axis, where, and what is raised: as for quantize_array.
+
+    >>> import numpy as np
+    >>> fake_quantize_array(np.array([[1.0, 1.1, 200.0, 448.0]], np.float32), "fp8").tolist()
+    [[1.0, 1.125, 192.0, 448.0]]
+    """
     way = _way_of(format, block_size)
 
     def fake(name: str, leaf: Any) -> Any:

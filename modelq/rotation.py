@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from modelq.model import Model
 
 LARGEST_HADAMARD = 1024
+PLAIN = ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral")     # families with one norm before each half, and linears of their own
 HEAD = "lm_head.weight"
 PIECE = 16 << 20    # bytes of float32 rows that are turned at a time
 
@@ -90,6 +91,9 @@ class RotatedCheckpoint(Checkpoint):
     """A checkpoint whose tensors are turned as they are read, and rounded to the original's dtypes."""
 
     def __init__(self, model: Model, seed: int = 0, residual: bool = True, values: bool = True):
+        if model.runtime.family not in PLAIN:
+            raise ValueError(f"rotation: a model of the family {model.runtime.family} has norms, or linears in one, that rotations do not "
+                             f"pass; it is there for {', '.join(PLAIN)}")
         self.original = model.checkpoint
         self.rotation = Rotated(seed, residual, values)
         stream = Rotation(model.runtime.config["hidden_size"], seed) if residual else None

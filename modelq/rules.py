@@ -41,12 +41,13 @@ class Slot:
 
 @dataclass(frozen=True)
 class Setting:
-    """What the rules made of one slot. rule: the last rule that touched it, None before any did."""
+    """What the rules made of one slot. rule: the last rule that touched it, None before any did. why: what else switched it off."""
 
     slot: Slot
     attributes: QuantizerAttributeConfig | tuple[QuantizerAttributeConfig, ...]
     enable: bool
     rule: QuantizerCfgEntry | None = None
+    why: str = ""
 
 
 def default_setting(slot: Slot) -> Setting:

@@ -18,6 +18,7 @@ from modelq.low_rank import LowRank
 from modelq.quantizers import named_values, set_named_value
 from modelq.rules import Setting, stages
 from modelq.torch_models import is_torch_model, unwrapped
+from modelq.undoing import all_or_nothing
 
 JSON_FILE, TENSOR_FILE, VERSION = "quantizers.json", "quantizers.safetensors", 1
 
@@ -41,7 +42,7 @@ def save(model: Any, path: str | Path) -> Path:
 
 
 def restore(model: Any, path: str | Path) -> Any:
-    """Quantize a model as `save` found another to be; returns it. Its weights are to be the same.
+    """Quantize a model as `save` found another to be, and wrote into the folder `path`; returns it. Its weights are to be the same.
 
     FileNotFoundError, ValueError: no such folder, a damaged one, or one of a model with other quantizers. Then nothing is changed.
     """
@@ -109,7 +110,7 @@ def _restore_torch(model: Any, said: Mapping[str, Any], found: Mapping[str, np.n
 
 def _restore_native(model: Any, said: Mapping[str, Any], found: dict[str, np.ndarray], folder: Path) -> None:
     from modelq.calibration.resume import give_back
-    from modelq.quantization.api import all_or_nothing, check_source, take_original
+    from modelq.quantization.api import check_source, take_original
     from modelq.quantizers import make_quantizer
     from modelq.rules import default_setting
 

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from modelq.commands import Report, preset, preset_name
+from modelq.choices import kv_cache_config, preset, preset_name
+from modelq.commands import Report, measured_documents, measured_text, token_ids
 from modelq.measure import Steps
 
 EXCLUDED = "excluded_module_name_patterns"
@@ -17,24 +18,26 @@ EXCLUDED = "excluded_module_name_patterns"
 
 def autoquantize(args: Namespace) -> Report:
     import modelq
-    from modelq.checkpoint.atomic import check_target
+    from modelq.checkpoint.atomic import check_file, check_target
     from modelq.export import export_hf_checkpoint
     from modelq.plots import draw_layers, draw_trade_off, require_matplotlib
-    from modelq.utils.dataset_utils import get_dataset_dataloader
+    from modelq.quantize_commands import calibration_data
 
     wanted, disabled = budgets(args.effective_bits), list(args.disable or ["*lm_head*"])
     formats = {name.strip(): preset(name.strip()) for name in args.formats.split(",")}
     if args.plot or args.plot_layers:
         require_matplotlib()
+    for path in [*args.plot, *args.plot_layers]:
+        check_file(path)
     if args.out:
         if len(wanted) > 1:
             raise ValueError("--out exports one model: give one number of --effective-bits")
         check_target(Path(os.path.realpath(args.out)), args.overwrite)
-    steps = Steps()
+    text, steps = None if args.no_eval else measured_text(args), Steps()
     with steps("load"):
         model = modelq.load(args.source, compute=args.compute, num_threads=args.threads)
-        loader = get_dataset_dataloader(args.calib, model.tokenizer, args.batch_size, args.samples, args.seq_len, pack=True)
-        ids = _text(model, args) if not args.no_eval else None
+        loader = calibration_data(args, model, pack=True)
+        ids = token_ids(args, text or measured_documents(args, model.tokenizer), model.tokenizer) if not args.no_eval else None
     with tempfile.TemporaryDirectory(prefix="modelq-") as scratch:
         search = _Search(model, formats, loader, disabled, args, scratch)
         found = [search.budget(bits, ids, steps) for bits in wanted]
@@ -43,10 +46,10 @@ def autoquantize(args: Namespace) -> Report:
                 export_hf_checkpoint(model, args.out, overwrite=args.overwrite, dialect=args.dialect, engine=args.engine)
         uniform = [search.uniform(name, ids, steps) for name in formats] if ids is not None and not args.no_uniform else []
     plain = search.plain(ids, steps) if ids is not None else None
-    if args.plot and ids is not None:
-        draw_trade_off(args.plot, found, uniform, plain)
-    if args.plot_layers:
-        draw_layers(args.plot_layers, found[-1]["state"])
+    for path in args.plot if ids is not None else ():
+        draw_trade_off(path, found, uniform, plain)
+    for path in args.plot_layers:
+        draw_layers(path, found[-1]["state"])
     return _report(args, found, uniform, plain, steps)
 
 
@@ -83,7 +86,7 @@ class _Search:
                 self.model, {"effective_bits": bits, "cost": {EXCLUDED: self.disabled}}, list(self.formats.values()), self.batches,
                 lambda model, batch: model(**batch), num_calib_steps=len(self.batches),
                 num_score_steps=max(1, -(-self.args.score_samples // self.args.batch_size)), disabled_layers=self.disabled,
-                checkpoint=self.folder, method=self.args.method, **loss)
+                checkpoint=self.folder, method=self.args.method, kv_cache_cfg=kv_cache_config(self.args.kv_cache), **loss)
         self.stats = state["candidate_stats"]
         best = state["best"]
         return {"budget": bits, "effective_bits": best["constraints"]["effective_bits"], "stored_bits": best["stored_bits"],
@@ -116,13 +119,6 @@ class _Search:
             return float(self.model.perplexity(ids, window=self.args.window))
 
 
-def _text(model: Any, args: Namespace) -> Any:
-    from modelq.utils.texts import running_text
-
-    ids = model.tokenizer.encode(running_text(args.text), add_special_tokens=False)
-    return ids[:args.max_windows * args.window] if args.max_windows else ids
-
-
 def _report(args: Namespace, found: list[dict[str, Any]], uniform: list[dict[str, Any]], plain: float | None, steps: Steps) -> Report:
     counts = []
     for one in found:
@@ -137,7 +133,8 @@ def _report(args: Namespace, found: list[dict[str, Any]], uniform: list[dict[str
              for one in uniform]
     rows += [["unquantized", "16.00", "16.00", _number(plain), ""]] * (plain is not None)
     lines: list[Any] = [(["budget", "effective bits", "stored bits", "perplexity", "groups of layers"], rows)]
-    written = ((args.plot, "perplexity against bits"), (args.plot_layers, "formats and sensitivity of layers"), (args.out, "the model"))
+    written = [*((path, "perplexity against bits") for path in args.plot), (args.out, "the model"),
+               *((path, "formats and sensitivity of layers") for path in args.plot_layers)]
     lines += [f"{path}: {what}" for path, what in written if path]
     return Report(data, lines)
 

@@ -113,6 +113,14 @@ def times_columns(tensor: np.ndarray, scale: np.ndarray) -> np.ndarray:
     return quantizer(tensor)
 
 
+def times_norm(model: Any, name: str, tensor: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """A vector of `norm_scales` times its scale. Gemma's norms multiply by 1 + weight: there it is that which is scaled."""
+    offset = next((row.get("offset", 0) for row in model.modules if row["weight"] == name), 0)
+    if not offset:
+        return times_columns(tensor, scale)
+    return ((tensor.astype(np.float32) + offset) * scale - offset).astype(tensor.dtype)
+
+
 # Scales ----------------------------------------------------------------------------------------------------------------------
 
 def own_scale(model: Any, module: str) -> np.ndarray | None:

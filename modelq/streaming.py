@@ -17,7 +17,7 @@ from modelq.inputs import Batch
 from modelq.progress import progress
 from modelq.quantizers import Found, block_extents, found_values, make_quantizer, set_found_values, stage_quantizers
 from modelq.rules import stages
-from modelq.smoothing import as_loaded, norm_scales, own_scale, own_weight, stated_weight, times_columns
+from modelq.smoothing import as_loaded, norm_scales, own_scale, own_weight, stated_weight, times_norm
 from modelq.stated import stated_weight_amax
 
 if TYPE_CHECKING:
@@ -33,12 +33,12 @@ def forward(model: Model, batches: Sequence[Batch], description: str = "forward"
     return run
 
 
-def start(model: Model, batches: Sequence[Batch], count_padding: bool = False) -> Any:
-    """A run over the batches, past the embedding. count_padding: padding counts in statistics."""
+def start(model: Model, batches: Sequence[Batch], count_padding: bool = False, experts: int = 0) -> Any:
+    """A run over the batches, past the embedding. count_padding: padding counts in statistics. experts: so many at least see each token."""
     masks = None
     if any(batch.mask is not None for batch in batches):
         masks = [np.ones(batch.ids.shape, np.uint8) if batch.mask is None else batch.mask for batch in batches]
-    run = model.runtime.start([batch.ids for batch in batches], masks, count_padding)
+    run = model.runtime.start([batch.ids for batch in batches], masks, count_padding, experts)
     run.embed(embed_tensors(model))
     return run
 
@@ -109,7 +109,7 @@ def parts(model: Model, layer: int) -> Iterator[tuple[list[str], Part]]:
 
 
 def unread(model: Model) -> Mapping[str, np.ndarray]:
-    """The tensors of the checkpoint, read when asked for and not kept."""
+    """The tensors of the checkpoint, read when asked for and not kept: the pages of one are given back when the next is read."""
     return _Lazy(model)
 
 
@@ -117,8 +117,12 @@ class _Lazy(dict[str, np.ndarray]):
     def __init__(self, model: Model):
         super().__init__()
         self._model = model
+        self._before: list[str] = []
 
     def __missing__(self, name: str) -> np.ndarray:
+        if self._before != [name]:
+            self._model.checkpoint.release(self._before)
+            self._before = [name]
         return self._model.checkpoint.read(name)
 
 
@@ -146,7 +150,7 @@ def read(model: Model, names: Iterable[str], modules: Sequence[dict[str, Any]]) 
     tensors = {name: made[name] if name in made else model.checkpoint.read(name) for name in names}
     if not model.float32_weights:
         for name, scale in norm_scales(model, modules).items():
-            tensors[name] = times_columns(tensors[name], scale)
+            tensors[name] = times_norm(model, name, tensors[name], scale)
     return tensors
 
 

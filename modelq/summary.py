@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from modelq.attributes import QuantizerAttributeConfig
+from modelq.checkpoint.matrices import LEFT_ALONE
 from modelq.experts import place_of
+from modelq.foreign import others_of
 from modelq.quantizers import KV_CAST_AMAX, MICROSCALING, stage_quantizers
 from modelq.rotation import rotation_of
 from modelq.rules import Setting, describe_rule, stages
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from modelq.model import Model
 
 SUMMARY_FILE = ".quant_summary.txt"
+FOREIGN = "copied: not part of the model that is computed"
 CALIBRATORS = {"histogram": "HistogramCalibrator"}
 
 
@@ -44,7 +47,7 @@ def summary_lines(model: Model) -> list[str]:
         return [*lines, f"{len(lines)} TensorQuantizers found in model"]
     lines = [f"{name:80} {text}" for whole, quantizer in model.quantizers.items()
              for name, text in describe_stages(whole, model.settings[whole], quantizer)]
-    reports = [*high_precision_lines(model), *unseen_lines(model), *changed_lines(model), *count_lines(model)]
+    reports = [*high_precision_lines(model), *coverage_lines(model), *unseen_lines(model), *changed_lines(model), *count_lines(model)]
     return [*lines, *reports, f"{len(lines)} TensorQuantizers found in model"]
 
 
@@ -97,6 +100,8 @@ def high_precision_lines(model: Model) -> list[str]:
         if module.get("weight") and (why := why_high_precision(model, module)) is not None:
             name = re.sub(r"(?<=\.)\d+(?=\.)", "*", module["name"])
             reasons.setdefault((name, why), []).append(module["layer"])
+    for row in () if model.weights_only else others_of(model):
+        reasons.setdefault((re.sub(r"(?<=\.)\d+(?=\.)", "*", row["name"]), FOREIGN), []).append(-1)
     if not reasons:
         return []
     return ["", "In high precision:"] + [f"  {name:78} {why}{_which(layers, model.num_layers)}" for (name, why), layers in reasons.items()]
@@ -108,9 +113,11 @@ def why_high_precision(model: Model, module: dict[str, Any]) -> str | None:
         return None
     setting = model.settings.get(place_of(model, f"{module['name']}.weight_quantizer").name)
     if setting is None:
-        return f"{module['kind']}: not a kind that is quantized"
+        return LEFT_ALONE.get(module["kind"], f"{module['kind']}: not a kind that is quantized")
     if setting.enable and model.quantized:
         return None
+    if setting.why:
+        return setting.why
     if setting.rule is None or (setting.rule.quantizer_name == "*" and setting.rule.parent_class is None):
         return "no rule switched it on"
     return f"switched off by rule {describe_rule(setting.rule)}"
@@ -123,11 +130,21 @@ def _which(layers: list[int], total: int) -> str:
     return f" (layers {', '.join(map(str, layers))})" if len(layers) <= 8 else f" ({len(layers)} of {total} layers)"
 
 
+def coverage_lines(model: Model) -> list[str]:
+    """How many tokens of the calibration reached the experts of each layer."""
+    if not model.expert_tokens:
+        return []
+    rows = [(row["name"], model.expert_tokens[row["layer"]]) for row in model.modules
+            if row["kind"] == "experts" and row["layer"] in model.expert_tokens]
+    return ["", "Tokens that reached each expert in calibration (fewest, median, most):"] + [
+        f"  {name:78} {tokens.min()}, {int(np.median(tokens))}, {tokens.max()}" for name, tokens in rows]
+
+
 def unseen_lines(model: Model) -> list[str]:
     """The experts that calibration reached with no token."""
     if not model.unseen_experts:
         return []
-    return ["", "Experts that saw no token, calibrated from their weights alone:"] + [
+    return ["", "Experts that saw no token, calibrated from their weights alone (their inputs have the scale of the layer's others):"] + [
         f"  {container['name']:78} {len(unseen)} of {container['shape'][0]}: {_numbers(unseen)}"
         for container in model.modules if container["kind"] == "experts" and (unseen := model.unseen_experts.get(container["layer"]))]
 

@@ -40,3 +40,11 @@ def wants_color(stream: object = None) -> bool:
 def megabytes(count: int) -> str:
     """Bytes as "12.3 MB", of 10^6 bytes."""
     return f"{count / 1e6:.1f} MB"
+
+
+def duration(seconds: float) -> str:
+    """"0.4 s", "12 s", "3 min", "1.5 h"."""
+    for limit, text in ((9.95, f"{seconds:.1f} s"), (99.5, f"{seconds:.0f} s"), (5400, f"{seconds / 60:.0f} min")):
+        if seconds < limit:
+            return text
+    return f"{seconds / 3600:.1f} h"

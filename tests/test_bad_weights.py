@@ -212,16 +212,6 @@ def test_a_failed_quantization_leaves_a_published_model_as_it_was(source):
     assert not model.quantized and np.array_equal(before, model(source.calib[:1]).logits)
 
 
-@pytest.mark.parametrize("dialect", ["modelopt", "compressed-tensors"])
-def test_an_export_is_not_quantized_again(source, tmp_path, dialect):
-    model = quantize(save(source), "FP8_DEFAULT_CFG", source.calib)
-    export_hf_checkpoint(model, tmp_path / "out", dialect=dialect)
-    again = modelq.load(tmp_path / "out")
-    for attempt in (lambda: quantize(again, "NVFP4_DEFAULT_CFG", source.calib), lambda: check_exportable(again, mtq.NVFP4_DEFAULT_CFG)):
-        with pytest.raises(ValueError, match="stored quantized already: load and quantize the original checkpoint"):
-            attempt()
-
-
 # Tied, missing ---------------------------------------------------------------------------------------------------------------
 
 def test_a_tied_model_keeps_one_matrix_unless_the_head_is_quantized(golden, tmp_path):

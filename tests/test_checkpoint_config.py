@@ -99,7 +99,7 @@ REFUSED = {
     "epsilon": ({"rms_norm_eps": 0}, "rms_norm_eps is 0, expected a number > 0"),
     "epsilon not a number": ({"rms_norm_eps": float("nan")}, "expected a number > 0"),
     "tied a number": ({"tie_word_embeddings": 1}, "expected true or false"),
-    "rope yarn": ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling.rope_type 'yarn' is not supported.*llama3"),
+    "rope ntk": ({"rope_scaling": {"rope_type": "ntk", "factor": 4.0}}, "rope_scaling.rope_type 'ntk' is not supported.*llama3"),
     "rope dynamic": ({"rope_parameters": {"type": "dynamic", "factor": 4.0}}, "rope_parameters.type 'dynamic'"),
     "rope a list": ({"rope_parameters": ["default"]}, "one set of values for all layers"),
     "rope by layer type": ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "one set of values for all layers"),
@@ -109,6 +109,8 @@ REFUSED = {
     "partial rotary inside": ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "rope_parameters.partial_rotary_factor"),
     "layer types": ({"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "layer_types": ["linear_attention"] * 4}, "layer_types"),
     "layer types of another length": ({"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "layer_types": []}, "for each of 4"),
+    "unknown key": ({"query_scale": 3}, "query_scale is 3, which is not known in a model of the family llama"),
+    "unknown key of rope": ({"rope_scaling": {"type": "linear", "factor": 2.0, "base": 3}}, "rope_scaling.base is 3, which is not known"),
     "window layers": ({"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "max_window_layers": "x"}, "max_window_layers is 'x'"),
 }  # fmt: skip
 

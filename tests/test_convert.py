@@ -138,7 +138,7 @@ def test_command(exported, tmp_path, capsys):  # noqa: F811
     assert said(tmp_path / "vllm")["quant_method"] == "compressed-tensors"
     capsys.readouterr()
     for arguments, words in ((["--out", str(tmp_path / "x")], "give --dialect or --engine"),
-                             (["--engine", "llama.cpp", "--out", str(tmp_path / "x")], "unknown engine 'llama.cpp'; known are vllm"),
+                             (["--engine", "llama.cpp", "--out", str(tmp_path / "x")], "invalid choice: 'llama.cpp'"),
                              (["--dialect", "gptq", "--out", str(tmp_path / "gptq")], "overwrite")):
         assert main(["convert", str(source), *arguments]) == 2
         assert words in capsys.readouterr().err

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from cuda_library import ROOT, AmaxJob, Error, Matrix, cuda_build, once
+from cuda_library import INTERFACE, ROOT, AmaxJob, Error, Matrix, cuda_build, once
 
 # The oldest, without FP8 or FP4 instructions; Hopper, with FP8; Blackwell, with both. Each takes its own branch of cuda/convert.cuh.
 ARCHITECTURES = ["sm_80", "sm_90a", "sm_100a"]
@@ -16,7 +16,7 @@ needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc
 
 def compiled(architecture):
     def make(folder):
-        cuda_build.run(cuda_build.nvcc_commands(folder, [architecture]))
+        cuda_build.compile_all(folder, [architecture])
         cuda_build.library(folder)
     return once(ROOT / "build/cuda" / architecture, make)
 
@@ -35,7 +35,7 @@ def test_compiles(architecture):
 def test_without_a_gpu_the_error_says_what_was_asked_for():
     """The library of nvcc, its CUDA runtime within: it loads on any machine, and a call says in full what failed."""
     c, err = ctypes.CDLL(str(compiled("sm_90a") / "libmodelq_cuda.so")), Error()
-    assert c.mq_cuda_is_emulated() == 0 and c.mq_cuda_interface() == 1
+    assert c.mq_cuda_is_emulated() == 0 and c.mq_cuda_interface() == INTERFACE
     job = AmaxJob(Matrix(None, 1, 3, 0, 0), 1, 0, 4096)
     assert c.mq_cuda_amax(ctypes.byref(job), None, ctypes.byref(err)) == err.code < 0
     assert err.text.decode().startswith("CUDA kernel amax_zero, grid (1, 1, 1), block (256, 1, 1), 3 maxima at 0x1000: ")

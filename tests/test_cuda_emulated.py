@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import modelq._core as core
-from cuda_library import DTYPES, NO_ROW, ORDERS, SANITIZED, CudaError, Library, library_to_test
+from cuda_library import DTYPES, INTERFACE, NO_ROW, SANITIZED, CudaError
+from cuda_operations import cuda, unordered  # noqa: F401 (fixtures)
 from kernel_digests import tame, wild
 
 SCHEMES = core.schemes()
@@ -19,18 +20,6 @@ SHAPES = [(1, 1), (1, 7), (3, 65), (5, 200), (70, 33), (2, 5000), (130, 257)][: 
 GRIDS = [(0, 0), (1, 0), (0, 1), (1, 16), (1, 32), (1, 10), (1, 128), (128, 128), (2, 3), (64, 1), (65, 33)]
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-
-
-@pytest.fixture(scope="module")
-def unordered():
-    return Library(library_to_test())
-
-
-# On a GPU there is one order; and what sanitizers look for does not depend on it, while they take their time.
-@pytest.fixture(params=["random"] if SANITIZED or "MODELQ_CUDA_LIBRARY" in os.environ else ORDERS)
-def cuda(unordered, request):
-    unordered.order(request.param)
-    return unordered
 
 
 def same(got, wanted):
@@ -81,7 +70,7 @@ def shapes_of(scheme):
 
 
 def test_interface(unordered):
-    assert unordered.c.mq_cuda_interface() == 1
+    assert unordered.c.mq_cuda_interface() == INTERFACE
     assert unordered.is_emulated or "MODELQ_CUDA_LIBRARY" in os.environ
 
 

@@ -21,8 +21,11 @@ HEAVY = {"torch", "transformers", "datasets", "matplotlib", "huggingface_hub", "
          "tokenizers", "tqdm", "yaml", "rich", "jinja2"}
 
 # What a part of modelq/ may import when it is imported itself: its own kind and those before it. Files not named are "model".
-PYTHON_LAYERS = [{"_core", "_version", "algorithms", "attributes", "calib", "config", "measure", "plots", "presets", "progress", "rules", "tables", "utils"},
-                 {"checkpoint"}, {"model"}, {"quantization", "export"}, {"commands", "chat_commands", "search_commands", "cli", "__main__", "__init__"}]
+PYTHON_LAYERS = [{"_core", "_version", "algorithms", "attributes", "calib", "config", "cuda", "measure", "plot_labels", "plots", "presets", "progress", "rules",
+                  "tables", "utils"},
+                 {"checkpoint"}, {"model"}, {"quantization", "export"}, {"choices", "preset_table", "estimate"},
+                 {"bench_commands", "chat_commands", "cli", "commands", "completion", "parsers", "quantize_commands", "report_commands",
+                  "search_commands", "__main__", "__init__"}]
 
 C_FILES = sorted(path for suffix in ("c", "h", "inc", "def") for path in (ROOT / "csrc").rglob(f"*.{suffix}"))
 CUDA_FILES = sorted(path for suffix in ("cu", "cuh", "h", "cc") for path in (ROOT / "cuda").rglob(f"*.{suffix}"))
@@ -102,7 +105,9 @@ def test_functions_are_short():
 
 
 def test_functions_have_few_parameters():
-    assert not [f"{f.file}: {f.name} has {f.parameters} parameters" for f in functions() if f.parameters > MOST_PARAMETERS]
+    """But for cuBLASLt's own calls, which cuda/shim emulates."""
+    own = [f for f in functions() if not f.name.startswith("cublasLt")]
+    assert not [f"{f.file}: {f.name} has {f.parameters} parameters" for f in own if f.parameters > MOST_PARAMETERS]
 
 
 @pytest.mark.parametrize("path", C_FILES, ids=name)

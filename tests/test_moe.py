@@ -90,6 +90,67 @@ def test_every_token_goes_to_its_experts(family):
     np.testing.assert_array_equal(tokens, np.stack(wanted, axis=1))
 
 
+def router_input(passes, family, run):
+    """float32 [tokens, 32]: what experts of layer 1 read."""
+    norm = passes.tensors["model.layers.1.post_attention_layernorm.weight"].astype(np.float32)
+    hidden = run.hidden(0).reshape(-1, 32)
+    return hidden / np.sqrt((hidden ** 2).mean(-1, keepdims=True) + (1e-5 if family == "mixtral" else 1e-6)) * norm
+
+
+def chosen_by(passes, family, rows, count):
+    router = passes.tensors[EXPERT[family].format("", "").replace("experts..", "gate.weight")].astype(np.float32)
+    return np.argsort(-(rows @ router.T), axis=1, kind="stable")[:, :count]
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", MOE)
+def test_more_experts_look_on_and_change_nothing(family, compute):
+    """moe_calib_experts_ratio: the next best experts see a token too; what comes out has the bits of the model's own choice."""
+    passes, mask = Passes(family, compute), np.ones_like(IDS)
+    mask[1:, 15:] = 0
+    own = passes.runtime.config["num_experts_per_tok"]
+    for experts in range(passes.runtime.config["num_experts"] + 1):
+        run, tokens = passes.reach(1, mask=mask, experts=experts)
+        assert tokens.sum() == max(own, experts) * (IDS.size + mask.sum())
+        if compute == "float32":
+            chosen = chosen_by(passes, family, router_input(passes, family, run), max(own, experts))
+            np.testing.assert_array_equal(tokens[:, 0], np.bincount(chosen.ravel(), minlength=len(tokens)))
+        for expert in np.flatnonzero(tokens[:, 0]).tolist():
+            passes.expert(run, 1, expert)
+        hidden = run.hidden(0)
+        assert experts == 0 or np.array_equal(hidden, before)
+        before = hidden
+    with pytest.raises(RuntimeError, match="only look on"):
+        run.backward({})
+    with pytest.raises(ValueError, match="experts is 99"):
+        passes.reach(0, experts=99)
+
+
+@pytest.mark.parametrize("family", MOE)
+def test_statistics_are_of_all_experts_that_look_on(family):
+    """The largest input of every down projection of layer 1, in NumPy, over the experts that a ratio of 0.75 names."""
+    model, passes = load(family), Passes(family)
+    config = {**mtq.FP8_DEFAULT_CFG, "algorithm": {"method": "max", "moe_calib_experts_ratio": 0.75}}
+    mtq.quantize(model, config, lambda model: model(IDS))
+    experts = passes.runtime.config["num_experts"]
+    run, _ = passes.reach(1)
+    rows = router_input(passes, family, run)
+    chosen = chosen_by(passes, family, rows, round(experts * 0.75))
+    largest = 0.0
+    for expert in range(experts):
+        gate, up = (passes.tensors[f"{EXPERT[family].format(expert, name)}.weight"].astype(np.float32) for name in LINEARS[family][:2])
+        seen = rows[(chosen == expert).any(1)]
+        inner = seen @ gate.T
+        largest = max(largest, np.abs(inner / (1 + np.exp(-inner)) * (seen @ up.T)).max(initial=0))
+    container = next(row["name"] for row in model.modules if row["kind"] == "experts" and row["layer"] == 1)
+    assert float(model.quantizers[f"{container}.down_proj_input_quantizer"].amax) == pytest.approx(largest, rel=1e-4)
+    assert model.expert_tokens[1].sum() == chosen.size
+    assert any("fewest, median, most" in line for line in summary_lines(model))
+    plain = load(family)
+    mtq.quantize(plain, mtq.FP8_DEFAULT_CFG, lambda model: model(IDS))
+    assert plain.expert_tokens[1].sum() == IDS.size * passes.runtime.config["num_experts_per_tok"]
+
+
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", MOE)
 def test_bits_do_not_depend_on_threads_nor_on_batches(family, compute):

@@ -86,11 +86,8 @@ def test_the_references_export_computes_what_the_reference_simulated(case):
     assert np.abs(logits - case.fake_logits).mean() < 2 * np.abs(other - case.fake_logits).mean()
 
 
-def test_a_reopened_export_is_not_quantized_or_exported_again(tmp_path):
-    case = of("NVFP4_DEFAULT_CFG")
-    model = modelq.load(case.folder)
-    with pytest.raises(ValueError, match="stored quantized already.*original checkpoint"):
-        mtq.quantize(model, mtq.FP8_DEFAULT_CFG, lambda model: model(case.model.calib))
+def test_a_reopened_export_is_not_exported_again(tmp_path):
+    model = modelq.load(of("NVFP4_DEFAULT_CFG").folder)
     with pytest.raises(ValueError, match="opened from a quantized export.*copy that folder"):
         export_hf_checkpoint(model, tmp_path / "out")
 
@@ -238,3 +235,16 @@ def test_layouts_are_those_of_golden_exports(case):
         assert stored == (pair.input is not None and not dialects.is_dynamic_input(pair))
         checked += 1
     assert checked >= 6
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_scales_of_smoothed_linears_have_the_dtype_of_the_export(golden, tmp_path, dtype):
+    """Whatever the weights were read as: GGUF files give float32."""
+    llama = golden["llama"]
+    model = modelq.load(llama.source, compute="bfloat16")
+    mtq.quantize(model, mtq.INT4_AWQ_CFG, lambda model: model(llama.calib))
+    export_hf_checkpoint(model, tmp_path, dtype=dtype)
+    scales = {name: tensor for name, tensor in read_safetensors(tmp_path).items() if name.endswith("pre_quant_scale")}
+    assert scales and {scale.dtype.name for scale in scales.values()} == {dtype}
+    simulated, reopened = model(llama.calib[:1]).logits, modelq.load(tmp_path, compute="bfloat16")(llama.calib[:1]).logits
+    assert np.abs(reopened - simulated).max() <= (0 if dtype == "bfloat16" else 0.02) * np.abs(simulated).max()

@@ -284,7 +284,7 @@ def test_modules(llama):
     by_name = {module["name"]: module for module in modules}
     assert by_name["model.layers.1.self_attn.k_proj"] == {
         "name": "model.layers.1.self_attn.k_proj", "kind": "linear", "layer": 1, "shape": (32, 32),
-        "weight": "model.layers.1.self_attn.k_proj.weight", "bias": None, "site": "model.layers.1.self_attn.input", "expert": None}
+        "weight": "model.layers.1.self_attn.k_proj.weight", "bias": None, "site": "model.layers.1.self_attn.input", "expert": None, "offset": 0}
     assert by_name["lm_head"]["weight"] == "model.embed_tokens.weight" and by_name["lm_head"]["layer"] == -1
     assert by_name["model.layers.0.input_layernorm"]["kind"] == "norm" and by_name["model.layers.0.input_layernorm"]["shape"] == (32,)
     assert set(llama.runtime.layer_tensors(0)) | set(llama.runtime.layer_tensors(1)) | set(llama.runtime.head_tensors()) == set(llama.tensors)
@@ -297,10 +297,13 @@ def test_archs_covers_the_models():
     assert {"llama", "qwen2", "qwen3"} <= set(rows) and "mistral" in rows["llama"]["model_types"]
     for family, row in rows.items():
         names = set()
-        for experts in range(3 if "moe" in row["flags"] else 1):     # no expert, one, two
+        for case in range(3 if {"moe", "blocks"} & set(row["flags"]) else 1):     # no expert, one, two; all blocks linear
+            experts = case if "moe" in row["flags"] else 0
+            linear = {"layer_attention": [2, 2], "layer_mlp": [2, 2]} if case and "blocks" in row["flags"] else {}
+            latent = {"q_lora_rank": case % 2, "kv_lora_rank": 2, "qk_rope_head_dim": 2} if "latent" in row["flags"] else {}
             runtime = core.Runtime(family, {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
                                             "vocab_size": 8, "attention_bias": True, "mlp_bias": True, "num_experts": experts,
-                                            "num_experts_per_tok": 1})
+                                            "shared_intermediate_size": 8, "num_experts_per_tok": 1} | linear | latent)
             names |= {name for layer in range(2) for name in runtime.layer_tensors(layer)}
             names |= {name for layer in range(2) for e in range(runtime.experts(layer)) for name in runtime.expert_tensors(layer, e)}
             names |= set(runtime.embed_tensors() + runtime.head_tensors())
@@ -349,7 +352,7 @@ def test_bad_weights_are_named(llama):
 
 @pytest.mark.parametrize("changes, message", [
     ({"hidden_size": None}, "hidden_size is missing"), ({"num_key_value_heads": 3}, "not a multiple"), ({"head_dim": 7}, "odd"),
-    ({"rope_type": "yarn"}, "rope_type \"yarn\" is not supported"), ({"hidden_act": "gelu"}, "gelu"), ({"vocab_size": 0}, "vocab_size"),
+    ({"rope_type": "ntk"}, "rope_type \"ntk\" is not supported"), ({"hidden_act": "gelu"}, "gelu"), ({"vocab_size": 0}, "vocab_size"),
     ({"rope_type": "llama3"}, "rope_original_max"), ({"rope_theta": 0}, "rope_theta"), ({"num_hidden_layers": -1}, "num_hidden_layers"),
     ({"layer_windows": [1]}, "layer_windows has 1 entries for 2 layers")])
 def test_bad_configs(changes, message):

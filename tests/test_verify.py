@@ -305,10 +305,15 @@ def test_command_line(tmp_path, capsys):
     assert "0 errors, 6 notes" in capsys.readouterr().out
     assert main(["verify", str(GOLDEN / NV), "--engine", "sglang", "--source", str(MODEL.source), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["findings"] == [] and len(report["dequantized_errors"]) == 14
+    assert report["engines"] == {"sglang": {"loads": True, "errors": 0, "findings": []}} and len(report["dequantized_errors"]) == 14
     folder = base(NV)
     put(f"{DOWN}.weight_scale", None)(folder)
     folder.write(tmp_path / "broken")
+    assert main(["verify", str(tmp_path / "broken")]) == 1
+    assert f"vllm: error: {DOWN}.weight_scale" in capsys.readouterr().out
+    assert main(["verify", str(GOLDEN / MO), "--json"]) == 0        # of all engines, one loads it
+    loads = {engine: found["loads"] for engine, found in json.loads(capsys.readouterr().out)["engines"].items()}
+    assert loads == {"vllm": True, "sglang": True, "tensorrt-llm": True, "transformers": False}
     assert main(["verify", str(tmp_path / "broken"), "--engine", "vllm"]) == 1
     assert f"{DOWN}.weight_scale" in capsys.readouterr().out
 

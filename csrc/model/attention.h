@@ -16,13 +16,18 @@ typedef struct mq_attention_args {
     const void *q, *k, *v;           /* [T, heads, head_dim], [T_kv, kv_heads, head_dim], [T_kv, kv_heads, value_dim] */
     mq_dtype dtype;                  /* MQ_F32 or MQ_BF16, of all four */
     int64_t ldq, ldk, ldv;           /* elements between tokens */
-    int64_t head_stride;             /* elements between heads of k, and of v; 0 = they lie side by side. Not for the
-                                      * backward */
+    int64_t head_tokens;             /* k and v lie head by head, of so many tokens each; 0 = token by token. Not for
+                                      * the backward */
     void *out;                       /* [T, heads, value_dim] */
     int64_t ldo;
     const uint8_t *key_mask;         /* [T_kv], nonzero = may be attended to; NULL = all */
     float scale;
     int64_t window;                  /* how many positions a query sees, its own included; 0 = all before it */
+    int64_t chunk, chunk_first;      /* a query sees its own chunk of so many positions, counted from chunk_first; 0 =
+                                      * all */
+    float softcap;                   /* c: scores are c * tanh(score / c); 0 = they are not capped */
+    const float *sinks;              /* [heads]: a further score of every query of the head, with no value (Xiao et al.
+                                      * 2023); NULL = none */
     float *maxima, *factors;         /* [heads, T], NULL or where each softmax's largest score goes, and one over its
                                       * denominator relative to that (both 0 where a query sees no key): what the
                                       * backward needs */
@@ -52,13 +57,15 @@ void mq_attention_backward(const mq_attention_gradient *gradient, const mq_atten
 /* Where keys and values of a head begin, in elements. */
 MQ_INLINE int64_t mq_attention_head(const mq_attention_args *args, int64_t kv_head, int64_t dim)
 {
-    return kv_head * (args->head_stride ? args->head_stride : dim);
+    return kv_head * (args->head_tokens ? args->head_tokens * dim : dim);
 }
 
 /* The first and one past the last position that query i of the call may attend to. */
 MQ_INLINE int64_t mq_attention_first_key(const mq_attention_args *args, int64_t i)
 {
-    return args->window > 0 ? MQ_MAX(args->past + i - args->window + 1, (int64_t)0) : 0;
+    const int64_t position = args->past + i, behind = position - args->chunk_first;
+    const int64_t window = args->window > 0 ? MQ_MAX(position - args->window + 1, (int64_t)0) : 0;
+    return args->chunk > 0 && behind >= 0 ? MQ_MAX(window, position - behind % args->chunk) : window;
 }
 
 MQ_INLINE int64_t mq_attention_last_key(const mq_attention_args *args, int64_t i)
@@ -73,5 +80,7 @@ typedef struct mq_attention_block {
     int64_t ld, first, rows, start, width;
 } mq_attention_block;
 void mq_attention_hide(const mq_attention_args *args, const mq_attention_block *block);
+/* Scores to capped ones, if there is a cap. */
+void mq_attention_cap(const mq_attention_args *args, const mq_attention_block *block);
 
 #endif

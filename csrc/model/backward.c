@@ -16,6 +16,8 @@ int mq_backward_init(mq_backward *back, mq_run *run, const mq_weight_gradient *w
     if (run->next_layer != layers)
         return mq_fail(err, MQ_ERR_STATE, "backward: the run has not been through all layers (next is %lld of %lld)",
                        (long long)run->next_layer, (long long)layers);
+    if (run->onlooking > run->runtime->config.num_experts_per_tok)
+        return mq_fail(err, MQ_ERR_STATE, "backward: the run was started for experts that only look on");
     back->run = run;
     back->wanted = wanted;
     back->wanted_count = count;
@@ -76,7 +78,7 @@ int mq_backward_load(mq_backward *back, int64_t layer, int64_t expert, const mq_
         if (module->weight[0] == '\0' || module->expert != expert) continue;
         back->d_weights[module->role] = mq_backward_wanted(back, module->weight);
         back->d_biases[module->role] = mq_backward_wanted(back, module->bias);
-        if (module->kind == MQ_MODULE_NORM) continue;
+        if (module->kind == MQ_MODULE_NORM || module->kind == MQ_MODULE_VECTOR) continue;
         const mq_tensor *weight = mq_find_tensor(tensors, count, module->weight, module->shape, 2, err);
         mq_packed *packed = &back->weights[module->role];
         mq_free(packed->data);
@@ -94,51 +96,90 @@ static void *carve(const mq_back_scratch *scratch, size_t *used, int64_t count, 
     return at;
 }
 
+/* What lives while both halves of a unit are on their way. */
+static size_t cut_unit(mq_back_scratch *scratch, const mq_layer_context *context, int64_t n)
+{
+    const mq_config *config = context->config;
+    const int64_t hidden = config->hidden_size, q_width = mq_dim_of(config, NULL, MQ_DIM_Q);
+    const size_t size = mq_dtype_size(context->dtype), single = sizeof(float);
+    size_t used = 0;
+    scratch->normed = carve(scratch, &used, n * hidden, size);
+    scratch->raw_q = carve(scratch, &used, n * q_width, size);
+    scratch->raw_k = carve(scratch, &used, n * mq_dim_of(config, NULL, MQ_DIM_KV), size);
+    scratch->q = carve(scratch, &used, n * q_width, size);
+    scratch->k = carve(scratch, &used, n * mq_dim_of(config, NULL, MQ_DIM_KV), size);
+    scratch->v = carve(scratch, &used, n * mq_dim_of(config, NULL, MQ_DIM_V), size);
+    scratch->joined = carve(scratch, &used, context->fused ? n * mq_dim_of(config, NULL, MQ_DIM_QKV) : 0, size);
+    const int64_t latent = config->kv_lora_rank > 0 ? n : 0;
+    scratch->q_a = carve(scratch, &used, latent * config->q_lora_rank, size);
+    scratch->q_latent = carve(scratch, &used, latent * config->q_lora_rank, size);
+    scratch->kv_a = carve(scratch, &used, latent * mq_dim_of(config, NULL, MQ_DIM_KV_A), size);
+    scratch->kv_raw = carve(scratch, &used, latent * config->kv_lora_rank, size);
+    scratch->kv_latent = carve(scratch, &used, latent * config->kv_lora_rank, size);
+    scratch->expanded = carve(scratch, &used, latent * mq_dim_of(config, NULL, MQ_DIM_KV_B), size);
+    scratch->mixed = carve(scratch, &used, n * mq_dim_of(config, NULL, MQ_DIM_O), size);
+    scratch->attended = carve(scratch, &used, n * hidden, size);
+    scratch->middle = carve(scratch, &used, n * hidden, size);
+    scratch->maxima = carve(scratch, &used, n * config->num_attention_heads, single);
+    scratch->factors = carve(scratch, &used, n * config->num_attention_heads, single);
+    return used;
+}
+
+static size_t cut_attention(mq_back_scratch *scratch, const mq_layer_context *context, const mq_run *run, size_t used)
+{
+    const mq_config *config = context->config;
+    const mq_attention_args args = mq_layer_attention(context, NULL, run->longest);
+    const int64_t n = run->largest_unit, hidden = config->hidden_size;
+    const size_t single = sizeof(float);
+    const size_t needed = MQ_MAX(mq_attention_scratch(&args), mq_attention_backward_scratch(&args));
+    scratch->attention = carve(scratch, &used, (int64_t)needed, 1);
+    scratch->d_normed = carve(scratch, &used, n * hidden, single);
+    scratch->d_q = carve(scratch, &used, n * mq_dim_of(config, NULL, MQ_DIM_Q), single);
+    scratch->d_k = carve(scratch, &used, n * mq_dim_of(config, NULL, MQ_DIM_KV), single);
+    scratch->d_v = carve(scratch, &used, n * mq_dim_of(config, NULL, MQ_DIM_V), single);
+    scratch->d_joined = carve(scratch, &used, context->fused ? n * mq_dim_of(config, NULL, MQ_DIM_QKV) : 0, single);
+    const int64_t latent = config->kv_lora_rank > 0 ? n : 0;
+    scratch->d_q_a = carve(scratch, &used, latent * config->q_lora_rank, single);
+    scratch->d_kv_a = carve(scratch, &used, latent * mq_dim_of(config, NULL, MQ_DIM_KV_A), single);
+    scratch->d_kv_latent = carve(scratch, &used, latent * config->kv_lora_rank, single);
+    scratch->d_expanded = carve(scratch, &used, latent * mq_dim_of(config, NULL, MQ_DIM_KV_B), single);
+    scratch->d_mixed = carve(scratch, &used, n * mq_dim_of(config, NULL, MQ_DIM_O), single);
+    scratch->d_attended = carve(scratch, &used, n * hidden, single);
+    return used;
+}
+
+static size_t cut_mlp(mq_back_scratch *scratch, const mq_layer_context *context, size_t used)
+{
+    const mq_config *config = context->config;
+    const int64_t m = scratch->piece, hidden = config->hidden_size, experts = config->num_experts;
+    const int64_t expert = MQ_MAX(config->moe_intermediate_size, config->shared_intermediate_size);
+    const int64_t inner = MQ_MAX(config->intermediate_size, experts > 0 ? expert : 0);
+    const size_t size = mq_dtype_size(context->dtype), single = sizeof(float);
+    scratch->mlp_normed = carve(scratch, &used, m * hidden, size);
+    scratch->gate = carve(scratch, &used, m * inner, size);
+    scratch->up = carve(scratch, &used, m * inner, size);
+    scratch->mlp_joined = carve(scratch, &used, context->fused ? 2 * m * inner : 0, size);
+    scratch->product = carve(scratch, &used, m * inner, size);
+    scratch->output = carve(scratch, &used, m * hidden, size);
+    scratch->router = carve(scratch, &used, m * experts, size);
+    scratch->d_mlp_normed = carve(scratch, &used, m * hidden, single);
+    scratch->d_gate = carve(scratch, &used, m * inner, single);
+    scratch->d_up = carve(scratch, &used, m * inner, single);
+    scratch->d_mlp_joined = carve(scratch, &used, context->fused ? 2 * m * inner : 0, single);
+    scratch->d_output = carve(scratch, &used, m * hidden, single);
+    scratch->d_shares = carve(scratch, &used, m, single);
+    scratch->shared = carve(scratch, &used, m, single);
+    scratch->d_router = carve(scratch, &used, m * experts, single);
+    return used;
+}
+
 /* Cuts scratch->memory; returns how much there must be. */
 static size_t cut(mq_back_scratch *scratch, const mq_run *run)
 {
     const mq_layer_context context = mq_run_context(run);
-    const mq_config *config = context.config;
-    const int64_t n = run->largest_unit, m = MQ_MIN(n, (int64_t)PIECE), hidden = config->hidden_size;
-    const int64_t q_width = config->num_attention_heads * config->head_dim;
-    const int64_t kv_width = config->num_key_value_heads * config->head_dim;
-    const int64_t expert = config->num_experts > 0 ? config->moe_intermediate_size : 0;
-    const int64_t inner = MQ_MAX(config->intermediate_size, expert);
-    const mq_attention_args args = mq_layer_attention(&context, 0, run->longest);
-    const size_t size = mq_dtype_size(context.dtype), single = sizeof(float);
-    size_t shared = 0;
-    scratch->piece = m;
-    scratch->normed = carve(scratch, &shared, n * hidden, size);
-    scratch->raw_q = carve(scratch, &shared, n * q_width, size);
-    scratch->raw_k = carve(scratch, &shared, n * kv_width, size);
-    scratch->q = carve(scratch, &shared, n * q_width, size);
-    scratch->k = carve(scratch, &shared, n * kv_width, size);
-    scratch->v = carve(scratch, &shared, n * kv_width, size);
-    scratch->mixed = carve(scratch, &shared, n * q_width, size);
-    scratch->middle = carve(scratch, &shared, n * hidden, size);
-    scratch->maxima = carve(scratch, &shared, n * config->num_attention_heads, single);
-    scratch->factors = carve(scratch, &shared, n * config->num_attention_heads, single);
-    size_t attention = shared, mlp = shared;
-    size_t needed = MQ_MAX(mq_attention_scratch(&args), mq_attention_backward_scratch(&args));
-    scratch->attention = carve(scratch, &attention, (int64_t)needed, 1);
-    scratch->attended = carve(scratch, &attention, n * hidden, size);
-    scratch->d_normed = carve(scratch, &attention, n * hidden, single);
-    scratch->d_q = carve(scratch, &attention, n * q_width, single);
-    scratch->d_k = carve(scratch, &attention, n * kv_width, single);
-    scratch->d_v = carve(scratch, &attention, n * kv_width, single);
-    scratch->d_mixed = carve(scratch, &attention, n * q_width, single);
-    scratch->mlp_normed = carve(scratch, &mlp, m * hidden, size);
-    scratch->gate = carve(scratch, &mlp, m * inner, size);
-    scratch->up = carve(scratch, &mlp, m * inner, size);
-    scratch->product = carve(scratch, &mlp, m * inner, size);
-    scratch->output = carve(scratch, &mlp, m * hidden, size);
-    scratch->router = carve(scratch, &mlp, m * config->num_experts, size);
-    scratch->d_mlp_normed = carve(scratch, &mlp, m * hidden, single);
-    scratch->d_gate = carve(scratch, &mlp, m * inner, single);
-    scratch->d_up = carve(scratch, &mlp, m * inner, single);
-    scratch->d_output = carve(scratch, &mlp, config->num_experts > 0 ? m * hidden : 0, single);
-    scratch->d_shares = carve(scratch, &mlp, m, single);
-    scratch->d_router = carve(scratch, &mlp, m * config->num_experts, single);
+    scratch->piece = MQ_MIN(run->largest_unit, (int64_t)PIECE);
+    const size_t used = cut_unit(scratch, &context, run->largest_unit);
+    const size_t attention = cut_attention(scratch, &context, run, used), mlp = cut_mlp(scratch, &context, used);
     return MQ_MAX(attention, mlp);
 }
 
@@ -182,9 +223,56 @@ int mq_backward_linear(const mq_back_rows *rows, mq_role role, const mq_back_lin
 void mq_backward_norm(const mq_back_rows *rows, mq_role role, const mq_back_norm *it)
 {
     const mq_backward *back = rows->back;
-    const double eps = back->run->runtime->config.rms_norm_eps;
-    const mq_row_sizes sizes = {.rows = rows->rows * it->heads, .width = it->width, .dtype = back->run->runtime->dtype};
+    const double eps = mq_norm_eps(&back->run->runtime->config, role);
+    const int64_t width = rows->layer->widths[role];
+    const mq_row_sizes sizes = {.rows = rows->rows * (it->width / width), .width = width,
+                                .dtype = back->run->runtime->dtype};
     if (back->d_weights[role] != NULL)
         mq_rmsnorm_weight_backward(back->d_weights[role], it->d_out, it->in, eps, &sizes);
     mq_rmsnorm_backward(it->d_in, it->d_out, it->in, rows->layer->norms[role], eps, it->accumulate, &sizes);
+}
+
+static mq_row_sizes hidden_sizes(const mq_back_rows *rows, mq_dtype dtype)
+{
+    return (mq_row_sizes){.rows = rows->rows, .width = rows->back->run->runtime->config.hidden_size, .dtype = dtype};
+}
+
+void mq_backward_enter(const mq_back_rows *rows, mq_role norm, void *out, const void *in)
+{
+    const mq_row_sizes sizes = hidden_sizes(rows, rows->back->run->runtime->dtype);
+    const float *weight = rows->layer->norms[norm];
+    if (weight != NULL) mq_rmsnorm_forward(out, in, weight, rows->back->run->runtime->config.rms_norm_eps, &sizes);
+    else if (out != in) memcpy(out, in, (size_t)(sizes.rows * sizes.width) * mq_dtype_size(sizes.dtype));
+}
+
+void mq_backward_leave(const mq_back_rows *rows, mq_role norm, const void *in, float *d_out, float *gradient)
+{
+    const mq_row_sizes sizes = hidden_sizes(rows, MQ_F32);
+    const mq_back_norm it = {.in = in, .d_out = d_out, .d_in = gradient, .accumulate = 1, .width = sizes.width};
+    if (rows->layer->norms[norm] != NULL) mq_backward_norm(rows, norm, &it);
+    else mq_add_forward(gradient, d_out, &sizes);
+}
+
+int mq_backward_is_added_plainly(const mq_back_rows *rows, mq_role norm)
+{
+    return rows->layer->norms[norm] == NULL && rows->back->run->runtime->config.residual_multiplier == 1.0;
+}
+
+const float *mq_backward_added(const mq_back_rows *rows, mq_role norm, const void *made, const float *gradient,
+                               float *out)
+{
+    const mq_row_sizes sizes = hidden_sizes(rows, MQ_F32);
+    const mq_back_norm it = {.in = made, .d_out = out, .d_in = out, .width = sizes.width};
+    if (mq_backward_is_added_plainly(rows, norm)) return gradient;
+    memcpy(out, gradient, (size_t)(sizes.rows * sizes.width) * sizeof *out);
+    mq_scale_forward(out, rows->back->run->runtime->config.residual_multiplier, &sizes);
+    if (rows->layer->norms[norm] != NULL) mq_backward_norm(rows, norm, &it);
+    return out;
+}
+
+void mq_backward_add(const mq_back_rows *rows, mq_role norm, void *hidden, const void *made, void *changed)
+{
+    const mq_row_sizes sizes = hidden_sizes(rows, rows->back->run->runtime->dtype);
+    mq_backward_enter(rows, norm, changed, made);
+    mq_add_scaled_forward(hidden, changed, rows->back->run->runtime->config.residual_multiplier, &sizes);
 }

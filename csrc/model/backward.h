@@ -25,9 +25,12 @@ typedef struct mq_back_scratch {
     void *normed, *raw_q, *raw_k, *q, *k, *v, *mixed, *middle; /* (n, ...); raw: before norm and rope */
     float *maxima, *factors;                                  /* (heads, n): of attention's softmax */
     void *attention, *attended;                               /* the operation's scratch; (n, C): o_proj's output */
-    float *d_normed, *d_q, *d_k, *d_v, *d_mixed;
+    void *joined, *mlp_joined;                                /* of linears fused into one */
+    void *q_a, *q_latent, *kv_a, *kv_raw, *kv_latent, *expanded;    /* of those between which something is narrow */
+    float *d_q_a, *d_kv_a, *d_kv_latent, *d_expanded;
+    float *d_normed, *d_q, *d_k, *d_v, *d_mixed, *d_joined, *d_attended;
     void *mlp_normed, *gate, *up, *product, *output, *router; /* (m, ...) */
-    float *d_mlp_normed, *d_gate, *d_up, *d_output, *d_shares, *d_router;
+    float *d_mlp_normed, *d_gate, *d_up, *d_output, *d_shares, *d_router, *d_mlp_joined, *shared;
 } mq_back_scratch;
 
 typedef struct mq_backward {
@@ -98,20 +101,31 @@ typedef struct mq_back_linear {
 } mq_back_linear;
 /* Observers look on, wanted gradients are added to, and d_in comes out. */
 int mq_backward_linear(const mq_back_rows *rows, mq_role role, const mq_back_linear *linear);
-/* d_in (+)= the gradient by the input of a norm of width columns; rows * heads of them. */
+/* d_in (+)= the gradient by the input of a norm, of rows of width numbers; norms that are narrower go part by part. */
 typedef struct mq_back_norm {
     const void *in;
     const float *d_out;
     float *d_in;
     int accumulate;
-    int64_t heads, width;
+    int64_t width;
 } mq_back_norm;
 void mq_backward_norm(const mq_back_rows *rows, mq_role role, const mq_back_norm *norm);
-/* What both an MLP and an expert are: product = silu(gate) * up of mlp_normed (rows, C). d_output (rows, C) is by what
- * down makes of it; d_mlp_normed comes out. in: mlp_normed. */
-int mq_backward_mlp(const mq_back_rows *rows, const float *d_output);
+/* What a half of a layer reads: out = norm(in), or a copy where there is no such norm; and back: gradient += by in. */
+void mq_backward_enter(const mq_back_rows *rows, mq_role norm, void *out, const void *in);
+void mq_backward_leave(const mq_back_rows *rows, mq_role norm, const void *in, float *d_out, float *gradient);
+/* The gradient by what a half puts out, made (rows, C), from the one by what it adds to the hidden states: that one
+ * itself, or in `out` if a norm or a factor lies between. */
+const float *mq_backward_added(const mq_back_rows *rows, mq_role norm, const void *made, const float *gradient,
+                               float *out);
+int mq_backward_is_added_plainly(const mq_back_rows *rows, mq_role norm);
+/* hidden (rows, C) += what a half puts out, changed by norm and factor; changed: room for that. */
+void mq_backward_add(const mq_back_rows *rows, mq_role norm, void *hidden, const void *made, void *changed);
+
+/* What both an MLP and an expert are: product = activation(gate) * up of mlp_normed (rows, C). d_output (rows, C) is by
+ * what down makes of it; d_mlp_normed comes out. */
+int mq_backward_mlp(const mq_back_rows *rows, const mq_mlp_roles *roles, const float *d_output);
 /* The forward of it, into scratch; output too if that is asked for. */
-void mq_backward_mlp_again(const mq_back_rows *rows, int output);
+void mq_backward_mlp_again(const mq_back_rows *rows, const mq_mlp_roles *roles, int output);
 
 /* The attention half of a unit again, from input (rows of the unit, C) into scratch; then its way back, on which
  * gradient (rows of the unit, C), by the half's output, becomes the one by its input. */

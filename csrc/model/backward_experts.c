@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "core/alloc.h"
+#include "kernels/row_ops.h"
 #include "model/backward.h"
 
 static int reserve(mq_backward *back, mq_error *err)
@@ -44,44 +45,115 @@ static void place_shares(const mq_back_rows *rows)
 static int observe(const mq_back_rows *rows, int64_t width)
 {
     mq_observer *observer = rows->layer->experts_observer;
+    const mq_linear *linears = rows->layer->linears;
     const mq_back_scratch *scratch = &rows->back->scratch;
     const mq_run *run = rows->back->run;
+    const mq_gate gate = mq_gate_of(&run->runtime->config);
+    const int shared_inputs = (run->runtime->family->flags & MQ_FAMILY_SHARED_INPUTS) != 0;
     float *gathered = scratch->d_output;
     mq_observed observed = {
         .input = scratch->mlp_normed, .output = scratch->output, .gradient = gathered, .rows = rows->rows,
         .dtype = run->runtime->dtype, .output_dtype = run->runtime->dtype, .columns = width, .width = width,
         .outputs = width, .first = rows->first, .total = run->rows, .expert = rows->expert, .tokens = rows->tokens,
-        .shares = rows->shares,
+        .shares = shared_inputs ? scratch->shared : rows->shares, .gate = &gate,
+        .biases = {linears[MQ_ROLE_GATE].weight.bias, linears[MQ_ROLE_UP].weight.bias,
+                   linears[MQ_ROLE_DOWN].weight.bias},
     };
+    for (int64_t i = 0; shared_inputs && i < rows->rows; i++) scratch->shared[i] = 1.0f;
     mq_row_sizes sizes = {.rows = rows->rows, .width = width, .dtype = MQ_F32};
     mq_gather_forward(gathered, rows->back->gradient, rows->tokens, &sizes);
+    mq_scale_forward(gathered, run->runtime->config.residual_multiplier, &sizes);
     return observer->see(observer, &observed, rows->err);
+}
+
+/* Where shares multiply what experts read: by share and by that, from the gradient by the product. normed: room. */
+static void unshare(const mq_back_rows *rows, void *normed)
+{
+    const mq_run *run = rows->back->run;
+    const mq_back_scratch *scratch = &rows->back->scratch;
+    const int64_t width = run->runtime->config.hidden_size;
+    const mq_row_sizes sizes = {.rows = rows->rows, .width = width, .dtype = run->runtime->dtype};
+    const mq_row_sizes single = {.rows = rows->rows, .width = width, .dtype = MQ_F32};
+    mq_gather_forward(normed, run->hidden, rows->tokens, &sizes);
+    mq_backward_enter(rows, MQ_ROLE_POST_NORM, normed, normed);
+    for (int64_t i = 0; i < rows->rows; i++) {
+        const void *x = (const char *)normed + (size_t)(i * width) * mq_dtype_size(sizes.dtype);
+        scratch->d_shares[i] = mq_row_ops_of(sizes.dtype)->dot(scratch->d_mlp_normed + i * width, x, width);
+    }
+    mq_scale_rows_forward(scratch->d_mlp_normed, rows->shares, &single);
 }
 
 static int expert_rows(const mq_back_rows *rows)
 {
+    const int shared_inputs = (rows->back->run->runtime->family->flags & MQ_FAMILY_SHARED_INPUTS) != 0;
     mq_backward *back = rows->back;
     const mq_run *run = back->run;
     const mq_config *config = &run->runtime->config;
     const mq_back_scratch *scratch = &back->scratch;
     const mq_row_sizes sizes = {.rows = rows->rows, .width = config->hidden_size, .dtype = run->runtime->dtype};
+    const mq_row_sizes single = {.rows = rows->rows, .width = config->hidden_size, .dtype = MQ_F32};
     const mq_scatter_gradient shared = {.d_in = scratch->d_output, .d_shares = scratch->d_shares};
     int rc = mq_backward_poll(back, rows->err);
     if (rc != MQ_OK) return rc;
     mq_gather_forward(scratch->mlp_normed, run->hidden, rows->tokens, &sizes);
-    mq_rmsnorm_forward(scratch->mlp_normed, scratch->mlp_normed, rows->layer->norms[MQ_ROLE_POST_NORM],
-                       config->rms_norm_eps, &sizes);
-    mq_backward_mlp_again(rows, 1);
+    mq_backward_enter(rows, MQ_ROLE_POST_NORM, scratch->mlp_normed, scratch->mlp_normed);
+    if (shared_inputs) mq_scale_rows_forward(scratch->mlp_normed, rows->shares, &sizes);
+    mq_backward_mlp_again(rows, &MQ_MLP_ROLES, 1);
     if (rows->layer->experts_observer != NULL) rc = observe(rows, config->hidden_size);
     if (rc != MQ_OK) return rc;
-    mq_scatter_backward(&shared, back->gradient, scratch->output, rows->tokens, rows->shares, &sizes);
+    for (int64_t i = 0; shared_inputs && i < rows->rows; i++) scratch->shared[i] = 1.0f;
+    mq_scatter_backward(&shared, back->gradient, scratch->output, rows->tokens,
+                        shared_inputs ? scratch->shared : rows->shares, &sizes);
+    mq_scale_forward(scratch->d_output, config->residual_multiplier, &single);
+    for (int64_t i = 0; i < rows->rows; i++) scratch->d_shares[i] *= (float)config->residual_multiplier;
+    rc = mq_backward_mlp(rows, &MQ_MLP_ROLES, scratch->d_output);
+    if (rc == MQ_OK && shared_inputs) unshare(rows, scratch->output);
     place_shares(rows);
-    rc = mq_backward_mlp(rows, scratch->d_output);
     if (rc == MQ_OK) mq_gather_backward(back->d_experts, scratch->d_mlp_normed, rows->tokens, &sizes);
     return rc;
 }
 
-/* Router and norm of some rows; gradient becomes the one by the attention half's output. */
+/* By the factor that the shared expert's output is multiplied by, and by what that is made of; d_output becomes the one
+ * by the expert's own output. */
+static int shared_gate(const mq_back_rows *rows, float *d_normed)
+{
+    const mq_back_scratch *scratch = &rows->back->scratch;
+    const mq_dtype dtype = rows->back->run->runtime->dtype;
+    const int64_t width = rows->back->run->runtime->config.hidden_size;
+    const mq_row_sizes sizes = {.rows = rows->rows, .width = width, .dtype = dtype};
+    const mq_row_sizes single = {.rows = rows->rows, .width = width, .dtype = MQ_F32};
+    const mq_linear_weight *weight = &rows->layer->linears[MQ_ROLE_SHARED_ROUTER].weight;
+    mq_back_linear linear = {.in = scratch->mlp_normed, .out = scratch->router, .d_out = scratch->d_shares,
+                             .d_in = d_normed, .accumulate = 1};
+    mq_linear_forward(scratch->router, scratch->mlp_normed, weight, 0, &sizes);
+    mq_sigmoid_forward(scratch->shared, scratch->router, rows->rows, dtype);
+    for (int64_t i = 0; i < rows->rows; i++) {
+        const void *made = (const char *)scratch->output + (size_t)(i * width) * mq_dtype_size(dtype);
+        scratch->d_shares[i] = mq_row_ops_of(dtype)->dot(scratch->d_output + i * width, made, width);
+    }
+    mq_sigmoid_backward(scratch->d_shares, scratch->d_shares, scratch->shared, rows->rows);
+    mq_scale_rows_forward(scratch->d_output, scratch->shared, &single);
+    return mq_backward_linear(rows, MQ_ROLE_SHARED_ROUTER, &linear);
+}
+
+/* The expert that all rows have, of mlp_normed; d_normed is added to. */
+static int shared_rows(const mq_back_rows *rows, float *d_normed)
+{
+    const mq_back_scratch *scratch = &rows->back->scratch;
+    const mq_config *config = &rows->back->run->runtime->config;
+    const mq_row_sizes sizes = {.rows = rows->rows, .width = config->hidden_size, .dtype = MQ_F32};
+    const float *gradient = rows->back->gradient + rows->first * config->hidden_size;
+    int rc = MQ_OK;
+    mq_backward_mlp_again(rows, &MQ_SHARED_ROLES, 1);
+    memcpy(scratch->d_output, gradient, (size_t)(sizes.rows * sizes.width) * sizeof *gradient);
+    mq_scale_forward(scratch->d_output, config->residual_multiplier, &sizes);
+    if (rows->layer->linears[MQ_ROLE_SHARED_ROUTER].cols > 0) rc = shared_gate(rows, d_normed);
+    if (rc == MQ_OK) rc = mq_backward_mlp(rows, &MQ_SHARED_ROLES, scratch->d_output);
+    if (rc == MQ_OK) mq_add_forward(d_normed, scratch->d_mlp_normed, &sizes);
+    return rc;
+}
+
+/* Router, shared expert and norm of some rows; gradient becomes the one by the attention half's output. */
 static int route_rows(const mq_back_rows *rows)
 {
     mq_backward *back = rows->back;
@@ -90,20 +162,22 @@ static int route_rows(const mq_back_rows *rows)
     const mq_back_scratch *scratch = &back->scratch;
     const int64_t width = config->hidden_size;
     const mq_row_sizes sizes = {.rows = rows->rows, .width = width, .dtype = run->runtime->dtype};
-    const mq_route_sizes route = {.rows = rows->rows, .experts = rows->layer->experts, .first = rows->first,
-                                  .dtype = run->runtime->dtype, .normalize = config->norm_topk_prob != 0};
+    mq_route_sizes route = mq_route_of(config);
     const char *middle = run->hidden + (size_t)(rows->first * width) * mq_dtype_size(sizes.dtype);
     float *d_normed = back->d_experts + rows->first * width;
     mq_back_linear router = {.in = scratch->mlp_normed, .out = scratch->router, .d_out = scratch->d_router,
                              .d_in = d_normed, .accumulate = 1};
-    mq_back_norm norm = {.in = middle, .d_out = d_normed, .d_in = back->gradient + rows->first * width, .accumulate = 1,
-                         .heads = 1, .width = width};
-    mq_rmsnorm_forward(scratch->mlp_normed, middle, rows->layer->norms[MQ_ROLE_POST_NORM], config->rms_norm_eps,
-                       &sizes);
+    route.rows = rows->rows;
+    route.experts = rows->layer->experts;
+    route.first = rows->first;
+    route.dtype = run->runtime->dtype;
+    mq_backward_enter(rows, MQ_ROLE_POST_NORM, scratch->mlp_normed, middle);
     mq_linear_forward(scratch->router, scratch->mlp_normed, &rows->layer->linears[MQ_ROLE_ROUTER].weight, 0, &sizes);
     mq_route_backward(scratch->d_router, back->d_shares, &run->dispatch.routes, scratch->router, &route);
     int rc = mq_backward_linear(rows, MQ_ROLE_ROUTER, &router);
-    if (rc == MQ_OK) mq_backward_norm(rows, MQ_ROLE_POST_NORM, &norm);
+    if (rc == MQ_OK && rows->layer->linears[MQ_ROLE_SHARED_DOWN].cols > 0) rc = shared_rows(rows, d_normed);
+    if (rc == MQ_OK)
+        mq_backward_leave(rows, MQ_ROLE_POST_NORM, middle, d_normed, back->gradient + rows->first * width);
     return rc;
 }
 

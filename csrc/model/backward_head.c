@@ -23,7 +23,7 @@ typedef struct head_pass {
     mq_loss_row *losses;             /* (rows) */
     float *factors;                  /* (rows): one over how many labels the batch has */
     char *normed;                    /* (ROWS, C) */
-    float *logits, *gradient;        /* (ROWS, SLICE); the same memory if nobody observes the logits */
+    float *logits, *gradient;        /* (ROWS, SLICE); the same memory if nobody needs the products any more */
 } head_pass;
 
 static const mq_config *config_of(const head_pass *it)
@@ -41,7 +41,7 @@ static int read_weights(head_pass *it, const mq_named_tensor *tensors, size_t co
     it->weight = mq_find_tensor(tensors, count, head->weight, head->shape, 2, err);
     if (it->weight == NULL) return err->code;
     it->d_weight = mq_backward_wanted(it->back, head->weight);
-    it->norm = mq_read_vector(weight, runtime->dtype, norm->weight, err);
+    it->norm = mq_read_norm(runtime, weight, norm->weight, err);
     return it->norm == NULL ? err->code : MQ_OK;
 }
 
@@ -49,13 +49,13 @@ static int begin(head_pass *it, mq_error *err)
 {
     const mq_run *run = it->back->run;
     const size_t rows = (size_t)run->rows, slice = (size_t)(ROWS * MQ_MIN((int64_t)SLICE, config_of(it)->vocab_size));
-    const int observed = run->runtime->head_observer != NULL;
+    const int needed = run->runtime->head_observer != NULL || mq_logits_change(config_of(it));
     it->targets = mq_alloc_array(rows, sizeof *it->targets);
     it->losses = mq_alloc_array(rows, sizeof *it->losses);
     it->factors = mq_alloc_array(rows, sizeof *it->factors);
     it->normed = mq_alloc((size_t)(ROWS * config_of(it)->hidden_size) * mq_dtype_size(run->runtime->dtype));
     it->gradient = mq_alloc_array(slice, sizeof *it->gradient);
-    it->logits = observed ? mq_alloc_array(slice, sizeof *it->logits) : it->gradient;
+    it->logits = needed ? mq_alloc_array(slice, sizeof *it->logits) : it->gradient;
     if (it->targets && it->losses && it->factors && it->normed && it->logits && it->gradient) return MQ_OK;
     return mq_fail_memory(err, "the gradients of the head", slice * sizeof *it->gradient);
 }
@@ -130,8 +130,11 @@ static int back_rows(head_pass *it, int64_t first, int64_t rows, mq_error *err)
     };
     mq_gemm_run(&args);
     if (it->logits != it->gradient) memcpy(it->gradient, it->logits, (size_t)(rows * it->columns) * sizeof(float));
+    const mq_logits_sizes made = {.rows = rows, .columns = it->columns, .ld = it->columns};
+    mq_logits_forward(it->gradient, config_of(it), &made);
     mq_loss_backward(it->gradient, it->losses + first, it->targets + first, it->factors + first, &slice);
-    if (it->logits != it->gradient) rc = observe(it, first, rows, err);
+    mq_logits_backward(it->gradient, it->logits, config_of(it), &made);
+    if (back->run->runtime->head_observer != NULL) rc = observe(it, first, rows, err);
     if (rc == MQ_OK && it->d_weight != NULL)
         rc = mq_linear_weight_backward(it->d_weight + it->first * width, it->gradient, it->normed, it->columns, &sizes,
                                        err);

@@ -10,48 +10,92 @@ static mq_row_sizes sizes_of(const mq_back_rows *rows, int64_t width)
     return (mq_row_sizes){.rows = rows->rows, .width = width, .dtype = rows->back->run->runtime->dtype};
 }
 
-void mq_backward_mlp_again(const mq_back_rows *rows, int output)
+/* Gate and up of one linear, taken out or put back together. */
+static void split(const mq_back_rows *rows, void *gate, void *up, void *joined, int back)
+{
+    const mq_dtype dtype = back ? MQ_F32 : rows->back->run->runtime->dtype;
+    const int64_t width = rows->layer->linears[MQ_ROLE_GATE_UP].rows / 2;
+    void *const parts[2] = {gate, up};
+    for (int i = 0; i < 2; i++) {
+        void *at = (char *)joined + (size_t)(i * width) * mq_dtype_size(dtype);
+        const mq_columns columns = {
+            .to = back ? at : parts[i], .from = back ? parts[i] : at, .ld_to = back ? 2 * width : width,
+            .ld_from = back ? width : 2 * width, .width = width, .rows = rows->rows, .dtype = dtype,
+        };
+        mq_columns_copy(&columns);
+    }
+}
+
+void mq_backward_mlp_again(const mq_back_rows *rows, const mq_mlp_roles *roles, int output)
 {
     const mq_back_scratch *scratch = &rows->back->scratch;
     const mq_linear *linears = rows->layer->linears;
-    const mq_row_sizes hidden = sizes_of(rows, linears[MQ_ROLE_GATE].cols);
-    const mq_row_sizes inner = sizes_of(rows, linears[MQ_ROLE_GATE].rows);
-    mq_linear_forward(scratch->gate, scratch->mlp_normed, &linears[MQ_ROLE_GATE].weight, 0, &hidden);
-    mq_linear_forward(scratch->up, scratch->mlp_normed, &linears[MQ_ROLE_UP].weight, 0, &hidden);
+    const mq_gate gate = mq_gate_of(&rows->back->run->runtime->config);
+    const mq_row_sizes hidden = sizes_of(rows, linears[roles->down].rows);
+    const mq_row_sizes inner = sizes_of(rows, linears[roles->down].cols);
+    if (linears[roles->joined].cols > 0) {
+        mq_linear_forward(scratch->mlp_joined, scratch->mlp_normed, &linears[roles->joined].weight, 0, &hidden);
+        split(rows, scratch->gate, scratch->up, scratch->mlp_joined, 0);
+    } else {
+        mq_linear_forward(scratch->gate, scratch->mlp_normed, &linears[roles->gate].weight, 0, &hidden);
+        mq_linear_forward(scratch->up, scratch->mlp_normed, &linears[roles->up].weight, 0, &hidden);
+    }
     memcpy(scratch->product, scratch->gate, (size_t)(inner.rows * inner.width) * mq_dtype_size(inner.dtype));
-    mq_swiglu_forward(scratch->product, scratch->up, &inner);
-    if (output) mq_linear_forward(scratch->output, scratch->product, &linears[MQ_ROLE_DOWN].weight, 0, &inner);
+    mq_gate_forward(scratch->product, scratch->up, &gate, &inner);
+    if (output) mq_linear_forward(scratch->output, scratch->product, &linears[roles->down].weight, 0, &inner);
 }
 
-int mq_backward_mlp(const mq_back_rows *rows, const float *d_output)
+int mq_backward_mlp(const mq_back_rows *rows, const mq_mlp_roles *roles, const float *d_output)
 {
     const mq_back_scratch *scratch = &rows->back->scratch;
-    const mq_row_sizes inner = sizes_of(rows, rows->layer->linears[MQ_ROLE_GATE].rows);
+    const mq_linear *linears = rows->layer->linears;
+    const mq_gate kind = mq_gate_of(&rows->back->run->runtime->config);
+    const mq_row_sizes inner = sizes_of(rows, linears[roles->down].cols);
     mq_back_linear down = {.in = scratch->product, .out = scratch->output, .d_out = d_output, .d_in = scratch->d_gate};
     mq_back_linear gate = {.in = scratch->mlp_normed, .out = scratch->gate, .d_out = scratch->d_gate,
                            .d_in = scratch->d_mlp_normed};
     mq_back_linear up = {.in = scratch->mlp_normed, .out = scratch->up, .d_out = scratch->d_up,
                          .d_in = scratch->d_mlp_normed, .accumulate = 1};
-    int rc = mq_backward_linear(rows, MQ_ROLE_DOWN, &down);
+    mq_back_linear joined = {.in = scratch->mlp_normed, .out = scratch->mlp_joined, .d_out = scratch->d_mlp_joined,
+                             .d_in = scratch->d_mlp_normed};
+    int rc = mq_backward_linear(rows, roles->down, &down);
     if (rc != MQ_OK) return rc;
-    mq_swiglu_backward(scratch->d_gate, scratch->d_up, scratch->gate, scratch->up, &inner);
-    rc = mq_backward_linear(rows, MQ_ROLE_GATE, &gate);
-    return rc == MQ_OK ? mq_backward_linear(rows, MQ_ROLE_UP, &up) : rc;
+    mq_gate_backward(scratch->d_gate, scratch->d_up, scratch->gate, scratch->up, &kind, &inner);
+    if (linears[roles->joined].cols > 0) {
+        split(rows, scratch->d_gate, scratch->d_up, scratch->d_mlp_joined, 1);
+        return mq_backward_linear(rows, roles->joined, &joined);
+    }
+    rc = mq_backward_linear(rows, roles->gate, &gate);
+    return rc == MQ_OK ? mq_backward_linear(rows, roles->up, &up) : rc;
+}
+
+/* A linear in the place of the MLP. */
+static int linear_half(const mq_back_rows *rows, const void *middle, float *gradient)
+{
+    const mq_back_scratch *scratch = &rows->back->scratch;
+    const mq_linear_weight *weight = &rows->layer->linears[MQ_ROLE_LINEAR_MLP].weight;
+    const mq_row_sizes hidden = sizes_of(rows, rows->back->run->runtime->config.hidden_size);
+    mq_back_linear linear = {.in = scratch->mlp_normed, .out = scratch->output, .d_in = scratch->d_mlp_normed};
+    mq_backward_enter(rows, MQ_ROLE_POST_NORM, scratch->mlp_normed, middle);
+    mq_linear_forward(scratch->output, scratch->mlp_normed, weight, 0, &hidden);
+    linear.d_out = mq_backward_added(rows, MQ_ROLE_MLP_NORM, scratch->output, gradient, scratch->d_output);
+    const int rc = mq_backward_linear(rows, MQ_ROLE_LINEAR_MLP, &linear);
+    if (rc == MQ_OK) mq_backward_leave(rows, MQ_ROLE_POST_NORM, middle, scratch->d_mlp_normed, gradient);
+    return rc;
 }
 
 /* The MLP half of some rows; middle (rows, C) is its input, gradient becomes the one by that. */
 static int mlp_half(const mq_back_rows *rows, const void *middle, float *gradient)
 {
-    const mq_config *config = &rows->back->run->runtime->config;
     const mq_back_scratch *scratch = &rows->back->scratch;
-    const mq_row_sizes sizes = sizes_of(rows, config->hidden_size);
-    mq_back_norm norm = {.in = middle, .d_out = scratch->d_mlp_normed, .d_in = gradient, .accumulate = 1, .heads = 1,
-                         .width = config->hidden_size};
-    mq_rmsnorm_forward(scratch->mlp_normed, middle, rows->layer->norms[MQ_ROLE_POST_NORM], config->rms_norm_eps,
-                       &sizes);
-    mq_backward_mlp_again(rows, rows->layer->linears[MQ_ROLE_DOWN].observer != NULL);
-    int rc = mq_backward_mlp(rows, gradient);
-    if (rc == MQ_OK) mq_backward_norm(rows, MQ_ROLE_POST_NORM, &norm);
+    const int output = rows->layer->linears[MQ_ROLE_DOWN].observer != NULL || rows->layer->norms[MQ_ROLE_MLP_NORM];
+    if (rows->layer->kind.mlp == MQ_BLOCK_NONE) return MQ_OK;
+    if (rows->layer->kind.mlp == MQ_BLOCK_LINEAR) return linear_half(rows, middle, gradient);
+    mq_backward_enter(rows, MQ_ROLE_POST_NORM, scratch->mlp_normed, middle);
+    mq_backward_mlp_again(rows, &MQ_MLP_ROLES, output);
+    const float *d_output = mq_backward_added(rows, MQ_ROLE_MLP_NORM, scratch->output, gradient, scratch->d_output);
+    int rc = mq_backward_mlp(rows, &MQ_MLP_ROLES, d_output);
+    if (rc == MQ_OK) mq_backward_leave(rows, MQ_ROLE_POST_NORM, middle, scratch->d_mlp_normed, gradient);
     return rc;
 }
 
@@ -142,6 +186,8 @@ int mq_backward_embed(mq_backward *back, mq_error *err)
     if (back->failed || back->next != -1 || back->input != NULL)
         return mq_fail(err, MQ_ERR_STATE, "backward of the embedding: layers come first (next is %lld)",
                        (long long)back->next);
-    if (wanted != NULL) mq_embed_backward(wanted, back->gradient, run->ids, &sizes);
+    if (wanted == NULL) return MQ_OK;
+    mq_scale_forward(back->gradient, mq_embedding_factor(run->runtime), &sizes);
+    mq_embed_backward(wanted, back->gradient, run->ids, &sizes);
     return MQ_OK;
 }

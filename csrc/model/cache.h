@@ -6,15 +6,18 @@
 #include "model/ops.h"
 
 typedef struct mq_cache {
-    int64_t layers, slots, heads, head_dim;
+    int64_t layers, slots, heads;       /* heads: at most */
+    int64_t head_dim, value_dim;        /* of keys, of values */
     int64_t capacity;                   /* positions that every slot has room for */
     mq_dtype dtype;
-    char *memory;                       /* [layers][slots][keys, values][heads][capacity][head_dim] */
+    char *memory;                       /* [layers][slots][keys, values][heads][capacity][head_dim or value_dim] */
     int64_t *lengths;                   /* (slots): positions that are filled */
-    mq_rope_table rope;                 /* of capacity positions */
+    mq_ropes ropes;                     /* of capacity positions */
+    unsigned layer_ropes;               /* which of them layers have */
 } mq_cache;
 
-int mq_cache_init(mq_cache *cache, const mq_config *config, mq_dtype dtype, int64_t slots, mq_error *err);
+int mq_cache_init(mq_cache *cache, const mq_config *config, unsigned layer_ropes, mq_dtype dtype, int64_t slots,
+                  mq_error *err);
 void mq_cache_free(mq_cache *cache);
 size_t mq_cache_nbytes(const mq_cache *cache);
 
@@ -25,8 +28,12 @@ int mq_cache_reserve(mq_cache *cache, const mq_config *config, int64_t positions
 void *mq_cache_keys(const mq_cache *cache, int64_t layer, int64_t slot);
 void *mq_cache_values(const mq_cache *cache, int64_t layer, int64_t slot);
 
-/* Puts keys and values (tokens, heads, head_dim) behind those of the slot; its length stays, since other layers follow.
- */
-void mq_cache_store(const mq_cache *cache, int64_t layer, int64_t slot, int64_t tokens, const void *k, const void *v);
+/* Puts keys (tokens, heads, head_dim) and values (tokens, heads, value_dim) behind those of the slot; its length stays,
+ * since other layers follow. */
+typedef struct mq_cache_rows {
+    const void *k, *v;
+    int64_t tokens, heads;
+} mq_cache_rows;
+void mq_cache_store(const mq_cache *cache, int64_t layer, int64_t slot, const mq_cache_rows *rows);
 
 #endif

@@ -1,5 +1,6 @@
 #include "model/config.h"
 
+#include <math.h>
 #include <string.h>
 
 static const mq_config_key keys[] = {
@@ -17,8 +18,14 @@ static const struct { const char *key, *word; int value; } words[] = {
     {"rope_type", "default", MQ_ROPE_DEFAULT},
     {"rope_type", "linear", MQ_ROPE_LINEAR},
     {"rope_type", "llama3", MQ_ROPE_LLAMA3},
+    {"rope_type", "yarn", MQ_ROPE_YARN},
+    {"rope_type", "longrope", MQ_ROPE_LONGROPE},
     {"hidden_act", "silu", MQ_ACT_SILU},
     {"hidden_act", "swish", MQ_ACT_SILU},
+    {"hidden_act", "gelu_pytorch_tanh", MQ_ACT_GELU_TANH},
+    {"hidden_act", "swiglu_clamped", MQ_ACT_SWIGLU_CLAMPED},
+    {"routing", "softmax", MQ_ROUTING_SOFTMAX},
+    {"routing", "sigmoid", MQ_ROUTING_SIGMOID},
 };
 
 const mq_config_key *mq_config_keys(size_t *count)
@@ -64,9 +71,21 @@ static int check_sizes(const mq_config *config, mq_error *err)
     if (rc == MQ_OK) rc = check_range("num_attention_heads", config->num_attention_heads, positive, 65536, err);
     if (rc == MQ_OK) rc = check_range("num_key_value_heads", config->num_key_value_heads, positive, 65536, err);
     if (rc == MQ_OK) rc = check_range("head_dim", config->head_dim, 2, 4096, err);
+    if (rc == MQ_OK) rc = check_range("value_head_dim", config->value_head_dim, positive, 4096, err);
+    if (rc == MQ_OK) rc = check_range("q_lora_rank", config->q_lora_rank, 0, width, err);
+    if (rc == MQ_OK) rc = check_range("kv_lora_rank", config->kv_lora_rank, 0, width, err);
+    if (rc == MQ_OK) rc = check_range("qk_rope_head_dim", config->qk_rope_head_dim, 0, config->head_dim, err);
+    if (rc == MQ_OK) rc = check_range("attention_floor", config->attention_floor, 0, INT32_MAX, err);
+    if (rc == MQ_OK) rc = check_range("shared_intermediate_size", config->shared_intermediate_size, 0, width, err);
     if (rc == MQ_OK) rc = check_range("vocab_size", config->vocab_size, positive, width, err);
     if (rc == MQ_OK) rc = check_range("sliding_window", config->sliding_window, 0, INT32_MAX, err);
     return rc;
+}
+
+int64_t mq_config_rotary(const mq_config *config)
+{
+    if (config->qk_rope_head_dim > 0) return config->qk_rope_head_dim / 2 * 2;
+    return (int64_t)((double)config->head_dim * config->partial_rotary_factor) / 2 * 2;
 }
 
 static int check_rope(const mq_config *config, mq_error *err)
@@ -77,6 +96,18 @@ static int check_rope(const mq_config *config, mq_error *err)
     if (!(config->partial_rotary_factor > 0.0) || config->partial_rotary_factor > 1.0)
         return mq_fail(err, MQ_ERR_VALUE, "config: partial_rotary_factor %g is not in (0, 1]",
                        config->partial_rotary_factor);
+    if (config->rope_interleaved && mq_config_rotary(config) > 2 * MQ_ROPE_FACTORS)
+        return mq_fail(err, MQ_ERR_VALUE, "config: rope_interleaved turns %d numbers of a head at most",
+                       2 * MQ_ROPE_FACTORS);
+    if (!(config->rope_local_theta > 0.0))
+        return mq_fail(err, MQ_ERR_VALUE, "config: rope_local_theta %g must be positive", config->rope_local_theta);
+    if ((config->rope_type == MQ_ROPE_YARN || config->rope_type == MQ_ROPE_LONGROPE) &&
+        config->rope_original_max_position_embeddings <= 0)
+        return mq_fail(err, MQ_ERR_VALUE, "config: this rope_type needs rope_original_max_position_embeddings > 0");
+    if (config->rope_type == MQ_ROPE_LONGROPE && config->rope_factors != mq_config_rotary(config) / 2)
+        return mq_fail(err, MQ_ERR_VALUE, "config: rope_type longrope needs %lld numbers in rope_short_factor and "
+                       "rope_long_factor, got %lld", (long long)(mq_config_rotary(config) / 2),
+                       (long long)config->rope_factors);
     if (config->rope_type != MQ_ROPE_LLAMA3) return MQ_OK;
     if (config->rope_original_max_position_embeddings <= 0 || !(config->rope_low_freq_factor > 0.0) ||
         !(config->rope_high_freq_factor > config->rope_low_freq_factor))
@@ -94,6 +125,12 @@ static int check_experts(const mq_config *config, mq_error *err)
     if (rc != MQ_OK || config->num_experts == 0) return rc;
     rc = check_range("num_experts_per_tok", config->num_experts_per_tok, 1, config->num_experts, err);
     if (rc == MQ_OK) rc = check_range("moe_intermediate_size", config->moe_intermediate_size, 1, 1 << 24, err);
+    if (rc != MQ_OK || config->expert_groups == 0) return rc;
+    rc = check_range("expert_groups", config->expert_groups, 1, config->num_experts, err);
+    if (rc == MQ_OK) rc = check_range("expert_groups_kept", config->expert_groups_kept, 1, config->expert_groups, err);
+    if (rc == MQ_OK && config->num_experts % config->expert_groups != 0)
+        rc = mq_fail(err, MQ_ERR_VALUE, "config: num_experts %lld is not a multiple of expert_groups %lld",
+                     (long long)config->num_experts, (long long)config->expert_groups);
     return rc;
 }
 
@@ -108,6 +145,9 @@ int mq_config_finish(mq_config *config, mq_error *err)
     if (config->num_key_value_heads == 0) config->num_key_value_heads = config->num_attention_heads;
     if (config->head_dim == 0 && config->num_attention_heads > 0)
         config->head_dim = config->hidden_size / config->num_attention_heads;
+    if (config->value_head_dim == 0) config->value_head_dim = config->head_dim;
+    if (config->attention_multiplier == 0.0 && config->head_dim > 0)
+        config->attention_multiplier = 1.0 / sqrt((double)config->head_dim);
     if (config->moe_intermediate_size == 0) config->moe_intermediate_size = config->intermediate_size;
     int rc = check_sizes(config, err);
     if (rc == MQ_OK) rc = check_rope(config, err);

@@ -4,8 +4,13 @@
 
 #include "core/error.h"
 
-typedef enum mq_rope_type { MQ_ROPE_DEFAULT, MQ_ROPE_LINEAR, MQ_ROPE_LLAMA3 } mq_rope_type;
-typedef enum mq_activation { MQ_ACT_SILU } mq_activation;
+typedef enum mq_rope_type {
+    MQ_ROPE_DEFAULT, MQ_ROPE_LINEAR, MQ_ROPE_LLAMA3, MQ_ROPE_YARN, MQ_ROPE_LONGROPE
+} mq_rope_type;
+typedef enum mq_activation { MQ_ACT_SILU, MQ_ACT_GELU_TANH, MQ_ACT_SWIGLU_CLAMPED } mq_activation;
+typedef enum mq_routing { MQ_ROUTING_SOFTMAX, MQ_ROUTING_SIGMOID } mq_routing;
+
+enum { MQ_ROPE_FACTORS = 512 };     /* frequencies of a head, at most */
 
 typedef struct mq_config {
 #define MQ_CONFIG_INT(name, fallback) int64_t name;
@@ -15,6 +20,8 @@ typedef struct mq_config {
 #undef MQ_CONFIG_INT
 #undef MQ_CONFIG_REAL
 #undef MQ_CONFIG_NAME
+    float rope_short_factor[MQ_ROPE_FACTORS], rope_long_factor[MQ_ROPE_FACTORS];    /* longrope: of wavelengths */
+    int64_t rope_factors;           /* how many there are */
 } mq_config;
 
 #define MQ_REQUIRED INT64_MIN
@@ -40,5 +47,8 @@ int mq_config_set_word(mq_config *config, const mq_config_key *key, const char *
 
 /* Fills in what is derived (head_dim, num_key_value_heads) and refuses what cannot be computed. */
 int mq_config_finish(mq_config *config, mq_error *err);
+
+/* How many numbers of a head rope turns. */
+int64_t mq_config_rotary(const mq_config *config);
 
 #endif

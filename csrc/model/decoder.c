@@ -10,7 +10,7 @@ static int load_outer(mq_decoder *decoder, const mq_named_tensor *outer, size_t 
     const mq_module *norm = mq_runtime_outer(runtime, MQ_ROLE_FINAL_NORM);
     const mq_module *head = mq_runtime_outer(runtime, MQ_ROLE_HEAD);
     const mq_tensor *weight = mq_find_tensor(outer, count, norm->weight, norm->shape, 1, err);
-    if (weight != NULL) decoder->norm = mq_read_vector(weight, runtime->dtype, norm->weight, err);
+    if (weight != NULL) decoder->norm = mq_read_norm(runtime, weight, norm->weight, err);
     if (decoder->norm == NULL) return err->code;
     const mq_named_tensor *found = mq_find_weight(outer, count, head, err);
     if (found == NULL) return err->code;
@@ -93,7 +93,8 @@ int mq_decoder_reset(mq_decoder *decoder, int64_t slots, mq_error *err)
 {
     mq_cache fresh;
     if (slots <= 0) return mq_fail(err, MQ_ERR_VALUE, "a decoder has one sequence or more, got %lld", (long long)slots);
-    const int rc = mq_cache_init(&fresh, &decoder->runtime->config, decoder->runtime->dtype, slots, err);
+    const int rc = mq_cache_init(&fresh, &decoder->runtime->config, decoder->runtime->layer_ropes,
+                                 decoder->runtime->dtype, slots, err);
     if (rc != MQ_OK) return rc;
     mq_cache_free(&decoder->cache);
     decoder->cache = fresh;
@@ -203,6 +204,8 @@ static int run_head(const mq_decoder *decoder, const mq_run *run, int every, flo
         .c = logits, .c_dtype = MQ_F32, .ldc = config->vocab_size, .alpha = 1.0f,
     };
     mq_gemm_run(&product);
+    const mq_logits_sizes made = {.rows = sizes.rows, .columns = config->vocab_size, .ld = config->vocab_size};
+    mq_logits_forward(logits, config, &made);
     mq_free(rows);
     return MQ_OK;
 }

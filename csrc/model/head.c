@@ -49,7 +49,7 @@ static int read_norm(head_job *job, const mq_named_tensor *tensors, size_t count
     const mq_module *norm = mq_runtime_outer(job->run->runtime, MQ_ROLE_FINAL_NORM);
     const mq_tensor *weight = mq_find_tensor(tensors, count, norm->weight, norm->shape, 1, err);
     if (weight == NULL) return err->code;
-    job->norm = mq_read_vector(weight, job->run->runtime->dtype, norm->weight, err);
+    job->norm = mq_read_norm(job->run->runtime, weight, norm->weight, err);
     return job->norm == NULL ? err->code : MQ_OK;
 }
 
@@ -112,6 +112,8 @@ static void head_rows(head_job *job, char *scratch, int64_t first, int64_t rows)
         .c = logits, .c_dtype = MQ_F32, .ldc = ld, .alpha = 1.0f,
     };
     mq_gemm_run(&args);
+    const mq_logits_sizes sizes = {.rows = rows, .columns = job->columns, .ld = ld};
+    mq_logits_forward(logits, &runtime->config, &sizes);
     if (job->losses != NULL) mq_loss_forward(job->losses + first, logits, job->labels + first, &slice);
 }
 

@@ -42,15 +42,26 @@ typedef struct mq_linear {
     const char *name;               /* of its module */
 } mq_linear;
 
+/* The linears of an MLP by role; joined is gate and up in one, if that has columns. */
+typedef struct mq_mlp_roles {
+    mq_role gate, up, down, joined;
+} mq_mlp_roles;
+extern const mq_mlp_roles MQ_MLP_ROLES;     /* of an MLP, or of an expert */
+extern const mq_mlp_roles MQ_SHARED_ROLES;  /* of the expert that all tokens have */
+
 typedef struct mq_layer {
     mq_linear linears[MQ_ROLE_COUNT];   /* by role; cols 0 = the layer has none. Gate, up and down of a layer with
                                          * experts are those of the expert at work; gate's points serve up too */
-    float *norms[MQ_ROLE_COUNT];        /* by role, NULL while not loaded or not there */
+    float *norms[MQ_ROLE_COUNT];        /* by role, NULL while not loaded or not there; vectors too */
+    int64_t widths[MQ_ROLE_COUNT];      /* of norms */
     mq_point q, k, v;                   /* attention.q_bmm_quantizer and so on */
     const char *attention_name;
     int64_t experts;                    /* 0 = the layer has an MLP */
     mq_observer *experts_observer;      /* of what the experts add up to; not owned; NULL = none */
     int64_t window;                     /* tokens a query sees, 0 = all before it */
+    int64_t chunk;                      /* it sees those of its own chunk of so many; 0 = all */
+    int rope;                           /* MQ_LAYER_* */
+    mq_layer_kind kind;
     int loaded;
     _Atomic int busy;                   /* a run is inside, or weights are being exchanged */
 } mq_layer;
@@ -72,7 +83,10 @@ typedef struct mq_scratch {
     char *memory;
     size_t nbytes;
     void *normed, *q, *k, *v, *mixed, *quantized, *temporary, *attention;   /* attention half */
+    void *joined, *latent, *expanded;   /* of linears fused into one; of those between which something is narrow */
     void *mlp_normed, *gate, *up, *mlp_quantized, *mlp_temporary;           /* MLP half: the same memory */
+    void *mlp_joined;
+    float *factors;                 /* of rows */
     void *prepared, *low, *mlp_prepared, *mlp_low;                          /* for branches of low rank */
     void *router;                   /* logits of the experts */
     uint8_t *count_mask;            /* of rows gathered for an expert */
@@ -83,14 +97,17 @@ typedef struct mq_scratch {
 typedef struct mq_layer_context {
     const mq_config *config;
     mq_dtype dtype;
-    const mq_rope_table *rope;
+    const mq_ropes *ropes;
     const mq_sequence *sequences;
     int64_t sequence_count;
     const uint8_t *key_mask;            /* by row of the run: 0 = padding, hidden from attention; NULL = none */
     const uint8_t *count_mask;          /* by row of the run: 0 = counts in no statistic; NULL = all count */
     const mq_routes *routes;            /* of all rows of the run: where a layer with experts writes its choice */
+    void *sums;                         /* (rows of the run, C): where it puts what the shared expert makes */
     int round_routes;                   /* the shares are rounded to dtype */
     int64_t rank;                       /* of the widest branch of low rank, 0 = there is none */
+    int fused;                          /* some linears are two or three in one */
+    int shared_inputs;                  /* an expert's input is multiplied by its share, not its output */
     mq_cache *cache;                    /* sequences go on from what it holds; NULL = they are whole */
     int64_t cache_layer;                /* the layer that this is about */
 } mq_layer_context;
@@ -118,8 +135,25 @@ typedef struct mq_expert_rows {
 int mq_layer_expert(mq_layer *layer, const mq_layer_context *context, const mq_expert_rows *rows,
                     const mq_scratch *scratch, mq_error *err);
 
-/* Attention over one sequence of so many tokens; where q, k, v and out are is left to be said. */
-mq_attention_args mq_layer_attention(const mq_layer_context *context, int64_t window, int64_t tokens);
+/* Attention over one sequence of so many tokens (layer NULL: as large as any layer's); where q, k, v and out are is
+ * left to be said. */
+mq_attention_args mq_layer_attention(const mq_layer_context *context, const mq_layer *layer, int64_t tokens);
+
+/* Rope on x (tokens of the sequence, heads, head_dim), as the layer has it. */
+mq_rope_sizes mq_layer_rope(const mq_layer_context *context, int64_t heads, const mq_sequence *sequence);
+void mq_layer_turn(const mq_layer_context *context, const mq_layer *layer, void *x, int64_t heads,
+                   const mq_sequence *sequence);
+
+/* Where there is no rope, what q (tokens of the sequence, heads, head_dim) is multiplied by as positions grow
+ * (Llama 4). */
+float mq_layer_growth(const mq_layer_context *context, int64_t position);
+void mq_layer_grow(const mq_layer_context *context, const mq_layer *layer, void *q, const mq_sequence *sequence);
+/* Keys that are padding, and where chunks begin that way. */
+void mq_layer_hide_padding(const mq_layer_context *context, const mq_sequence *sequence, mq_attention_args *args);
+/* k and v (rows, heads, ...) of what latent attention's second linear makes, expanded (rows, heads, plain and value),
+ * and of the end of narrow (rows, kv_lora_rank + qk_rope_head_dim). */
+void mq_layer_expand(const mq_layer_context *context, int64_t rows, void *k, void *v, const void *expanded,
+                     const void *narrow);
 
 /* Whether every quantizer of the layer can be applied to what it will see. */
 int mq_layer_check(const mq_layer *layer, const mq_config *config, mq_error *err);

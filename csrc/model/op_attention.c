@@ -9,6 +9,7 @@
 #include "core/pool.h"
 #include "kernels/gemm.h"
 #include "kernels/softmax.h"
+#include "model/ops.h"
 
 enum {
     KEYS = 128,                  /* of a block */
@@ -104,6 +105,12 @@ void mq_attention_hide(const mq_attention_args *args, const mq_attention_block *
     }
 }
 
+void mq_attention_cap(const mq_attention_args *args, const mq_attention_block *block)
+{
+    for (int64_t i = 0; args->softcap > 0.0f && i < block->rows; i++)
+        mq_softcap_forward(block->scores + i * block->ld, args->softcap, block->width);
+}
+
 /* Scores [rows, width] of the block of keys from start; what a query may not see becomes minus infinity. */
 static void score(task *task, const mq_packed *keys, int64_t start, int64_t width)
 {
@@ -119,6 +126,7 @@ static void score(task *task, const mq_packed *keys, int64_t start, int64_t widt
     mq_attention_block block = {.scores = task->scores, .ld = KEYS, .first = task->first, .rows = task->rows,
                                 .start = start, .width = width};
     mq_gemm_run(&product);
+    mq_attention_cap(args, &block);
     mq_attention_hide(args, &block);
 }
 
@@ -174,7 +182,8 @@ static void attend(task *task)
     const int64_t group = task->head / (args->heads / args->kv_heads);
     const int64_t low = mq_attention_first_key(args, task->first),
                   high = mq_attention_last_key(args, task->first + task->rows - 1);
-    for (int64_t i = 0; i < task->rows; i++) task->softmax[i] = (mq_softmax){-INFINITY, 0};
+    const mq_softmax none = {-INFINITY, 0.0f}, sink = {args->sinks ? args->sinks[task->head] : 0.0f, 1.0f};
+    for (int64_t i = 0; i < task->rows; i++) task->softmax[i] = args->sinks ? sink : none;
     memset(task->sums, 0, (size_t)(task->rows * args->value_dim) * sizeof *task->sums);
     for (int64_t block = low / KEYS; block * KEYS < high; block++) {
         const int64_t index = group * it->blocks + block;

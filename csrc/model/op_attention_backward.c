@@ -7,6 +7,7 @@
 #include "kernels/gemm.h"
 #include "kernels/row_ops.h"
 #include "model/attention.h"
+#include "model/ops.h"
 
 enum { KEYS = 128, QUERIES = 64 };   /* of a block */
 
@@ -158,12 +159,15 @@ static void differentiate(task *task, int64_t index, int64_t start, int64_t widt
     mq_attention_block block = {.scores = task->p, .ld = KEYS, .first = task->first, .rows = task->rows,
                                 .start = start, .width = width};
     multiply(&scores);
+    mq_attention_cap(args, &block);
+    if (args->softcap > 0.0f) memcpy(task->turned, task->p, sizeof task->turned);
     mq_attention_hide(args, &block);
     multiply(&changes);
     for (int64_t i = 0; i < task->rows; i++) {
-        float *p = task->p + i * KEYS;
+        float *p = task->p + i * KEYS, *d_p = task->d_p + i * KEYS;
         mq_row_ops_table()->exp_shifted(p, p, width, args->maxima[query + i], args->factors[query + i]);
-        mq_row_ops_table()->softmax_backward(task->d_p + i * KEYS, p, width, task->means[i]);
+        mq_row_ops_table()->softmax_backward(d_p, p, width, task->means[i]);
+        if (args->softcap > 0.0f) mq_softcap_backward(d_p, task->turned + i * KEYS, args->softcap, width);
     }
 }
 

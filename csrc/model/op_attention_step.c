@@ -83,6 +83,7 @@ static void score(const step *it, int64_t task, const char *k, int64_t n, float 
                             .c_dtype = MQ_F32, .ldc = it->group, .alpha = args->scale};
     mq_gemm_pack(it->kind, q, args->dtype, it->group, args->head_dim, args->head_dim, &queries);
     mq_gemm_run(&product);
+    if (args->softcap > 0.0f) mq_softcap_forward(by_key, args->softcap, n * it->group);
     for (int64_t j = 0; j < n; j++)
         for (int64_t i = 0; i < it->group; i++) scores[i * KEYS + j] = by_key[j * it->group + i];
 }
@@ -132,11 +133,12 @@ static void fold_head(const step *it, int64_t head)
     const mq_attention_args *args = it->args;
     const int64_t first = head / it->group * it->blocks, member = head % it->group;
     const part total = part_of(it, first, member);
-    float largest = -INFINITY, sum = 0.0f;
+    float largest = args->sinks ? args->sinks[head] : -INFINITY;
     for (int64_t block = 0; block < it->blocks; block++) {
         const part found = part_of(it, first + block, member);
         if (*found.sum > 0.0f) largest = MQ_MAX(largest, *found.max);
     }
+    float sum = args->sinks ? expf(args->sinks[head] - largest) : 0.0f;
     for (int64_t block = 0; block < it->blocks; block++) {
         const part found = part_of(it, first + block, member);
         const float factor = *found.sum > 0.0f ? expf(*found.max - largest) : 0.0f;

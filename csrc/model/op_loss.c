@@ -66,3 +66,31 @@ void mq_loss_backward(float *logits, const mq_loss_row *rows, const int32_t *lab
     loss_backward_job job = {.logits = logits, .rows = rows, .labels = labels, .factors = factors, .slice = slice};
     mq_parallel_for(slice->rows, mq_row_grain(slice->columns), loss_backward_rows, &job);
 }
+
+int mq_logits_change(const mq_config *config)
+{
+    return config->logits_scaling != 1.0 || config->final_logit_softcapping > 0.0;
+}
+
+void mq_logits_forward(float *logits, const mq_config *config, const mq_logits_sizes *sizes)
+{
+    const float factor = (float)(1.0 / config->logits_scaling), cap = (float)config->final_logit_softcapping;
+    for (int64_t i = 0; i < sizes->rows && mq_logits_change(config); i++) {
+        float *row = logits + i * sizes->ld;
+        for (int64_t j = 0; j < sizes->columns; j++) row[j] *= factor;
+        if (cap > 0.0f) mq_softcap_forward(row, cap, sizes->columns);
+    }
+}
+
+void mq_logits_backward(float *d_logits, const float *raw, const mq_config *config, const mq_logits_sizes *sizes)
+{
+    const float factor = (float)(1.0 / config->logits_scaling), cap = (float)config->final_logit_softcapping;
+    for (int64_t i = 0; i < sizes->rows && mq_logits_change(config); i++) {
+        float *d_row = d_logits + i * sizes->ld;
+        const float *row = raw + i * sizes->ld;
+        for (int64_t j = 0; j < sizes->columns; j++) {
+            const float t = cap > 0.0f ? tanhf(row[j] * factor / cap) : 0.0f;
+            d_row[j] *= factor * (1.0f - t * t);
+        }
+    }
+}

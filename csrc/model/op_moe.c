@@ -1,3 +1,4 @@
+#include <float.h>
 #include <math.h>
 #include <string.h>
 
@@ -6,13 +7,22 @@
 #include "model/ops.h"
 
 enum { COLUMNS = 256 };      /* of a row scaled at a time */
-static const float TAKEN = -1.0f;   /* in the place of a probability */
+static const float TAKEN = -FLT_MAX;   /* in the place of a score */
 
 typedef struct route_job {
     const mq_routes *routes;
     const char *logits;
     const mq_route_sizes *sizes;
 } route_job;
+
+mq_route_sizes mq_route_of(const mq_config *config)
+{
+    return (mq_route_sizes){
+        .normalize = config->norm_topk_prob != 0, .sigmoid = config->routing == MQ_ROUTING_SIGMOID,
+        .groups = config->expert_groups, .groups_kept = config->expert_groups_kept,
+        .factor = (float)config->routed_scaling_factor,
+    };
+}
 
 /* scores (n): logits to probabilities. */
 static void softmax(float *scores, int64_t n)
@@ -25,32 +35,87 @@ static void softmax(float *scores, int64_t n)
     for (int64_t i = 0; i < n; i++) scores[i] /= sum;
 }
 
+static void score(const mq_route_sizes *sizes, float *scores)
+{
+    if (!sizes->sigmoid) {
+        softmax(scores, sizes->experts);
+        return;
+    }
+    for (int64_t i = 0; i < sizes->experts; i++) scores[i] = 1.0f / (1.0f + expf(-scores[i]));
+}
+
 /* The largest that is not taken, the first of equals; with NaN among them, any that is not taken. */
-static int64_t take_largest(float *scores, int64_t n, float *value)
+static int64_t take_largest(float *scores, int64_t n)
 {
     int64_t best = 0;
     while (scores[best] == TAKEN) best++;
     for (int64_t i = best + 1; i < n; i++)
         if (scores[i] > scores[best]) best = i;
-    *value = scores[best];
     scores[best] = TAKEN;
     return best;
+}
+
+static float group_score(const float *scores, int64_t n)
+{
+    float first = -INFINITY, second = -INFINITY;
+    for (int64_t i = 0; i < n; i++) {
+        second = scores[i] > first ? first : MQ_MAX(second, scores[i]);
+        first = MQ_MAX(first, scores[i]);
+    }
+    return n > 1 ? first + second : first;
+}
+
+/* Scores of experts whose group is not among the best become those of experts that are not there. */
+static void keep_groups(const mq_route_sizes *sizes, float *scores)
+{
+    const int64_t n = sizes->experts / sizes->groups;
+    float groups[MQ_MAX_EXPERTS];
+    for (int64_t g = 0; g < sizes->groups; g++) groups[g] = group_score(scores + g * n, n);
+    for (int64_t i = 0; i < sizes->groups_kept; i++) take_largest(groups, sizes->groups);
+    for (int64_t i = 0; i < sizes->experts; i++)
+        if (groups[i / n] != TAKEN) scores[i] = TAKEN;
+}
+
+/* choice (experts): the scores by which experts are chosen. */
+static void correct(const mq_route_sizes *sizes, float *choice, const float *scores)
+{
+    for (int64_t i = 0; i < sizes->experts; i++)
+        choice[i] = scores[i] + (sizes->correction ? sizes->correction[i] : 0.0f);
+    if (sizes->groups > 1) keep_groups(sizes, choice);
+}
+
+/* Experts who see a row and have no share in what becomes of it: those behind the kept ones, whatever their group. */
+static void choose_onlookers(const mq_route_sizes *sizes, int32_t *experts, float *shares, float *choice,
+                             const float *scores, const mq_routes *routes)
+{
+    for (int64_t i = 0; i < sizes->experts; i++)
+        choice[i] = scores[i] + (sizes->correction ? sizes->correction[i] : 0.0f);
+    for (int64_t i = 0; i < routes->kept; i++) choice[experts[i]] = TAKEN;
+    for (int64_t i = routes->kept; i < routes->top_k; i++) {
+        experts[i] = (int32_t)take_largest(choice, sizes->experts);
+        shares[i] = 0.0f;
+    }
 }
 
 static void route_row(const route_job *job, int64_t row)
 {
     const mq_route_sizes *sizes = job->sizes;
+    const mq_routes *routes = job->routes;
     const mq_typed_row_ops *kernels = mq_row_ops_of(sizes->dtype);
-    const int64_t top_k = job->routes->top_k, at = (sizes->first + row) * top_k;
+    const int64_t top_k = routes->kept > 0 ? routes->kept : routes->top_k, at = (sizes->first + row) * routes->top_k;
     int32_t *experts = job->routes->experts + at;
-    float *shares = job->routes->shares + at, scores[MQ_MAX_EXPERTS], sum = 0.0f;
+    float *shares = job->routes->shares + at, scores[MQ_MAX_EXPERTS], choice[MQ_MAX_EXPERTS], sum = 0.0f;
     kernels->to_f32(scores, job->logits + (size_t)(row * sizes->experts) * mq_dtype_size(sizes->dtype), sizes->experts);
-    softmax(scores, sizes->experts);
+    score(sizes, scores);
+    correct(sizes, choice, scores);
     for (int64_t i = 0; i < top_k; i++) {
-        experts[i] = (int32_t)take_largest(scores, sizes->experts, &shares[i]);
+        experts[i] = (int32_t)take_largest(choice, sizes->experts);
+        shares[i] = scores[experts[i]];
         sum += shares[i];
     }
     for (int64_t i = 0; i < top_k && sizes->normalize; i++) shares[i] /= sum;
+    for (int64_t i = 0; i < top_k && sizes->factor != 0.0f; i++) shares[i] *= sizes->factor;
+    if (top_k < routes->top_k) choose_onlookers(sizes, experts, shares, choice, scores, routes);
     if (!sizes->rounded) return;
     kernels->from_f32(scores, shares, top_k);
     kernels->to_f32(shares, scores, top_k);
@@ -91,6 +156,7 @@ static void scatter_row(const indexed_job *job, int64_t row)
 {
     const char *in = job->in + (size_t)row * job->stride;
     char *out = job->out + (size_t)job->index[row] * job->stride;
+    if (job->shares[row] == 0.0f) return;      /* an onlooker's */
     for (int64_t first = 0; first < job->width; first += COLUMNS) {
         const int64_t n = MQ_MIN((int64_t)COLUMNS, job->width - first);
         float values[COLUMNS], rounded[COLUMNS];
@@ -136,21 +202,26 @@ typedef struct route_backward_job {
 } route_backward_job;
 
 /* Shares s of the chosen ones are p, or p over their sum P: then d_p = (d_s - sum of d_s * s) / P. Softmax:
- * d_logit = p * (d_p - sum of d_p * p). */
+ * d_logit = p * (d_p - sum of d_p * p). Sigmoid: d_logit = p * (1 - p) * d_p. */
 static void route_backward_row(const route_backward_job *job, int64_t row)
 {
     const mq_route_sizes *sizes = job->forward->sizes;
     const mq_typed_row_ops *kernels = mq_row_ops_of(sizes->dtype);
     const int64_t top_k = job->forward->routes->top_k, n = sizes->experts, at = (sizes->first + row) * top_k;
     const int32_t *chosen = job->forward->routes->experts + at;
+    const float factor = sizes->factor != 0.0f ? sizes->factor : 1.0f;
     float *d_logits = job->d_logits + row * n, p[MQ_MAX_EXPERTS], total = 0.0f, mean = 0.0f;
     kernels->to_f32(p, job->forward->logits + (size_t)(row * n) * mq_dtype_size(sizes->dtype), n);
-    softmax(p, n);
+    score(sizes, p);
     for (int64_t i = 0; i < top_k; i++) total += p[chosen[i]];
     if (!sizes->normalize) total = 1.0f;
     for (int64_t i = 0; i < top_k && sizes->normalize; i++) mean += job->d_shares[at + i] * (p[chosen[i]] / total);
     memset(d_logits, 0, (size_t)n * sizeof *d_logits);
-    for (int64_t i = 0; i < top_k; i++) d_logits[chosen[i]] = (job->d_shares[at + i] - mean) / total;
+    for (int64_t i = 0; i < top_k; i++) d_logits[chosen[i]] = factor * (job->d_shares[at + i] - mean) / total;
+    if (sizes->sigmoid) {
+        for (int64_t i = 0; i < n; i++) d_logits[i] *= p[i] * (1.0f - p[i]);
+        return;
+    }
     mean = 0.0f;
     for (int64_t i = 0; i < top_k; i++) mean += d_logits[chosen[i]] * p[chosen[i]];
     mq_row_ops_table()->softmax_backward(d_logits, p, n, mean);

@@ -1,6 +1,7 @@
 /* Rotary embedding on the two halves of each head (the layout of Hugging Face checkpoints). Angles are computed in
  * float32 from float32 frequencies, as transformers does: at position p an angle of p radians is only known to about
- * p * 2^-24, so more exact angles would be different ones. Scaling of frequencies: "linear", and "llama3" (3.1). */
+ * p * 2^-24, so more exact angles would be different ones. Scaling of frequencies: "linear", "llama3" (3.1), "yarn"
+ * (Peng et al. 2023) and "longrope" (Ding et al. 2024). */
 #include <math.h>
 #include <string.h>
 
@@ -24,40 +25,109 @@ static float llama3_frequency(const mq_config *config, float frequency)
     return (float)((1.0 - smooth) * (double)frequency / config->rope_factor + smooth * (double)frequency);
 }
 
-static float frequency_of(const mq_config *config, int64_t index, int64_t rotary)
+/* The index below which frequencies make more than so many turns over the original context (YaRN, section 3.2). */
+static double yarn_index(const mq_config *config, double turns, int64_t rotary)
 {
-    float exponent = (float)(2 * index) / (float)rotary;
-    float frequency = 1.0f / (float)pow((double)(float)config->rope_theta, (double)exponent);
+    const double original = (double)config->rope_original_max_position_embeddings;
+    return (double)rotary * log(original / (turns * 2.0 * PI)) / (2.0 * log(config->rope_theta));
+}
+
+/* Fast frequencies are kept, slow ones stretched, those between interpolated. */
+static float yarn_frequency(const mq_config *config, int64_t index, int64_t rotary, float frequency)
+{
+    double low = yarn_index(config, config->rope_beta_fast, rotary);
+    double high = yarn_index(config, config->rope_beta_slow, rotary);
+    if (config->rope_truncate) {
+        low = floor(low);
+        high = ceil(high);
+    }
+    low = MQ_MAX(low, 0.0);
+    high = MQ_MIN(high, (double)(rotary - 1));
+    if (high == low) high += 0.001;
+    const double ramp = MQ_MIN(MQ_MAX(((double)index - low) / (high - low), 0.0), 1.0);
+    return (float)((double)frequency / config->rope_factor * ramp + (double)frequency * (1.0 - ramp));
+}
+
+static float power(double theta, int64_t index, int64_t rotary)
+{
+    const float exponent = (float)(2 * index) / (float)rotary;
+    return (float)pow((double)(float)theta, (double)exponent);
+}
+
+static float frequency_of(const mq_config *config, mq_rope_kind kind, int64_t index, int64_t rotary)
+{
+    if (kind == MQ_ROPE_LOCAL) return 1.0f / power(config->rope_local_theta, index, rotary);
+    const float base = power(config->rope_theta, index, rotary), frequency = 1.0f / base;
     switch ((mq_rope_type)config->rope_type) {
     case MQ_ROPE_LINEAR: return (float)((double)frequency / config->rope_factor);
     case MQ_ROPE_LLAMA3: return llama3_frequency(config, frequency);
+    case MQ_ROPE_YARN: return yarn_frequency(config, index, rotary, frequency);
+    case MQ_ROPE_LONGROPE:
+        return 1.0f / ((kind == MQ_ROPE_LONG ? config->rope_long_factor : config->rope_short_factor)[index] * base);
     case MQ_ROPE_DEFAULT: break;
     }
     return frequency;
 }
 
-static void fill_table(mq_rope_table *table, const mq_config *config)
+static void fill_table(mq_rope_table *table, const mq_config *config, mq_rope_kind kind)
 {
-    int64_t half = table->rotary / 2;
+    const int64_t half = table->rotary / 2;
+    const float factor = kind == MQ_ROPE_LOCAL ? 1.0f : (float)config->rope_attention_factor;
     for (int64_t i = 0; i < half; i++) {
-        float frequency = frequency_of(config, i, table->rotary);
+        const float frequency = frequency_of(config, kind, i, table->rotary);
         for (int64_t p = 0; p < table->positions; p++) {
-            float angle = (float)p * frequency;
-            table->cosine[p * half + i] = (float)cos((double)angle);
-            table->sine[p * half + i] = (float)sin((double)angle);
+            const float angle = (float)p * frequency;
+            table->cosine[p * half + i] = (float)cos((double)angle) * factor;
+            table->sine[p * half + i] = (float)sin((double)angle) * factor;
         }
     }
 }
 
-int mq_rope_table_init(mq_rope_table *table, const mq_config *config, int64_t positions, mq_error *err)
+int mq_rope_table_init(mq_rope_table *table, const mq_config *config, mq_rope_kind kind, int64_t positions,
+                       mq_error *err)
 {
-    int64_t rotary = (int64_t)((double)config->head_dim * config->partial_rotary_factor) / 2 * 2;
+    const int64_t rotary = mq_config_rotary(config);
     *table = (mq_rope_table){.positions = positions, .rotary = rotary};
     table->cosine = mq_alloc_array((size_t)positions, (size_t)rotary * sizeof(float));
     if (table->cosine == NULL) return mq_fail_memory(err, "the rope table", mq_rope_table_nbytes(table));
     table->sine = table->cosine + positions * (rotary / 2);
-    fill_table(table, config);
+    fill_table(table, config, kind);
     return MQ_OK;
+}
+
+int mq_ropes_init(mq_ropes *ropes, const mq_config *config, unsigned layer_ropes, int64_t positions, mq_error *err)
+{
+    const int longer = config->rope_type == MQ_ROPE_LONGROPE;
+    int rc = MQ_OK;
+    *ropes = (mq_ropes){.original = longer ? config->rope_original_max_position_embeddings : 0};
+    const int wanted[MQ_ROPE_KINDS] = {
+        [MQ_ROPE_MAIN] = (layer_ropes & 1u << MQ_LAYER_ROPE) != 0,
+        [MQ_ROPE_LONG] = longer && positions > ropes->original,
+        [MQ_ROPE_LOCAL] = (layer_ropes & 1u << MQ_LAYER_LOCAL_ROPE) != 0,
+    };
+    for (int kind = 0; rc == MQ_OK && kind < MQ_ROPE_KINDS; kind++)
+        if (wanted[kind]) rc = mq_rope_table_init(&ropes->tables[kind], config, (mq_rope_kind)kind, positions, err);
+    if (rc != MQ_OK) mq_ropes_free(ropes);
+    return rc;
+}
+
+void mq_ropes_free(mq_ropes *ropes)
+{
+    for (int kind = 0; kind < MQ_ROPE_KINDS; kind++) mq_rope_table_free(&ropes->tables[kind]);
+}
+
+size_t mq_ropes_nbytes(const mq_ropes *ropes)
+{
+    size_t total = 0;
+    for (int kind = 0; kind < MQ_ROPE_KINDS; kind++) total += mq_rope_table_nbytes(&ropes->tables[kind]);
+    return total;
+}
+
+const mq_rope_table *mq_ropes_of(const mq_ropes *ropes, int layer_rope, int64_t length)
+{
+    if (layer_rope == MQ_LAYER_NO_ROPE) return NULL;
+    if (layer_rope == MQ_LAYER_LOCAL_ROPE) return &ropes->tables[MQ_ROPE_LOCAL];
+    return &ropes->tables[ropes->original > 0 && length > ropes->original ? MQ_ROPE_LONG : MQ_ROPE_MAIN];
 }
 
 void mq_rope_table_free(mq_rope_table *table)
@@ -78,17 +148,34 @@ typedef struct rope_job {
     const mq_typed_row_ops *kernels;
 } rope_job;
 
+/* The rotary part of each head of one token: pairs side by side become two halves, or (back) the other way round. */
+static void untwine(char *x, const mq_rope_sizes *sizes, int64_t rotary, size_t size, int back)
+{
+    char held[MQ_ROPE_FACTORS * 2 * sizeof(float)];
+    for (int64_t h = 0; h < sizes->heads; h++) {
+        char *at = x + (size_t)(h * sizes->head_dim) * size;
+        memcpy(held, at, (size_t)rotary * size);
+        for (int64_t i = 0; i < rotary; i++) {
+            const size_t half = (size_t)(i % 2 * (rotary / 2) + i / 2) * size, pair = (size_t)i * size;
+            if (back) memcpy(at + pair, held + half, size);
+            else memcpy(at + half, held + pair, size);
+        }
+    }
+}
+
 static void rope_rows(void *argument, int64_t begin, int64_t end, int worker)
 {
     const rope_job *job = argument;
     const mq_rope_sizes *sizes = job->sizes;
-    int64_t half = job->table->rotary / 2;
-    size_t stride = (size_t)(sizes->heads * sizes->head_dim) * mq_dtype_size(sizes->dtype);
+    const int64_t half = job->table->rotary / 2;
+    const size_t size = mq_dtype_size(sizes->dtype);
     (void)worker;
     for (int64_t t = begin; t < end; t++) {
-        int64_t at = (sizes->first + t) * half;
-        job->kernels->rope(job->x + (size_t)t * stride, job->table->cosine + at, job->table->sine + at, sizes->heads,
-                           sizes->head_dim, job->table->rotary);
+        const int64_t at = (sizes->first + t) * half;
+        char *x = job->x + (size_t)(t * sizes->heads * sizes->head_dim + sizes->offset) * size;
+        if (sizes->interleaved) untwine(x, sizes, job->table->rotary, size, 0);
+        job->kernels->rope(x, job->table->cosine + at, job->table->sine + at, sizes->heads, sizes->head_dim,
+                           job->table->rotary);
     }
 }
 
@@ -102,12 +189,13 @@ static void rope_backward_rows(void *argument, int64_t begin, int64_t end, int w
 {
     const rope_job *job = argument;
     const mq_rope_sizes *sizes = job->sizes;
-    float *x = (float *)(void *)job->x;
     (void)worker;
     for (int64_t t = begin; t < end; t++) {
         const int64_t at = (sizes->first + t) * (job->table->rotary / 2);
-        mq_row_ops_table()->rope_backward(x + t * sizes->heads * sizes->head_dim, job->table->cosine + at,
-                                          job->table->sine + at, sizes->heads, sizes->head_dim, job->table->rotary);
+        float *x = (float *)(void *)job->x + t * sizes->heads * sizes->head_dim + sizes->offset;
+        mq_row_ops_table()->rope_backward(x, job->table->cosine + at, job->table->sine + at, sizes->heads,
+                                          sizes->head_dim, job->table->rotary);
+        if (sizes->interleaved) untwine((char *)x, sizes, job->table->rotary, sizeof *x, 1);
     }
 }
 

@@ -35,19 +35,37 @@ void mq_swiglu_forward(void *gate, const void *up, const mq_row_sizes *sizes);
 /* d_gate is d_out at first; gate as it was before the forward. */
 void mq_swiglu_backward(float *d_gate, float *d_up, const void *gate, const void *up, const mq_row_sizes *sizes);
 
+/* The same with other activations: GELU by its tanh approximation (Hendrycks and Gimpel 2016), or that of gpt-oss:
+ * min(gate, limit) * sigmoid(1.702 min(gate, limit)) * (clamp(up, -limit, limit) + 1). */
+typedef struct mq_gate {
+    mq_activation activation;
+    float limit;
+} mq_gate;
+mq_gate mq_gate_of(const mq_config *config);
+void mq_gate_forward(void *gate, const void *up, const mq_gate *kind, const mq_row_sizes *sizes);
+void mq_gate_backward(float *d_gate, float *d_up, const void *gate, const void *up, const mq_gate *kind,
+                      const mq_row_sizes *sizes);
+
 /* The experts of each row and what share each has in the result: softmax over all experts, then the top_k largest
  * (the earlier one first where equal); Shazeer et al. 2017. normalize: the shares are divided by their sum. rounded:
- * they are rounded to dtype. */
+ * they are rounded to dtype. sigmoid: of each logit, in the place of the softmax. correction (experts): added where
+ * experts are chosen, not to shares. groups: only experts of the groups_kept best are chosen, by the sum of each
+ * group's two best (DeepSeek-AI 2024, "DeepSeek-V3"); 0 = all. factor: of the shares, in the end. kept: so many of the
+ * top_k are chosen so; the others are the next best of all groups, who see the row and have no share; 0 = all. */
 typedef struct mq_routes {
     int32_t *experts;   /* (N, top_k) */
     float *shares;      /* (N, top_k) */
-    int64_t top_k;
+    int64_t top_k, kept;
 } mq_routes;
 typedef struct mq_route_sizes {
     int64_t rows, experts, first;   /* first: row of routes where the first one goes */
     mq_dtype dtype;
-    int normalize, rounded;
+    int normalize, rounded, sigmoid;
+    const float *correction;    /* NULL = none */
+    int64_t groups, groups_kept;
+    float factor;               /* 0 = 1 */
 } mq_route_sizes;
+mq_route_sizes mq_route_of(const mq_config *config);
 /* logits (N, experts). */
 void mq_route_forward(const mq_routes *routes, const void *logits, const mq_route_sizes *sizes);
 /* d_logits (N, experts); d_shares (rows of routes, top_k). Which experts are chosen has no gradient. */
@@ -70,21 +88,62 @@ void mq_scatter_backward(const mq_scatter_gradient *gradient, const float *d_out
 
 /* x (N, C) += y. */
 void mq_add_forward(void *x, const void *y, const mq_row_sizes *sizes);
+/* x (N, C) += factor * y, rounded after each step; factor 1 is the above. */
+void mq_add_scaled_forward(void *x, const void *y, double factor, const mq_row_sizes *sizes);
+/* x (N, C) *= factor. */
+void mq_scale_forward(void *x, double factor, const mq_row_sizes *sizes);
+/* x (N, C) *= factor (N), of each row. */
+void mq_scale_rows_forward(void *x, const float *factors, const mq_row_sizes *sizes);
+/* factors (N) = sigmoid(x (N)); d_x = d_factors * factors * (1 - factors). */
+void mq_sigmoid_forward(float *factors, const void *x, int64_t rows, mq_dtype dtype);
+void mq_sigmoid_backward(float *d_x, const float *d_factors, const float *factors, int64_t rows);
+/* x (N) = cap * tanh(x / cap), in float32; d_x = d_out * (1 - (out / cap)^2). */
+void mq_softcap_forward(float *x, float cap, int64_t n);
+void mq_softcap_backward(float *d_x, const float *out, float cap, int64_t n);
 
-/* Cosines and sines (positions, rotary / 2) of the rotary embedding; Su et al. 2021. */
+/* Columns of a matrix: `width` of each row go from `from` (ld_from numbers between rows) to `to`. */
+typedef struct mq_columns {
+    void *to;
+    const void *from;
+    int64_t ld_to, ld_from, width, rows;
+    mq_dtype dtype;
+} mq_columns;
+void mq_columns_copy(const mq_columns *columns);
+void mq_columns_add(const mq_columns *columns);     /* to += from, float32 */
+
+/* Cosines and sines (positions, rotary / 2) of the rotary embedding; Su et al. 2021. Frequencies are those of the
+ * config; LOCAL: unscaled, of rope_local_theta; LONG: of rope_long_factor. */
+typedef enum mq_rope_kind { MQ_ROPE_MAIN, MQ_ROPE_LONG, MQ_ROPE_LOCAL, MQ_ROPE_KINDS } mq_rope_kind;
 typedef struct mq_rope_table {
     int64_t positions, rotary;
     float *cosine, *sine;
 } mq_rope_table;
 
-int mq_rope_table_init(mq_rope_table *table, const mq_config *config, int64_t positions, mq_error *err);
+int mq_rope_table_init(mq_rope_table *table, const mq_config *config, mq_rope_kind kind, int64_t positions,
+                       mq_error *err);
 void mq_rope_table_free(mq_rope_table *table);
 size_t mq_rope_table_nbytes(const mq_rope_table *table);
 
-/* Rotates x (T, heads, D), in place; row t is at position first + t. */
+/* The tables that a model's layers need. Longer than original, a sequence takes LONG in the place of MAIN. */
+typedef struct mq_ropes {
+    mq_rope_table tables[MQ_ROPE_KINDS];    /* empty where none is needed */
+    int64_t original;                       /* 0 = sequences of all lengths are alike */
+} mq_ropes;
+int mq_ropes_init(mq_ropes *ropes, const mq_config *config, unsigned layer_ropes, int64_t positions, mq_error *err);
+void mq_ropes_free(mq_ropes *ropes);
+size_t mq_ropes_nbytes(const mq_ropes *ropes);
+
+/* Which rope a layer has. */
+enum { MQ_LAYER_NO_ROPE, MQ_LAYER_ROPE, MQ_LAYER_LOCAL_ROPE };
+/* The table for a sequence that ends behind `length` positions; NULL for MQ_LAYER_NO_ROPE. */
+const mq_rope_table *mq_ropes_of(const mq_ropes *ropes, int layer_rope, int64_t length);
+
+/* Rotates x (T, heads, D), in place; row t is at position first + t. Of each head the numbers from offset on are
+ * turned. interleaved: pairs lie side by side before it, and as two halves behind it. */
 typedef struct mq_rope_sizes {
-    int64_t tokens, heads, head_dim, first;
+    int64_t tokens, heads, head_dim, first, offset;
     mq_dtype dtype;
+    int interleaved;
 } mq_rope_sizes;
 void mq_rope_forward(void *x, const mq_rope_table *table, const mq_rope_sizes *sizes);
 void mq_rope_backward(float *d_x, const mq_rope_table *table, const mq_rope_sizes *sizes);  /* in place */
@@ -139,6 +198,15 @@ void mq_loss_forward(mq_loss_row *rows, const float *logits, const int32_t *labe
 void mq_loss_backward(float *logits, const mq_loss_row *rows, const int32_t *labels, const float *factors,
                       const mq_loss_slice *slice);
 double mq_loss_of(const mq_loss_row *row);   /* -log softmax(logits)[label], in nats */
+
+/* What the model makes of lm_head's products (rows, columns), ld numbers apart: divided by logits_scaling, capped by
+ * final_logit_softcapping. Backward: d_logits in place, raw as the products were. */
+typedef struct mq_logits_sizes {
+    int64_t rows, columns, ld;
+} mq_logits_sizes;
+void mq_logits_forward(float *logits, const mq_config *config, const mq_logits_sizes *sizes);
+void mq_logits_backward(float *d_logits, const float *raw, const mq_config *config, const mq_logits_sizes *sizes);
+int mq_logits_change(const mq_config *config);     /* whether they do anything */
 
 /* Copies or converts a row or a whole tensor of any float dtype and stride; dtype is MQ_F32 or MQ_BF16. */
 int mq_tensor_is_float(const mq_tensor *tensor);

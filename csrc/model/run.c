@@ -4,6 +4,7 @@
 
 #include "core/alloc.h"
 #include "core/pool.h"
+#include "kernels/row_ops.h"
 
 /* Rows that a unit takes, by whole sequences: enough for the product to use each weight it loads many times. */
 enum { UNIT_ROWS = 512, SETTLE_ROWS = 8192 };
@@ -51,7 +52,7 @@ static int allocate(mq_run *run, int masked, mq_error *err)
         (masked && run->mask == NULL) || run->hidden == NULL)
         return mq_fail_memory(err, "the hidden states of the recorded batches", rows * width);
     if (run->cache != NULL) return MQ_OK;
-    return mq_rope_table_init(&run->rope, &run->runtime->config, run->longest, err);
+    return mq_ropes_init(&run->ropes, &run->runtime->config, run->runtime->layer_ropes, run->longest, err);
 }
 
 static void record(mq_run *run, const mq_batch_input *batches)
@@ -124,7 +125,7 @@ void mq_run_free(mq_run *run)
 {
     mq_run_release(run);
     mq_dispatch_free(&run->dispatch);
-    mq_rope_table_free(&run->rope);
+    mq_ropes_free(&run->ropes);
     mq_free(run->batches);
     mq_free(run->sequences);
     mq_free(run->units);
@@ -139,7 +140,7 @@ size_t mq_run_nbytes(const mq_run *run)
 {
     size_t rows = (size_t)run->rows;
     size_t width = (size_t)run->runtime->config.hidden_size * mq_dtype_size(run->runtime->dtype);
-    size_t total = rows * (width + sizeof *run->ids + (run->mask ? 1 : 0)) + mq_rope_table_nbytes(&run->rope);
+    size_t total = rows * (width + sizeof *run->ids + (run->mask ? 1 : 0)) + mq_ropes_nbytes(&run->ropes);
     total += (size_t)run->sequence_count * (sizeof *run->sequences + sizeof *run->units);
     for (int i = 0; i < run->workers; i++) total += run->scratch[i].nbytes;
     return total + mq_dispatch_nbytes(run);
@@ -149,10 +150,13 @@ mq_layer_context mq_run_context(const mq_run *run)
 {
     return (mq_layer_context){
         .config = &run->runtime->config, .dtype = run->runtime->dtype, .sequences = run->sequences,
-        .rope = run->cache ? &run->cache->rope : &run->rope, .sequence_count = run->sequence_count,
+        .ropes = run->cache ? &run->cache->ropes : &run->ropes, .sequence_count = run->sequence_count,
         .key_mask = run->mask, .count_mask = run->count_padding ? NULL : run->mask, .routes = &run->dispatch.routes,
         .round_routes = run->runtime->dtype == MQ_BF16 && !(run->runtime->family->flags & MQ_FAMILY_ROUTER_F32),
-        .rank = run->runtime->rank, .cache = run->cache, .cache_layer = run->next_layer,
+        .sums = run->dispatch.sums, .rank = run->runtime->rank,
+        .fused = (run->runtime->family->flags & MQ_FAMILY_FUSED) != 0,
+        .shared_inputs = (run->runtime->family->flags & MQ_FAMILY_SHARED_INPUTS) != 0, .cache = run->cache,
+        .cache_layer = run->next_layer,
     };
 }
 
@@ -178,6 +182,15 @@ int mq_run_reserve(mq_run *run, mq_error *err)
     return MQ_OK;
 }
 
+double mq_embedding_factor(const mq_runtime *runtime)
+{
+    float factor = (float)runtime->config.embedding_multiplier, rounded;
+    if (!runtime->config.embedding_multiplier_rounded) return (double)factor;
+    mq_row_ops_of(runtime->dtype)->from_f32(&rounded, &factor, 1);
+    mq_row_ops_of(runtime->dtype)->to_f32(&factor, &rounded, 1);
+    return (double)factor;
+}
+
 int mq_run_embed(mq_run *run, const mq_named_tensor *tensors, size_t count, mq_error *err)
 {
     const mq_module *module = mq_runtime_outer(run->runtime, MQ_ROLE_EMBED);
@@ -185,6 +198,7 @@ int mq_run_embed(mq_run *run, const mq_named_tensor *tensors, size_t count, mq_e
     mq_row_sizes sizes = {.rows = run->rows, .width = run->runtime->config.hidden_size, .dtype = run->runtime->dtype};
     if (weight == NULL) return err->code;
     mq_embed_forward(run->hidden, run->ids, weight, &sizes);
+    mq_scale_forward(run->hidden, mq_embedding_factor(run->runtime), &sizes);
     run->next_layer = 0;
     run->dispatch.layer = -1;
     return MQ_OK;

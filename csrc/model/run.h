@@ -34,10 +34,11 @@ typedef struct mq_run {
     int32_t *ids;                /* (rows) */
     uint8_t *mask;               /* (rows), NULL = no padding */
     int count_padding;           /* padding counts in statistics too */
+    int64_t onlooking;           /* so many experts at least see each row, for statistics; set before any layer */
     char *hidden;                /* (rows, C) of runtime->dtype */
     mq_dispatch dispatch;
     mq_cache *cache;             /* not owned; NULL = sequences are whole */
-    mq_rope_table rope;          /* empty where the cache has one */
+    mq_ropes ropes;              /* empty where the cache has some */
     mq_scratch *scratch;         /* one per worker */
     mq_spare spare;              /* for statistics, from layer to layer */
     int workers;
@@ -59,6 +60,9 @@ int mq_run_init(mq_run *run, mq_runtime *runtime, const mq_batch_input *batches,
                 mq_cache *cache, mq_error *err);
 void mq_run_free(mq_run *run);
 size_t mq_run_nbytes(const mq_run *run);
+
+/* What embeddings are multiplied by. */
+double mq_embedding_factor(const mq_runtime *runtime);
 
 /* The hidden states of all rows where the run now is (mq_run_state_nbytes), and back to where a run over the same
  * batches had them: layer is the one that comes next. */
@@ -108,6 +112,7 @@ int mq_run_steps(mq_run *run, mq_layer *layer, const mq_steps *steps, mq_error *
 mq_layer_context mq_run_context(const mq_run *run);
 
 /* run_experts.c: begin makes room, dispatch sorts the rows by expert. */
+int64_t mq_run_experts_per_row(const mq_run *run);
 int mq_dispatch_begin(mq_run *run, mq_error *err);
 void mq_dispatch_rows(mq_run *run, int64_t layer);
 void mq_dispatch_free(mq_dispatch *dispatch);

@@ -11,13 +11,19 @@ static size_t sums_nbytes(const mq_run *run)
     return (size_t)(run->rows * run->runtime->config.hidden_size) * mq_dtype_size(run->runtime->dtype);
 }
 
+int64_t mq_run_experts_per_row(const mq_run *run)
+{
+    return MQ_MAX(run->onlooking, run->runtime->config.num_experts_per_tok);
+}
+
 int mq_dispatch_begin(mq_run *run, mq_error *err)
 {
     const mq_config *config = &run->runtime->config;
     mq_dispatch *it = &run->dispatch;
-    size_t experts = (size_t)config->num_experts, choices = (size_t)(run->rows * config->num_experts_per_tok);
+    size_t experts = (size_t)config->num_experts, choices = (size_t)(run->rows * mq_run_experts_per_row(run));
     if (it->sums == NULL) {
-        it->routes.top_k = config->num_experts_per_tok;
+        it->routes.top_k = mq_run_experts_per_row(run);
+        it->routes.kept = config->num_experts_per_tok;
         it->routes.experts = mq_alloc_array(choices, sizeof *it->routes.experts);
         it->routes.shares = mq_alloc_array(choices, sizeof *it->routes.shares);
         it->start = mq_alloc_array(experts + 1, sizeof *it->start);
@@ -27,8 +33,10 @@ int mq_dispatch_begin(mq_run *run, mq_error *err)
         it->sums = mq_alloc(sums_nbytes(run));
     }
     if (it->routes.experts != NULL && it->routes.shares != NULL && it->start != NULL && it->counted != NULL &&
-        it->tokens != NULL && it->shares != NULL && it->sums != NULL)
+        it->tokens != NULL && it->shares != NULL && it->sums != NULL) {
+        memset(it->sums, 0, sums_nbytes(run));
         return MQ_OK;
+    }
     mq_dispatch_free(it);
     return mq_fail_memory(err, "the sums of the experts", sums_nbytes(run));
 }
@@ -51,7 +59,7 @@ size_t mq_dispatch_nbytes(const mq_run *run)
     size_t choice = sizeof *run->dispatch.tokens + sizeof *run->dispatch.shares + sizeof *run->dispatch.routes.experts +
                     sizeof *run->dispatch.routes.shares;
     if (run->dispatch.sums == NULL) return 0;
-    return sums_nbytes(run) + (size_t)(run->rows * config->num_experts_per_tok) * choice +
+    return sums_nbytes(run) + (size_t)(run->rows * mq_run_experts_per_row(run)) * choice +
            (size_t)(2 * config->num_experts + 1) * sizeof(int64_t);
 }
 
@@ -64,7 +72,6 @@ void mq_dispatch_rows(mq_run *run, int64_t layer)
     const int64_t top_k = it->routes.top_k, choices = run->rows * top_k;
     memset(it->start, 0, (size_t)(experts + 1) * sizeof *it->start);
     memset(it->counted, 0, (size_t)experts * sizeof *it->counted);
-    memset(it->sums, 0, sums_nbytes(run));
     for (int64_t i = 0; i < choices; i++)
         if (it->routes.experts[i] + 2 <= experts) it->start[it->routes.experts[i] + 2]++;
     for (int64_t e = 2; e <= experts; e++) it->start[e] += it->start[e - 1];
@@ -126,7 +133,7 @@ static int run_loaded(mq_run *run, int64_t index, int64_t expert, mq_error *err)
 static void finish_layer(mq_run *run)
 {
     mq_row_sizes sizes = {.rows = run->rows, .width = run->runtime->config.hidden_size, .dtype = run->runtime->dtype};
-    mq_add_forward(run->hidden, run->dispatch.sums, &sizes);
+    mq_add_scaled_forward(run->hidden, run->dispatch.sums, run->runtime->config.residual_multiplier, &sizes);
     run->next_layer = run->dispatch.layer + 1;
     run->dispatch.layer = -1;
 }

@@ -31,7 +31,8 @@ static void set_expert_name(char *out, const char *prefix, const char *text, int
     else snprintf(out, MQ_NAME_SIZE, "%s%.*s%d%s%s", prefix, (int)(mark - text), text, (int)expert, mark + 1, suffix);
 }
 
-static void add_layer_module(mq_runtime *runtime, int64_t index, const mq_layer_module *row, int64_t expert)
+static void add_layer_module(mq_runtime *runtime, int64_t index, const mq_layer_kind *kind, const mq_layer_module *row,
+                             int64_t expert)
 {
     const mq_config *config = &runtime->config;
     mq_module *module = &runtime->modules[runtime->module_count++];
@@ -40,35 +41,19 @@ static void add_layer_module(mq_runtime *runtime, int64_t index, const mq_layer_
     *module = (mq_module){
         .role = row->role, .kind = row->kind, .layer = index, .expert = expert,
         .ndim = row->cols == MQ_DIM_NONE ? 1 : 2,
-        .shape = {mq_dim_of(config, row->rows), mq_dim_of(config, row->cols)},
+        .shape = {mq_dim_of(config, kind, row->rows), mq_dim_of(config, kind, row->cols)},
     };
     set_expert_name(module->name, prefix, row->name, expert, "");
     if (*row->site) set_expert_name(module->site, prefix, row->site, expert, "");
     if (row->kind != MQ_MODULE_ATTENTION && row->kind != MQ_MODULE_EXPERTS)
-        set_expert_name(module->weight, prefix, row->name, expert, ".weight");
-    if (mq_condition_holds(runtime->family, config, 0, row->bias)) set_name(module->bias, prefix, row->name, ".bias");
+        set_expert_name(module->weight, prefix, row->name, expert, row->kind == MQ_MODULE_VECTOR ? "" : ".weight");
+    if (mq_condition_holds(runtime->family, config, kind, row->bias))
+        set_expert_name(module->bias, prefix, row->name, expert, ".bias");
 }
 
 static int is_expert(const mq_layer_module *row)
 {
     return strchr(row->name, '#') != NULL;
-}
-
-/* The rows of one layer, those of experts once for each expert. Only counts if there is no memory yet. */
-static size_t add_layer(mq_runtime *runtime, int64_t index, int moe)
-{
-    size_t rows, count = 0;
-    const mq_layer_module *table = mq_layer_modules(&rows);
-    for (size_t i = 0, step; i < rows; i += step) {
-        int64_t times = is_expert(&table[i]) ? runtime->config.num_experts : 1;
-        step = is_expert(&table[i]) ? MQ_EXPERT_LINEARS : 1;
-        if (!mq_condition_holds(runtime->family, &runtime->config, moe, table[i].present)) continue;
-        count += (size_t)times * step;
-        for (int64_t expert = 0; runtime->modules != NULL && expert < times; expert++)
-            for (size_t j = 0; j < step; j++)
-                add_layer_module(runtime, index, &table[i + j], is_expert(&table[i]) ? expert : -1);
-    }
-    return count;
 }
 
 static int has_experts(const mq_runtime *runtime, const mq_per_layer *layers, int64_t index)
@@ -77,12 +62,57 @@ static int has_experts(const mq_runtime *runtime, const mq_per_layer *layers, in
     return layers->experts == NULL || layers->experts[index] != 0;
 }
 
+static mq_layer_kind kind_of(const mq_runtime *runtime, const mq_per_layer *layers, int64_t index)
+{
+    return (mq_layer_kind){
+        .experts = has_experts(runtime, layers, index),
+        .attention = layers->attention ? (mq_block)layers->attention[index] : MQ_BLOCK_FULL,
+        .mlp = layers->mlp ? (mq_block)layers->mlp[index] : MQ_BLOCK_FULL,
+        .kv_heads = layers->kv_heads ? layers->kv_heads[index] : 0,
+        .inner = layers->inner ? layers->inner[index] : 0,
+    };
+}
+
+/* The rows of one layer, those of experts once for each expert. Only counts if there is no memory yet. */
+static size_t add_layer(mq_runtime *runtime, int64_t index, const mq_per_layer *layers)
+{
+    const mq_layer_kind kind = kind_of(runtime, layers, index);
+    size_t rows, count = 0;
+    const mq_layer_module *table = mq_layer_modules(&rows);
+    for (size_t i = 0, step; i < rows; i += step) {
+        int64_t times = is_expert(&table[i]) ? runtime->config.num_experts : 1;
+        step = is_expert(&table[i]) ? MQ_EXPERT_LINEARS : 1;
+        if (!mq_condition_holds(runtime->family, &runtime->config, &kind, table[i].present)) continue;
+        count += (size_t)times * step;
+        for (int64_t expert = 0; runtime->modules != NULL && expert < times; expert++)
+            for (size_t j = 0; j < step; j++)
+                add_layer_module(runtime, index, &kind, &table[i + j], is_expert(&table[i]) ? expert : -1);
+    }
+    return count;
+}
+
+static int check_layer(const mq_config *config, const mq_per_layer *layers, int64_t index, mq_error *err)
+{
+    const int64_t kv_heads = layers->kv_heads ? layers->kv_heads[index] : 0;
+    const int64_t inner = layers->inner ? layers->inner[index] : 0;
+    if (kv_heads > config->num_key_value_heads || (kv_heads > 0 && config->num_attention_heads % kv_heads != 0) ||
+        inner > config->intermediate_size)
+        return mq_fail(err, MQ_ERR_VALUE,
+                       "config: layer %lld has %lld key and value heads and an MLP of %lld, but the model %lld of %lld "
+                       "heads, and %lld", (long long)index, (long long)kv_heads, (long long)inner,
+                       (long long)config->num_key_value_heads, (long long)config->num_attention_heads,
+                       (long long)config->intermediate_size);
+    return MQ_OK;
+}
+
 static int add_modules(mq_runtime *runtime, const mq_per_layer *layers, mq_error *err)
 {
     const mq_config *config = &runtime->config;
     size_t total = 3;
     for (int64_t i = 0; i < config->num_hidden_layers; i++)
-        total += add_layer(runtime, i, has_experts(runtime, layers, i));
+        if (check_layer(config, layers, i, err) != MQ_OK) return err->code;
+    for (int64_t i = 0; i < config->num_hidden_layers; i++)
+        total += add_layer(runtime, i, layers);
     runtime->modules = mq_alloc_array(total, sizeof *runtime->modules);
     runtime->by_name = mq_alloc_array(total, sizeof *runtime->by_name);
     runtime->layer_start = mq_alloc_array((size_t)config->num_hidden_layers + 1, sizeof *runtime->layer_start);
@@ -92,7 +122,7 @@ static int add_modules(mq_runtime *runtime, const mq_per_layer *layers, mq_error
               config->hidden_size);
     for (int64_t i = 0; i < config->num_hidden_layers; i++) {
         runtime->layer_start[i] = runtime->module_count;
-        add_layer(runtime, i, has_experts(runtime, layers, i));
+        add_layer(runtime, i, layers);
     }
     runtime->layer_start[config->num_hidden_layers] = runtime->module_count;
     add_outer(runtime, MQ_ROLE_FINAL_NORM, MQ_MODULE_NORM, "model.norm", config->hidden_size, 0);
@@ -132,24 +162,32 @@ static void bind_linear(mq_runtime *runtime, const mq_module *module)
     };
 }
 
-static void bind_layers(mq_runtime *runtime, const int64_t *windows)
+static void bind_layer(mq_runtime *runtime, int64_t index, const mq_per_layer *per_layer)
+{
+    mq_layer *layer = &runtime->layers[index];
+    layer->q.site = 2 * MQ_ROLE_COUNT;
+    layer->k.site = 2 * MQ_ROLE_COUNT + 1;
+    layer->v.site = 2 * MQ_ROLE_COUNT + 2;
+    layer->window = per_layer->windows ? per_layer->windows[index] : runtime->config.sliding_window;
+    layer->chunk = per_layer->chunks ? per_layer->chunks[index] : 0;
+    layer->rope = per_layer->ropes ? (int)per_layer->ropes[index] : MQ_LAYER_ROPE;
+    layer->kind = kind_of(runtime, per_layer, index);
+    runtime->layer_ropes |= 1u << layer->rope;
+}
+
+static void bind_layers(mq_runtime *runtime, const mq_per_layer *per_layer)
 {
     for (size_t i = 0; i < runtime->module_count; i++) {
         const mq_module *module = &runtime->modules[i];
         runtime->by_name[i] = module;
         if (module->layer < 0) continue;
         mq_layer *layer = &runtime->layers[module->layer];
-        layer->window = windows ? windows[module->layer] : runtime->config.sliding_window;
         if (module->kind == MQ_MODULE_ATTENTION) layer->attention_name = module->name;
         if (module->kind == MQ_MODULE_EXPERTS) layer->experts = runtime->config.num_experts;
         if (module->kind == MQ_MODULE_LINEAR || module->kind == MQ_MODULE_ROUTER) bind_linear(runtime, module);
+        if (module->kind == MQ_MODULE_NORM) layer->widths[module->role] = module->shape[0];
     }
-    for (int64_t i = 0; i < runtime->config.num_hidden_layers; i++) {
-        mq_layer *layer = &runtime->layers[i];
-        layer->q.site = 2 * MQ_ROLE_COUNT;
-        layer->k.site = 2 * MQ_ROLE_COUNT + 1;
-        layer->v.site = 2 * MQ_ROLE_COUNT + 2;
-    }
+    for (int64_t i = 0; i < runtime->config.num_hidden_layers; i++) bind_layer(runtime, i, per_layer);
     qsort(runtime->by_name, runtime->module_count, sizeof *runtime->by_name, by_name);
 }
 
@@ -166,7 +204,7 @@ int mq_runtime_init(mq_runtime *runtime, const mq_family *family, const mq_confi
     if (rc != MQ_OK) goto done;
     runtime->layers = mq_alloc_zeroed(layers * sizeof *runtime->layers);
     if (runtime->layers == NULL) rc = mq_fail_memory(err, "the layers", layers * sizeof *runtime->layers);
-    else bind_layers(runtime, per_layer->windows);
+    else bind_layers(runtime, per_layer);
 done:
     if (rc != MQ_OK) mq_runtime_free(runtime);
     return rc;
@@ -303,14 +341,25 @@ float *mq_read_vector(const mq_tensor *tensor, mq_dtype dtype, const char *name,
     return NULL;
 }
 
+float *mq_read_norm(const mq_runtime *runtime, const mq_tensor *tensor, const char *name, mq_error *err)
+{
+    float *weight = mq_read_vector(tensor, runtime->dtype, name, err);
+    const int plus_one = (runtime->family->flags & MQ_FAMILY_NORM_PLUS_ONE) != 0;
+    for (int64_t i = 0; weight != NULL && plus_one && i < tensor->shape[0]; i++) weight[i] += 1.0f;
+    return weight;
+}
+
 static int load_module(mq_runtime *runtime, const mq_module *module, const mq_named_tensor *tensors, size_t count,
                        mq_error *err)
 {
     mq_layer *layer = &runtime->layers[module->layer];
     mq_linear *linear = &layer->linears[module->role];
-    if (module->kind == MQ_MODULE_NORM) {
-        const mq_tensor *norm = mq_find_tensor(tensors, count, module->weight, module->shape, module->ndim, err);
-        if (norm != NULL) layer->norms[module->role] = mq_read_vector(norm, runtime->dtype, module->weight, err);
+    if (module->kind == MQ_MODULE_NORM || module->kind == MQ_MODULE_VECTOR) {
+        const mq_tensor *vector = mq_find_tensor(tensors, count, module->weight, module->shape, module->ndim, err);
+        if (vector != NULL)
+            layer->norms[module->role] = module->kind == MQ_MODULE_NORM
+                                             ? mq_read_norm(runtime, vector, module->weight, err)
+                                             : mq_read_vector(vector, MQ_F32, module->weight, err);
         return layer->norms[module->role] == NULL ? err->code : MQ_OK;
     }
     const mq_named_tensor *weight = mq_find_weight(tensors, count, module, err);
@@ -344,6 +393,18 @@ static int check_names(const mq_runtime *runtime, int64_t layer, int64_t expert,
     return MQ_OK;
 }
 
+/* The weight of a norm that has none. */
+static int add_unit_norm(const mq_runtime *runtime, mq_layer *layer, mq_error *err)
+{
+    const int64_t width = runtime->config.head_dim;
+    float *ones = mq_alloc_array((size_t)width, sizeof *ones);
+    if (ones == NULL) return mq_fail_memory(err, "a norm", (size_t)width * sizeof *ones);
+    for (int64_t i = 0; i < width; i++) ones[i] = 1.0f;
+    layer->norms[MQ_ROLE_UNIT_NORM] = ones;
+    layer->widths[MQ_ROLE_UNIT_NORM] = width;
+    return MQ_OK;
+}
+
 int mq_runtime_load_layer(mq_runtime *runtime, int64_t index, const mq_named_tensor *tensors, size_t count,
                           mq_error *err)
 {
@@ -353,6 +414,7 @@ int mq_runtime_load_layer(mq_runtime *runtime, int64_t index, const mq_named_ten
         const mq_module *module = &runtime->modules[i];
         if (module->weight[0] != '\0' && module->expert < 0) rc = load_module(runtime, module, tensors, count, err);
     }
+    if (rc == MQ_OK && runtime->config.qk_unit_norm) rc = add_unit_norm(runtime, &runtime->layers[index], err);
     if (rc != MQ_OK) mq_runtime_drop_layer(runtime, index);
     else runtime->layers[index].loaded = 1;
     return rc;

@@ -30,6 +30,7 @@ typedef struct mq_runtime {
     mq_layer *layers;
     mq_point head_input;          /* of lm_head */
     mq_observer *head_observer;   /* of the logits' gradient; not owned; NULL = none */
+    unsigned layer_ropes;         /* bits 1 << MQ_LAYER_*: which ropes layers have */
     int64_t rank;                 /* of the widest branch of low rank that was ever loaded */
     void *gathered;               /* memory of weights that were gathered (mq_runtime_gather) */
 } mq_runtime;
@@ -38,6 +39,10 @@ typedef struct mq_runtime {
 typedef struct mq_per_layer {
     const int64_t *windows;       /* attention window; NULL = config.sliding_window everywhere */
     const int64_t *experts;       /* 0 = an MLP; NULL = experts everywhere if config.num_experts says so */
+    const int64_t *ropes;         /* MQ_LAYER_*; NULL = MQ_LAYER_ROPE everywhere */
+    const int64_t *chunks;        /* of attention; NULL = none */
+    const int64_t *attention, *mlp;     /* MQ_BLOCK_*; NULL = MQ_BLOCK_FULL everywhere */
+    const int64_t *kv_heads, *inner;    /* 0, or NULL = as in the config; not more than that */
 } mq_per_layer;
 
 int mq_runtime_init(mq_runtime *runtime, const mq_family *family, const mq_config *config, mq_dtype dtype,
@@ -93,6 +98,8 @@ const mq_named_tensor *mq_find_weight(const mq_named_tensor *tensors, size_t cou
                                       mq_error *err);
 const mq_tensor *mq_find_tensor(const mq_named_tensor *tensors, size_t count, const char *name, const int64_t *shape,
                                 int ndim, mq_error *err);
+/* The weight of a norm as it is multiplied by; NULL with err filled on failure. */
+float *mq_read_norm(const mq_runtime *runtime, const mq_tensor *tensor, const char *name, mq_error *err);
 /* A float32 copy of a vector, rounded through dtype; NULL with err filled on failure. */
 float *mq_read_vector(const mq_tensor *tensor, mq_dtype dtype, const char *name, mq_error *err);
 

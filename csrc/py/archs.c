@@ -31,9 +31,18 @@ static PyObject *flag_list(unsigned flags)
 
 static int may_hold(const mq_family *family, mq_condition condition)
 {
-    static const mq_config all = {.attention_bias = 1, .mlp_bias = 1};
-    int moe = (family->flags & MQ_FAMILY_MOE) != 0;
-    return mq_condition_holds(family, &all, 0, condition) || (moe && mq_condition_holds(family, &all, 1, condition));
+    static const mq_config all[2] = {
+        {.attention_bias = 1, .mlp_bias = 1, .qkv_bias = 1, .shared_intermediate_size = 1},
+        {.attention_bias = 1, .mlp_bias = 1, .qkv_bias = 1, .shared_intermediate_size = 1, .q_lora_rank = 1},
+    };
+    const int moe = (family->flags & MQ_FAMILY_MOE) != 0, blocks = (family->flags & MQ_FAMILY_BLOCKS) != 0;
+    const mq_layer_kind kinds[] = {{.experts = 0}, {.experts = moe},
+                                   {.attention = blocks ? MQ_BLOCK_LINEAR : MQ_BLOCK_FULL,
+                                    .mlp = blocks ? MQ_BLOCK_LINEAR : MQ_BLOCK_FULL}};
+    int found = 0;
+    for (size_t i = 0; i < 2 * MQ_COUNT(kinds); i++)
+        found |= mq_condition_holds(family, &all[i % 2], &kinds[i / 2], condition);
+    return found;
 }
 
 static int has_tensors(const mq_layer_module *row)
@@ -41,13 +50,14 @@ static int has_tensors(const mq_layer_module *row)
     return row->kind != MQ_MODULE_ATTENTION && row->kind != MQ_MODULE_EXPERTS;
 }
 
+/* suffix: "" for a tensor that is no module's. */
 static int add_template(PyObject *list, const char *name, const char *suffix)
 {
     const char *mark = strchr(name, '#');
     char expert[MQ_NAME_SIZE];
     if (mark != NULL)
         PyOS_snprintf(expert, sizeof expert, "%.*s{expert}%s", (int)(mark - name), name, mark + 1);
-    return append(list, PyUnicode_FromFormat("model.layers.{layer}.%s.%s", mark ? expert : name, suffix));
+    return append(list, PyUnicode_FromFormat("model.layers.{layer}.%s%s", mark ? expert : name, suffix));
 }
 
 /* Every tensor that a model of the family may have. */
@@ -58,8 +68,9 @@ static PyObject *tensor_list(const mq_family *family)
     PyObject *list = Py_BuildValue("[sss]", "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight");
     for (size_t i = 0; list != NULL && i < count; i++) {
         if (!has_tensors(&table[i]) || !may_hold(family, table[i].present)) continue;
-        if (add_template(list, table[i].name, "weight") < 0 ||
-            (may_hold(family, table[i].bias) && add_template(list, table[i].name, "bias") < 0))
+        const char *suffix = table[i].kind == MQ_MODULE_VECTOR ? "" : ".weight";
+        if (add_template(list, table[i].name, suffix) < 0 ||
+            (may_hold(family, table[i].bias) && add_template(list, table[i].name, ".bias") < 0))
             Py_CLEAR(list);
     }
     return list;
@@ -87,14 +98,17 @@ static PyObject *key_dict(void)
 
 static PyObject *family_dict(const mq_family *family)
 {
-    return Py_BuildValue("{s:s,s:N,s:N,s:N,s:N,s:N}", "family", family->name, "model_types", split(family->model_types),
+    return Py_BuildValue("{s:s,s:s,s:s,s:N,s:N,s:N,s:N,s:N}", "family", family->name, "models", family->models,
+                         "oracle", family->oracle, "model_types", split(family->model_types),
                          "architectures", split(family->architectures), "flags", flag_list(family->flags), "tensors",
                          tensor_list(family), "config_keys", key_dict());
 }
 
 PyDoc_STRVAR(archs_doc,
 "archs()\n--\n\n"
-"The model families: [{'family', 'model_types', 'architectures', 'flags', 'tensors', 'config_keys'}].\n\n"
+"The model families: [{'family', 'models', 'oracle', 'model_types', 'architectures', 'flags', 'tensors',\n"
+"'config_keys'}].\n\n"
+"models: some of them by their common names; oracle: whose logits the tests compare with.\n\n"
 "tensors: names of all tensors a model may have, {layer} and {expert} standing for numbers.\n"
 "config_keys: {flat key of Runtime's config: its default, None where it must be given}.");
 

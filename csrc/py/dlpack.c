@@ -44,9 +44,23 @@ static const char *device_name(int type)
     }
 }
 
-/* Asked before __dlpack__, so that no producer is made to synchronise or copy in vain. */
-static int check_device(PyObject *obj, const char *name)
+/* What an import is for: memory of the CPU, or of a CUDA device. */
+typedef struct wish {
+    const char *name;       /* for errors */
+    int cuda;
+    Py_ssize_t stream;      /* of a CUDA device */
+    int id;                 /* the device's number, found */
+} wish;
+
+static int suits(const wish *wish, int type)
 {
+    return wish->cuda ? type == MQ_DL_CUDA : type == MQ_DL_CPU || type == MQ_DL_CUDA_HOST;
+}
+
+/* Asked before __dlpack__, so that no producer is made to synchronise or copy in vain. */
+static int check_device(PyObject *obj, wish *wish)
+{
+    const char *name = wish->name;
     int type, id;
     PyObject *device = PyObject_CallMethod(obj, "__dlpack_device__", NULL);
     if (device == NULL) return -1;
@@ -56,26 +70,39 @@ static int check_device(PyObject *obj, const char *name)
         PyErr_Format(PyExc_TypeError, "%s: __dlpack_device__() must give two integers", name);
         return -1;
     }
-    if (type == MQ_DL_CPU || type == MQ_DL_CUDA_HOST) return 0;
-    PyErr_Format(PyExc_ValueError, "%s: is on %s:%d (DLPack device type %d), expected CPU memory: move it there first",
-                 name, device_name(type), id, type);
+    wish->id = id;
+    if (suits(wish, type)) return 0;
+    if (wish->cuda)
+        PyErr_Format(PyExc_ValueError, "%s: is on DLPack device type %d, expected a CUDA device's memory", name, type);
+    else
+        PyErr_Format(PyExc_ValueError,
+                     "%s: is on %s:%d (DLPack device type %d), expected CPU memory: move it there first", name,
+                     device_name(type), id, type);
     return -1;
 }
 
+static PyObject *call_with(PyObject *method, PyObject *options)
+{
+    PyObject *none = PyTuple_New(0);
+    PyObject *capsule = none != NULL && options != NULL ? PyObject_Call(method, none, options) : NULL;
+    Py_XDECREF(none);
+    Py_XDECREF(options);
+    return capsule;
+}
+
 /* Producers from before the array API of 2023 do not know max_version. */
-static PyObject *ask_for_capsule(PyObject *obj)
+static PyObject *ask_for_capsule(PyObject *obj, const wish *wish)
 {
     PyObject *method = PyObject_GetAttrString(obj, "__dlpack__");
-    PyObject *options = Py_BuildValue("{s:(ii)}", "max_version", MQ_DL_MAJOR, 0);
-    PyObject *none = PyTuple_New(0);
-    PyObject *capsule = method && options && none ? PyObject_Call(method, none, options) : NULL;
-    if (capsule == NULL && method != NULL && PyErr_ExceptionMatches(PyExc_TypeError)) {
+    if (method == NULL) return NULL;
+    PyObject *capsule = call_with(method, wish->cuda ? Py_BuildValue("{s:(ii)s:n}", "max_version", MQ_DL_MAJOR, 0,
+                                                                     "stream", wish->stream)
+                                                     : Py_BuildValue("{s:(ii)}", "max_version", MQ_DL_MAJOR, 0));
+    if (capsule == NULL && PyErr_ExceptionMatches(PyExc_TypeError)) {
         PyErr_Clear();
-        capsule = PyObject_CallNoArgs(method);
+        capsule = call_with(method, wish->cuda ? Py_BuildValue("{s:n}", "stream", wish->stream) : PyDict_New());
     }
-    Py_XDECREF(method);
-    Py_XDECREF(options);
-    Py_XDECREF(none);
+    Py_DECREF(method);
     return capsule;
 }
 
@@ -108,12 +135,13 @@ static int fill_strides(const mq_dl_tensor *given, const char *name, mq_tensor *
     return 0;
 }
 
-static int fill_view(const mq_dl_tensor *given, const char *name, mq_tensor *out)
+static int fill_view(const mq_dl_tensor *given, const wish *wish, mq_tensor *out)
 {
+    const char *name = wish->name;
     mq_dtype dtype;
-    if (given->device.type != MQ_DL_CPU && given->device.type != MQ_DL_CUDA_HOST) {
-        PyErr_Format(PyExc_ValueError, "%s: its DLPack capsule is not of CPU memory (device type %d)", name,
-                     given->device.type);
+    if (!suits(wish, given->device.type) || (wish->cuda && given->device.id != wish->id)) {
+        PyErr_Format(PyExc_ValueError, "%s: its DLPack capsule is not of %s memory (device type %d)", name,
+                     wish->cuda ? "that CUDA device's" : "CPU", given->device.type);
         return -1;
     }
     if (given->ndim < 0 || given->ndim > MQ_MAX_NDIM) {
@@ -156,25 +184,25 @@ static PyObject *take_over(PyObject *capsule, void *managed, int versioned)
     return owner;
 }
 
-static int import_versioned(PyObject *capsule, const char *name, mq_tensor *out, PyObject **owner)
+static int import_versioned(PyObject *capsule, const wish *wish, mq_tensor *out, PyObject **owner)
 {
     mq_dl_versioned *managed = PyCapsule_GetPointer(capsule, versioned_name);
     if (managed == NULL) return -1;
     if (managed->version.major != MQ_DL_MAJOR) {
-        PyErr_Format(PyExc_BufferError, "%s: DLPack version %u.%u, expected %d.x", name, managed->version.major,
+        PyErr_Format(PyExc_BufferError, "%s: DLPack version %u.%u, expected %d.x", wish->name, managed->version.major,
                      managed->version.minor, MQ_DL_MAJOR);
         return -1;
     }
-    if (fill_view(&managed->tensor, name, out) < 0) return -1;
+    if (fill_view(&managed->tensor, wish, out) < 0) return -1;
     out->readonly = (managed->flags & MQ_DL_FLAG_READ_ONLY) != 0;
     *owner = take_over(capsule, managed, 1);
     return *owner != NULL ? 0 : -1;
 }
 
-static int import_legacy(PyObject *capsule, const char *name, mq_tensor *out, PyObject **owner)
+static int import_legacy(PyObject *capsule, const wish *wish, mq_tensor *out, PyObject **owner)
 {
     mq_dl_managed *managed = PyCapsule_GetPointer(capsule, legacy_name);
-    if (managed == NULL || fill_view(&managed->tensor, name, out) < 0) return -1;
+    if (managed == NULL || fill_view(&managed->tensor, wish, out) < 0) return -1;
     out->readonly = 1;
     *owner = take_over(capsule, managed, 0);
     return *owner != NULL ? 0 : -1;
@@ -189,20 +217,36 @@ static void drop_capsule(PyObject *capsule)
     PyErr_Restore(type, value, traceback);
 }
 
-int mq_dlpack_import(PyObject *obj, const char *name, mq_tensor *out, PyObject **owner)
+static int import(PyObject *obj, wish *wish, mq_tensor *out, PyObject **owner)
 {
-    if (check_device(obj, name) < 0) return -1;
-    PyObject *capsule = ask_for_capsule(obj);
+    const char *name = wish->name;
+    if (check_device(obj, wish) < 0) return -1;
+    PyObject *capsule = ask_for_capsule(obj, wish);
     if (capsule == NULL) return -1;
     int rc = -1;
     if (PyCapsule_IsValid(capsule, versioned_name))
-        rc = import_versioned(capsule, name, out, owner);
+        rc = import_versioned(capsule, wish, out, owner);
     else if (PyCapsule_IsValid(capsule, legacy_name))
-        rc = import_legacy(capsule, name, out, owner);
+        rc = import_legacy(capsule, wish, out, owner);
     else if (PyCapsule_IsValid(capsule, legacy_used) || PyCapsule_IsValid(capsule, versioned_used))
         PyErr_Format(PyExc_ValueError, "%s: its DLPack capsule was consumed before", name);
     else
         PyErr_Format(PyExc_TypeError, "%s: __dlpack__() gave no DLPack capsule", name);
     drop_capsule(capsule);
     return rc;
+}
+
+int mq_dlpack_import(PyObject *obj, const char *name, mq_tensor *out, PyObject **owner)
+{
+    wish wish = {.name = name};
+    return import(obj, &wish, out, owner);
+}
+
+int mq_dlpack_import_device(PyObject *obj, const char *name, Py_ssize_t stream, mq_tensor *out, int *device,
+                            PyObject **owner)
+{
+    wish wish = {.name = name, .cuda = 1, .stream = stream};
+    if (import(obj, &wish, out, owner) < 0) return -1;
+    *device = wish.id;
+    return 0;
 }

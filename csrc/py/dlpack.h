@@ -1,5 +1,5 @@
 /* DLPack: memory of other libraries' tensors, without a copy. Import of both capsule generations ("dltensor" and
- * "dltensor_versioned"), CPU memory only.
+ * "dltensor_versioned"), of CPU memory or, where it is asked for, of a CUDA device.
  *
  * The structs are an ABI (dmlc/dlpack, include/dlpack/dlpack.h, version 1.x); names and layout follow its
  * documentation. */
@@ -47,5 +47,10 @@ typedef struct mq_dl_versioned { /* capsule "dltensor_versioned" */
  * producer when it goes. A legacy capsule cannot say that it is read-only, so it is taken to be. Returns 0, or -1
  * with an exception set and the tensor still the producer's. */
 int mq_dlpack_import(PyObject *obj, const char *name, mq_tensor *out, PyObject **owner);
+
+/* The same of CUDA memory, which *device says whose it is. stream: where it will be used (a cudaStream_t as a number;
+ * 1 = the default one, 0 is not allowed); the producer sees to it that what it has under way comes before. */
+int mq_dlpack_import_device(PyObject *obj, const char *name, Py_ssize_t stream, mq_tensor *out, int *device,
+                            PyObject **owner);
 
 #endif

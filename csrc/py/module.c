@@ -4,9 +4,9 @@
 #include "core/mq.h"
 
 static const mq_py_part *const parts[] = {
-    &mq_py_archs, &mq_py_backward, &mq_py_blocks, &mq_py_calibrator, &mq_py_decoder, &mq_py_faults, &mq_py_formats,
-    &mq_py_gram_loss, &mq_py_ndarray, &mq_py_observer, &mq_py_quantizer, &mq_py_repack, &mq_py_run, &mq_py_runtime,
-    &mq_py_search, &mq_py_straight_through, &mq_py_system,
+    &mq_py_archs, &mq_py_backward, &mq_py_blocks, &mq_py_calibrator, &mq_py_cuda, &mq_py_cuda_arrays, &mq_py_decoder,
+    &mq_py_faults, &mq_py_formats, &mq_py_gram_loss, &mq_py_ndarray, &mq_py_observer, &mq_py_quantizer, &mq_py_repack,
+    &mq_py_run, &mq_py_runtime, &mq_py_search, &mq_py_straight_through, &mq_py_system,
 };
 
 static int core_exec(PyObject *module)
@@ -30,6 +30,7 @@ static int core_traverse(PyObject *module, visitproc visit, void *arg)
     Py_VISIT(state->calibrator_type);
     Py_VISIT(state->gram_loss_type);
     Py_VISIT(state->backward_type);
+    Py_VISIT(state->cuda_type);
     Py_VISIT(state->decoder_type);
     Py_VISIT(state->output_score_type);
     Py_VISIT(state->experts_score_type);
@@ -48,6 +49,7 @@ static int core_clear(PyObject *module)
     Py_CLEAR(state->calibrator_type);
     Py_CLEAR(state->gram_loss_type);
     Py_CLEAR(state->backward_type);
+    Py_CLEAR(state->cuda_type);
     Py_CLEAR(state->decoder_type);
     Py_CLEAR(state->output_score_type);
     Py_CLEAR(state->experts_score_type);

@@ -79,6 +79,10 @@ extern const char mq_run_backward_doc[];
 mq_observer *mq_observer_take(mq_state *state, PyObject *object);
 void mq_observer_release(PyObject *object);
 
+/* The dictionary of a model's sizes, see runtime_config.c: 0, or -1 with an exception set. layers is to be freed. */
+int mq_read_config(PyObject *dict, mq_config *config, mq_per_layer *layers);
+void mq_per_layer_free(mq_per_layer *layers);
+
 /* Runtime.start(ids, masks=None, count_padding=False), see type_run.c. */
 PyObject *mq_run_start(PyObject *runtime, PyObject *args, PyObject *kwargs);
 extern const char mq_run_start_doc[];

@@ -15,6 +15,7 @@ typedef struct mq_state {
     PyTypeObject *calibrator_type;
     PyTypeObject *gram_loss_type;
     PyTypeObject *backward_type;
+    PyTypeObject *cuda_type;
     PyTypeObject *decoder_type;
     PyTypeObject *output_score_type;
     PyTypeObject *experts_score_type;
@@ -33,6 +34,8 @@ extern const mq_py_part mq_py_archs;
 extern const mq_py_part mq_py_backward;
 extern const mq_py_part mq_py_blocks;
 extern const mq_py_part mq_py_calibrator;
+extern const mq_py_part mq_py_cuda;
+extern const mq_py_part mq_py_cuda_arrays;
 extern const mq_py_part mq_py_decoder;
 extern const mq_py_part mq_py_faults;
 extern const mq_py_part mq_py_formats;

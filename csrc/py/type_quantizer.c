@@ -17,6 +17,8 @@ typedef struct QuantizerObject {
     int amax_ndim;
     int64_t amax_shape[MQ_MAX_NDIM];
     int holders;                             /* uses that forbid replacing values; changed under the GIL */
+    mq_device_quantizer device;     /* on a GPU, if it was ever used there: */
+    PyObject *library;              /* by this CudaLibrary */
 } QuantizerObject;
 
 /* ---- settings to spec ---- */
@@ -249,6 +251,8 @@ static void quantizer_dealloc(QuantizerObject *self)
     PyTypeObject *type = Py_TYPE(self);
     PyObject_GC_UnTrack(self);
     quantizer_clear(self);
+    mq_device_quantizer_free(&self->device);
+    Py_XDECREF(self->library);
     mq_quantizer_free(&self->core);
     type->tp_free(self);
     Py_DECREF(type);
@@ -268,6 +272,16 @@ const mq_quantizer *mq_quantizer_hold(mq_state *state, PyObject *object)
 void mq_quantizer_release(PyObject *object)
 {
     ((QuantizerObject *)object)->holders--;
+}
+
+mq_device_quantizer *mq_quantizer_on_device(PyObject *object, PyObject *library)
+{
+    QuantizerObject *self = (QuantizerObject *)object;
+    if (self->library != library) {
+        mq_device_quantizer_free(&self->device);
+        Py_XSETREF(self->library, Py_NewRef(library));
+    }
+    return &self->device;
 }
 
 /* ---- attributes ---- */

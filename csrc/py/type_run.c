@@ -10,12 +10,13 @@ PyDoc_STRVAR(run_doc,
 "embed, then layer(0), layer(1), ... each loaded before; then loss, logits or finish. embed starts again.");
 
 const char mq_run_start_doc[] =
-"start($self, ids, masks=None, count_padding=False)\n--\n\n"
+"start($self, ids, masks=None, count_padding=False, experts=0)\n--\n\n"
 "A Run over batches of token ids.\n\n"
 "ids: list of integer arrays [B, T]. masks: list of arrays [B, T] or None, 0 = padding: hidden from attention,\n"
 "and left out of statistics unless count_padding. Positions are 0 to T - 1 in every row, as in a transformers\n"
-"model called with input_ids and attention_mask. ValueError names the batch, position and value of an id outside\n"
-"the vocabulary.";
+"model called with input_ids and attention_mask. experts: of a layer that has any, so many at least see each token\n"
+"(statistics, and the counts of layer()); the result is that of the model's own choice. ValueError names the\n"
+"batch, position and value of an id outside the vocabulary.";
 
 /* Views of one call's batches, owned until the run has copied them. */
 typedef struct inputs {
@@ -86,7 +87,8 @@ static int inputs_init(inputs *in, mq_state *state, PyObject *ids, PyObject *mas
     return 0;
 }
 
-static PyObject *make_run(RuntimeObject *runtime, mq_state *state, const inputs *in, int count_padding)
+static PyObject *make_run(RuntimeObject *runtime, mq_state *state, const inputs *in, int count_padding,
+                          long long experts)
 {
     RunObject *self = (RunObject *)state->run_type->tp_alloc(state->run_type, 0);
     mq_error err;
@@ -98,6 +100,7 @@ static PyObject *make_run(RuntimeObject *runtime, mq_state *state, const inputs 
     if (rc == MQ_OK) {
         self->runtime = (RuntimeObject *)Py_NewRef((PyObject *)runtime);
         self->run.poll = mq_poll_signals;
+        self->run.onlooking = experts;
         return (PyObject *)self;
     }
     Py_DECREF(self);
@@ -106,13 +109,18 @@ static PyObject *make_run(RuntimeObject *runtime, mq_state *state, const inputs 
 
 PyObject *mq_run_start(PyObject *runtime, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"ids", "masks", "count_padding", NULL};
+    static char *names[] = {"ids", "masks", "count_padding", "experts", NULL};
     PyObject *ids_object, *masks_object = Py_None, *ids = NULL, *masks = NULL, *result = NULL;
     int count_padding = 0;
+    long long experts = 0;
     inputs in = {0};
     mq_state *state = mq_state_of_object(runtime);
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|Op:start", names, &ids_object, &masks_object, &count_padding))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|OpL:start", names, &ids_object, &masks_object, &count_padding,
+                                     &experts))
         return NULL;
+    if (experts < 0 || experts > ((RuntimeObject *)runtime)->runtime.config.num_experts)
+        return PyErr_Format(PyExc_ValueError, "start: experts is %lld, the model has %lld", experts,
+                            (long long)((RuntimeObject *)runtime)->runtime.config.num_experts);
     ids = PySequence_Fast(ids_object, "start: ids must be a list of arrays [B, T]");
     if (ids == NULL) return NULL;
     if (masks_object != Py_None) {
@@ -120,7 +128,7 @@ PyObject *mq_run_start(PyObject *runtime, PyObject *args, PyObject *kwargs)
         if (masks == NULL) goto done;
     }
     if (inputs_init(&in, state, ids, masks) == 0)
-        result = make_run((RuntimeObject *)runtime, state, &in, count_padding);
+        result = make_run((RuntimeObject *)runtime, state, &in, count_padding, experts);
 done:
     inputs_free(&in);
     Py_XDECREF(masks);

@@ -11,97 +11,15 @@ PyDoc_STRVAR(
     "Runtime(family, config, compute='bfloat16')\n--\n\n"
     "A model of one of the families of archs(), without its weights.\n\n"
     "config: a dict with the flat keys that archs() lists as config_keys (others are ignored), and optionally\n"
-    "layer_windows, the attention window of each layer (0 = unlimited), and layer_experts, which layers have "
-    "experts\n"
-    "(all, if there are experts and it is not given). compute: 'bfloat16' (activations between "
-    "operations\n"
-    "are rounded to bfloat16, as a transformers model in bfloat16 does) or 'float32'.");
+    "layer_windows, the attention window of each layer (0 = unlimited), layer_experts, which layers have experts\n"
+    "(all, if there are experts and it is not given), layer_ropes (0 none, 1 that of the config, 2 of\n"
+    "rope_local_theta), layer_chunks, the size of each layer's chunks of attention (0 = none), and for rope_type\n"
+    "longrope two lists of numbers, rope_short_factor and rope_long_factor. compute: 'bfloat16' (activations between\n"
+    "operations are rounded to bfloat16, as a transformers model in bfloat16 does) or 'float32'.");
 
 static mq_runtime *runtime_of(PyObject *self)
 {
     return &((RuntimeObject *)self)->runtime;
-}
-
-/* dict[name] as a new reference; NULL if it is not there or None (or, with an exception set, on failure). */
-static PyObject *lookup(PyObject *dict, const char *name)
-{
-    PyObject *value = PyMapping_HasKeyString(dict, name) ? PyMapping_GetItemString(dict, name) : NULL;
-    if (value == Py_None) Py_CLEAR(value);
-    return value;
-}
-
-static int read_key(mq_config *config, const mq_config_key *key, PyObject *value)
-{
-    mq_error err;
-    if (key->type == MQ_CONFIG_IS_INT) {
-        long long integer = PyLong_AsLongLong(value);
-        if (integer == -1 && PyErr_Occurred()) return -1;
-        mq_config_set_int(config, key, integer);
-        return 0;
-    }
-    if (key->type == MQ_CONFIG_IS_REAL) {
-        double real = PyFloat_AsDouble(value);
-        if (real == -1.0 && PyErr_Occurred()) return -1;
-        mq_config_set_real(config, key, real);
-        return 0;
-    }
-    const char *word = PyUnicode_AsUTF8(value);
-    if (word == NULL) return -1;
-    if (mq_config_set_word(config, key, word, &err) == MQ_OK) return 0;
-    mq_raise(&err);
-    return -1;
-}
-
-static void set_default(mq_config *config, const mq_config_key *key)
-{
-    if (key->type == MQ_CONFIG_IS_INT) mq_config_set_int(config, key, key->integer);
-    else if (key->type == MQ_CONFIG_IS_REAL) mq_config_set_real(config, key, key->real);
-    else mq_config_set_word(config, key, key->word, NULL);
-}
-
-/* None counts as not given, as in config.json. */
-static int read_config(PyObject *dict, mq_config *config)
-{
-    size_t count;
-    const mq_config_key *keys = mq_config_keys(&count);
-    mq_error err;
-    memset(config, 0, sizeof *config);
-    for (size_t i = 0; i < count; i++) {
-        PyObject *value = lookup(dict, keys[i].name);
-        set_default(config, &keys[i]);
-        int rc = value ? read_key(config, &keys[i], value) : PyErr_Occurred() ? -1 : 0;
-        if (rc < 0 && value != NULL && PyErr_ExceptionMatches(PyExc_TypeError))
-            PyErr_Format(PyExc_TypeError, "config: %s cannot be %R", keys[i].name, value);
-        Py_XDECREF(value);
-        if (rc < 0) return -1;
-    }
-    if (mq_config_finish(config, &err) == MQ_OK) return 0;
-    mq_raise(&err);
-    return -1;
-}
-
-/* *out: layers numbers to be freed with mq_free, or NULL if the config does not say. */
-static int read_per_layer(PyObject *dict, const char *key, int64_t layers, int64_t **out)
-{
-    PyObject *given = lookup(dict, key);
-    *out = NULL;
-    if (given == NULL) return PyErr_Occurred() ? -1 : 0;
-    PyObject *items = PySequence_Fast(given, "config: layer_windows and layer_experts must be sequences");
-    Py_DECREF(given);
-    if (items == NULL) return -1;
-    int64_t *values = mq_alloc_array((size_t)layers, sizeof *values);
-    if (values == NULL) PyErr_NoMemory();
-    else if (PySequence_Fast_GET_SIZE(items) != (Py_ssize_t)layers)
-        PyErr_Format(PyExc_ValueError, "config: %s has %zd entries for %lld layers", key,
-                     PySequence_Fast_GET_SIZE(items), (long long)layers);
-    for (int64_t i = 0; i < layers && !PyErr_Occurred(); i++) {
-        values[i] = PyLong_AsLongLong(PySequence_Fast_GET_ITEM(items, i));
-        if (!PyErr_Occurred() && (values[i] < 0 || values[i] > INT32_MAX))
-            PyErr_Format(PyExc_ValueError, "config: %s[%lld] is out of range", key, (long long)i);
-    }
-    Py_DECREF(items);
-    *out = values;
-    return PyErr_Occurred() ? -1 : 0;
 }
 
 static int parse_compute(const char *name, mq_dtype *out)
@@ -111,26 +29,30 @@ static int parse_compute(const char *name, mq_dtype *out)
     return -1;
 }
 
+static int start_runtime(RuntimeObject *self, const mq_family *family, const mq_config *config, mq_dtype dtype,
+                         const mq_per_layer *layers)
+{
+    mq_error err;
+    self->calibrators = PyDict_New();
+    self->quantizers = PyDict_New();
+    self->observers = PyDict_New();
+    if (self->calibrators == NULL || self->quantizers == NULL || self->observers == NULL) return -1;
+    if (mq_runtime_init(&self->runtime, family, config, dtype, layers, &err) != MQ_OK) {
+        mq_raise(&err);
+        return -1;
+    }
+    self->ready = 1;
+    return 0;
+}
+
 static int init_runtime(RuntimeObject *self, const mq_family *family, PyObject *dict, mq_dtype dtype)
 {
     mq_config config;
-    mq_error err;
-    int64_t *windows = NULL, *experts = NULL;
-    if (read_config(dict, &config) < 0) return -1;
-    if (read_per_layer(dict, "layer_windows", config.num_hidden_layers, &windows) == 0 &&
-        read_per_layer(dict, "layer_experts", config.num_hidden_layers, &experts) == 0) {
-        mq_per_layer layers = {.windows = windows, .experts = experts};
-        self->calibrators = PyDict_New();
-        self->quantizers = PyDict_New();
-        self->observers = PyDict_New();
-        if (self->calibrators != NULL && self->quantizers != NULL && self->observers != NULL) {
-            if (mq_runtime_init(&self->runtime, family, &config, dtype, &layers, &err) == MQ_OK) self->ready = 1;
-            else mq_raise(&err);
-        }
-    }
-    mq_free(windows);
-    mq_free(experts);
-    return self->ready ? 0 : -1;
+    mq_per_layer layers;
+    int rc = mq_read_config(dict, &config, &layers);
+    if (rc == 0) rc = start_runtime(self, family, &config, dtype, &layers);
+    mq_per_layer_free(&layers);
+    return rc;
 }
 
 static PyObject *runtime_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
@@ -190,25 +112,27 @@ static PyObject *text_or_none(const char *text)
     return *text ? PyUnicode_FromString(text) : Py_NewRef(Py_None);
 }
 
-static PyObject *module_dict(const mq_module *module)
+/* offset: what is added to the stored weight of a norm. */
+static PyObject *module_dict(const mq_module *module, int offset)
 {
     PyObject *shape = module->ndim == 1
                           ? Py_BuildValue("(L)", (long long)module->shape[0])
                           : Py_BuildValue("(LL)", (long long)module->shape[0], (long long)module->shape[1]);
     PyObject *expert = module->expert < 0 ? Py_NewRef(Py_None) : PyLong_FromLongLong(module->expert);
-    return Py_BuildValue("{s:s,s:s,s:L,s:N,s:N,s:N,s:N,s:N}", "name", module->name, "kind",
+    return Py_BuildValue("{s:s,s:s,s:L,s:N,s:N,s:N,s:N,s:N,s:i}", "name", module->name, "kind",
                          mq_module_kind_name(module->kind), "layer", (long long)module->layer, "shape", shape,
                          "weight", text_or_none(module->weight), "bias", text_or_none(module->bias), "site",
-                         text_or_none(module->site), "expert", expert);
+                         text_or_none(module->site), "expert", expert, "offset", offset);
 }
 
 static PyObject *runtime_modules(PyObject *self, void *unused)
 {
     const mq_runtime *runtime = runtime_of(self);
+    const int plus_one = (runtime->family->flags & MQ_FAMILY_NORM_PLUS_ONE) != 0;
     PyObject *list = PyList_New(0);
     (void)unused;
     for (size_t i = 0; list != NULL && i < runtime->module_count; i++) {
-        PyObject *dict = module_dict(&runtime->modules[i]);
+        PyObject *dict = module_dict(&runtime->modules[i], plus_one && runtime->modules[i].kind == MQ_MODULE_NORM);
         if (dict == NULL || PyList_Append(list, dict) < 0) Py_CLEAR(list);
         Py_XDECREF(dict);
     }
@@ -636,7 +560,8 @@ static PyObject *runtime_config(PyObject *self, void *unused)
 
 static PyGetSetDef properties[] = {
     {"modules", runtime_modules, NULL,
-     "Modules in the order of named_modules: name, kind, layer, shape, weight, bias, site, expert.", NULL},
+     "Modules in the order of named_modules: name, kind, layer, shape, weight, bias, site, expert, offset (of a norm's "
+     "weight).", NULL},
     {"family", runtime_family, NULL, "The row of archs() this model is.", NULL},
     {"compute", runtime_compute, NULL, "'bfloat16' or 'float32'.", NULL},
     {"layers", runtime_layers, NULL, "Number of decoder layers.", NULL},

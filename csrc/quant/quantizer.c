@@ -3,7 +3,6 @@
 #include "core/alloc.h"
 #include "kernels/scales.h"
 #include "quant/prepare.h"
-#include "quant/scale.h"
 
 void mq_quantizer_init(mq_quantizer *quantizer, const mq_quant_spec *spec)
 {
@@ -40,7 +39,7 @@ static int has_static_levels(const mq_quant_spec *spec)
     return spec->scale == MQ_FMT_FP8_E4M3 && !spec->dynamic;
 }
 
-static mq_second_level second_level(const mq_quantizer *quantizer)
+mq_second_level mq_quantizer_second(const mq_quantizer *quantizer)
 {
     mq_second_level second = {.amax = quantizer->global_amax, .divisor = quantizer->spec.second_divisor};
     for (int64_t i = 0; quantizer->global_amax == 0.0f && i < quantizer->amax_count; i++)
@@ -57,7 +56,7 @@ static int make_block_amax(mq_quantizer *quantizer, mq_error *err)
     quantizer->block_amax = mq_alloc_array((size_t)count, sizeof(float));
     if (quantizer->block_amax == NULL)
         return mq_fail_memory(err, "a quantizer's values", (size_t)count * sizeof(float));
-    const mq_second_level second = second_level(quantizer);
+    const mq_second_level second = mq_quantizer_second(quantizer);
     mq_static_amax(&second, mq_format_max(quantizer->spec.element), quantizer->amax, count, quantizer->block_amax);
     return MQ_OK;
 }
@@ -264,7 +263,7 @@ static void apply_scheme(const mq_quantizer *quantizer, const mq_kernels *kernel
     mq_row row = {.scheme = mq_scheme_get(id), .dtype = m->dtype, .n = m->cols, .block = quantizer->spec.block_cols,
                   .second = 1.0f};
     if (row.scheme->second_divisor != 0.0f) {
-        const mq_second_level second = second_level(quantizer);
+        const mq_second_level second = mq_quantizer_second(quantizer);
         row.second = mq_second_scale(&second, mq_format_max(row.scheme->element));
     }
     if (kernels->prepare[id] != NULL && quantizer->block_amax == NULL && m->rows * m->cols >= TABLES_PAY) {

@@ -7,6 +7,7 @@
 
 #include "core/tensor.h"
 #include "format/format.h"
+#include "quant/scale.h"
 
 typedef struct mq_quant_spec {
     mq_kind kind;             /* MQ_KIND_FLOAT or MQ_KIND_INT */
@@ -60,6 +61,9 @@ MQ_INLINE int mq_quantizer_acts(const mq_quantizer *quantizer)
 {
     return quantizer->enabled || mq_quantizer_prepares(quantizer);
 }
+
+/* Of two-level scales: the tensor's amax, as it was set or as its blocks have it. */
+mq_second_level mq_quantizer_second(const mq_quantizer *quantizer);
 
 /* Whether both turn the same rows into the same result. */
 int mq_quantizer_same(const mq_quantizer *a, const mq_quantizer *b);

@@ -53,10 +53,11 @@ static int back_route(const mq_operands *set, double number)
 static int back_rope(const mq_operands *set, double theta, mq_error *err)
 {
     const mq_tensor *x = &set->view[0];
-    const mq_config config = {.partial_rotary_factor = 1.0, .rope_theta = theta, .head_dim = x->shape[2]};
+    const mq_config config = {.partial_rotary_factor = 1.0, .rope_attention_factor = 1.0,
+                              .rope_theta = theta, .head_dim = x->shape[2]};
     const mq_rope_sizes sizes = {.tokens = x->shape[0], .heads = x->shape[1], .head_dim = x->shape[2]};
     mq_rope_table table;
-    int rc = mq_rope_table_init(&table, &config, sizes.tokens, err);
+    int rc = mq_rope_table_init(&table, &config, MQ_ROPE_MAIN, sizes.tokens, err);
     if (rc == MQ_OK) mq_rope_backward(x->data, &table, &sizes);
     mq_rope_table_free(&table);
     return rc;

@@ -49,7 +49,7 @@ PyDoc_STRVAR(apply_rope_doc,
 static PyObject *apply_rope(PyObject *module, PyObject *args)
 {
     PyObject *tuple;
-    mq_config config = {.partial_rotary_factor = 1.0};
+    mq_config config = {.partial_rotary_factor = 1.0, .rope_attention_factor = 1.0};
     mq_rope_table table = {0};
     mq_operands set;
     mq_error err;
@@ -62,7 +62,7 @@ static PyObject *apply_rope(PyObject *module, PyObject *args)
     const mq_tensor *x = &set.view[0];
     mq_rope_sizes sizes = {.tokens = x->shape[0], .heads = x->shape[1], .head_dim = x->shape[2], .dtype = x->dtype};
     config.head_dim = sizes.head_dim;
-    if (mq_rope_table_init(&table, &config, sizes.tokens, &err) == MQ_OK) {
+    if (mq_rope_table_init(&table, &config, MQ_ROPE_MAIN, sizes.tokens, &err) == MQ_OK) {
         mq_rope_forward(x->data, &table, &sizes);
         result = Py_NewRef(Py_None);
     } else {

@@ -18,6 +18,15 @@ dim3 threadIdx, blockIdx, blockDim, gridDim;
 enum { MOST_THREADS = 1024, WARP = 32, STACK_BYTES = 256 * 1024, MOST_SHARED = 16, SHARED_BYTES = 48 * 1024 };
 enum { FORWARD, REVERSE, RANDOM };
 
+enum { MOST_COPIES = 64, COPY_BYTES = 16 };
+
+/* An asynchronous copy that is under way. */
+typedef struct copy {
+    void *to;
+    const void *from;
+    int count, group;
+} copy;
+
 typedef enum fiber_state { READY, AT_BARRIER, AT_EXCHANGE, ENDED } fiber_state;
 
 typedef struct fiber {
@@ -29,6 +38,10 @@ typedef struct fiber {
     unsigned mask;          /* AT_EXCHANGE: the lanes that take part, */
     int distance;           /* how far each looks, */
     uint64_t bits, answer;  /* what it gives and gets */
+    void (*compute)(void *const *lanes);    /* or an operation of the warp, */
+    void *own;              /* and what it gives to that */
+    copy copies[MOST_COPIES];
+    int copy_count, group;  /* group: the one that copies now go to */
     void *fake_stack;       /* of the sanitizer */
 } fiber;
 
@@ -48,7 +61,7 @@ static struct {
 static size_t shared_used;
 
 /* Device memory: mq_shim_alloc. */
-enum { MOST_ARRAYS = 64, PAGE_BYTES = 4096 };
+enum { MOST_ARRAYS = 1024, PAGE_BYTES = 4096 };
 static struct {
     char *map;
     size_t nbytes;          /* the page behind them not counted */
@@ -71,6 +84,9 @@ static const struct {
     {cudaErrorInvalidValue, "cudaErrorInvalidValue", "invalid argument"},
     {cudaErrorMemoryAllocation, "cudaErrorMemoryAllocation", "out of memory"},
     {cudaErrorInvalidConfiguration, "cudaErrorInvalidConfiguration", "invalid configuration argument"},
+    {cudaErrorInsufficientDriver, "cudaErrorInsufficientDriver", "the driver is older than the library"},
+    {cudaErrorNoDevice, "cudaErrorNoDevice", "no device is there"},
+    {cudaErrorInvalidDevice, "cudaErrorInvalidDevice", "invalid device ordinal"},
     {cudaErrorLaunchFailure, "cudaErrorLaunchFailure", reason},
 };
 
@@ -179,13 +195,17 @@ void __syncthreads()
 /* The last lane to come finds the answers of all. */
 static void settle_exchange(int first, unsigned mask)
 {
+    void (*const compute)(void *const *) = fibers[current].compute;
+    void *lanes[WARP];
     const int end = first + WARP < thread_count ? first + WARP : thread_count;
     for (int lane = 0; lane < WARP; lane++) {
         if (!(mask >> lane & 1u)) continue;
         if (first + lane >= end) return;
         const fiber *other = &fibers[first + lane];
-        if (other->state != AT_EXCHANGE || other->mask != mask) return;
+        if (other->state != AT_EXCHANGE || other->mask != mask || other->compute != compute) return;
+        lanes[lane] = other->own;
     }
+    if (compute != NULL) compute(lanes);
     for (int lane = 0; lane < WARP; lane++) {
         if (!(mask >> lane & 1u)) continue;
         fiber *own = &fibers[first + lane];
@@ -202,10 +222,55 @@ uint64_t mq_shim_exchange(unsigned mask, uint64_t bits, int distance)
     self->mask = mask;
     self->bits = bits;
     self->distance = distance;
+    self->compute = NULL;
     self->state = AT_EXCHANGE;
     settle_exchange(current / WARP * WARP, mask);
     if (self->state == AT_EXCHANGE) yield();
     return self->answer;
+}
+
+void mq_shim_warp(void (*compute)(void *const *lanes), void *own)
+{
+    fiber *self = &fibers[current];
+    self->mask = 0xffffffffu;
+    self->distance = 0;
+    self->compute = compute;
+    self->own = own;
+    self->state = AT_EXCHANGE;
+    settle_exchange(current / WARP * WARP, self->mask);
+    if (self->state == AT_EXCHANGE) yield();
+}
+
+void mq_shim_copy_async(void *to, const void *from, int count)
+{
+    fiber *self = &fibers[current];
+    if (self->copy_count == MOST_COPIES || (uintptr_t)to % COPY_BYTES != 0 || (uintptr_t)from % COPY_BYTES != 0) {
+        fprintf(stderr, "cuda shim: more than %d copies under way, or one that is not aligned\n", (int)MOST_COPIES);
+        abort();
+    }
+    memset(to, 0xa5, COPY_BYTES);
+    self->copies[self->copy_count++] = {to, from, count, self->group};
+}
+
+void mq_shim_copy_close(void)
+{
+    fibers[current].group++;
+}
+
+void mq_shim_copy_wait(int left)
+{
+    fiber *self = &fibers[current];
+    int kept = 0;
+    for (int i = 0; i < self->copy_count; i++) {
+        const copy *one = &self->copies[i];
+        if (one->group >= self->group - left) {
+            self->copies[kept++] = *one;
+            continue;
+        }
+        memset(one->to, 0, COPY_BYTES);
+        memcpy(one->to, one->from, (size_t)one->count);
+    }
+    self->copy_count = kept;
 }
 
 void *mq_shim_shared(const void *key, size_t nbytes)
@@ -277,7 +342,10 @@ static int open_barrier()
 static cudaError_t run_block()
 {
     int64_t places[MOST_THREADS];
-    for (int i = 0; i < thread_count; i++) fibers[i].state = READY;
+    for (int i = 0; i < thread_count; i++) {
+        fibers[i].state = READY;
+        fibers[i].copy_count = fibers[i].group = 0;
+    }
     while (count_in(ENDED) < thread_count) {
         int progress = 0;
         arrange(places, thread_count);
@@ -379,8 +447,8 @@ void mq_shim_free(void *memory)
     free(memory);
 }
 #else
-/* The end of what is asked for, up to 15 bytes, lies at the end of a page. */
-void *mq_shim_alloc(size_t nbytes)
+/* The end of what is asked for, up to 15 bytes, lies at the end of a page. Called with the lock held. */
+static void *find_place(size_t nbytes)
 {
     const size_t size = (nbytes + 15) / 16 * 16, pages = (size + PAGE_BYTES - 1) / PAGE_BYTES * PAGE_BYTES;
     for (auto &array : arrays) {
@@ -393,21 +461,33 @@ void *mq_shim_alloc(size_t nbytes)
     return NULL;
 }
 
+void *mq_shim_alloc(size_t nbytes)
+{
+    pthread_mutex_lock(&one_at_a_time);
+    void *memory = find_place(nbytes);
+    pthread_mutex_unlock(&one_at_a_time);
+    return memory;
+}
+
 void mq_shim_free(void *memory)
 {
+    pthread_mutex_lock(&one_at_a_time);
     for (auto &array : arrays) {
         if (array.map == NULL || array.memory != memory) continue;
         munmap(array.map, array.nbytes + PAGE_BYTES);
         array = {NULL, 0, NULL};
     }
+    pthread_mutex_unlock(&one_at_a_time);
 }
 #endif
 
 void mq_shim_copy(void *to, const void *from, size_t nbytes)
 {
+    pthread_mutex_lock(&one_at_a_time);
     protect_arrays(PROT_READ | PROT_WRITE);
     memcpy(to, from, nbytes);
     protect_arrays(PROT_NONE);
+    pthread_mutex_unlock(&one_at_a_time);
 }
 
 void mq_shim_set_order(int wanted, uint64_t seed)

@@ -29,10 +29,13 @@ struct alignas(16) uint4 {
 
 enum cudaError_t {
     cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2, cudaErrorInvalidConfiguration = 9,
+    cudaErrorInsufficientDriver = 35, cudaErrorNoDevice = 100, cudaErrorInvalidDevice = 101,
     cudaErrorLaunchFailure = 719
 };
 const char *cudaGetErrorName(cudaError_t error);
 const char *cudaGetErrorString(cudaError_t error);
+
+#include "cuda_shim_runtime.h"
 
 /* Of the fiber that runs. */
 extern dim3 threadIdx, blockIdx, blockDim, gridDim;
@@ -71,6 +74,16 @@ static inline uint32_t __shfl_xor_sync(unsigned mask, uint32_t value, int distan
 {
     return (uint32_t)mq_shim_exchange(mask, value, distance);
 }
+
+/* Operations of a whole warp: the last lane that comes calls compute with what all 32 lanes gave as `own`, in order; it
+ * writes results there. */
+void mq_shim_warp(void (*compute)(void *const *lanes), void *own);
+
+/* cp.async and its groups: 16 bytes of which count come from memory and the rest are zeros. They are there once the
+ * thread has waited until only `left` of the groups that it closed are under way; before, the place holds rubbish. */
+void mq_shim_copy_async(void *to, const void *from, int count);
+void mq_shim_copy_close(void);
+void mq_shim_copy_wait(int left);
 
 /* Fibers change only where they wait, so these need nothing more. */
 template <typename T>

@@ -20,8 +20,8 @@ def get_auto_quantize_config(search_state: Mapping[str, Any], constraints: Any =
     """A config for `quantize` with a rule for every quantizer of what `auto_quantize` chose, and the algorithm "max".
 
     search_state: what it returned, or the "state" of its checkpoint's search.json. constraints: another budget, for which the best choice
-    is found anew by the same scores; bits: how it is counted, as in the search if None. UserWarning: a chosen format was calibrated by
-    another algorithm. ValueError: no such state; a budget that cannot be met.
+    is found anew by the same scores; bits: how it is counted, as in the search if None. verbose: print what was chosen. UserWarning: a
+    chosen format was calibrated by another algorithm. ValueError: no such state; a budget that cannot be met.
     """
     if not isinstance(search_state, Mapping) or search_state.get("method") not in METHODS or "candidate_stats" not in search_state:
         raise ValueError("search_state must be the state that auto_quantize returned")

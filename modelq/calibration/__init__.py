@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 from modelq.algorithms import normalize_algorithm
 from modelq.calibration.data import record
 from modelq.calibration.gptq import Gptq
-from modelq.calibration.resume import Progress, Saved, digest_of
+from modelq.calibration.resume import MANIFEST, Progress, Saved, digest_of
 from modelq.calibration.search import Histogram, LocalHessian, Mse
 from modelq.calibration.smooth import AwqClip, AwqFull, AwqLite, SmoothQuant
 from modelq.calibration.statistics import activation_slots
 from modelq.calibration.svdquant import SvdQuant
 from modelq.calibration.walk import Method, Walk, warn_unseen
+from modelq.checkpoint.atomic import check_writable
 from modelq.quantizers import found_values, set_found_values
+from modelq.weights_only import refuse_data
 
 if TYPE_CHECKING:
     from modelq.model import Model
@@ -31,23 +33,27 @@ COMPAT = (None, "modelopt")
 
 
 def calibrate(model: Model, algorithm: Any = "max", forward_loop: Callable[..., Any] | None = None, checkpoint_dir: Any = None,
-              compat: str | None = None) -> Model:
+              compat: str | None = None, finish: Callable[[Model], None] | None = None) -> Model:
     """Find what every enabled quantizer of the model needs, by the steps that `algorithm` names (see `modelq.algorithms`).
 
     forward_loop(model) calls the model with calibration batches; the calls are recorded, and the layers then run one after the
     other over all of them. ValueError if data are needed and none came, or if NaN or infinity shows up. Everything is as before if
     anything raises. checkpoint_dir: a folder where progress is kept layer by layer; the same call goes on from there. compat "modelopt":
     padding counts, the means that AWQ takes weigh every call alike, and experts keep their maxima where Model Optimizer leaves them.
+    finish: what is to be done with the result before it counts.
     """
     steps = runnable_steps(algorithm)
     if compat not in COMPAT:
         raise ValueError(f"compat must be None or 'modelopt', got {compat!r}")
+    refuse_data(model, why_data(model, steps))
+    if (folder := progress_folder(checkpoint_dir, steps)) is not None:
+        check_writable(folder / MANIFEST)
     model.settle()
     before = _State(model)
     try:
         with model.simulating(weights=False, activations=False):
-            batches = record(model, forward_loop, _why_data(model, steps)) if _why_data(model, steps) else []
-            digest = digest_of(model, steps, batches, compat) if progress_folder(checkpoint_dir, steps) else ""
+            batches = record(model, forward_loop, why_data(model, steps)) if why_data(model, steps) else []
+            digest = digest_of(model, steps, batches, compat) if folder is not None else ""
             for index, step in enumerate(steps):
                 done = _progress(model, checkpoint_dir, index, step, digest)
                 model.connect()
@@ -55,11 +61,13 @@ def calibrate(model: Model, algorithm: Any = "max", forward_loop: Callable[..., 
                 if isinstance(done, Saved):
                     done.finish()
             warn_unseen(model)
+        if finish is not None:
+            finish(model)
+        model.connect()
     except BaseException:
         before.put_back(model)
-        raise
-    finally:
         model.connect()
+        raise
     return model
 
 
@@ -70,7 +78,7 @@ class _State:
         self.settings, self.quantizers = model.settings, model.quantizers
         self.values = {name: found_values(quantizer) for name, quantizer in model.quantizers.items()}
         self.checkpoint, self.low_rank, self.losses = model.checkpoint, model.low_rank, model.search_losses
-        self.unseen_experts = model.unseen_experts
+        self.expert_tokens = model.expert_tokens
         self.changed = dict(getattr(model.checkpoint, "changed", {}))
         model.low_rank = dict(model.low_rank)
 
@@ -79,7 +87,7 @@ class _State:
         for name, values in self.values.items():
             set_found_values(model.quantizers[name], values)
         model.checkpoint, model.low_rank, model.search_losses = self.checkpoint, self.low_rank, self.losses
-        model.unseen_experts = self.unseen_experts
+        model.expert_tokens = self.expert_tokens
         if self.changed or hasattr(model.checkpoint, "changed"):
             model.checkpoint.changed = self.changed
 
@@ -95,7 +103,7 @@ def runnable_steps(algorithm: Any) -> list[dict[str, Any]]:
     return steps
 
 
-def _why_data(model: Model, steps: list[dict[str, Any]]) -> str:
+def why_data(model: Any, steps: list[dict[str, Any]]) -> str:
     """Why calibration data are needed; empty if they are not."""
     searching = [step["method"] for step in steps if METHODS[step["method"]].needs_data]
     if searching:

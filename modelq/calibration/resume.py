@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from modelq.model import Model
 
 MANIFEST, VERSION, LOSS = "manifest.json", 3, ":loss"
-UNSEEN = "layer:unseen_experts"
+TOKENS = "layer:expert_tokens"
 SAMPLES, SAMPLE_BYTES = 256, 4096       # of each file: enough to tell weights from others of the same shapes
 
 
@@ -114,7 +114,7 @@ def digest_of(model: Model, steps: Sequence[Mapping[str, Any]], batches: Sequenc
     found.update(repr([(name, info.dtype, info.shape) for name, info in model.checkpoint.tensors.items()]).encode())
     for layer in range(-1, model.num_layers):
         for name, array in collect(model, layer).items():
-            if name != UNSEEN:
+            if name != TOKENS:
                 found.update(name.encode() + array.tobytes())
     for batch in batches:
         found.update(repr(batch.ids.shape).encode() + batch.ids.tobytes() + (b"" if batch.mask is None else batch.mask.tobytes()))
@@ -173,14 +173,14 @@ def collect(model: Model, layer: int) -> dict[str, np.ndarray]:
         if changed is not None:
             word = f"{changed.scheme},{changed.block_size or 0},{changed.dtype}"
             found |= {f"{row['weight']}:rounded:{word}:{role}": part for role, part in changed.parts.items()}
-    if layer in model.unseen_experts:
-        found[UNSEEN] = np.asarray(model.unseen_experts[layer], np.int64)
+    if layer in model.expert_tokens:
+        found[TOKENS] = np.asarray(model.expert_tokens[layer], np.int64)
     return found
 
 
 def give_back(model: Model, layer: int, found: dict[str, np.ndarray]) -> None:
-    if (unseen := found.pop(UNSEEN, None)) is not None:
-        model.unseen_experts[layer] = unseen.tolist()
+    if (tokens := found.pop(TOKENS, None)) is not None:
+        model.expert_tokens[layer] = tokens
     branches: dict[str, dict[str, np.ndarray]] = {}
     rounded: dict[str, tuple[str, dict[str, np.ndarray]]] = {}
     for key, array in found.items():

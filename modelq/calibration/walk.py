@@ -14,6 +14,7 @@ import numpy as np
 from modelq import streaming
 from modelq.calibration.statistics import Range, InputStatistics, activation_slots, input_statistics
 from modelq.calibration.weights import find_weight_amax, freeze_scales, take_amax
+from modelq.calibration.mxfp4 import keep_mxfp4
 from modelq.experts import PARENT, quantizer_of
 from modelq.inputs import Batch
 from modelq.progress import progress
@@ -61,6 +62,8 @@ class Method:
         """A part's weights are there; its tokens are to come."""
         freeze_scales(self.model, part, part.modules)
         find_weight_amax(self.model, part)
+        if type(self).search is Method.search:
+            keep_mxfp4(self.model, part)
 
     def search(self, part: Part, inputs: Mapping[str, InputStatistics]) -> None:
         """A part's tokens have passed. inputs: by module, statistics of the inputs of what is `searched`."""
@@ -92,9 +95,11 @@ class Walk:
         layers = searched | {slot.layer for slot in self.slots if slot.layer >= 0 or slot.parent == "nn.Linear"}
         self.wants_head = -1 in layers
         self.last = model.num_layers - 1 if self.wants_head else max(layers, default=-1)
-        self.run = streaming.start(model, batches, method.compat == "modelopt") if layers and not done.is_complete else None
+        self.run = None
+        if layers and not done.is_complete:
+            self.run = streaming.start(model, batches, method.compat == "modelopt", onlooking_experts(model, method.settings))
         # those of an earlier step stay where this one does without the data
-        model.unseen_experts = {} if layers or not batches else dict(model.unseen_experts)
+        model.expert_tokens = {} if layers or not batches else dict(model.expert_tokens)
 
     def go(self) -> None:
         model, method = self.model, self.method
@@ -161,7 +166,7 @@ class Walk:
             if layer < self.model.num_layers:
                 tokens = streaming.run_layer(self.model, self.run, layer, watch if method is not None else None)
                 if method is not None:
-                    _note_unseen(self.model, layer, tokens)
+                    _note_tokens(self.model, layer, tokens)
             else:
                 self._finish(watch if method is not None else None)
         watch.take_ranges()
@@ -229,18 +234,25 @@ def _is_on(model: Model, row: dict[str, Any]) -> bool:
 
 # Experts -------------------------------------------------------------------------------------------------------------------------
 
-def _note_unseen(model: Model, layer: int, tokens: np.ndarray | None) -> None:
-    """Remember which experts of a layer no token reached, if they are quantized."""
+def onlooking_experts(model: Model, settings: Mapping[str, Any]) -> int:
+    """How many experts see each token while calibrating, by moe_calib_experts_ratio: those besides a token's own add to statistics, not to
+    the result."""
+    ratio, experts = settings.get("moe_calib_experts_ratio"), model.runtime.config.get("num_experts", 0)
+    return 0 if ratio is None or not experts else min(experts, round(experts * ratio))
+
+
+def _note_tokens(model: Model, layer: int, tokens: np.ndarray | None) -> None:
+    """Remember how many tokens reached each expert of a layer, if they are quantized."""
     if tokens is None or not any(slot.parent == PARENT and slot.layer == layer and model.settings[name].enable
                                  for name, slot in model.slots.items()):
         return
-    unseen = np.flatnonzero(tokens[:, 1] == 0).tolist()
-    if unseen:
-        model.unseen_experts[layer] = unseen
+    model.expert_tokens[layer] = np.array(tokens[:, 1])
 
 
 def warn_unseen(model: Model) -> None:
-    if model.unseen_experts:
-        said = [f"layer {layer}: {len(unseen)} of {model.runtime.experts(layer)}" for layer, unseen in model.unseen_experts.items()]
-        warnings.warn(f"experts that saw no token ({listed(said, 8, '; ')}): they are calibrated from their weights "
-                      f"alone; more or longer calibration texts reach more of them (print_quant_summary names them)", stacklevel=4)
+    unseen = model.unseen_experts
+    if unseen:
+        said = [f"layer {layer}: {len(experts)} of {model.runtime.experts(layer)}" for layer, experts in unseen.items()]
+        warnings.warn(f"experts that saw no token ({listed(said, 8, '; ')}): their weights are calibrated from the weights alone, "
+                      "their inputs have the scale of the layer's other experts; more or longer texts reach more of them, and so does an "
+                      "algorithm {'method': 'max', 'moe_calib_experts_ratio': 0.25} (print_quant_summary names them)", stacklevel=4)

@@ -12,7 +12,8 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 def open_checkpoint(path: str | Path, revision: str | None = None) -> Checkpoint:
-    """Open a checkpoint folder, a .safetensors or .gguf file, or a Hub id ("org/name", with an optional revision).
+    """Open a checkpoint folder (Hugging Face's, Megatron-LM's or NeMo's), a .safetensors, .gguf or .nemo file, or a Hub id ("org/name",
+    with an optional revision).
 
     Everything is validated here; tensors are read later, on demand. FileNotFoundError if nothing is there, ValueError if a file
     is damaged or lies, ImportError if a Hub id is given without huggingface_hub.
@@ -38,6 +39,11 @@ def _open_folder(path: Path) -> Checkpoint:
         if len(ggufs) > 1:
             raise ValueError(f"{path}: {len(ggufs)} .gguf files; give the path of one of them, such as {ggufs[0]}")
         return _open_file(ggufs[0])
+    if not (path / "config.json").exists():
+        from modelq.checkpoint.megatron import MegatronCheckpoint, is_megatron
+
+        if is_megatron(path):
+            return MegatronCheckpoint(path)
     return open_quantized(FolderCheckpoint(path))
 
 
@@ -46,12 +52,16 @@ def _open_file(path: Path) -> Checkpoint:
         from modelq.checkpoint.gguf_file import GGUFCheckpoint
 
         return GGUFCheckpoint(path)
+    if path.suffix == ".nemo":
+        from modelq.checkpoint.megatron import MegatronCheckpoint
+
+        return MegatronCheckpoint(path)
     if path.suffix == ".safetensors":
         from modelq.checkpoint.folder import FolderCheckpoint
         from modelq.checkpoint.quantized import open_quantized
 
         return open_quantized(FolderCheckpoint(path.parent, weights=path))
-    raise ValueError(f"{path}: neither a .safetensors nor a .gguf file; give the checkpoint's folder")
+    raise ValueError(f"{path}: neither a .safetensors nor a .gguf nor a .nemo file; give the checkpoint's folder")
 
 
 def _download(hub_id: str, revision: str | None) -> Path:

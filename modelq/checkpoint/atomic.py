@@ -32,25 +32,23 @@ def atomic_directory(target: Path | str, overwrite: bool = False) -> Iterator[Pa
     target = Path(os.path.realpath(target))
     _restore_or_remove_leftovers(target)
     check_target(target, overwrite)
-    made = _make_parents(target.parent)
+    made, partial = _make_parents(target.parent), _Partial(target)
     try:
-        partial, lock = _make_partial(target)
-        try:
-            yield partial
-            sync_tree(partial)
-            check_target(target, overwrite)
-            _move_into_place(partial, target)
-            _sync(target.parent)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        finally:
-            os.close(lock)
+        partial.make()
+        assert partial.path is not None
+        yield partial.path
+        sync_tree(partial.path)
+        check_target(target, overwrite)
+        _move_into_place(partial.path, target)
+        _sync(target.parent)
     except BaseException:
+        partial.remove()
         for folder in made:
             with suppress(OSError):
                 folder.rmdir()
         raise
+    finally:
+        partial.unlock()
 
 
 def sync_tree(folder: Path) -> None:
@@ -70,7 +68,9 @@ def _sync(path: Path) -> None:
 
 
 def check_target(target: Path, overwrite: bool) -> None:
-    """FileExistsError if atomic_directory would not write to target. Callers with long work ahead ask first."""
+    """FileExistsError if atomic_directory would not write to target, and what `check_writable` raises. Callers with long work ahead ask
+    first."""
+    check_writable(target)
     if not target.exists():
         return
     if not target.is_dir():
@@ -83,6 +83,27 @@ def check_target(target: Path, overwrite: bool) -> None:
         raise FileExistsError(errno.EEXIST, "the folder does not look like a checkpoint, so it is not overwritten", str(target))
 
 
+def check_writable(target: Path) -> None:
+    """Whether a file or folder can be made in this place: PermissionError, NotADirectoryError. Folders on the way may be missing."""
+    folder = next(parent for parent in Path(os.path.realpath(target)).parents if parent.exists())
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, f"a file, not a folder that {target.name} could be in", str(folder))
+    if not os.access(folder, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        why = f"{target.name} cannot be written there: no permission, or a read-only file system"
+        raise PermissionError(errno.EACCES, why, str(folder))
+
+
+def check_file(path: Path | str) -> None:
+    """Whether a file can be written, asked before the work that would be in vain. IsADirectoryError, FileNotFoundError: there is no folder
+    for it; and what `check_writable` raises."""
+    path = Path(os.path.realpath(path))
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "a folder is there, a file is to be written; choose another name", str(path))
+    check_writable(path)
+    if not path.parent.exists():
+        raise FileNotFoundError(errno.ENOENT, f"no such folder, to write {path.name} in", str(path.parent))
+
+
 def _make_parents(folder: Path) -> list[Path]:
     """Make the folder; returns what had to be made, deepest first."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -90,14 +111,31 @@ def _make_parents(folder: Path) -> list[Path]:
     return missing
 
 
-def _make_partial(target: Path) -> tuple[Path, int]:
-    """(a new locked folder, the descriptor that holds the lock)."""
-    while True:
-        path = target.parent / f".{target.name}.{secrets.token_hex(4)}{_PARTIAL}"
-        path.mkdir()
-        descriptor = _lock(path, required=False)
-        if descriptor is not None:
-            return path, descriptor
+class _Partial:
+    """The folder beside the target, locked. It knows of what it makes before that is there, so that no interrupt leaves it behind."""
+
+    def __init__(self, target: Path):
+        self.target = target
+        self.path: Path | None = None
+        self.lock: int | None = None
+
+    def make(self) -> None:
+        while self.lock is None:        # None: another process took it for a leftover, before it was locked
+            self.path = self.target.parent / f".{self.target.name}.{secrets.token_hex(4)}{_PARTIAL}"
+            try:
+                self.path.mkdir()
+            except FileExistsError:
+                self.path = None
+            else:
+                self.lock = _lock(self.path, required=False)
+
+    def remove(self) -> None:
+        if self.path is not None:
+            shutil.rmtree(self.path, ignore_errors=True)
+
+    def unlock(self) -> None:
+        if self.lock is not None:
+            os.close(self.lock)
 
 
 def _lock(path: Path, required: bool = True) -> int | None:

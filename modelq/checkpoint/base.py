@@ -54,6 +54,14 @@ class Checkpoint:
         """
         raise NotImplementedError
 
+    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """The rows of a tensor (along its first axis) from start to stop."""
+        return self.read(name)[start:stop]
+
+    def is_made_by_rows(self, name: str) -> bool:
+        """Whether `read_rows` makes these rows alone, of a tensor that `read` would make as a whole."""
+        return False
+
     def release(self, names: Iterable[str] | None = None) -> None:
         """Let go of the memory of these tensors' pages (all: None). Views stay valid; touching them reads the file again."""
         raise NotImplementedError

@@ -14,6 +14,7 @@ from modelq.checkpoint.dialects import Form, formats, scale_divisor, schemes
 
 Layout = tuple[str, tuple[int, ...]]
 FLOATS = ("float32", "bfloat16", "float16")
+POWERS = "float8_e8m0fnu"        # of scales that are powers of two, as DeepSeek's newer models have them
 
 
 class Transform(NamedTuple):
@@ -44,7 +45,7 @@ def _part_shape(form: Form) -> tuple[int, ...]:
 
 
 def _as_float32(array: np.ndarray) -> np.ndarray:
-    return array.astype(np.float32) if array.dtype.name in FLOATS else array
+    return array.astype(np.float32) if array.dtype.name in (*FLOATS, POWERS) else array
 
 
 def _half_layout(form: Form, dtype: str, shape: tuple[int, ...]) -> Layout:

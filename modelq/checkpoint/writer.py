@@ -167,17 +167,17 @@ def write_tensors(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mappin
     infos = [TensorInfo(name, array.dtype.name, array.shape, array.nbytes) for name, array in arrays.items()]
     header, offsets, size = _header(infos, dict(metadata or {}))
     partial = path.with_name(path.name + ".partial")
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:
-        with _Naming(path, "the file"):
-            _write_all(descriptor, np.frombuffer(header, np.uint8), 0)
+        with _Naming(path, "the file"), open(partial, "wb", buffering=0) as file:
+            _write_all(file.fileno(), np.frombuffer(header, np.uint8), 0)
             for name, array in arrays.items():
-                _write_all(descriptor, np.ascontiguousarray(array).reshape(-1).view(np.uint8), offsets[name])
-            os.ftruncate(descriptor, size)
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    os.replace(partial, path)
+                _write_all(file.fileno(), np.ascontiguousarray(array).reshape(-1).view(np.uint8), offsets[name])
+            os.ftruncate(file.fileno(), size)
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def size_of(info: TensorInfo) -> int:

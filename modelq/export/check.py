@@ -6,14 +6,15 @@ from typing import Any
 
 import numpy as np
 
+from modelq.calibration import why_data
 from modelq.config import QuantizeConfig
-from modelq.export.folding import model_to_export
-from modelq.export.hf_checkpoint import export_dtype
-from modelq.export.plan import make_plan
+from modelq.export.hf_checkpoint import export_dtype, plan_export
+from modelq.export.plan import Plan
 from modelq.low_rank import LowRank
-from modelq.quantization.api import check_source, planned_quantizers
+from modelq.quantization.api import as_original, planned_quantizers
 from modelq.quantizers import needs_amax, stage_quantizers
 from modelq.rules import stages
+from modelq.weights_only import refuse_data
 
 SMOOTHING = ("smoothquant", "awq_lite", "awq_full", "svdquant")     # methods that give linears a pre_quant_scale
 
@@ -28,12 +29,24 @@ def check_exportable(model_or_path: Any, config: Any, dialect: str | None = None
     from modelq.model import Model, load
 
     model = model_or_path if isinstance(model_or_path, Model) else load(model_or_path)
-    check_source(model)
-    probe = as_if_calibrated(model, QuantizeConfig.parse(config))
-    dtype = export_dtype(None, model.config)
-    probe, dialect = model_to_export(probe, dtype, dialect, engine)
-    make_plan(probe, dtype, dialect)
-    return dialect
+    return planned_export(model, config, dialect, engine)[1].dialect
+
+
+def planned_export(model: Any, config: Any, dialect: str | None = None, engine: str | None = None) -> tuple[Any, Plan]:
+    """(a stand-in for the model, quantized by this config and not calibrated; what an export of it would write). As `check_exportable`."""
+    model = as_original(model)
+    parsed = QuantizeConfig.parse(config)
+    probe = as_if_calibrated(model, parsed)
+    refuse_data(probe, why_data(probe, parsed.steps))
+    return probe, plan_export(probe, export_dtype(None, model.config, model.checkpoint.tensors), dialect, engine)[1]
+
+
+def needs_data(model: Any, config: Any) -> bool:
+    """Whether quantizing a model from modelq.load by this config looks at activations."""
+    parsed, model = QuantizeConfig.parse(config), as_original(model)
+    probe = copy.copy(model)
+    probe.settings, probe.quantizers, _ = planned_quantizers(model, parsed)
+    return bool(why_data(probe, parsed.steps))
 
 
 def as_if_calibrated(model: Any, parsed: QuantizeConfig) -> Any:

@@ -19,8 +19,10 @@ from modelq.checkpoint.dialects import Form, Pair
 from modelq.checkpoint.kv_cache import ALGORITHMS, TENSORS
 from modelq.export.hf_checkpoint import WRITERS, copy_tensor
 from modelq.export.kv_cache import Cache, check_sayable, stored_scale
-from modelq.export.plan import OWN_QUANTIZERS, Plan, stored_tensors
+from modelq.export.copies import LINEAR_LIKE
+from modelq.export.plan import Plan, stored_tensors
 from modelq.export.side_files import copy_side_files, patched_config, write_json
+from modelq.foreign import OWN_QUANTIZERS
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,9 @@ def convert_checkpoint(directory: str | os.PathLike[str], out: str | os.PathLike
     """Write a quantized checkpoint in another dialect; returns the folder `out`.
 
     directory: a quantized folder of any dialect. dialect: see `export_hf_checkpoint`; engine: choose the dialect that this engine
-    ("vllm", "sglang", "tensorrt-llm", "transformers") loads. ValueError before any byte is written: the folder is not quantized, or
-    the dialect cannot say one of its layers (named), its smoothing or its KV cache. Memory stays at one tensor.
+    ("vllm", "sglang", "tensorrt-llm", "transformers") loads. max_shard_size, overwrite: as there. ValueError before any byte is written:
+    the folder is not quantized, or the dialect cannot say one of its layers (named), its smoothing or its KV cache. Memory stays at one
+    tensor.
     """
     from modelq.checkpoint import open_checkpoint
     from modelq.checkpoint.writer import ShardedWriter, atomic_directory
@@ -91,13 +94,16 @@ def _modules(source: Any) -> list[tuple[str, str]]:
     """Names and kinds of the model's matrices, in its order; of a family that the runtime does not have, as the files tell."""
     from modelq import _core
     from modelq.checkpoint.config import runtime_config
+    from modelq.checkpoint.matrices import rows_of
 
     try:
-        found = [(row["name"], row["kind"]) for row in _core.Runtime(*runtime_config(source.config), "bfloat16").modules]
+        rows = list(_core.Runtime(*runtime_config(source.config), "bfloat16").modules)
     except (TypeError, ValueError):
-        names = [name.removesuffix(".weight") for name, info in source.tensors.items() if name.endswith(".weight") and len(info.shape) == 2]
-        found = [(name, "embedding" if "embed" in name.rpartition(".")[2] else "linear") for name in names]
-    return found + [(module, "linear") for module in source.layers.keys() - {name for name, _ in found}]
+        rows = []
+    known = {row["weight"] for row in rows}
+    others = rows_of({name: info for name, info in source.tensors.items() if name not in known}, source.config, source.layers)
+    return [(row["name"], row["kind"]) for row in rows] + [
+        (row["name"], "linear" if row["kind"] in LINEAR_LIKE else row["kind"]) for row in others]
 
 
 def _linear(source: Any, module: str, dialect: str) -> StoredLinear:

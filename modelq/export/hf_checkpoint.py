@@ -2,15 +2,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from modelq.checkpoint import dialects
+from modelq.checkpoint.base import TensorInfo
+from modelq.checkpoint.config import stated_dtype
 from modelq.export import compressed_tensors, modelopt, native
-from modelq.export.plan import FLOATS, Linear, Plan, make_plan
+from modelq.export.copies import FLOATS, most_common_float
+from modelq.export.plan import Linear, Plan, make_plan
 from modelq.export.side_files import copy_side_files, patched_config, write_json
 from modelq.torch_models import is_torch_model
 
@@ -28,7 +31,8 @@ def export_hf_checkpoint(model: Any, export_dir: str | os.PathLike[str] | None =
     """Write a quantized model as a Hugging Face checkpoint folder; returns the folder.
 
     model: what modelq.quantization.quantize returned, a native model or a transformers model on the CPU. export_dir: the folder to
-    make; it must not exist, or be empty, unless `overwrite`. dtype: of the tensors that stay unquantized (None: the config's).
+    make; it must not exist, or be empty, unless `overwrite`. dtype: of the tensors that stay unquantized (None: the config's); tensors that
+    the model's family does not have, and those of an architecture that is not known, are copied bit for bit.
     max_shard_size: bytes, or "10GB", "500MB".
     dialect: "modelopt" (config.json and hf_quant_config.json in Model Optimizer's words: vLLM, SGLang and TensorRT-LLM read it;
     transformers does not, and would load codes without their scales), "compressed-tensors" (vLLM, SGLang, transformers), "autoawq" or
@@ -40,8 +44,8 @@ def export_hf_checkpoint(model: Any, export_dir: str | os.PathLike[str] | None =
 
     The folder is complete or not there: it is written beside its place, synced and renamed. Memory stays at one tensor.
     ValueError before any byte is written: nothing is quantized, a layer was never calibrated, the dialect has no word for a
-    layer's format, the engine does not load it. FileExistsError: the folder is there. OSError: the disk is full; what was there before
-    is left as it was.
+    layer's format, the engine does not load it. FileExistsError: the folder is there. TypeError: no model of modelq's. OSError: the disk is
+    full; what was there before is left as it was.
     """
     export_dir, dtype = _order(export_dir, dtype)
     if is_torch_model(model):
@@ -49,10 +53,12 @@ def export_hf_checkpoint(model: Any, export_dir: str | os.PathLike[str] | None =
         model = twin_of(model)
     if not hasattr(model, "checkpoint") or not hasattr(model, "quantizers"):
         raise TypeError(f"expected a model opened by modelq.load, got {type(model).__name__}")
-    dtype = export_dtype(dtype, model.config)
+    if dtype is not None and getattr(model, "weights_only", False):
+        raise ValueError(f"dtype={dtype!r}: tensors of an architecture that modelq does not know are copied as they are: leave it out")
+    dtype = export_dtype(dtype, model.config, getattr(model.checkpoint, "tensors", {}))
     from modelq.export.engines import check_written
 
-    model, plan = _plan(model, dtype, dialect, engine)
+    model, plan = plan_export(model, dtype, dialect, engine)
     files = WRITERS[plan.dialect](plan)
     from modelq.checkpoint.writer import ShardedWriter, atomic_directory
 
@@ -69,7 +75,7 @@ def export_hf_checkpoint(model: Any, export_dir: str | os.PathLike[str] | None =
     return Path(export_dir)
 
 
-def _plan(model: Any, dtype: str, dialect: str | None, engine: str | None) -> tuple[Any, Plan]:
+def plan_export(model: Any, dtype: str, dialect: str | None, engine: str | None) -> tuple[Any, Plan]:
     """The model, or what stands in for it without smoothing scales, and the plan of its export."""
     from modelq.export.engines import ENGINES, NEEDS_PRE_QUANT_SCALE
     from modelq.export.folding import model_to_export
@@ -89,9 +95,9 @@ def _order(export_dir: Any, dtype: Any) -> tuple[Any, Any]:
     return export_dir, dtype
 
 
-def export_dtype(dtype: Any, config: dict[str, Any]) -> str:
-    """The dtype of what an export leaves unquantized: the one asked for, or the config's."""
-    given = dtype if dtype is not None else config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+def export_dtype(dtype: Any, config: dict[str, Any], tensors: Mapping[str, TensorInfo]) -> str:
+    """The dtype of what an export leaves unquantized: the one asked for, or the config's, or that of most of its floats."""
+    given = dtype if dtype is not None else stated_dtype(config) or most_common_float(tensors)
     name = getattr(given, "__name__", None) or str(given).removeprefix("torch.")
     if name not in FLOATS:
         raise ValueError(f"dtype: expected one of {', '.join(FLOATS)}, got {given!r}")
@@ -100,7 +106,7 @@ def export_dtype(dtype: Any, config: dict[str, Any]) -> str:
 
 def _write_tensors(model: Any, plan: Plan, writer: Any) -> None:
     from modelq.progress import progress
-    from modelq.smoothing import as_loaded, stated_weight, times_columns
+    from modelq.smoothing import as_loaded, stated_weight, times_norm
 
     checkpoint = model.checkpoint
     for name in progress(plan.order, "export", unit="tensor"):
@@ -109,7 +115,7 @@ def _write_tensors(model: Any, plan: Plan, writer: Any) -> None:
             linear = plan.linears[name]
             _write_linear(linear, stated_weight(model, linear.row, as_loaded(model, array)), writer, plan.dialect)
         elif name in plan.norms:
-            writer.write(name, _cast(times_columns(array, plan.norms[name]), plan.copies[name].dtype))
+            writer.write(name, _cast(times_norm(model, name, array, plan.norms[name]), plan.copies[name].dtype))
         else:
             del array
             copy_tensor(checkpoint, name, plan.copies[name].dtype, writer)
@@ -133,23 +139,23 @@ def _write_linear(linear: Linear, weight: np.ndarray, writer: Any, dialect: str)
 
 
 def copy_tensor(checkpoint: Any, name: str, dtype: str, writer: Any) -> None:
-    """Write one tensor as it is, or cast."""
-    array = checkpoint.read(name)
-    writer.write_pieces(name, (_cast(piece, dtype) for piece in _pieces(array, lambda: checkpoint.release([name]))))
-    del array
+    """Write one tensor as it is, or cast, some rows at a time (an embedding may be gigabytes), pages given back after each."""
+    info = checkpoint.tensors[name]
+    rows = info.shape[0] if info.shape else 1
+    step = max(1, rows * PIECE_BYTES // max(1, info.nbytes))
+    writer.write_pieces(name, (_cast(piece, dtype) for piece in _pieces(checkpoint, name, rows, step)))
     checkpoint.release([name])
 
 
-def _pieces(array: np.ndarray, release: Callable[[], None]) -> Iterator[np.ndarray]:
-    """Runs of rows of a tensor that is only copied (an embedding may be gigabytes), its pages given back after each."""
-    rows = array.shape[0] if array.ndim else 1
-    step = max(1, rows * PIECE_BYTES // max(1, array.nbytes))
-    if step >= rows:
-        yield array
+def _pieces(checkpoint: Any, name: str, rows: int, step: int) -> Iterator[np.ndarray]:
+    made_by_rows = getattr(checkpoint, "is_made_by_rows", lambda name: False)(name)
+    whole = None if made_by_rows else checkpoint.read(name)
+    if whole is not None and step >= rows:
+        yield whole
         return
     for start in range(0, rows, step):
-        yield array[start:start + step]
-        release()
+        yield checkpoint.read_rows(name, start, start + step) if whole is None else whole[start:start + step]
+        checkpoint.release([name])
 
 
 def _cast(array: np.ndarray, dtype: str) -> np.ndarray:

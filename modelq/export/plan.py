@@ -14,8 +14,10 @@ import numpy as np
 from modelq.checkpoint import dialects
 from modelq.checkpoint.base import TensorInfo
 from modelq.checkpoint.dialects import Form, Pair
+from modelq.export.copies import LINEAR_LIKE, planned_copies, tensor_info
 from modelq.export.kv_cache import Cache, plan_cache
 from modelq.experts import place_of, quantizer_of
+from modelq.foreign import OWN_QUANTIZERS, others_of
 from modelq.groups import pair_of, siblings
 from modelq.quantizers import stage_quantizers
 from modelq.rules import stages
@@ -23,10 +25,6 @@ from modelq.smoothing import folding_norm, folds_all, is_stored, norm_scales, st
 from modelq.stated import StatedAmax, scaling, stated_amax
 from modelq.supported import partial_block
 from modelq.tables import listed
-
-FLOATS = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
-OWN_QUANTIZERS = ("linear", "embedding", "router")      # kinds of modules that an export's config names when they stay unquantized
-NOT_WRITTEN = (".rotary_emb.inv_freq",)      # buffers of old checkpoints that follow from the config
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ class Plan:
         """Everything that will be written, in the order of writing."""
         weights = [info for name in self.order
                    for info in (self.linears[name].tensors.values() if name in self.linears else (self.copies[name],))]
-        return weights + [_info(name, array.dtype.name, array.shape) for name, array in self.cache.tensors.items()]
+        return weights + [tensor_info(name, array.dtype.name, array.shape) for name, array in self.cache.tensors.items()]
 
 
 def make_plan(model: Any, dtype: str, dialect: str, share_all: bool = False, smoothed_words: tuple[str, ...] = ()) -> Plan:
@@ -106,17 +104,13 @@ def make_plan(model: Any, dtype: str, dialect: str, share_all: bool = False, smo
         plan.linears[f"{row['name']}.weight"] = _plan_linear(model, row, amax, dialect, dtype, smoothed_words)
     _check_siblings(model, {linear.module: linear.pair for linear in plan.linears.values()})
     _warn_of_outputs(model)
-    tied = bool(model.config.get("tie_word_embeddings"))
-    for name, info in model.checkpoint.tensors.items():
-        if name.endswith(NOT_WRITTEN) or (tied and name == "lm_head.weight"):
-            continue
-        plan.order.append(name)
-        if name not in plan.linears:
-            plan.copies[name] = _as_written(info, dtype)
-        plan.order.extend(key for key, linear in plan.linears.items() if linear.weight == name != key)
-    names = {row["name"] for row in quantized}
+    tensors, plan.order[:] = planned_copies(model, {key: linear.weight for key, linear in plan.linears.items()}, dtype)
+    plan.copies.update(tensors)
+    names, others = {row["name"] for row in quantized}, others_of(model)
     plan.unquantized.extend(row["name"] for row in model.modules if row["name"] not in names and row["kind"] in OWN_QUANTIZERS)
+    plan.unquantized.extend(row["name"] for row in others if row["weight"].endswith(".weight") or row["kind"] == "stacked experts")
     plan.unquantized_linears.extend(row["name"] for row in model.modules if row["name"] not in names and row["kind"] == "linear")
+    plan.unquantized_linears.extend(row["name"] for row in others if row["kind"] in LINEAR_LIKE)
     return plan
 
 
@@ -140,9 +134,11 @@ def _quantized_rows(model: Any) -> list[Any]:
 
 
 def _plan_linear(model: Any, row: Any, amax: dict[str, np.ndarray], dialect: str, dtype: str, smoothed_words: tuple[str, ...]) -> Linear:
+    from modelq.checkpoint.safetensors import numpy_dtype
+
     module = row["name"]
     form = planned_form(model, row)
-    given = _given_parts(model, row, form.pair, amax, dialect)
+    given = _given_parts(model, row, form.pair, amax, dialect, numpy_dtype(dtype))
     form = replace(form, input_scaled="input_scale" in given)
     try:
         algorithm = dialects.algorithm(dialect, form)
@@ -150,7 +146,7 @@ def _plan_linear(model: Any, row: Any, amax: dict[str, np.ndarray], dialect: str
         raise ValueError(f"{module}: {error}") from None
     _check_stages(module, form, quantizer(model, module, "weight"), dialect)
     if algorithm in smoothed_words and not form.smoothed and not _has_siblings(model, row):
-        given["pre_quant_scale"] = np.ones(form.shape[1], _weight_dtype(model, row))
+        given["pre_quant_scale"] = np.ones(form.shape[1], numpy_dtype(dtype))
     form = replace(form, smoothed="pre_quant_scale" in given)    # without what a norm takes up
     tensors = stored_tensors(module, form, dialect, dtype)
     if dialect == "modelopt" and place_of(model, f"{module}.weight_quantizer").parts > 1:
@@ -188,7 +184,8 @@ def _check_stages(module: str, form: Form, weight: Any, dialect: str) -> None:
                          "dialect: beside FP8 inputs it has int4 then fp8 (W4A8_AWQ_BETA_CFG), elsewhere single quantizers")
 
 
-def _given_parts(model: Any, row: dict[str, Any], pair: Pair, amax: dict[str, np.ndarray], dialect: str) -> dict[str, np.ndarray]:
+def _given_parts(model: Any, row: dict[str, Any], pair: Pair, amax: dict[str, np.ndarray], dialect: str, dtype: np.dtype
+                 ) -> dict[str, np.ndarray]:
     module, given = row["name"], {}
     input_amax = amax.get(f"{module}.input_quantizer")
     lacks = input_amax is None and dialect == "modelopt" and dialects.may_lack_input_scale(pair)
@@ -197,16 +194,10 @@ def _given_parts(model: Any, row: dict[str, Any], pair: Pair, amax: dict[str, np
     if (second := amax.get(f"{module}.weight_quantizer.1")) is not None:
         given["weight_scale_2"] = _scale(second, "fp8")
     if is_stored(model, row):
-        given["pre_quant_scale"] = stated_scale(model, row).astype(_weight_dtype(model, row))
+        given["pre_quant_scale"] = stated_scale(model, row).astype(dtype)
     if (branch := getattr(model, "low_rank", {}).get(module)) is not None:
         given |= {"low_rank_down": branch.down, "low_rank_up": branch.up}
     return given
-
-
-def _weight_dtype(model: Any, row: dict[str, Any]) -> np.dtype:
-    from modelq.checkpoint.safetensors import numpy_dtype
-
-    return numpy_dtype(model.checkpoint.tensors[row["weight"]].dtype)
 
 
 def _has_siblings(model: Any, row: dict[str, Any]) -> bool:
@@ -227,7 +218,7 @@ def stored_tensors(module: str, form: Form, dialect: str, dtype: str) -> dict[st
         found = dialects.stored_layout(dialect, form, dtype)
     except ValueError as error:
         raise ValueError(f"{module}: {error}") from None
-    return {role: _info(f"{module}.{names[role].suffix}", *stored) for role, stored in found.items()}
+    return {role: tensor_info(f"{module}.{names[role].suffix}", *stored) for role, stored in found.items()}
 
 
 def _pair(model: Any, module: str) -> Pair:
@@ -270,13 +261,3 @@ def _scale(amax: np.ndarray, scheme: str) -> np.ndarray:
         dialects.formats()[dialects.schemes()[scheme]["element"]]["max"]
     value = np.float32(amax.reshape(-1)[0]) or np.float32(largest)     # zero on all data: no scale may be 0
     return np.asarray(value / np.float32(dialects.scale_divisor(scheme)), dtype=np.float32)
-
-
-def _as_written(info: TensorInfo, dtype: str) -> TensorInfo:
-    return _info(info.name, dtype if info.dtype in FLOATS else info.dtype, info.shape)
-
-
-def _info(name: str, dtype: str, shape: tuple[int, ...]) -> TensorInfo:
-    from modelq.checkpoint.safetensors import numpy_dtype
-
-    return TensorInfo(name, dtype, shape, int(np.prod(shape, dtype=np.int64)) * numpy_dtype(dtype).itemsize)

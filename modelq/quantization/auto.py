@@ -32,7 +32,7 @@ def auto_quantize(model: Any, constraints: Any = None, quantization_formats: Any
     "kl_div", which needs forward_step only (logits, or an output that has them).
     checkpoint: a folder that keeps calibration and scores: an interrupted search goes on, another budget takes the same scores.
     kv_cache_cfg: a config whose rules for keys and values are calibrated and added (mtq.FP8_KV_CFG). bits: "effective" counts as Model
-    Optimizer does, "stored" what a checkpoint stores, scales of blocks included. compat: as in `quantize`.
+    Optimizer does, "stored" what a checkpoint stores, scales of blocks included. verbose: print what was chosen. compat: as in `quantize`.
 
     state: method, candidate_stats (by group: formats, scores, costs), best (recipe, constraints, score), and what
     `get_auto_quantize_config` needs to choose again for another budget; plain JSON. If anything raises, the model is as it was.

@@ -11,11 +11,12 @@ import numpy as np
 from modelq.autoquantize.candidates import Calibrated, Candidate, Scores, Steps, calibrated, divergences, give
 from modelq.autoquantize.groups import Group
 from modelq.calibration import calibrate as run_calibration
-from modelq.quantization.api import all_or_nothing, check_model, check_source, take_original
+from modelq.quantization.api import check_model, check_source, take_original
 from modelq.quantization.native_scores import gradient_scores
 from modelq.quantizers import make_quantizer
 from modelq.rules import Setting, default_setting
 from modelq.supported import check_settings, warn_partial_blocks
+from modelq.undoing import all_or_nothing
 
 SAMPLE = 64     # numbers of each weight that stand for it in a fingerprint
 

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def update_quant_cfg_with_kv_cache_quant(quant_cfg: dict[str, Any], kv_cache_quant_cfg: Sequence[Any]) -> dict[str, Any]:
-    """A copy of a whole config with the rules of a KV-cache config (its "quant_cfg" list) appended, and printed.
+    """A copy of a whole config with the rules kv_cache_quant_cfg of a KV-cache config (its "quant_cfg" list) appended, and printed.
 
     A config without rules of its own gets "all off" first; one without an algorithm gets "max".
     """

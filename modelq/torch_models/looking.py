@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from modelq import device_arrays
 from modelq.arrays import take
 from modelq.calibration.statistics import InputStatistics, Range
 from modelq.nn.tensor_quantizer import TensorQuantizer
@@ -49,7 +50,11 @@ class Largest:
         self._found: dict[int, tuple[Any, torch.Tensor]] = {}
 
     def collect(self, found: Range, x: torch.Tensor) -> None:
-        seen = x.detach().abs().amax() if x.numel() else x.new_zeros(())
+        library = device_arrays.library_for(x) if x.numel() else None
+        if library is not None:
+            seen = device_arrays.largest(library, x).reshape(())
+        else:
+            seen = x.detach().abs().amax() if x.numel() else x.new_zeros(())
         before = self._found.get(id(found))
         self._found[id(found)] = (found, seen if before is None else torch.maximum(before[1], seen.to(before[1])))
 
@@ -68,6 +73,8 @@ def range_hook(found: Any, largest: Largest) -> Any:
     def collect(quantizer: QuantizerModule, arguments: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         if plain and not is_on_cpu(output):
             largest.collect(found, output)
+        elif isinstance(found, GrainRange) and device_arrays.library_for(output) is not None:
+            found.statistics.collect(quantizer.as_rows(output.detach()))
         else:
             found.statistics.collect(quantizer.as_rows(take(output, found.name)))
     return collect

@@ -75,7 +75,7 @@ class StandIn:
         self.low_rank = {name.removesuffix(".weight_quantizer"): quantizer.low_rank for name, quantizer in quantizers_of(model).items()
                          if quantizer.low_rank is not None}
         self.search_losses: dict[str, Any] = {}
-        self.unseen_experts: dict[int, list[int]] = {}
+        self.expert_tokens: dict[int, np.ndarray] = {}
         dtypes = {info.dtype for info in self.checkpoint.tensors.values()}
         self.runtime = SimpleNamespace(compute="float32" if dtypes <= {"float32"} else "bfloat16")
 

@@ -13,7 +13,11 @@ from typing import Any
 import numpy as np
 
 from modelq.utils import texts, tokenize
+from modelq.utils.batch_size import get_max_batch_size
 from modelq.utils.hub_datasets import COMBOS, HUB_DATASETS
+
+__all__ = ["TokenBatches", "create_forward_loop", "get_dataset_dataloader", "get_dataset_samples", "get_max_batch_size",
+           "get_supported_datasets"]
 
 CHARS_PER_TOKEN = 5    # more than English has in any usual vocabulary, so that a document of a running text fills its sample
 PACK_OVERSAMPLING = 16
@@ -60,6 +64,7 @@ class TokenBatches:
 
     @property
     def num_samples(self) -> int:
+        """Of all batches together."""
         return len(self.columns["input_ids"])
 
     def __len__(self) -> int:
@@ -199,7 +204,8 @@ def create_forward_loop(model: Any = None, dataset_name: str | list[str] = "cnn_
                         num_samples: int | list[int] = 512, max_sample_length: int = 512, device: Any = None,
                         include_labels: bool = False, dataloader: Any = None) -> Callable[[Any], None]:
     """forward_loop(model) for quantize: calls the model with each batch of dataloader, or of the data set that the other arguments name
-    (see get_dataset_dataloader; tokenizer and device default to the model's).
+    (dataset_name, batch_size, num_samples, max_sample_length, include_labels: see get_dataset_dataloader; tokenizer and device default to
+    the model's).
 
     A batch may be a dict of keyword arguments, or one array of token ids.
     """

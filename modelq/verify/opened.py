@@ -11,11 +11,13 @@ import numpy as np
 
 from modelq.checkpoint.base import TensorInfo, read_json_object
 from modelq.checkpoint.folder import FolderCheckpoint
+from modelq.checkpoint.matrices import is_embedding
 from modelq.verify import engines, layouts
 from modelq.verify.layouts import KV_SCALES, Layout
 
 NESTED_FILE = "hf_quant_config.json"
 PACKED = ("uint8", "int8", "int32", "float8_e4m3fn", "float8_e5m2")
+PACKED_NAMES = ("weight_packed", "qweight", "qzeros", "g_idx")
 NOT_LINEAR = ("embed_tokens", "norm", "layernorm", "q_norm", "k_norm", "embeddings")
 
 
@@ -122,7 +124,7 @@ class Export:
         parts: dict[str, dict[str, TensorInfo]] = {}
         for name, info in self.checkpoint.tensors.items():
             module, _, suffix = name.rpartition(".")
-            if suffix in KV_SCALES or module.rpartition(".")[2] in NOT_LINEAR:
+            if suffix in KV_SCALES or module.rpartition(".")[2] in NOT_LINEAR or is_embedding(module):
                 continue
             parts.setdefault(module, {})[suffix] = info
         return {module: self._layer(module, found) for module, found in parts.items() if _is_linear(found)}
@@ -191,4 +193,4 @@ def _group_of(module: str, stated: dict[str, Any]) -> dict[str, Any] | None:
 
 def _is_linear(parts: dict[str, TensorInfo]) -> bool:
     weight = parts.get("weight")
-    return len(parts.keys() - {"bias"}) > 1 or (weight is not None and len(weight.shape) == 2) or "weight_packed" in parts
+    return (weight is not None and len(weight.shape) == 2) or any("scale" in suffix or suffix in PACKED_NAMES for suffix in parts)

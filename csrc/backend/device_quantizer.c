@@ -1,0 +1,182 @@
+#include "backend/device_quantizer.h"
+
+#include <string.h>
+
+#include "core/alloc.h"
+
+/* ---- what lies on the device ---- */
+
+static void drop_values(const mq_backend *backend, mq_device_values *values)
+{
+    mq_free(values->host);
+    if (values->device != NULL) backend->memory_free(values->device);
+    *values = (mq_device_values){0};
+}
+
+void mq_device_quantizer_free(mq_device_quantizer *self)
+{
+    int before = 0;
+    mq_error err;
+    if (self->backend == NULL) return;
+    self->backend->device_current(&before, &err);
+    self->backend->device_set(self->device, &err);
+    drop_values(self->backend, &self->amax);
+    drop_values(self->backend, &self->block_amax);
+    drop_values(self->backend, &self->limits);
+    drop_values(self->backend, &self->pre_scale);
+    drop_values(self->backend, &self->bias);
+    self->backend->memory_free(self->workspace);
+    self->backend->event_free(self->event);
+    self->backend->device_set(before, &err);
+    memset(self, 0, sizeof *self);
+}
+
+static void use(mq_device_quantizer *self, const mq_backend *backend, int device)
+{
+    if (self->backend != NULL && (self->backend != backend || self->device != device)) mq_device_quantizer_free(self);
+    self->backend = backend;
+    self->device = device;
+}
+
+/* values of the device = count numbers of from (NULL: none). New memory for what has changed: kernels on other streams
+ * may still read the old, whose release waits for them. */
+static int put_values(mq_device_quantizer *self, mq_device_values *values, const float *from, int64_t count,
+                      void *stream, mq_error *err)
+{
+    const size_t nbytes = (size_t)(from != NULL ? count : 0) * sizeof *from;
+    if (from != NULL && values->count == count && memcmp(values->host, from, nbytes) == 0) return MQ_OK;
+    drop_values(self->backend, values);
+    if (nbytes == 0) return MQ_OK;
+    values->host = mq_alloc(nbytes);
+    if (values->host == NULL) return mq_fail_memory(err, "a quantizer's values", nbytes);
+    memcpy(values->host, from, nbytes);
+    int rc = self->backend->memory_new((void **)&values->device, nbytes, "a quantizer's values", err);
+    if (rc == MQ_OK) rc = self->backend->copy(values->device, values->host, nbytes, stream, err);
+    if (rc == MQ_OK) values->count = count;
+    else drop_values(self->backend, values);
+    return rc;
+}
+
+/* Room for one call on the stream; a call on another stream comes after the last one. */
+static int take_workspace(mq_device_quantizer *self, size_t nbytes, void *stream, mq_error *err)
+{
+    int rc = MQ_OK;
+    if (nbytes == 0) return rc;
+    if (self->event == NULL) rc = self->backend->event_new(&self->event, err);
+    else if (self->stream != stream) rc = self->backend->event_after(self->event, stream, err);
+    if (rc != MQ_OK || nbytes <= self->workspace_nbytes) return rc;
+    self->backend->memory_free(self->workspace);
+    self->workspace = NULL;
+    self->workspace_nbytes = 0;
+    rc = self->backend->memory_new(&self->workspace, nbytes, "a quantizer's workspace", err);
+    if (rc == MQ_OK) self->workspace_nbytes = nbytes;
+    return rc;
+}
+
+static int leave_workspace(mq_device_quantizer *self, void *stream, mq_error *err)
+{
+    self->stream = stream;
+    return self->event == NULL ? MQ_OK : self->backend->event_record(self->event, stream, err);
+}
+
+/* ---- steps ---- */
+
+static int apply_scheme(mq_device_quantizer *self, const mq_quantizer *quantizer, const mq_device_rows *rows,
+                        void *stream, mq_error *err)
+{
+    const mq_quant_spec *spec = &quantizer->spec;
+    const mq_scheme_row *scheme = mq_scheme_get((mq_scheme)spec->scheme);
+    const mq_second_level second = mq_quantizer_second(quantizer);
+    const int has_second = scheme->second_divisor != 0.0f && quantizer->amax != NULL;
+    mq_cuda_block_job job = {
+        .scheme = (mq_scheme)spec->scheme, .block_cols = spec->block_cols, .second_divisor = spec->second_divisor,
+        .x = rows->x, .y = rows->y,
+    };
+    int rc = put_values(self, &self->amax, has_second ? &second.amax : NULL, 1, stream, err);
+    if (rc == MQ_OK)
+        rc = put_values(self, &self->block_amax, quantizer->block_amax != NULL ? quantizer->amax : NULL,
+                        quantizer->amax_count, stream, err);
+    if (rc != MQ_OK) return rc;
+    job.amax = self->amax.device;
+    job.block_amax = self->block_amax.device;
+    job.workspace_nbytes = self->backend->block_workspace(&job);
+    rc = take_workspace(self, job.workspace_nbytes, stream, err);
+    job.workspace = self->workspace;
+    if (rc == MQ_OK) rc = self->backend->block_fake_quantize(&job, stream, err);
+    return rc == MQ_OK ? leave_workspace(self, stream, err) : rc;
+}
+
+static int apply_scaled(mq_device_quantizer *self, const mq_quantizer *quantizer, const mq_device_rows *rows,
+                        void *stream, mq_error *err)
+{
+    const mq_quant_spec *spec = &quantizer->spec;
+    const mq_grid grid = mq_grid_make(rows->x.rows, rows->x.cols, spec->block_rows, spec->block_cols);
+    const int dynamic = spec->dynamic || (rows->find && quantizer->amax == NULL);
+    mq_cuda_scaled_job job = {
+        .kind = spec->kind, .bits = spec->bits, .narrow_range = spec->narrow_range, .is_unsigned = spec->is_unsigned,
+        .x = rows->x, .y = rows->y, .block_rows = spec->block_rows, .block_cols = spec->block_cols, .dynamic = dynamic,
+    };
+    int rc = put_values(self, &self->amax, dynamic ? NULL : quantizer->amax, quantizer->amax_count, stream, err);
+    if (rc == MQ_OK)
+        rc = take_workspace(self, dynamic ? (size_t)(grid.rows * grid.cols) * sizeof(float) : 0, stream, err);
+    job.amax = self->amax.device;
+    job.workspace = self->workspace;
+    if (rc == MQ_OK) rc = self->backend->scaled(&job, stream, err);
+    return rc == MQ_OK ? leave_workspace(self, stream, err) : rc;
+}
+
+/* y = x, scaled and rotated if it prepares, and shifted if there is a bias. */
+static int prepare(mq_device_quantizer *self, const mq_quantizer *quantizer, const mq_device_rows *rows, int prepares,
+                   int shifts, void *stream, mq_error *err)
+{
+    mq_cuda_prepare_job job = {.x = rows->x, .y = rows->y, .rotate = prepares ? quantizer->rotate : 0, .sign = -1.0f};
+    int rc = put_values(self, &self->pre_scale, quantizer->pre_scale, quantizer->pre_count, stream, err);
+    if (rc == MQ_OK) rc = put_values(self, &self->bias, quantizer->bias, quantizer->bias_count, stream, err);
+    job.pre_scale = prepares ? self->pre_scale.device : NULL;
+    job.bias = shifts ? self->bias.device : NULL;
+    return rc == MQ_OK ? self->backend->prepare(&job, stream, err) : rc;
+}
+
+int mq_device_quantizer_apply(mq_device_quantizer *self, const mq_backend *backend, int device,
+                              const mq_quantizer *quantizer, const mq_device_rows *given, void *stream, mq_error *err)
+{
+    const int prepares = given->steps != MQ_QUANT_PREPARED && mq_quantizer_prepares(quantizer);
+    const int rounds = quantizer->enabled && given->steps != MQ_QUANT_PREPARE;
+    const int shifts = rounds && quantizer->bias != NULL;
+    mq_device_rows rows = *given;
+    int rc = MQ_OK;
+    use(self, backend, device);
+    if (prepares || shifts || !rounds) {
+        rc = prepare(self, quantizer, &rows, prepares, shifts, stream, err);
+        rows.x = rows.y;
+    }
+    if (rc != MQ_OK || !rounds) return rc;
+    if (quantizer->spec.scale != MQ_FMT_FP32) rc = apply_scheme(self, quantizer, &rows, stream, err);
+    else rc = apply_scaled(self, quantizer, &rows, stream, err);
+    if (rc != MQ_OK || !shifts) return rc;
+    const mq_cuda_prepare_job back = {.x = rows.y, .y = rows.y, .bias = self->bias.device, .sign = 1.0f};
+    return self->backend->prepare(&back, stream, err);
+}
+
+int mq_device_quantizer_gradient(mq_device_quantizer *self, const mq_backend *backend, int device,
+                                 const mq_quantizer *quantizer, const mq_device_gradient *rows, void *stream,
+                                 mq_error *err)
+{
+    const int masks = quantizer->enabled && quantizer->amax != NULL, one = quantizer->amax_count == 1;
+    mq_cuda_gradient_job job = {
+        .x = rows->x, .gradient = rows->gradient, .out = rows->out, .block_rows = one ? 0 : quantizer->spec.block_rows,
+        .block_cols = one ? 0 : quantizer->spec.block_cols,
+    };
+    int rc;
+    if (quantizer->rotate != 0)
+        return mq_fail(err, MQ_ERR_VALUE, "the gradient of a quantizer that rotates is not computed on a device");
+    use(self, backend, device);
+    rc = put_values(self, &self->limits, masks ? quantizer->amax : NULL, quantizer->amax_count, stream, err);
+    if (rc == MQ_OK)
+        rc = put_values(self, &self->pre_scale, quantizer->pre_scale, quantizer->pre_count, stream, err);
+    if (rc == MQ_OK) rc = put_values(self, &self->bias, quantizer->bias, quantizer->bias_count, stream, err);
+    job.amax = self->limits.device;
+    job.pre_scale = self->pre_scale.device;
+    job.bias = self->bias.device;
+    return rc == MQ_OK ? backend->straight_through(&job, stream, err) : rc;
+}

@@ -1,0 +1,44 @@
+/* The calls of the CUDA runtime that device.cu makes, on a machine that is all host: one device, whose memory crashes
+ * whoever touches it while no kernel runs, and streams that do everything at once. Tests say by the environment what
+ * the machine is like: MODELQ_SHIM_DRIVER (the driver's CUDA version, 0 = there is no driver), MODELQ_SHIM_DEVICES,
+ * MODELQ_SHIM_MEMORY (bytes of a device). */
+#ifndef MODELQ_CUDA_SHIM_RUNTIME_H
+#define MODELQ_CUDA_SHIM_RUNTIME_H
+
+#include <stddef.h>
+
+#define CUDART_VERSION 13000
+
+typedef struct mq_shim_stream *cudaStream_t;
+typedef struct mq_shim_event *cudaEvent_t;
+typedef struct cudaDeviceProp {
+    char name[256];
+    int major, minor, multiProcessorCount;
+} cudaDeviceProp;
+
+enum { cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2 };
+enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2, cudaMemcpyDeviceToDevice = 3,
+                      cudaMemcpyDefault = 4 };
+
+cudaError_t cudaGetLastError();
+cudaError_t cudaDriverGetVersion(int *version);
+cudaError_t cudaGetDeviceCount(int *count);
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp *out, int device);
+cudaError_t cudaGetDevice(int *device);
+cudaError_t cudaSetDevice(int device);
+cudaError_t cudaMemGetInfo(size_t *free_nbytes, size_t *total);
+cudaError_t cudaMalloc(void **out, size_t nbytes);
+cudaError_t cudaFree(void *memory);
+cudaError_t cudaMallocHost(void **out, size_t nbytes);
+cudaError_t cudaFreeHost(void *memory);
+cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t nbytes, cudaMemcpyKind kind, cudaStream_t stream);
+cudaError_t cudaMemsetAsync(void *memory, int byte, size_t nbytes, cudaStream_t stream);
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t *out, unsigned flags);
+cudaError_t cudaStreamDestroy(cudaStream_t stream);
+cudaError_t cudaStreamSynchronize(cudaStream_t stream);
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t *out, unsigned flags);
+cudaError_t cudaEventDestroy(cudaEvent_t event);
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream);
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags);
+
+#endif

@@ -1,0 +1,166 @@
+"""Every family of the native runtime against transformers: logits, gradients, generation; and what an export holds."""
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+import modelq
+import modelq._core as core
+import modelq.quantization as mtq
+from micro_models import LENGTH, MODELS, build, inputs, save
+from modelq.export import export_hf_checkpoint
+from modelq.gradients import backward
+
+LOGITS = 2e-4       # absolute, in float32
+GRADIENTS = 2e-5    # of a gradient's norm
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def case(request, tmp_path_factory):
+    """(name, transformers' model, its folder)."""
+    model = build(request.param)
+    return request.param, model, save(model, tmp_path_factory.mktemp("model") / "source")
+
+
+def logits_of(model, ids, mask=None):
+    with torch.no_grad():
+        return model(torch.from_numpy(ids), attention_mask=None if mask is None else torch.from_numpy(mask)).logits.float().numpy()
+
+
+def test_logits(case):
+    _, theirs, folder = case
+    model = modelq.load(folder, compute="float32")
+    ids, left, right = inputs()
+    outputs = [model(ids, attention_mask=mask) for mask in (None, left, right)] + [model(ids[:1, :5])]
+    wanted = [logits_of(theirs, ids, mask) for mask in (None, left, right)] + [logits_of(theirs, ids[:1, :5])]
+    assert np.abs(wanted[0]).max() > 0.1
+    for output, logits, mask in zip(outputs, wanted, (None, left, right, None)):
+        seen = np.ones(logits.shape[:2], bool) if mask is None else mask.astype(bool)
+        np.testing.assert_allclose(output.logits[seen], logits[seen], rtol=0, atol=LOGITS)
+
+
+def test_bfloat16_is_near(case):
+    _, theirs, folder = case
+    ids, _, _ = inputs()
+    wanted = logits_of(theirs, ids)
+    got = modelq.load(folder, compute="bfloat16")(ids).logits
+    assert np.linalg.norm(got - wanted) < 0.1 * np.linalg.norm(wanted)
+
+
+def test_token_by_token_equals_whole(case):
+    """With the cache, over the edge of windows and chunks, two sequences of different length."""
+    _, theirs, folder = case
+    model = modelq.load(folder, compute="float32")
+    ids, _, _ = inputs()
+    decoding = model.decoding()
+    logits = decoding.begin([ids[0, :10].tolist(), ids[1, :3].tolist()])
+    length = LENGTH - 7 if "longrope" not in case[0] else 16     # beyond, the keys that were there are those of the short context
+    found = [[row] for row in logits]
+    for step in range(length - 10):
+        for sequence, first in ((0, 10), (1, 3)):
+            found[sequence].append(decoding.forward([sequence], [[int(ids[sequence, first + step])]])[0])
+    for sequence, first in ((0, 10), (1, 3)):
+        wanted = logits_of(theirs, ids[sequence:sequence + 1, :first + length - 10])[0, first - 1:]
+        np.testing.assert_allclose(found[sequence], wanted, rtol=0, atol=LOGITS)
+
+
+def test_greedy_tokens(case):
+    _, theirs, folder = case
+    ids, _, _ = inputs(rows=1, length=9)
+    length = 12 if "longrope" not in case[0] else 6
+    wanted = theirs.generate(torch.from_numpy(ids), max_new_tokens=length, do_sample=False, eos_token_id=None, pad_token_id=0).numpy()
+    got = modelq.load(folder, compute="float32").generate(ids, max_new_tokens=length, eos_token_id=[], do_sample=False)
+    np.testing.assert_array_equal(got, wanted)
+
+
+def test_gradients(case, tmp_path):
+    """Of every weight, by the names that the checkpoint has them under."""
+    _, _, folder = case
+    theirs = build(case[0])
+    ids, _, right = inputs()
+    labels = np.where(right == 1, ids, -100)
+    loss = theirs(torch.from_numpy(ids), attention_mask=torch.from_numpy(right), labels=torch.from_numpy(labels)).loss
+    loss.backward()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+    wanted = load_file(save(theirs, tmp_path / "gradients") / "model.safetensors")
+    model = modelq.load(folder, compute="float32")
+    names = dict.fromkeys(module[kind] for module in model.modules for kind in ("weight", "bias")
+                          if module[kind] is not None and module["kind"] != "vector")
+    found = backward(model, [{"input_ids": ids, "attention_mask": right, "labels": labels}], names)
+    np.testing.assert_allclose(found.losses, loss.item(), rtol=1e-5)
+    for name, gradient in found.weights.items():
+        assert np.linalg.norm(gradient - wanted[name]) <= GRADIENTS * np.linalg.norm(wanted[name]) + 1e-7, name
+
+
+def test_all_tensors_are_known(case):
+    """Names and shapes are those of the checkpoint: none is left over, none is missing."""
+    _, _, folder = case
+    model = modelq.load(folder, compute="float32")
+    used = {module[kind] for module in model.modules for kind in ("weight", "bias") if module[kind] is not None}
+    assert used == set(model.checkpoint.tensors)
+
+
+@pytest.mark.parametrize("preset", ["FP8_DEFAULT_CFG", "INT8_SMOOTHQUANT_CFG", "INT4_AWQ_CFG"])
+def test_export_computes_what_was_simulated(case, preset, tmp_path):
+    _, theirs, folder = case
+    model = modelq.load(folder, compute="bfloat16")
+    ids, _, right = inputs()
+    mtq.quantize(model, with_small_blocks(getattr(mtq, preset)), lambda model: model(ids, attention_mask=right))
+    simulated = model(ids).logits
+    assert 0 < np.linalg.norm(simulated - logits_of(theirs, ids)) < 0.5 * np.linalg.norm(simulated)
+    export_hf_checkpoint(model, export_dir=tmp_path / "export")
+    again = modelq.load(tmp_path / "export", compute="bfloat16")
+    assert np.linalg.norm(again(ids).logits - simulated) < 0.03 * np.linalg.norm(simulated)
+    source = json.loads((folder / "config.json").read_text())
+    written = json.loads((tmp_path / "export" / "config.json").read_text())
+    assert {key: written[key] for key in source} == source
+    stems = {name.rpartition(".")[0] for name in model.checkpoint.tensors}
+    assert {name.rpartition(".")[0] for name in again.checkpoint.tensors} == stems
+
+
+def with_small_blocks(config):
+    """4 columns wide, which divides all that the micro models have."""
+    config = copy.deepcopy(config)
+    for rule in config["quant_cfg"]:
+        for part in rule.get("cfg") if isinstance(rule.get("cfg"), list) else [rule.get("cfg")]:
+            if isinstance(part, dict) and -1 in (part.get("block_sizes") or {}):
+                part["block_sizes"][-1] = 4
+    return config
+
+
+def test_every_family_is_here():
+    assert {row["family"] for row in core.archs()} - {name.split()[0] for name in MODELS} <= {"qwen2", "qwen3", "qwen3_moe", "mixtral"}
+
+
+def test_folded_norms_multiply_by_what_they_did(tmp_path):
+    """AWQ's scales go into norms, of which Gemma's multiply by 1 + weight: with the weights left alone, nothing changes."""
+    theirs = build("gemma2")
+    folder = save(theirs, tmp_path / "source")
+    model = modelq.load(folder, compute="bfloat16")
+    ids, _, _ = inputs()
+    before = model(ids).logits
+    config = with_small_blocks(mtq.INT4_AWQ_CFG)
+    mtq.quantize(model, config, lambda model: model(ids))
+    with model.simulating(weights=False, activations=False):
+        assert np.linalg.norm(model(ids).logits - before) < 0.03 * np.linalg.norm(before)
+    export_hf_checkpoint(model, export_dir=tmp_path / "export")
+    norms = [load_file(path / "model.safetensors")["model.layers.0.input_layernorm.weight"] for path in (folder, tmp_path / "export")]
+    assert not np.array_equal(*norms)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "phi3", "qwen2_moe"])
+def test_formats_are_searched(name, tmp_path):
+    """Scores by gradients, through soft caps, fused linears, and experts beside a shared one."""
+    model = modelq.load(save(build(name), tmp_path / "source"), compute="float32")
+    ids, _, _ = inputs()
+    formats = [mtq.FP8_DEFAULT_CFG, with_small_blocks(mtq.INT4_BLOCKWISE_WEIGHT_ONLY_CFG)]
+    batches = [{"input_ids": ids, "labels": ids}]
+    _, state = mtq.auto_quantize(model, constraints={"effective_bits": 7.0}, quantization_formats=formats, data_loader=batches,
+                                 forward_step=lambda model, batch: model(**batch), loss_func=lambda output, batch: output.loss)
+    scores = [score for stats in state["candidate_stats"].values() for score in stats["scores"]]
+    assert np.isfinite(scores).all() and max(scores) > 0
