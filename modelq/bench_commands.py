@@ -4,7 +4,7 @@ from __future__ import annotations
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -33,31 +33,30 @@ def bench(args: Namespace) -> Report:
     with steps("load"):
         source = modelq.load(args.source, compute=args.compute, num_threads=args.threads)
         ids = token_ids(args, text or measured_documents(args, source.tokenizer), source.tokenizer)
-    with steps("decode, unquantized"):
-        speed = decode_speed(source, ids[:PROMPT_TOKENS], args.decode_tokens, args.repeat)
-    rows = [_unquantized(source, speed)]
+    rows = [_unquantized(source)]
     for name, folder in _exports(args, configs, steps):
         with closing(modelq.load(folder, compute=args.compute)) as export:
             rows.append(_measured(name, source, export, ids, args, steps))
-    for row in rows:
-        row["speed_up"] = row["tokens_per_second"] / speed
-    rows[0] |= {"perplexity": rows[1]["perplexity_before"]}
+    rows[0] |= {"perplexity": rows[1]["perplexity_before"],
+                "tokens_per_second": max(row["unquantized_tokens_per_second"] for row in rows[1:])}
     for path in args.plot:
         draw_bench(path, rows)
     return _report(args, rows, steps)
 
 
-def decode_speed(model: Any, prompt: list[int], tokens: int, repeat: int) -> float:
-    """Tokens per second of one sequence behind a prompt, each token by itself as in generation: the best of several times."""
-    decoding, best = model.decoding(), float("inf")
+def decode_speeds(models: Sequence[Any], prompt: list[int], tokens: int, repeat: int) -> list[float]:
+    """Tokens per second of one sequence behind a prompt, each token by itself as in generation: the best of several times. The models
+    take turns, so that what else the machine does meanwhile slows all of them; their weights are in memory, as in generation."""
+    best = [float("inf")] * len(models)
     for _ in range(repeat):
-        decoding.begin([prompt])
-        start = time.perf_counter()
-        for index in range(tokens):
-            decoding.forward([0], [[prompt[index % len(prompt)]]])
-        best = min(best, time.perf_counter() - start)
-    model.forget_decoding()     # its weights in memory
-    return tokens / best
+        for place, model in enumerate(models):
+            decoding = model.decoding()
+            decoding.begin([prompt])
+            start = time.perf_counter()
+            for index in range(tokens):
+                decoding.forward([0], [[prompt[index % len(prompt)]]])
+            best[place] = min(best[place], time.perf_counter() - start)
+    return [tokens / seconds for seconds in best]
 
 
 def _names(text: str | None) -> list[str]:
@@ -92,10 +91,9 @@ def _exports(args: Namespace, configs: dict[str, Any], steps: Steps) -> Iterator
             yield name, folder
 
 
-def _unquantized(model: Any, speed: float) -> dict[str, Any]:
-    elements = _elements(model)
+def _unquantized(model: Any) -> dict[str, Any]:
     return {"name": "unquantized", "perplexity_kept": 1.0, "top1_agreement": 1.0, "kl_divergence": 0.0, "bits_per_weight": 16.0,
-            "bytes": 2 * elements, "tokens_per_second": speed}
+            "bytes": 2 * _elements(model), "speed_up": 1.0}
 
 
 def _elements(model: Any) -> int:
@@ -110,11 +108,12 @@ def _measured(name: str, source: Any, export: Any, ids: list[int], args: Namespa
     with steps(f"accuracy of {name}"):
         found = fidelity(source, export, ids, args.window)
     with steps(f"decode, {name}"):
-        speed = decode_speed(export, ids[:PROMPT_TOKENS], args.decode_tokens, args.repeat)
+        plain, speed = decode_speeds([source, export], ids[:PROMPT_TOKENS], args.decode_tokens, args.repeat)
+    source.forget_decoding()
     size = stored_bytes(export.checkpoint.path)
     data = found.as_data()
     return {"name": name, "perplexity": data.pop("perplexity_after"), **data, "bits_per_weight": 8 * size / max(1, _elements(export)),
-            "bytes": size, "tokens_per_second": speed}
+            "bytes": size, "tokens_per_second": speed, "unquantized_tokens_per_second": plain, "speed_up": speed / plain}
 
 
 def _report(args: Namespace, rows: list[dict[str, Any]], steps: Steps) -> Report:

@@ -11,8 +11,8 @@ from typing import Any
 from modelq.measure import Steps
 from modelq.tables import megabytes, table
 
-
 MOST_FINDINGS = 5       # of each of several engines
+TESTED = ("logits with and without padding", "gradients", "generation with a cache", "calibration", "export and opening it again")
 MOST_WINDOWS = 1024      # of a data set, if nothing else is said: hub data sets may have no end
 
 
@@ -164,7 +164,7 @@ def verify(args: Namespace) -> Report:
     lines: list[Any] = []
     if args.source:
         data["dequantized_errors"] = dequantized_errors(args.directory, args.source)
-        errors_of = [[name, error] for name, error in data["dequantized_errors"].items()]
+        errors_of = [[name, "rotated" if error is None else f"{error:.4g}"] for name, error in data["dequantized_errors"].items()]
         lines += [(["tensor", "error of the weights, relative"], errors_of), ""]
     for engine, findings in found.items():
         verdict = f"{errors[engine]} errors, {len(findings) - errors[engine]} notes" if findings else "nothing found"
@@ -196,6 +196,17 @@ def formats(args: Namespace) -> Report:
                    "Block schemes (block: rows x columns that share a scale)",
                    (["name", "element", "block", "scale", "bits per weight", "exported as"], scheme_rows), "",
                    f"CPU: {cpu['isa']}, {cpu['threads']} threads", f"GPU: {cuda.describe()}"])
+
+
+def families(args: Namespace) -> Report:
+    from modelq import _core
+
+    rows = [{key: row[key] for key in ("family", "models", "model_types", "architectures", "flags", "oracle")} | {"tested": TESTED}
+            for row in _core.archs()]
+    cells = [[row["family"], row["models"], ", ".join(row["model_types"]), ", ".join(row["architectures"]), row["oracle"]] for row in rows]
+    return Report({"families": rows}, [(["family", "models", "model_type", "architectures", "tested against"], cells), "",
+                                       f"Tested of each: {', '.join(TESTED)}.",
+                                       "Other architectures take the formats that need no activations."])
 
 
 def _export_names(row: dict[str, Any]) -> str:

@@ -135,7 +135,11 @@ _modelq() {{
     case "$line[1]" in
 {cases}    esac
 }}
-compdef _modelq modelq
+if [[ $funcstack[1] == _modelq ]]; then    # read from a folder of $fpath: this is the first completion
+    _modelq "$@"
+else
+    compdef _modelq modelq
+fi
 """
 
 

@@ -179,6 +179,8 @@ COMMANDS = (
             ["verify model-nvfp4 --engine vllm", "verify model-nvfp4 --source path/to/model --json"]),
     Command("formats", "the presets, number formats and block schemes, and what this machine computes with", "commands.formats", [JSON],
             ["formats", "formats --json"]),
+    Command("families", "the model families that run natively, and how they are tested", "commands.families", [JSON],
+            ["families", "families --json"]),
     Command("completion", "print what completes modelq's words in a shell", "completion.completion",
             [option("shell", "bash, zsh or fish", choices=SHELLS, metavar="SHELL")],
             ["completion bash > ~/.local/share/bash-completion/completions/modelq", 'completion zsh > "${fpath[1]}/_modelq"',

@@ -18,6 +18,11 @@ def longrope(half: int) -> dict:
             "original_max_position_embeddings": 16, "partial_rotary_factor": 1.0}
 
 
+LATENT = BASE | {
+    "num_key_value_heads": 4, "q_lora_rank": 20, "kv_lora_rank": 24, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 20,
+    "n_routed_experts": 8, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2, "moe_intermediate_size": 20, "n_shared_experts": 2,
+    "first_k_dense_replace": 1, "routed_scaling_factor": 1.7, "norm_topk_prob": True}
+
 # name -> (config class, its arguments). Names begin with the family's.
 MODELS = {
     "llama yarn": ("LlamaConfig", BASE | HEAD | {"rope_parameters": YARN}),
@@ -41,6 +46,9 @@ MODELS = {
     "qwen2_moe windows": ("Qwen2MoeConfig", BASE | {
         "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "shared_expert_intermediate_size": 28,
         "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 3, "qkv_bias": False, "norm_topk_prob": True}),
+    "deepseek_v3": ("DeepseekV3Config", LATENT | {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.2}}),
+    "deepseek_v3 without q_lora": ("DeepseekV3Config", LATENT | {
+        "q_lora_rank": None, "n_group": 1, "topk_group": 1, "norm_topk_prob": False, "rope_interleave": False, "attention_bias": True}),
 }
 
 
@@ -59,6 +67,9 @@ def build(name: str, seed: int = 0):
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_((noise * 0.15 if parameter.ndim >= 2 else parameter + noise * 0.2).to(torch.bfloat16).float())
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_((torch.rand(buffer.shape, generator=generator) * 0.4).to(torch.bfloat16).float())
     return model
 
 

@@ -42,11 +42,28 @@ def test_folders_and_formats(folder, capsys, tmp_path):
     assert plain["perplexity_kept"] == plain["top1_agreement"] == plain["speed_up"] == 1 and plain["bits_per_weight"] == 16
     for row in rows.values():
         assert row["perplexity_kept"] == row["perplexity_before"] / row["perplexity"] and row["perplexity_before"] == plain["perplexity"]
-        assert row["speed_up"] == row["tokens_per_second"] / plain["tokens_per_second"] > 0 and row["bytes"] < plain["bytes"]
+        assert row["speed_up"] == row["tokens_per_second"] / row["unquantized_tokens_per_second"] > 0 and row["bytes"] < plain["bytes"]
+        assert row["unquantized_tokens_per_second"] <= plain["tokens_per_second"]
     assert rows["fp8-export"]["kl_divergence"] < rows["nvfp4"]["kl_divergence"]
     assert rows["fp8-export"]["bits_per_weight"] > rows["nvfp4"]["bits_per_weight"]
     cli.main(list(map(str, ["eval", folder / "fp8-export", "--text", folder / "text.txt", "--window", 32, "--max-windows", 3, "--json"])))
     assert json.loads(capsys.readouterr().out)["perplexity"] == pytest.approx(rows["fp8-export"]["perplexity"], rel=1e-4)
+
+
+def test_models_take_turns():
+    """Each token by itself, behind the prompt; the best of the turns counts."""
+    from types import SimpleNamespace
+
+    from modelq.bench_commands import decode_speeds
+
+    asked = []
+
+    def model(name):
+        decoding = SimpleNamespace(begin=lambda rows: asked.append((name, rows)), forward=lambda which, ids: asked.append((name, which, ids)))
+        return SimpleNamespace(decoding=lambda: decoding)
+    speeds = decode_speeds([model("a"), model("b")], [5, 6], tokens=3, repeat=2)
+    turn = [[(name, [[5, 6]]), (name, [0], [[5]]), (name, [0], [[6]]), (name, [0], [[5]])] for name in "ab"]
+    assert asked == [*turn[0], *turn[1]] * 2 and all(speed > 0 for speed in speeds)
 
 
 def test_table_and_pictures(folder, capsys, tmp_path):

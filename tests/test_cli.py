@@ -119,6 +119,18 @@ def test_formats(capsys):
     assert set(data["formats"]) == set(core.formats()) and data["schemes"]["nvfp4"]["block"] == [1, 16]
 
 
+def test_families(capsys):
+    import modelq._core as core
+
+    code, out, err = call(capsys, "families")
+    data = json.loads(call(capsys, "families", "--json")[1])
+    assert (code, err) == (0, "") and [row["family"] for row in data["families"]] == [row["family"] for row in core.archs()]
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    for row in core.archs():
+        assert re.search(rf"^{row['family']} .*{row['architectures'][0]}.*{row['oracle']}", out, flags=re.M)
+        assert row["models"].split(",")[0] in readme, "README's list of families"
+
+
 def test_inspect_an_unquantized_folder(capsys, golden):
     source = golden["llama"].source
     code, out, err = call(capsys, "inspect", source)

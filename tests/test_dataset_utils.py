@@ -297,3 +297,20 @@ def test_forward_loop_calls_the_model_with_each_batch(lines):
 
 def test_supported_datasets_lists_all_kinds():
     assert {"python_docs", "cnn_dailymail", "nemotron-post-training-v3"} <= set(get_supported_datasets())
+
+
+def test_the_largest_batch(monkeypatch, tiny_checkpoint):
+    import modelq
+    from modelq.utils import batch_size
+
+    model = modelq.load(tiny_checkpoint)
+    assert 1 <= batch_size.get_max_batch_size(model) <= 512
+    found = []
+    for free in (1 << 20, 1 << 24, 1 << 28, 1 << 40):
+        monkeypatch.setattr(batch_size, "_free_bytes", lambda model: free)
+        found.append(batch_size.get_max_batch_size(model, max_sample_length=64))
+    assert found == sorted(found) and found[0] < found[1] and found[-1] == 512 and all(size & (size - 1) == 0 for size in found)
+    monkeypatch.setattr(batch_size, "_free_bytes", lambda model: 1 << 24)
+    assert batch_size.get_max_batch_size(model, max_sample_length=64, sample_memory_usage_ratio=4.0) == found[1] // 4
+    with pytest.raises(ValueError, match="without config.hidden_size"):
+        batch_size.get_max_batch_size(object())

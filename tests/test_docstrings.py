@@ -88,5 +88,5 @@ def test_examples_in_docs(page, tiny_checkpoint, tmp_path, monkeypatch):
     """`>>>` on a page runs where the checkpoint that it names is."""
     shutil.copytree(tiny_checkpoint, tmp_path / "path" / "to" / "checkpoint", copy_function=shutil.copyfile)
     monkeypatch.chdir(tmp_path)
-    failed, _ = doctest.testfile(str(page), module_relative=False, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
-    assert failed == 0
+    failed, tried = doctest.testfile(str(page), module_relative=False, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    assert failed == 0 and tried == page.read_text(encoding="utf-8").count("    >>> ") and (tried > 20 or page.stem != "quickstart")

@@ -22,3 +22,14 @@ def test_the_commands_exist():
     parser = make_parser()
     for line in re.findall(r"^    modelq (.+)$", README, flags=re.M):
         assert parser.parse_args(line.split()).command == line.split()[0]
+
+
+def test_links_lead_somewhere():
+    root = Path(__file__).resolve().parents[1]
+    pages = [root / "README.md", root / "CONTRIBUTING.md", *(root / "docs").glob("*.md")]
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        for link in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+        for named in re.findall(r"(?<![\w/.-])((?:docs|tests|modelq|csrc|scripts|notebooks)/[\w/.-]+\.(?:md|py|c|h|def|ipynb))", text):
+            assert (root / named).exists(), f"{page.name}: {named}"

@@ -13,8 +13,9 @@ from byte_tokenizer import byte_tokenizer
 from modelq import cli
 from modelq.export import export_hf_checkpoint
 from modelq.report import gather, html_page
-from modelq.report.weights import BINS, relative_error, scaled_error, summed
+from modelq.report.weights import BINS, summed
 from modelq.verify import dequantized_errors
+from modelq.verify.errors import relative_error, scaled_error
 
 EMPTY = {"meta", "link", "br", "hr", "img", "input", "path", "rect", "circle", "polyline", "polygon"}
 OPTIONAL = {"dt", "dd", "p", "li"}
@@ -124,6 +125,8 @@ def test_smoothed_weights_are_compared_as_what_they_stand_for(golden, tmp_path, 
     facts = gather(before, after, ids, 32, "")
     notes = " ".join(one.note for one in facts.weights)
     assert smoothed in notes
+    assert dequantized_errors(tmp_path / "export", golden["llama"].source) == pytest.approx(
+        {f"{one.module}.weight": one.error for one in facts.weights}, rel=1e-6)
     assert all(one.error < (0.05 if "INT8" in config else 0.15) for one in facts.weights), {one.module: one.error for one in facts.weights}
     assert Page(html_page(facts)).problems == []
 
@@ -131,6 +134,7 @@ def test_smoothed_weights_are_compared_as_what_they_stand_for(golden, tmp_path, 
 def test_rotated_weights_are_not_compared(golden, tmp_path):
     before, after, ids = quantized(golden, "llama", mtq.FP8_DEFAULT_CFG, tmp_path, algorithm=["rotate", "max"])
     facts = gather(before, after, ids, 32, "")
+    assert None in dequantized_errors(tmp_path / "export", golden["llama"].source).values()
     assert any(one.error is None and "rotated" in one.note for one in facts.weights) and facts.fidelity.hidden[0] > 0.5
     page = Page(html_page(facts))
     assert page.problems == [] and "another basis" in page.text and "hidden states" not in re.sub("Hidden.*", "", page.text)

@@ -297,10 +297,13 @@ def test_archs_covers_the_models():
     assert {"llama", "qwen2", "qwen3"} <= set(rows) and "mistral" in rows["llama"]["model_types"]
     for family, row in rows.items():
         names = set()
-        for experts in range(3 if "moe" in row["flags"] else 1):     # no expert, one, two
+        for case in range(3 if {"moe", "blocks"} & set(row["flags"]) else 1):     # no expert, one, two; all blocks linear
+            experts = case if "moe" in row["flags"] else 0
+            linear = {"layer_attention": [2, 2], "layer_mlp": [2, 2]} if case and "blocks" in row["flags"] else {}
+            latent = {"q_lora_rank": case % 2, "kv_lora_rank": 2, "qk_rope_head_dim": 2} if "latent" in row["flags"] else {}
             runtime = core.Runtime(family, {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
                                             "vocab_size": 8, "attention_bias": True, "mlp_bias": True, "num_experts": experts,
-                                            "num_experts_per_tok": 1})
+                                            "shared_intermediate_size": 8, "num_experts_per_tok": 1} | linear | latent)
             names |= {name for layer in range(2) for name in runtime.layer_tensors(layer)}
             names |= {name for layer in range(2) for e in range(runtime.experts(layer)) for name in runtime.expert_tensors(layer, e)}
             names |= set(runtime.embed_tensors() + runtime.head_tensors())

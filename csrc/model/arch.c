@@ -3,7 +3,8 @@
 #include <string.h>
 
 static const mq_family families[] = {
-#define MQ_FAMILY(name, model_types, architectures, flags) {name, model_types, architectures, flags},
+#define MQ_FAMILY(name, models, oracle, model_types, architectures, flags) \
+    {name, models, oracle, model_types, architectures, flags},
 #include "model/archs.def"
 };
 
@@ -42,30 +43,36 @@ const char *mq_family_flag_name(unsigned flag)
 {
     static const char *const names[] = {
         "qkv_bias", "bias_keys", "qk_norm", "moe", "block_sparse", "router_f32", "wide_qk_norm", "post_norms",
-        "no_pre_norms", "norm_plus_one", "fused", "shared_expert", "shared_gated",
+        "no_pre_norms", "norm_plus_one", "fused", "shared_expert", "shared_gated", "latent", "corrected", "blocks",
+        "sinks", "biased_experts", "feed_forward", "shared_inputs",
     };
     for (size_t i = 0; i < MQ_COUNT(names); i++)
         if (flag == 1u << i) return names[i];
     return NULL;
 }
 
-int64_t mq_dim_of(const mq_config *config, mq_dim dim)
+int64_t mq_dim_of(const mq_config *config, const mq_layer_kind *kind, mq_dim dim)
 {
-    const int64_t q = config->num_attention_heads * config->head_dim;
-    const int64_t k = config->num_key_value_heads * config->head_dim;
-    const int64_t v = config->num_key_value_heads * config->value_head_dim;
+    const int64_t heads = config->num_attention_heads, head = config->head_dim, value = config->value_head_dim;
+    const int64_t kv_heads = kind != NULL && kind->kv_heads > 0 ? kind->kv_heads : config->num_key_value_heads;
+    const int64_t inner = kind != NULL && kind->inner > 0 ? kind->inner : config->intermediate_size;
     switch (dim) {
     case MQ_DIM_ONE: return 1;
     case MQ_DIM_HIDDEN: return config->hidden_size;
-    case MQ_DIM_INNER: return config->intermediate_size;
-    case MQ_DIM_INNER_TWICE: return 2 * config->intermediate_size;
-    case MQ_DIM_Q: return q;
-    case MQ_DIM_KV: return k;
-    case MQ_DIM_V: return v;
-    case MQ_DIM_O: return config->num_attention_heads * config->value_head_dim;
-    case MQ_DIM_QKV: return q + k + v;
-    case MQ_DIM_HEAD: return config->head_dim;
-    case MQ_DIM_KV_HEADS: return config->num_key_value_heads;
+    case MQ_DIM_INNER: return inner;
+    case MQ_DIM_INNER_TWICE: return 2 * inner;
+    case MQ_DIM_Q: return heads * head;
+    case MQ_DIM_KV: return kv_heads * head;
+    case MQ_DIM_V: return kv_heads * value;
+    case MQ_DIM_O: return heads * value;
+    case MQ_DIM_QKV: return (heads + kv_heads) * head + kv_heads * value;
+    case MQ_DIM_Q_LORA: return config->q_lora_rank;
+    case MQ_DIM_KV_LORA: return config->kv_lora_rank;
+    case MQ_DIM_KV_A: return config->kv_lora_rank + config->qk_rope_head_dim;
+    case MQ_DIM_KV_B: return heads * (head - config->qk_rope_head_dim + value);
+    case MQ_DIM_HEADS: return heads;
+    case MQ_DIM_HEAD: return head;
+    case MQ_DIM_KV_HEADS: return kv_heads;
     case MQ_DIM_EXPERTS: return config->num_experts;
     case MQ_DIM_EXPERT: return config->moe_intermediate_size;
     case MQ_DIM_SHARED: return config->shared_intermediate_size;
@@ -79,32 +86,76 @@ static int has(const mq_family *family, unsigned flag)
     return (family->flags & flag) != 0;
 }
 
-int mq_condition_holds(const mq_family *family, const mq_config *config, int moe, mq_condition condition)
+/* Of the attention half. */
+static int attention_holds(const mq_family *family, const mq_config *config, const mq_layer_kind *kind,
+                           mq_condition condition)
 {
-    const int by_key = has(family, MQ_FAMILY_BIAS_KEYS), block_sparse = has(family, MQ_FAMILY_BLOCK_SPARSE);
-    const int fused = has(family, MQ_FAMILY_FUSED), post_norms = has(family, MQ_FAMILY_POST_NORMS);
+    const int full = kind->attention == MQ_BLOCK_FULL, latent = full && has(family, MQ_FAMILY_LATENT);
+    const int fused = full && has(family, MQ_FAMILY_FUSED);
+    const int biased = has(family, MQ_FAMILY_BIAS_KEYS) && config->attention_bias;
     switch (condition) {
-    case MQ_IF_ALWAYS: return 1;
-    case MQ_IF_NEVER: return 0;
     case MQ_IF_FUSED: return fused;
-    case MQ_IF_UNFUSED: return !fused;
-    case MQ_IF_QKV_BIAS:
-        return (has(family, MQ_FAMILY_QKV_BIAS) && config->qkv_bias) || (by_key && config->attention_bias);
-    case MQ_IF_O_BIAS: return by_key && config->attention_bias != 0;
-    case MQ_IF_MLP_BIAS: return by_key && config->mlp_bias != 0;
-    case MQ_IF_QK_NORM: return has(family, MQ_FAMILY_QK_NORM);
-    case MQ_IF_WIDE_QK_NORM: return has(family, MQ_FAMILY_WIDE_QK_NORM);
-    case MQ_IF_PRE_NORMS: return !has(family, MQ_FAMILY_NO_PRE_NORMS);
-    case MQ_IF_POST_NORMS: return post_norms;
-    case MQ_IF_NO_POST_NORMS: return !post_norms;
-    case MQ_IF_BOTH_NORMS: return post_norms && !has(family, MQ_FAMILY_NO_PRE_NORMS);
-    case MQ_IF_DENSE: return !moe;
-    case MQ_IF_DENSE_FUSED: return !moe && fused;
-    case MQ_IF_DENSE_UNFUSED: return !moe && !fused;
-    case MQ_IF_MOE: return moe;
-    case MQ_IF_MOE_MLP: return moe && !block_sparse;
-    case MQ_IF_MOE_BLOCK_SPARSE: return moe && block_sparse;
-    case MQ_IF_SHARED_GATED: return moe && has(family, MQ_FAMILY_SHARED_GATED);
+    case MQ_IF_UNFUSED: return full && !fused && !latent;
+    case MQ_IF_ATTENTION: return full;
+    case MQ_IF_LINEAR_ATTENTION: return kind->attention == MQ_BLOCK_LINEAR;
+    case MQ_IF_LATENT: return latent;
+    case MQ_IF_LATENT_Q: return latent && config->q_lora_rank > 0;
+    case MQ_IF_LATENT_PLAIN_Q: return latent && config->q_lora_rank == 0;
+    case MQ_IF_LATENT_BIAS: return latent && biased;
+    case MQ_IF_SINKS: return full && has(family, MQ_FAMILY_SINKS);
+    case MQ_IF_QKV_BIAS: return (has(family, MQ_FAMILY_QKV_BIAS) && config->qkv_bias) || biased;
+    case MQ_IF_O_BIAS: return biased;
+    case MQ_IF_QK_NORM: return full && has(family, MQ_FAMILY_QK_NORM);
+    case MQ_IF_WIDE_QK_NORM: return full && has(family, MQ_FAMILY_WIDE_QK_NORM);
+    default: return 0;
     }
-    return 0;
+}
+
+/* Of the norms, which stand before and behind both. */
+static int norm_holds(const mq_family *family, const mq_layer_kind *kind, mq_condition condition)
+{
+    const int before = !has(family, MQ_FAMILY_NO_PRE_NORMS), behind = has(family, MQ_FAMILY_POST_NORMS);
+    switch (condition) {
+    case MQ_IF_PRE_NORMS: return before && kind->attention != MQ_BLOCK_NONE;
+    case MQ_IF_POST_NORMS: return behind;
+    case MQ_IF_MLP_NORM: return !behind && kind->mlp != MQ_BLOCK_NONE;
+    case MQ_IF_BOTH_NORMS: return before && behind;
+    default: return 0;
+    }
+}
+
+/* Of MLP and experts. */
+static int mlp_holds(const mq_family *family, const mq_config *config, const mq_layer_kind *kind,
+                     mq_condition condition)
+{
+    const int moe = kind->experts, dense = !moe && kind->mlp == MQ_BLOCK_FULL, fused = has(family, MQ_FAMILY_FUSED);
+    const int block_sparse = has(family, MQ_FAMILY_BLOCK_SPARSE), forward = has(family, MQ_FAMILY_FEED_FORWARD);
+    const int shared = has(family, MQ_FAMILY_SHARED_EXPERT), gated = has(family, MQ_FAMILY_SHARED_GATED);
+    const int biased = has(family, MQ_FAMILY_BIASED_EXPERTS);
+    switch (condition) {
+    case MQ_IF_MLP_BIAS: return has(family, MQ_FAMILY_BIAS_KEYS) && config->mlp_bias != 0;
+    case MQ_IF_LINEAR_MLP: return kind->mlp == MQ_BLOCK_LINEAR;
+    case MQ_IF_DENSE: return dense && !forward;
+    case MQ_IF_DENSE_FUSED: return dense && fused;
+    case MQ_IF_DENSE_UNFUSED: return dense && !fused && !forward;
+    case MQ_IF_DENSE_FEED_FORWARD: return dense && forward;
+    case MQ_IF_MOE: return moe && !forward;
+    case MQ_IF_MOE_MLP: return moe && !block_sparse && !forward;
+    case MQ_IF_MOE_GATE: return moe && !block_sparse && !forward && !biased;
+    case MQ_IF_MOE_ROUTER: return moe && biased;
+    case MQ_IF_MOE_BLOCK_SPARSE: return moe && block_sparse;
+    case MQ_IF_MOE_FEED_FORWARD: return moe && forward;
+    case MQ_IF_EXPERT_BIAS: return biased;
+    case MQ_IF_CORRECTED: return moe && has(family, MQ_FAMILY_CORRECTED);
+    case MQ_IF_SHARED_EXPERTS: return moe && shared && !gated && !forward && config->shared_intermediate_size > 0;
+    case MQ_IF_SHARED_GATED: return moe && gated;
+    default: return 0;
+    }
+}
+
+int mq_condition_holds(const mq_family *family, const mq_config *config, const mq_layer_kind *kind,
+                       mq_condition condition)
+{
+    return condition == MQ_IF_ALWAYS || attention_holds(family, config, kind, condition) ||
+           norm_holds(family, kind, condition) || mlp_holds(family, config, kind, condition);
 }

@@ -18,11 +18,26 @@ enum {
     MQ_FAMILY_NORM_PLUS_ONE = 1 << 9, /* norms multiply by 1 + weight (Gemma) */
     MQ_FAMILY_FUSED = 1 << 10,     /* q, k and v come of one linear, gate and up of another (Phi-3) */
     MQ_FAMILY_SHARED_EXPERT = 1 << 11, /* beside experts, an MLP that every token goes through */
-    MQ_FAMILY_SHARED_GATED = 1 << 12 /* whose output is multiplied by the sigmoid of a linear (Qwen2-MoE) */
+    MQ_FAMILY_SHARED_GATED = 1 << 12, /* whose output is multiplied by the sigmoid of a linear (Qwen2-MoE) */
+    MQ_FAMILY_LATENT = 1 << 13,    /* keys and values come of one narrow vector, queries too (DeepSeek) */
+    MQ_FAMILY_CORRECTED = 1 << 14, /* a vector is added to scores where experts are chosen (DeepSeek-V3) */
+    MQ_FAMILY_BLOCKS = 1 << 15,    /* layers have sizes of their own, or lack a half (Llama-Nemotron) */
+    MQ_FAMILY_SINKS = 1 << 16,     /* each head has a score for nothing (gpt-oss) */
+    MQ_FAMILY_BIASED_EXPERTS = 1 << 17, /* experts and router have biases (gpt-oss) */
+    MQ_FAMILY_FEED_FORWARD = 1 << 18, /* MLP and experts are named feed_forward (Llama 4) */
+    MQ_FAMILY_SHARED_INPUTS = 1 << 19 /* an expert's input is multiplied by its share, not its output (Llama 4) */
 };
 
+/* What the halves of one layer are. */
+typedef enum mq_block { MQ_BLOCK_FULL, MQ_BLOCK_NONE, MQ_BLOCK_LINEAR } mq_block;
+typedef struct mq_layer_kind {
+    int experts;                /* whether it has any */
+    mq_block attention, mlp;
+    int64_t kv_heads, inner;    /* 0 = as in the config */
+} mq_layer_kind;
+
 typedef struct mq_family {
-    const char *name, *model_types, *architectures;
+    const char *name, *models, *oracle, *model_types, *architectures;
     unsigned flags;
 } mq_family;
 
@@ -39,6 +54,8 @@ typedef enum mq_module_kind {
 /* What a module does in its layer. */
 typedef enum mq_role {
     MQ_ROLE_ATTENTION, MQ_ROLE_Q, MQ_ROLE_K, MQ_ROLE_V, MQ_ROLE_O, MQ_ROLE_QKV, MQ_ROLE_Q_NORM, MQ_ROLE_K_NORM,
+    MQ_ROLE_Q_A, MQ_ROLE_Q_B, MQ_ROLE_KV_A, MQ_ROLE_KV_B, MQ_ROLE_Q_A_NORM, MQ_ROLE_KV_A_NORM,
+    MQ_ROLE_SINKS, MQ_ROLE_LINEAR_ATTENTION, MQ_ROLE_LINEAR_MLP, MQ_ROLE_CORRECTION, MQ_ROLE_UNIT_NORM,
     MQ_ROLE_GATE, MQ_ROLE_UP, MQ_ROLE_DOWN, MQ_ROLE_GATE_UP, MQ_ROLE_ROUTER, MQ_ROLE_EXPERTS,
     MQ_ROLE_SHARED_GATE, MQ_ROLE_SHARED_UP, MQ_ROLE_SHARED_DOWN, MQ_ROLE_SHARED_ROUTER,
     MQ_ROLE_INPUT_NORM,         /* of what attention reads */
@@ -59,6 +76,11 @@ typedef enum mq_dim {
     MQ_DIM_V,
     MQ_DIM_O,         /* what attention puts out */
     MQ_DIM_QKV,
+    MQ_DIM_Q_LORA,
+    MQ_DIM_KV_LORA,
+    MQ_DIM_KV_A,      /* kv_lora_rank and the part of keys that is turned */
+    MQ_DIM_KV_B,
+    MQ_DIM_HEADS,
     MQ_DIM_HEAD,
     MQ_DIM_KV_HEADS,
     MQ_DIM_EXPERTS,   /* how many there are */
@@ -71,6 +93,14 @@ typedef enum mq_condition {
     MQ_IF_NEVER,
     MQ_IF_FUSED,
     MQ_IF_UNFUSED,
+    MQ_IF_ATTENTION,         /* the layer has one */
+    MQ_IF_LINEAR_ATTENTION,  /* it has a linear in its place */
+    MQ_IF_LINEAR_MLP,
+    MQ_IF_LATENT,
+    MQ_IF_LATENT_Q,          /* queries too come of a narrow vector */
+    MQ_IF_LATENT_PLAIN_Q,
+    MQ_IF_LATENT_BIAS,
+    MQ_IF_SINKS,
     MQ_IF_QKV_BIAS,
     MQ_IF_O_BIAS,
     MQ_IF_MLP_BIAS,
@@ -78,15 +108,22 @@ typedef enum mq_condition {
     MQ_IF_WIDE_QK_NORM,
     MQ_IF_PRE_NORMS,
     MQ_IF_POST_NORMS,
-    MQ_IF_NO_POST_NORMS,
+    MQ_IF_MLP_NORM,          /* one of what the second half reads, and none of what the first adds */
     MQ_IF_BOTH_NORMS,
     MQ_IF_DENSE,             /* the layer has an MLP */
     MQ_IF_DENSE_FUSED,
     MQ_IF_DENSE_UNFUSED,
+    MQ_IF_DENSE_FEED_FORWARD, /* it has, named as in Llama 4 */
     MQ_IF_MOE,               /* the layer has experts */
     MQ_IF_MOE_MLP,           /* it has, named as in Qwen */
+    MQ_IF_MOE_GATE,          /* ... and so is their router */
+    MQ_IF_MOE_ROUTER,        /* ... but not their router (gpt-oss) */
     MQ_IF_MOE_BLOCK_SPARSE,  /* it has, named as in Mixtral */
-    MQ_IF_SHARED_GATED       /* it has, and one that all tokens have, behind a gate */
+    MQ_IF_MOE_FEED_FORWARD,  /* it has, named as in Llama 4 */
+    MQ_IF_EXPERT_BIAS,
+    MQ_IF_CORRECTED,
+    MQ_IF_SHARED_EXPERTS,    /* it has, and one that all tokens have */
+    MQ_IF_SHARED_GATED       /* ... behind a gate */
 } mq_condition;
 
 /* name and site may hold one #, which stands for the number of an expert. */
@@ -97,6 +134,12 @@ typedef struct mq_layer_module {
     mq_dim rows, cols;
     mq_condition present, bias;
 } mq_layer_module;
+
+/* DeepSeek's inner norms have their own, whatever the config says. */
+MQ_INLINE double mq_norm_eps(const mq_config *config, mq_role role)
+{
+    return role == MQ_ROLE_Q_A_NORM || role == MQ_ROLE_KV_A_NORM ? 1e-6 : config->rms_norm_eps;
+}
 
 /* What is computed in the model's own precision, and is no place for a quantizer. */
 MQ_INLINE int mq_role_is_router(mq_role role)
@@ -110,8 +153,9 @@ const mq_layer_module *mq_layer_modules(size_t *count);
 const char *mq_module_kind_name(mq_module_kind kind);
 const char *mq_family_flag_name(unsigned flag);      /* of one bit; NULL beyond the last */
 
-int64_t mq_dim_of(const mq_config *config, mq_dim dim);
-/* moe: whether it is about a layer with experts. */
-int mq_condition_holds(const mq_family *family, const mq_config *config, int moe, mq_condition condition);
+/* kind: of the layer that it is about; NULL: as large as any layer's. */
+int64_t mq_dim_of(const mq_config *config, const mq_layer_kind *kind, mq_dim dim);
+int mq_condition_holds(const mq_family *family, const mq_config *config, const mq_layer_kind *kind,
+                       mq_condition condition);
 
 #endif

@@ -100,17 +100,24 @@ static void *carve(const mq_back_scratch *scratch, size_t *used, int64_t count, 
 static size_t cut_unit(mq_back_scratch *scratch, const mq_layer_context *context, int64_t n)
 {
     const mq_config *config = context->config;
-    const int64_t hidden = config->hidden_size, q_width = mq_dim_of(config, MQ_DIM_Q);
+    const int64_t hidden = config->hidden_size, q_width = mq_dim_of(config, NULL, MQ_DIM_Q);
     const size_t size = mq_dtype_size(context->dtype), single = sizeof(float);
     size_t used = 0;
     scratch->normed = carve(scratch, &used, n * hidden, size);
     scratch->raw_q = carve(scratch, &used, n * q_width, size);
-    scratch->raw_k = carve(scratch, &used, n * mq_dim_of(config, MQ_DIM_KV), size);
+    scratch->raw_k = carve(scratch, &used, n * mq_dim_of(config, NULL, MQ_DIM_KV), size);
     scratch->q = carve(scratch, &used, n * q_width, size);
-    scratch->k = carve(scratch, &used, n * mq_dim_of(config, MQ_DIM_KV), size);
-    scratch->v = carve(scratch, &used, n * mq_dim_of(config, MQ_DIM_V), size);
-    scratch->joined = carve(scratch, &used, context->fused ? n * mq_dim_of(config, MQ_DIM_QKV) : 0, size);
-    scratch->mixed = carve(scratch, &used, n * mq_dim_of(config, MQ_DIM_O), size);
+    scratch->k = carve(scratch, &used, n * mq_dim_of(config, NULL, MQ_DIM_KV), size);
+    scratch->v = carve(scratch, &used, n * mq_dim_of(config, NULL, MQ_DIM_V), size);
+    scratch->joined = carve(scratch, &used, context->fused ? n * mq_dim_of(config, NULL, MQ_DIM_QKV) : 0, size);
+    const int64_t latent = config->kv_lora_rank > 0 ? n : 0;
+    scratch->q_a = carve(scratch, &used, latent * config->q_lora_rank, size);
+    scratch->q_latent = carve(scratch, &used, latent * config->q_lora_rank, size);
+    scratch->kv_a = carve(scratch, &used, latent * mq_dim_of(config, NULL, MQ_DIM_KV_A), size);
+    scratch->kv_raw = carve(scratch, &used, latent * config->kv_lora_rank, size);
+    scratch->kv_latent = carve(scratch, &used, latent * config->kv_lora_rank, size);
+    scratch->expanded = carve(scratch, &used, latent * mq_dim_of(config, NULL, MQ_DIM_KV_B), size);
+    scratch->mixed = carve(scratch, &used, n * mq_dim_of(config, NULL, MQ_DIM_O), size);
     scratch->attended = carve(scratch, &used, n * hidden, size);
     scratch->middle = carve(scratch, &used, n * hidden, size);
     scratch->maxima = carve(scratch, &used, n * config->num_attention_heads, single);
@@ -127,11 +134,16 @@ static size_t cut_attention(mq_back_scratch *scratch, const mq_layer_context *co
     const size_t needed = MQ_MAX(mq_attention_scratch(&args), mq_attention_backward_scratch(&args));
     scratch->attention = carve(scratch, &used, (int64_t)needed, 1);
     scratch->d_normed = carve(scratch, &used, n * hidden, single);
-    scratch->d_q = carve(scratch, &used, n * mq_dim_of(config, MQ_DIM_Q), single);
-    scratch->d_k = carve(scratch, &used, n * mq_dim_of(config, MQ_DIM_KV), single);
-    scratch->d_v = carve(scratch, &used, n * mq_dim_of(config, MQ_DIM_V), single);
-    scratch->d_joined = carve(scratch, &used, context->fused ? n * mq_dim_of(config, MQ_DIM_QKV) : 0, single);
-    scratch->d_mixed = carve(scratch, &used, n * mq_dim_of(config, MQ_DIM_O), single);
+    scratch->d_q = carve(scratch, &used, n * mq_dim_of(config, NULL, MQ_DIM_Q), single);
+    scratch->d_k = carve(scratch, &used, n * mq_dim_of(config, NULL, MQ_DIM_KV), single);
+    scratch->d_v = carve(scratch, &used, n * mq_dim_of(config, NULL, MQ_DIM_V), single);
+    scratch->d_joined = carve(scratch, &used, context->fused ? n * mq_dim_of(config, NULL, MQ_DIM_QKV) : 0, single);
+    const int64_t latent = config->kv_lora_rank > 0 ? n : 0;
+    scratch->d_q_a = carve(scratch, &used, latent * config->q_lora_rank, single);
+    scratch->d_kv_a = carve(scratch, &used, latent * mq_dim_of(config, NULL, MQ_DIM_KV_A), single);
+    scratch->d_kv_latent = carve(scratch, &used, latent * config->kv_lora_rank, single);
+    scratch->d_expanded = carve(scratch, &used, latent * mq_dim_of(config, NULL, MQ_DIM_KV_B), single);
+    scratch->d_mixed = carve(scratch, &used, n * mq_dim_of(config, NULL, MQ_DIM_O), single);
     scratch->d_attended = carve(scratch, &used, n * hidden, single);
     return used;
 }
@@ -211,7 +223,7 @@ int mq_backward_linear(const mq_back_rows *rows, mq_role role, const mq_back_lin
 void mq_backward_norm(const mq_back_rows *rows, mq_role role, const mq_back_norm *it)
 {
     const mq_backward *back = rows->back;
-    const double eps = back->run->runtime->config.rms_norm_eps;
+    const double eps = mq_norm_eps(&back->run->runtime->config, role);
     const int64_t width = rows->layer->widths[role];
     const mq_row_sizes sizes = {.rows = rows->rows * (it->width / width), .width = width,
                                 .dtype = back->run->runtime->dtype};

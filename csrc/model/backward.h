@@ -26,6 +26,8 @@ typedef struct mq_back_scratch {
     float *maxima, *factors;                                  /* (heads, n): of attention's softmax */
     void *attention, *attended;                               /* the operation's scratch; (n, C): o_proj's output */
     void *joined, *mlp_joined;                                /* of linears fused into one */
+    void *q_a, *q_latent, *kv_a, *kv_raw, *kv_latent, *expanded;    /* of those between which something is narrow */
+    float *d_q_a, *d_kv_a, *d_kv_latent, *d_expanded;
     float *d_normed, *d_q, *d_k, *d_v, *d_mixed, *d_joined, *d_attended;
     void *mlp_normed, *gate, *up, *product, *output, *router; /* (m, ...) */
     float *d_mlp_normed, *d_gate, *d_up, *d_output, *d_shares, *d_router, *d_mlp_joined, *shared;

@@ -45,24 +45,47 @@ static void place_shares(const mq_back_rows *rows)
 static int observe(const mq_back_rows *rows, int64_t width)
 {
     mq_observer *observer = rows->layer->experts_observer;
+    const mq_linear *linears = rows->layer->linears;
     const mq_back_scratch *scratch = &rows->back->scratch;
     const mq_run *run = rows->back->run;
     const mq_gate gate = mq_gate_of(&run->runtime->config);
+    const int shared_inputs = (run->runtime->family->flags & MQ_FAMILY_SHARED_INPUTS) != 0;
     float *gathered = scratch->d_output;
     mq_observed observed = {
         .input = scratch->mlp_normed, .output = scratch->output, .gradient = gathered, .rows = rows->rows,
         .dtype = run->runtime->dtype, .output_dtype = run->runtime->dtype, .columns = width, .width = width,
         .outputs = width, .first = rows->first, .total = run->rows, .expert = rows->expert, .tokens = rows->tokens,
-        .shares = rows->shares, .gate = &gate,
+        .shares = shared_inputs ? scratch->shared : rows->shares, .gate = &gate,
+        .biases = {linears[MQ_ROLE_GATE].weight.bias, linears[MQ_ROLE_UP].weight.bias,
+                   linears[MQ_ROLE_DOWN].weight.bias},
     };
+    for (int64_t i = 0; shared_inputs && i < rows->rows; i++) scratch->shared[i] = 1.0f;
     mq_row_sizes sizes = {.rows = rows->rows, .width = width, .dtype = MQ_F32};
     mq_gather_forward(gathered, rows->back->gradient, rows->tokens, &sizes);
     mq_scale_forward(gathered, run->runtime->config.residual_multiplier, &sizes);
     return observer->see(observer, &observed, rows->err);
 }
 
+/* Where shares multiply what experts read: by share and by that, from the gradient by the product. normed: room. */
+static void unshare(const mq_back_rows *rows, void *normed)
+{
+    const mq_run *run = rows->back->run;
+    const mq_back_scratch *scratch = &rows->back->scratch;
+    const int64_t width = run->runtime->config.hidden_size;
+    const mq_row_sizes sizes = {.rows = rows->rows, .width = width, .dtype = run->runtime->dtype};
+    const mq_row_sizes single = {.rows = rows->rows, .width = width, .dtype = MQ_F32};
+    mq_gather_forward(normed, run->hidden, rows->tokens, &sizes);
+    mq_backward_enter(rows, MQ_ROLE_POST_NORM, normed, normed);
+    for (int64_t i = 0; i < rows->rows; i++) {
+        const void *x = (const char *)normed + (size_t)(i * width) * mq_dtype_size(sizes.dtype);
+        scratch->d_shares[i] = mq_row_ops_of(sizes.dtype)->dot(scratch->d_mlp_normed + i * width, x, width);
+    }
+    mq_scale_rows_forward(scratch->d_mlp_normed, rows->shares, &single);
+}
+
 static int expert_rows(const mq_back_rows *rows)
 {
+    const int shared_inputs = (rows->back->run->runtime->family->flags & MQ_FAMILY_SHARED_INPUTS) != 0;
     mq_backward *back = rows->back;
     const mq_run *run = back->run;
     const mq_config *config = &run->runtime->config;
@@ -74,14 +97,18 @@ static int expert_rows(const mq_back_rows *rows)
     if (rc != MQ_OK) return rc;
     mq_gather_forward(scratch->mlp_normed, run->hidden, rows->tokens, &sizes);
     mq_backward_enter(rows, MQ_ROLE_POST_NORM, scratch->mlp_normed, scratch->mlp_normed);
+    if (shared_inputs) mq_scale_rows_forward(scratch->mlp_normed, rows->shares, &sizes);
     mq_backward_mlp_again(rows, &MQ_MLP_ROLES, 1);
     if (rows->layer->experts_observer != NULL) rc = observe(rows, config->hidden_size);
     if (rc != MQ_OK) return rc;
-    mq_scatter_backward(&shared, back->gradient, scratch->output, rows->tokens, rows->shares, &sizes);
+    for (int64_t i = 0; shared_inputs && i < rows->rows; i++) scratch->shared[i] = 1.0f;
+    mq_scatter_backward(&shared, back->gradient, scratch->output, rows->tokens,
+                        shared_inputs ? scratch->shared : rows->shares, &sizes);
     mq_scale_forward(scratch->d_output, config->residual_multiplier, &single);
     for (int64_t i = 0; i < rows->rows; i++) scratch->d_shares[i] *= (float)config->residual_multiplier;
-    place_shares(rows);
     rc = mq_backward_mlp(rows, &MQ_MLP_ROLES, scratch->d_output);
+    if (rc == MQ_OK && shared_inputs) unshare(rows, scratch->output);
+    place_shares(rows);
     if (rc == MQ_OK) mq_gather_backward(back->d_experts, scratch->d_mlp_normed, rows->tokens, &sizes);
     return rc;
 }

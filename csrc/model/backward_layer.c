@@ -69,11 +69,28 @@ int mq_backward_mlp(const mq_back_rows *rows, const mq_mlp_roles *roles, const f
     return rc == MQ_OK ? mq_backward_linear(rows, roles->up, &up) : rc;
 }
 
+/* A linear in the place of the MLP. */
+static int linear_half(const mq_back_rows *rows, const void *middle, float *gradient)
+{
+    const mq_back_scratch *scratch = &rows->back->scratch;
+    const mq_linear_weight *weight = &rows->layer->linears[MQ_ROLE_LINEAR_MLP].weight;
+    const mq_row_sizes hidden = sizes_of(rows, rows->back->run->runtime->config.hidden_size);
+    mq_back_linear linear = {.in = scratch->mlp_normed, .out = scratch->output, .d_in = scratch->d_mlp_normed};
+    mq_backward_enter(rows, MQ_ROLE_POST_NORM, scratch->mlp_normed, middle);
+    mq_linear_forward(scratch->output, scratch->mlp_normed, weight, 0, &hidden);
+    linear.d_out = mq_backward_added(rows, MQ_ROLE_MLP_NORM, scratch->output, gradient, scratch->d_output);
+    const int rc = mq_backward_linear(rows, MQ_ROLE_LINEAR_MLP, &linear);
+    if (rc == MQ_OK) mq_backward_leave(rows, MQ_ROLE_POST_NORM, middle, scratch->d_mlp_normed, gradient);
+    return rc;
+}
+
 /* The MLP half of some rows; middle (rows, C) is its input, gradient becomes the one by that. */
 static int mlp_half(const mq_back_rows *rows, const void *middle, float *gradient)
 {
     const mq_back_scratch *scratch = &rows->back->scratch;
     const int output = rows->layer->linears[MQ_ROLE_DOWN].observer != NULL || rows->layer->norms[MQ_ROLE_MLP_NORM];
+    if (rows->layer->kind.mlp == MQ_BLOCK_NONE) return MQ_OK;
+    if (rows->layer->kind.mlp == MQ_BLOCK_LINEAR) return linear_half(rows, middle, gradient);
     mq_backward_enter(rows, MQ_ROLE_POST_NORM, scratch->mlp_normed, middle);
     mq_backward_mlp_again(rows, &MQ_MLP_ROLES, output);
     const float *d_output = mq_backward_added(rows, MQ_ROLE_MLP_NORM, scratch->output, gradient, scratch->d_output);

@@ -136,11 +136,16 @@ static int see_rows(mq_experts_score *score, const mq_observed *rows, mq_error *
         if (rc != MQ_OK) return rc;
         char *made = score->memory, *input = made + hidden, *gate = input + hidden, *up = gate + product;
         const void *in = mq_score_quantized(candidate->input, input, rows->input, &outer);
-        mq_linear_forward(gate, in, &candidate->linears[0], 0, &outer);
-        mq_linear_forward(up, in, &candidate->linears[1], 0, &outer);
+        mq_linear_weight linears[MQ_SCORE_LINEARS];
+        for (int j = 0; j < MQ_SCORE_LINEARS; j++) {
+            linears[j] = candidate->linears[j];
+            linears[j].bias = rows->biases[j];
+        }
+        mq_linear_forward(gate, in, &linears[0], 0, &outer);
+        mq_linear_forward(up, in, &linears[1], 0, &outer);
         mq_gate_forward(gate, up, rows->gate, &narrow);
         in = mq_score_quantized(candidate->product, up + product, gate, &narrow);
-        mq_linear_forward(made, in, &candidate->linears[2], 0, &narrow);
+        mq_linear_forward(made, in, &linears[2], 0, &narrow);
         change_job job = {.change = candidate->change, .made = made, .was = rows->output, .rows = rows};
         mq_parallel_for(rows->rows, mq_row_grain(rows->width), change_rows, &job);
     }

@@ -34,7 +34,8 @@ int mq_layer_forward(mq_layer *layer, const mq_layer_context *context, const mq_
     mq_pass pass = {.layer = layer, .context = context, .err = err};
     size_t stride = (size_t)context->config->hidden_size * mq_dtype_size(context->dtype);
     enter_rows(&pass, unit->first, unit->rows);
-    int rc = mq_pass_attention_half(&pass, unit, hidden, scratch);
+    int rc = layer->kind.attention != MQ_BLOCK_NONE ? mq_pass_attention_half(&pass, unit, hidden, scratch) : MQ_OK;
+    if (layer->experts == 0 && layer->kind.mlp == MQ_BLOCK_NONE) return rc;
     const int64_t most = mlp_piece(context->config, context->dtype);
     for (int64_t done = 0; rc == MQ_OK && done < unit->rows; done += most) {
         void *piece = (char *)hidden + (size_t)done * stride;
@@ -69,7 +70,8 @@ static size_t cut_attention(mq_scratch *scratch, const mq_layer_context *context
     const int64_t out = config->num_attention_heads * config->value_head_dim;
     const int64_t k_width = config->num_key_value_heads * config->head_dim;
     const int64_t v_width = config->num_key_value_heads * config->value_head_dim;
-    const int64_t widest = MQ_MAX(hidden, out);
+    const int64_t narrow = MQ_MAX(config->q_lora_rank, mq_dim_of(config, NULL, MQ_DIM_KV_A));
+    const int64_t widest = MQ_MAX(MQ_MAX(hidden, out), narrow), latent = config->kv_lora_rank > 0;
     const size_t size = mq_dtype_size(context->dtype);
     size_t used = 0;
     /* The attention's output takes the place of the norm's, which is read for the last time before. */
@@ -77,7 +79,10 @@ static size_t cut_attention(mq_scratch *scratch, const mq_layer_context *context
     scratch->q = carve(scratch, &used, rows * q_width, size);
     scratch->k = carve(scratch, &used, rows * k_width, size);
     scratch->v = carve(scratch, &used, rows * v_width, size);
-    scratch->joined = carve(scratch, &used, context->fused ? rows * (q_width + k_width + v_width) : 0, size);
+    const int64_t joined = context->fused ? q_width + k_width + v_width : latent ? narrow : 0;
+    scratch->joined = carve(scratch, &used, rows * joined, size);
+    scratch->latent = carve(scratch, &used, rows * config->kv_lora_rank, size);
+    scratch->expanded = carve(scratch, &used, latent ? rows * mq_dim_of(config, NULL, MQ_DIM_KV_B) : 0, size);
     scratch->attention = carve(scratch, &used, (int64_t)attention_nbytes(context, tokens), 1);
     scratch->quantized = carve(scratch, &used, rows * widest, size);
     scratch->temporary = carve(scratch, &used, rows * hidden, size);
@@ -127,8 +132,8 @@ static int check_point(const mq_point *point, int64_t width, const char *module,
 
 int mq_layer_check(const mq_layer *layer, const mq_config *config, mq_error *err)
 {
-    const int64_t k_width = config->num_key_value_heads * config->head_dim;
-    const int64_t v_width = config->num_key_value_heads * config->value_head_dim;
+    const int64_t k_width = mq_dim_of(config, &layer->kind, MQ_DIM_KV);
+    const int64_t v_width = mq_dim_of(config, &layer->kind, MQ_DIM_V);
     int rc = MQ_OK;
     for (int role = 0; rc == MQ_OK && role < MQ_ROLE_COUNT; role++) {
         const mq_linear *linear = &layer->linears[role];

@@ -61,6 +61,7 @@ typedef struct mq_layer {
     int64_t window;                     /* tokens a query sees, 0 = all before it */
     int64_t chunk;                      /* it sees those of its own chunk of so many; 0 = all */
     int rope;                           /* MQ_LAYER_* */
+    mq_layer_kind kind;
     int loaded;
     _Atomic int busy;                   /* a run is inside, or weights are being exchanged */
 } mq_layer;
@@ -82,7 +83,7 @@ typedef struct mq_scratch {
     char *memory;
     size_t nbytes;
     void *normed, *q, *k, *v, *mixed, *quantized, *temporary, *attention;   /* attention half */
-    void *joined;                                                           /* of linears fused into one */
+    void *joined, *latent, *expanded;   /* of linears fused into one; of those between which something is narrow */
     void *mlp_normed, *gate, *up, *mlp_quantized, *mlp_temporary;           /* MLP half: the same memory */
     void *mlp_joined;
     float *factors;                 /* of rows */
@@ -106,6 +107,7 @@ typedef struct mq_layer_context {
     int round_routes;                   /* the shares are rounded to dtype */
     int64_t rank;                       /* of the widest branch of low rank, 0 = there is none */
     int fused;                          /* some linears are two or three in one */
+    int shared_inputs;                  /* an expert's input is multiplied by its share, not its output */
     mq_cache *cache;                    /* sequences go on from what it holds; NULL = they are whole */
     int64_t cache_layer;                /* the layer that this is about */
 } mq_layer_context;
@@ -141,6 +143,17 @@ mq_attention_args mq_layer_attention(const mq_layer_context *context, const mq_l
 mq_rope_sizes mq_layer_rope(const mq_layer_context *context, int64_t heads, const mq_sequence *sequence);
 void mq_layer_turn(const mq_layer_context *context, const mq_layer *layer, void *x, int64_t heads,
                    const mq_sequence *sequence);
+
+/* Where there is no rope, what q (tokens of the sequence, heads, head_dim) is multiplied by as positions grow
+ * (Llama 4). */
+float mq_layer_growth(const mq_layer_context *context, int64_t position);
+void mq_layer_grow(const mq_layer_context *context, const mq_layer *layer, void *q, const mq_sequence *sequence);
+/* Keys that are padding, and where chunks begin that way. */
+void mq_layer_hide_padding(const mq_layer_context *context, const mq_sequence *sequence, mq_attention_args *args);
+/* k and v (rows, heads, ...) of what latent attention's second linear makes, expanded (rows, heads, plain and value),
+ * and of the end of narrow (rows, kv_lora_rank + qk_rope_head_dim). */
+void mq_layer_expand(const mq_layer_context *context, int64_t rows, void *k, void *v, const void *expanded,
+                     const void *narrow);
 
 /* Whether every quantizer of the layer can be applied to what it will see. */
 int mq_layer_check(const mq_layer *layer, const mq_config *config, mq_error *err);

@@ -55,6 +55,8 @@ int mq_pass_mlp_half(mq_pass *pass, void *hidden, const mq_scratch *scratch)
 {
     enter(pass, scratch);
     const void *in = mq_pass_normed(pass, MQ_ROLE_POST_NORM, scratch->mlp_normed, hidden);
+    if (pass->layer->kind.mlp == MQ_BLOCK_LINEAR)
+        return mq_pass_residual(pass, MQ_ROLE_LINEAR_MLP, MQ_ROLE_MLP_NORM, hidden, in);
     const int rc = run_gate(pass, &MQ_MLP_ROLES, in, scratch);
     return rc == MQ_OK ? mq_pass_residual(pass, MQ_ROLE_DOWN, MQ_ROLE_MLP_NORM, hidden, scratch->gate) : rc;
 }
@@ -85,6 +87,7 @@ int mq_pass_route_half(mq_pass *pass, const void *hidden, const mq_scratch *scra
     route.first = pass->first;
     route.dtype = pass->context->dtype;
     route.rounded = pass->context->round_routes;
+    route.correction = layer->norms[MQ_ROLE_CORRECTION];
     const void *in = mq_pass_normed(pass, MQ_ROLE_POST_NORM, scratch->mlp_normed, hidden);
     mq_linear_forward(scratch->router, in, &layer->linears[MQ_ROLE_ROUTER].weight, 0, &sizes);
     mq_route_forward(pass->context->routes, scratch->router, &route);
@@ -120,7 +123,13 @@ int mq_layer_expert(mq_layer *layer, const mq_layer_context *context, const mq_e
     }
     mq_gather_forward(scratch->mlp_normed, rows->hidden, rows->tokens, &sizes);
     mq_pass_normed(&pass, MQ_ROLE_POST_NORM, scratch->mlp_normed, scratch->mlp_normed);
+    const float *shares = rows->shares;
+    if (context->shared_inputs) {
+        mq_scale_rows_forward(scratch->mlp_normed, rows->shares, &sizes);
+        for (int64_t i = 0; i < rows->count; i++) scratch->factors[i] = 1.0f;
+        shares = scratch->factors;
+    }
     int rc = run_expert(&pass, scratch);
-    if (rc == MQ_OK) mq_scatter_forward(rows->sums, scratch->mlp_temporary, rows->tokens, rows->shares, &sizes);
+    if (rc == MQ_OK) mq_scatter_forward(rows->sums, scratch->mlp_temporary, rows->tokens, shares, &sizes);
     return rc;
 }

@@ -20,6 +20,7 @@ typedef struct mq_observed {
     const int64_t *tokens;          /* (rows): rows of the run; NULL = from first on */
     const float *shares;            /* (rows) */
     const struct mq_gate *gate;     /* its activation (ops.h) */
+    float *biases[3];               /* of gate, up and down; NULL = none */
 } mq_observed;
 
 typedef struct mq_observer {

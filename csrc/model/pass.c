@@ -149,7 +149,7 @@ void mq_pass_norm(const mq_pass *pass, mq_role role, void *out, const void *in, 
     const mq_layer *layer = pass->layer;
     mq_row_sizes sizes = mq_pass_sizes(pass, layer->widths[role]);
     sizes.rows *= width / sizes.width;
-    mq_rmsnorm_forward(out, in, layer->norms[role], pass->context->config->rms_norm_eps, &sizes);
+    mq_rmsnorm_forward(out, in, layer->norms[role], mq_norm_eps(pass->context->config, role), &sizes);
 }
 
 const void *mq_pass_normed(const mq_pass *pass, mq_role role, void *out, const void *in)

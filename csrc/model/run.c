@@ -154,7 +154,8 @@ mq_layer_context mq_run_context(const mq_run *run)
         .key_mask = run->mask, .count_mask = run->count_padding ? NULL : run->mask, .routes = &run->dispatch.routes,
         .round_routes = run->runtime->dtype == MQ_BF16 && !(run->runtime->family->flags & MQ_FAMILY_ROUTER_F32),
         .sums = run->dispatch.sums, .rank = run->runtime->rank,
-        .fused = (run->runtime->family->flags & MQ_FAMILY_FUSED) != 0, .cache = run->cache,
+        .fused = (run->runtime->family->flags & MQ_FAMILY_FUSED) != 0,
+        .shared_inputs = (run->runtime->family->flags & MQ_FAMILY_SHARED_INPUTS) != 0, .cache = run->cache,
         .cache_layer = run->next_layer,
     };
 }

@@ -13,14 +13,21 @@ static void set_name(char *out, const char *prefix, const char *name, const char
     snprintf(out, MQ_NAME_SIZE, "%s%s%s", prefix, name, suffix);
 }
 
+/* A language model inside another has names of its own. */
+static const char *root_of(const mq_config *config)
+{
+    return config->name_root[0] != '\0' ? config->name_root : "model.";
+}
+
 static void add_outer(mq_runtime *runtime, mq_role role, mq_module_kind kind, const char *name, int64_t rows,
                       int64_t cols)
 {
     mq_module *module = &runtime->modules[runtime->module_count++];
     *module = (mq_module){.role = role, .kind = kind, .layer = -1, .expert = -1, .shape = {rows, cols},
                           .ndim = cols > 0 ? 2 : 1};
-    set_name(module->name, "", name, "");
-    set_name(module->weight, "", name, ".weight");
+    const char *root = role == MQ_ROLE_HEAD ? "" : root_of(&runtime->config);
+    set_name(module->name, root, name, "");
+    set_name(module->weight, root, name, ".weight");
 }
 
 /* prefix, then text with the number of the expert in the place of #, then suffix. */
@@ -31,44 +38,29 @@ static void set_expert_name(char *out, const char *prefix, const char *text, int
     else snprintf(out, MQ_NAME_SIZE, "%s%.*s%d%s%s", prefix, (int)(mark - text), text, (int)expert, mark + 1, suffix);
 }
 
-static void add_layer_module(mq_runtime *runtime, int64_t index, const mq_layer_module *row, int64_t expert)
+static void add_layer_module(mq_runtime *runtime, int64_t index, const mq_layer_kind *kind, const mq_layer_module *row,
+                             int64_t expert)
 {
     const mq_config *config = &runtime->config;
     mq_module *module = &runtime->modules[runtime->module_count++];
-    char prefix[32];
-    snprintf(prefix, sizeof prefix, "model.layers.%d.", (int)index);
+    char prefix[MQ_NAME_ROOT + 24];
+    snprintf(prefix, sizeof prefix, "%slayers.%d.", root_of(config), (int)index);
     *module = (mq_module){
         .role = row->role, .kind = row->kind, .layer = index, .expert = expert,
         .ndim = row->cols == MQ_DIM_NONE ? 1 : 2,
-        .shape = {mq_dim_of(config, row->rows), mq_dim_of(config, row->cols)},
+        .shape = {mq_dim_of(config, kind, row->rows), mq_dim_of(config, kind, row->cols)},
     };
     set_expert_name(module->name, prefix, row->name, expert, "");
     if (*row->site) set_expert_name(module->site, prefix, row->site, expert, "");
     if (row->kind != MQ_MODULE_ATTENTION && row->kind != MQ_MODULE_EXPERTS)
         set_expert_name(module->weight, prefix, row->name, expert, row->kind == MQ_MODULE_VECTOR ? "" : ".weight");
-    if (mq_condition_holds(runtime->family, config, 0, row->bias)) set_name(module->bias, prefix, row->name, ".bias");
+    if (mq_condition_holds(runtime->family, config, kind, row->bias))
+        set_expert_name(module->bias, prefix, row->name, expert, ".bias");
 }
 
 static int is_expert(const mq_layer_module *row)
 {
     return strchr(row->name, '#') != NULL;
-}
-
-/* The rows of one layer, those of experts once for each expert. Only counts if there is no memory yet. */
-static size_t add_layer(mq_runtime *runtime, int64_t index, int moe)
-{
-    size_t rows, count = 0;
-    const mq_layer_module *table = mq_layer_modules(&rows);
-    for (size_t i = 0, step; i < rows; i += step) {
-        int64_t times = is_expert(&table[i]) ? runtime->config.num_experts : 1;
-        step = is_expert(&table[i]) ? MQ_EXPERT_LINEARS : 1;
-        if (!mq_condition_holds(runtime->family, &runtime->config, moe, table[i].present)) continue;
-        count += (size_t)times * step;
-        for (int64_t expert = 0; runtime->modules != NULL && expert < times; expert++)
-            for (size_t j = 0; j < step; j++)
-                add_layer_module(runtime, index, &table[i + j], is_expert(&table[i]) ? expert : -1);
-    }
-    return count;
 }
 
 static int has_experts(const mq_runtime *runtime, const mq_per_layer *layers, int64_t index)
@@ -77,28 +69,74 @@ static int has_experts(const mq_runtime *runtime, const mq_per_layer *layers, in
     return layers->experts == NULL || layers->experts[index] != 0;
 }
 
+static mq_layer_kind kind_of(const mq_runtime *runtime, const mq_per_layer *layers, int64_t index)
+{
+    return (mq_layer_kind){
+        .experts = has_experts(runtime, layers, index),
+        .attention = layers->attention ? (mq_block)layers->attention[index] : MQ_BLOCK_FULL,
+        .mlp = layers->mlp ? (mq_block)layers->mlp[index] : MQ_BLOCK_FULL,
+        .kv_heads = layers->kv_heads ? layers->kv_heads[index] : 0,
+        .inner = layers->inner ? layers->inner[index] : 0,
+    };
+}
+
+/* The rows of one layer, those of experts once for each expert. Only counts if there is no memory yet. */
+static size_t add_layer(mq_runtime *runtime, int64_t index, const mq_per_layer *layers)
+{
+    const mq_layer_kind kind = kind_of(runtime, layers, index);
+    size_t rows, count = 0;
+    const mq_layer_module *table = mq_layer_modules(&rows);
+    for (size_t i = 0, step; i < rows; i += step) {
+        int64_t times = is_expert(&table[i]) ? runtime->config.num_experts : 1;
+        step = is_expert(&table[i]) ? MQ_EXPERT_LINEARS : 1;
+        if (!mq_condition_holds(runtime->family, &runtime->config, &kind, table[i].present)) continue;
+        count += (size_t)times * step;
+        for (int64_t expert = 0; runtime->modules != NULL && expert < times; expert++)
+            for (size_t j = 0; j < step; j++)
+                add_layer_module(runtime, index, &kind, &table[i + j], is_expert(&table[i]) ? expert : -1);
+    }
+    return count;
+}
+
+static int check_layer(const mq_config *config, const mq_per_layer *layers, int64_t index, mq_error *err)
+{
+    const int64_t kv_heads = layers->kv_heads ? layers->kv_heads[index] : 0;
+    const int64_t inner = layers->inner ? layers->inner[index] : 0;
+    if (kv_heads > config->num_key_value_heads || (kv_heads > 0 && config->num_attention_heads % kv_heads != 0) ||
+        inner > config->intermediate_size)
+        return mq_fail(err, MQ_ERR_VALUE,
+                       "config: layer %lld has %lld key and value heads and an MLP of %lld, but the model %lld of %lld "
+                       "heads, and %lld", (long long)index, (long long)kv_heads, (long long)inner,
+                       (long long)config->num_key_value_heads, (long long)config->num_attention_heads,
+                       (long long)config->intermediate_size);
+    return MQ_OK;
+}
+
 static int add_modules(mq_runtime *runtime, const mq_per_layer *layers, mq_error *err)
 {
     const mq_config *config = &runtime->config;
     size_t total = 3;
     for (int64_t i = 0; i < config->num_hidden_layers; i++)
-        total += add_layer(runtime, i, has_experts(runtime, layers, i));
+        if (check_layer(config, layers, i, err) != MQ_OK) return err->code;
+    for (int64_t i = 0; i < config->num_hidden_layers; i++)
+        total += add_layer(runtime, i, layers);
     runtime->modules = mq_alloc_array(total, sizeof *runtime->modules);
     runtime->by_name = mq_alloc_array(total, sizeof *runtime->by_name);
     runtime->layer_start = mq_alloc_array((size_t)config->num_hidden_layers + 1, sizeof *runtime->layer_start);
     if (runtime->modules == NULL || runtime->by_name == NULL || runtime->layer_start == NULL)
         return mq_fail_memory(err, "the list of modules", total * sizeof *runtime->modules);
-    add_outer(runtime, MQ_ROLE_EMBED, MQ_MODULE_EMBEDDING, "model.embed_tokens", config->vocab_size,
+    add_outer(runtime, MQ_ROLE_EMBED, MQ_MODULE_EMBEDDING, "embed_tokens", config->vocab_size,
               config->hidden_size);
     for (int64_t i = 0; i < config->num_hidden_layers; i++) {
         runtime->layer_start[i] = runtime->module_count;
-        add_layer(runtime, i, has_experts(runtime, layers, i));
+        add_layer(runtime, i, layers);
     }
     runtime->layer_start[config->num_hidden_layers] = runtime->module_count;
-    add_outer(runtime, MQ_ROLE_FINAL_NORM, MQ_MODULE_NORM, "model.norm", config->hidden_size, 0);
-    add_outer(runtime, MQ_ROLE_HEAD, MQ_MODULE_LINEAR, "lm_head", config->vocab_size, config->hidden_size);
+    add_outer(runtime, MQ_ROLE_FINAL_NORM, MQ_MODULE_NORM, "norm", config->hidden_size, 0);
+    const char *head_name = config->name_head[0] != '\0' ? config->name_head : "lm_head";
+    add_outer(runtime, MQ_ROLE_HEAD, MQ_MODULE_LINEAR, head_name, config->vocab_size, config->hidden_size);
     mq_module *head = &runtime->modules[runtime->module_count - 1];
-    set_name(head->site, "", "lm_head.input", "");
+    set_name(head->site, "", head_name, ".input");
     if (config->tie_word_embeddings) set_name(head->weight, "", runtime->modules[0].weight, "");
     return MQ_OK;
 }
@@ -141,6 +179,7 @@ static void bind_layer(mq_runtime *runtime, int64_t index, const mq_per_layer *p
     layer->window = per_layer->windows ? per_layer->windows[index] : runtime->config.sliding_window;
     layer->chunk = per_layer->chunks ? per_layer->chunks[index] : 0;
     layer->rope = per_layer->ropes ? (int)per_layer->ropes[index] : MQ_LAYER_ROPE;
+    layer->kind = kind_of(runtime, per_layer, index);
     runtime->layer_ropes |= 1u << layer->rope;
 }
 
@@ -340,6 +379,18 @@ static int check_names(const mq_runtime *runtime, int64_t layer, int64_t expert,
     return MQ_OK;
 }
 
+/* The weight of a norm that has none. */
+static int add_unit_norm(const mq_runtime *runtime, mq_layer *layer, mq_error *err)
+{
+    const int64_t width = runtime->config.head_dim;
+    float *ones = mq_alloc_array((size_t)width, sizeof *ones);
+    if (ones == NULL) return mq_fail_memory(err, "a norm", (size_t)width * sizeof *ones);
+    for (int64_t i = 0; i < width; i++) ones[i] = 1.0f;
+    layer->norms[MQ_ROLE_UNIT_NORM] = ones;
+    layer->widths[MQ_ROLE_UNIT_NORM] = width;
+    return MQ_OK;
+}
+
 int mq_runtime_load_layer(mq_runtime *runtime, int64_t index, const mq_named_tensor *tensors, size_t count,
                           mq_error *err)
 {
@@ -349,6 +400,7 @@ int mq_runtime_load_layer(mq_runtime *runtime, int64_t index, const mq_named_ten
         const mq_module *module = &runtime->modules[i];
         if (module->weight[0] != '\0' && module->expert < 0) rc = load_module(runtime, module, tensors, count, err);
     }
+    if (rc == MQ_OK && runtime->config.qk_unit_norm) rc = add_unit_norm(runtime, &runtime->layers[index], err);
     if (rc != MQ_OK) mq_runtime_drop_layer(runtime, index);
     else runtime->layers[index].loaded = 1;
     return rc;

@@ -41,6 +41,8 @@ typedef struct mq_per_layer {
     const int64_t *experts;       /* 0 = an MLP; NULL = experts everywhere if config.num_experts says so */
     const int64_t *ropes;         /* MQ_LAYER_*; NULL = MQ_LAYER_ROPE everywhere */
     const int64_t *chunks;        /* of attention; NULL = none */
+    const int64_t *attention, *mlp;     /* MQ_BLOCK_*; NULL = MQ_BLOCK_FULL everywhere */
+    const int64_t *kv_heads, *inner;    /* 0, or NULL = as in the config; not more than that */
 } mq_per_layer;
 
 int mq_runtime_init(mq_runtime *runtime, const mq_family *family, const mq_config *config, mq_dtype dtype,

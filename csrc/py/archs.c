@@ -31,9 +31,18 @@ static PyObject *flag_list(unsigned flags)
 
 static int may_hold(const mq_family *family, mq_condition condition)
 {
-    static const mq_config all = {.attention_bias = 1, .mlp_bias = 1, .qkv_bias = 1};
-    int moe = (family->flags & MQ_FAMILY_MOE) != 0;
-    return mq_condition_holds(family, &all, 0, condition) || (moe && mq_condition_holds(family, &all, 1, condition));
+    static const mq_config all[2] = {
+        {.attention_bias = 1, .mlp_bias = 1, .qkv_bias = 1, .shared_intermediate_size = 1},
+        {.attention_bias = 1, .mlp_bias = 1, .qkv_bias = 1, .shared_intermediate_size = 1, .q_lora_rank = 1},
+    };
+    const int moe = (family->flags & MQ_FAMILY_MOE) != 0, blocks = (family->flags & MQ_FAMILY_BLOCKS) != 0;
+    const mq_layer_kind kinds[] = {{.experts = 0}, {.experts = moe},
+                                   {.attention = blocks ? MQ_BLOCK_LINEAR : MQ_BLOCK_FULL,
+                                    .mlp = blocks ? MQ_BLOCK_LINEAR : MQ_BLOCK_FULL}};
+    int found = 0;
+    for (size_t i = 0; i < 2 * MQ_COUNT(kinds); i++)
+        found |= mq_condition_holds(family, &all[i % 2], &kinds[i / 2], condition);
+    return found;
 }
 
 static int has_tensors(const mq_layer_module *row)
@@ -89,14 +98,17 @@ static PyObject *key_dict(void)
 
 static PyObject *family_dict(const mq_family *family)
 {
-    return Py_BuildValue("{s:s,s:N,s:N,s:N,s:N,s:N}", "family", family->name, "model_types", split(family->model_types),
+    return Py_BuildValue("{s:s,s:s,s:s,s:N,s:N,s:N,s:N,s:N}", "family", family->name, "models", family->models,
+                         "oracle", family->oracle, "model_types", split(family->model_types),
                          "architectures", split(family->architectures), "flags", flag_list(family->flags), "tensors",
                          tensor_list(family), "config_keys", key_dict());
 }
 
 PyDoc_STRVAR(archs_doc,
 "archs()\n--\n\n"
-"The model families: [{'family', 'model_types', 'architectures', 'flags', 'tensors', 'config_keys'}].\n\n"
+"The model families: [{'family', 'models', 'oracle', 'model_types', 'architectures', 'flags', 'tensors',\n"
+"'config_keys'}].\n\n"
+"models: some of them by their common names; oracle: whose logits the tests compare with.\n\n"
 "tensors: names of all tensors a model may have, {layer} and {expert} standing for numbers.\n"
 "config_keys: {flat key of Runtime's config: its default, None where it must be given}.");
 

@@ -41,6 +41,18 @@ static void set_default(mq_config *config, const mq_config_key *key)
     else mq_config_set_word(config, key, key->word, NULL);
 }
 
+static int read_name(PyObject *dict, const char *name, char *out)
+{
+    PyObject *given = lookup(dict, name);
+    if (given == NULL) return PyErr_Occurred() ? -1 : 0;
+    Py_ssize_t length = 0;
+    const char *text = PyUnicode_AsUTF8AndSize(given, &length);
+    if (text != NULL && length < MQ_NAME_ROOT) memcpy(out, text, (size_t)length + 1);
+    else if (text != NULL) PyErr_Format(PyExc_ValueError, "config: %s %R is too long", name, given);
+    Py_DECREF(given);
+    return PyErr_Occurred() ? -1 : 0;
+}
+
 /* dict[name], numbers > 0, as many as the others that came before. */
 static int read_factors(PyObject *dict, const char *name, float *out, int64_t *count)
 {
@@ -78,6 +90,8 @@ static int read_config(PyObject *dict, mq_config *config)
         Py_XDECREF(value);
         if (rc < 0) return -1;
     }
+    if (read_name(dict, "name_root", config->name_root) < 0 || read_name(dict, "name_head", config->name_head) < 0)
+        return -1;
     if (read_factors(dict, "rope_short_factor", config->rope_short_factor, &config->rope_factors) < 0 ||
         read_factors(dict, "rope_long_factor", config->rope_long_factor, &config->rope_factors) < 0)
         return -1;
@@ -116,6 +130,10 @@ static const struct { const char *key; int64_t most; size_t offset; } per_layer_
     {"layer_experts", INT32_MAX, offsetof(mq_per_layer, experts)},
     {"layer_ropes", MQ_LAYER_LOCAL_ROPE, offsetof(mq_per_layer, ropes)},
     {"layer_chunks", INT32_MAX, offsetof(mq_per_layer, chunks)},
+    {"layer_attention", MQ_BLOCK_LINEAR, offsetof(mq_per_layer, attention)},
+    {"layer_mlp", MQ_BLOCK_LINEAR, offsetof(mq_per_layer, mlp)},
+    {"layer_kv_heads", 65536, offsetof(mq_per_layer, kv_heads)},
+    {"layer_intermediate_size", 1 << 24, offsetof(mq_per_layer, inner)},
 };
 
 int mq_read_config(PyObject *dict, mq_config *config, mq_per_layer *layers)

@@ -14,7 +14,8 @@ PyDoc_STRVAR(
     "layer_windows, the attention window of each layer (0 = unlimited), layer_experts, which layers have experts\n"
     "(all, if there are experts and it is not given), layer_ropes (0 none, 1 that of the config, 2 of\n"
     "rope_local_theta), layer_chunks, the size of each layer's chunks of attention (0 = none), and for rope_type\n"
-    "longrope two lists of numbers, rope_short_factor and rope_long_factor. compute: 'bfloat16' (activations between\n"
+    "longrope two lists of numbers, rope_short_factor and rope_long_factor; name_root and name_head, what names of\n"
+    "tensors begin with ('model.') and the head's is ('lm_head'). compute: 'bfloat16' (activations between\n"
     "operations are rounded to bfloat16, as a transformers model in bfloat16 does) or 'float32'.");
 
 static mq_runtime *runtime_of(PyObject *self)

@@ -7,10 +7,10 @@ is the core's table (_core.archs()).
 """
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from modelq.checkpoint.config_families import blocks, family_config, latent_experts
 from modelq.checkpoint.config_layers import expert_config, layer_windows
 from modelq.checkpoint.config_rope import rope_config
 from modelq.checkpoint.config_values import Config
@@ -35,10 +35,14 @@ _ABSENT: dict[str, dict[str, Any]] = {
     "phi3": {"sliding_window": None, "rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096, "max_position_embeddings": 4096},
     "gemma2": _GEMMA | {"vocab_size": 256000, "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0},
     "gemma3_text": _GEMMA | {"vocab_size": 262208},
+    "deepseek_v3": {"num_key_value_heads": 128, "q_lora_rank": 1536, "first_k_dense_replace": 3, "n_routed_experts": 256, "n_group": 8,
+                    "topk_group": 4, "n_shared_experts": 1, "num_experts_per_tok": 8, "routed_scaling_factor": 2.5, "kv_lora_rank": 512,
+                    "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128, "moe_intermediate_size": 2048},
 }
 _HAS_BIAS_KEYS = {"llama": ("attention_bias", "mlp_bias"), "qwen3": ("attention_bias",), "qwen3_moe": ("attention_bias",),
                   "granite": ("attention_bias", "mlp_bias"), "olmo2": ("attention_bias",), "gemma2": ("attention_bias",),
-                  "gemma3": ("attention_bias",)}
+                  "gemma3": ("attention_bias",), "deepseek_v3": ("attention_bias",),
+                  "nemotron-nas": ("attention_bias", "mlp_bias"), "deci": ("attention_bias", "mlp_bias")}
 # Checkpoints of several models: the language model's config is inside, and its tensors' names begin with one of these.
 _NESTED = {"gemma3": "gemma3_text"}
 
@@ -47,39 +51,44 @@ class UnknownFamily(ValueError):
     """No row of the core's table is this architecture's."""
 
 
-def runtime_config(hf_config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """(family, flat config) for _core.Runtime.
+def runtime_config(hf_config: Mapping[str, Any], tensors: Iterable[str] = ()) -> tuple[str, dict[str, Any]]:
+    """(family, flat config) for _core.Runtime. tensors: names in the checkpoint, which say what those of the language model begin with.
 
     The flat dict has the keys of the family's row in _core.archs() ("config_keys"), and where layers differ layer_windows (tokens that
     each layer's queries see, 0 for all), layer_experts (whether it has experts) and layer_ropes (0: none, 1: the config's, 2: local).
     ValueError names the key and the value that cannot be computed, or that is not known.
     """
+    names = _names(tensors) if "text_config" in hf_config else {}
     hf_config = language_config(hf_config)
     row, model_type = _family(hf_config)
     family = row["family"]
     config = Config(hf_config, _ABSENT.get(model_type, {}))
-    flat: dict[str, Any] = {name: config.integer(name) for name in _SIZES}
-    flat["num_key_value_heads"] = config.integer("num_key_value_heads", None) or flat["num_attention_heads"]
-    flat["head_dim"] = _head_dim(config, flat)
+    flat: dict[str, Any] = {name: config.integer(name) for name in _SIZES if name != "intermediate_size" or "blocks" not in row["flags"]}
+    per_layer: dict[str, list[Any]] = {}
+    if "blocks" in row["flags"]:
+        per_layer = blocks(config, flat)
+    else:
+        flat["num_key_value_heads"] = config.integer("num_key_value_heads", None) or flat["num_attention_heads"]
+    flat |= family_config(config, row, flat)
+    if "latent" not in row["flags"]:
+        flat["head_dim"] = _head_dim(config, flat)
     flat["rms_norm_eps"] = config.real("rms_norm_eps", 1e-6)
     flat["tie_word_embeddings"] = config.boolean("tie_word_embeddings", False)
     for key in ("attention_bias", "mlp_bias"):
         flat[key] = key in _HAS_BIAS_KEYS.get(family if family == "gemma3" else model_type, ()) and config.boolean(key, False)
     flat["hidden_act"] = _activation(config, family)
     flat.update(rope_config(config, family, flat["head_dim"]))
-    flat.update(_factors(config, family, flat))
-    layer_experts = expert_config(config, row, flat)
+    layer_experts = latent_experts(config, flat) if "latent" in row["flags"] else expert_config(config, row, flat)
     windows = layer_windows(config, model_type, flat["num_hidden_layers"])
     config.refuse_unknown(family)
     flat["sliding_window"] = windows[0] if len(set(windows)) == 1 else 0
     known = {key: value for key, value in flat.items() if key in row["config_keys"] or key in ("rope_short_factor", "rope_long_factor")}
-    if len(set(windows)) > 1:
-        known["layer_windows"] = windows
-    if len(set(layer_experts)) > 1:
-        known["layer_experts"] = layer_experts
+    per_layer |= {"layer_windows": windows, "layer_experts": layer_experts}
     if "rope_local_theta" in flat:
-        known["layer_ropes"] = [2 if window else 1 for window in windows]
-    return family, known
+        per_layer["layer_ropes"] = [2 if window else 1 for window in windows]
+    known |= names
+    told = ("layer_ropes", "layer_attention", "layer_mlp")      # the others, where all layers are alike, the flat numbers say
+    return family, known | {key: values for key, values in per_layer.items() if len(set(values)) > 1 or (key in told and any(values))}
 
 
 def stated_dtype(hf_config: Mapping[str, Any]) -> str | None:
@@ -101,6 +110,14 @@ def language_config(hf_config: Mapping[str, Any]) -> Mapping[str, Any]:
         return hf_config
     outer = {key: hf_config[key] for key in ("tie_word_embeddings",) if key in hf_config}
     return {**outer, **inner, "model_type": inner.get("model_type", model_type), "architectures": hf_config.get("architectures")}
+
+
+def _names(tensors: Iterable[str]) -> dict[str, str]:
+    """Where the language model of a checkpoint of several has its tensors."""
+    end = "embed_tokens.weight"
+    root = next((name.removesuffix(end) for name in tensors if name.endswith("." + end) and "vision" not in name), "model.")
+    head = "language_model.lm_head" if root.startswith("language_model.") else "lm_head"
+    return {} if root == "model." else {"name_root": root, "name_head": head}
 
 
 def _archs() -> list[dict[str, Any]]:
@@ -141,16 +158,3 @@ def _activation(config: Config, family: str) -> str:
         config.get("hidden_act")
         return config.word("hidden_activation", known[0], known)
     return config.word("hidden_act", known[0], known)
-
-
-def _factors(config: Config, family: str, flat: dict[str, Any]) -> dict[str, Any]:
-    """What some families multiply by, and cap."""
-    if family == "granite":
-        keys = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
-        return {key: config.real(key, 1.0) for key in keys}
-    if family.startswith("gemma"):
-        config.only("use_bidirectional_attention", None, False)
-        caps = {key: config.real(key) for key in ("final_logit_softcapping", "attn_logit_softcapping") if config.get(key) is not None}
-        return caps | {"embedding_multiplier": math.sqrt(flat["hidden_size"]), "embedding_multiplier_rounded": True,
-                       "attention_multiplier": config.real("query_pre_attn_scalar") ** -0.5}
-    return {}

@@ -10,7 +10,8 @@ def convert_to_hugging_face(source: str | os.PathLike[str], out: str | os.PathLi
     """Write the model as config.json, safetensors and, where there is one, its tokenizer; returns the folder `out`.
 
     source: a folder of Megatron-LM or NeMo, a .nemo archive, a GGUF file (whose quantized tensors are written dequantized). Tensors keep
-    their dtype and bits. ValueError for a folder that is Hugging Face's already. Memory stays at one tensor.
+    their dtype and bits. max_shard_size, overwrite: as for `export_hf_checkpoint`. ValueError for a folder that is Hugging Face's already.
+    Memory stays at one tensor.
     """
     from modelq.checkpoint import open_checkpoint
     from modelq.checkpoint.folder import FolderCheckpoint

@@ -9,16 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from modelq.checkpoint import dialects
+from modelq.verify.errors import column_factor, compared, pieces
 
 if TYPE_CHECKING:
     from modelq.model import Model
 
 BINS = 48
-ROWS = 1024                 # of a weight, converted at a time
 QUANTILES = (0.5, 0.99, 0.9999)
-ALIKE = 0.04                # an error up to this is rounding; above it may be that of rows or columns that were scaled,
-EXPLAINED = 1.5             # if it is so many times smaller once they are scaled back
-OTHER_WEIGHT = 0.6          # an error above this is another weight: it was rotated
 E8M0_BIAS = 127
 
 
@@ -54,12 +51,9 @@ def weight_facts(before: Model, after: Model, row: dict[str, Any]) -> WeightFact
     checkpoint, name = after.checkpoint, row["weight"]
     layer = checkpoint.layers[row["name"]]
     was, now = before.checkpoint.read(name), checkpoint.read(name)
-    factor, note = column_factor(before, after, row)
-    error: float | None = relative_error(was, now, factor, checkpoint.low_rank(row["name"]))
-    if error > ALIKE and (scaled := scaled_error(was, now)) < error / EXPLAINED:
-        error, note = scaled, "up to scales of rows and columns, which went into its neighbours"
-    if error is not None and error > OTHER_WEIGHT:
-        error, note = None, "in another basis (rotated), so errors of single weights say nothing"
+    factor, note = column_factor(before.checkpoint, checkpoint, row["name"], _norm(after, row))
+    error, more = compared(was, now, factor, checkpoint.low_rank(row["name"]))
+    note = more or note
     parts = checkpoint.parts(row["name"])
     comparable = error is not None and not note.startswith("up to")
     seen = was if comparable else now       # in the scale in which it is quantized
@@ -77,71 +71,21 @@ def part_of(row: dict[str, Any]) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
-def column_factor(before: Model, after: Model, row: dict[str, Any]) -> tuple[np.ndarray | None, str]:
-    """float32 [in]: what a stored column stands for is so many times the original one, by a pre_quant_scale or the norm before it."""
-    scale = after.checkpoint.pre_quant_scale(row["name"])
-    if scale is not None:
-        return scale, "smoothed by a pre_quant_scale"
-    norm = next((other for other in after.modules_of(row["layer"], None) if other["kind"] == "norm" and other["site"] == row["site"]), None)
-    if norm is None:
-        return None, ""
-    stored, original = (model.checkpoint.read(norm["weight"]).astype(np.float32) for model in (after, before))
-    if np.array_equal(stored, original) or not original.all():
-        return None, ""
-    return stored / original, "smoothed by the norm before"
-
-
-def relative_error(was: np.ndarray, now: np.ndarray, factor: np.ndarray | None = None,
-                   low_rank: tuple[np.ndarray, np.ndarray] | None = None) -> float:
-    """Root mean square of the difference, as a share of the original's; a branch of low rank is added to what is stored."""
-    square, total, start = 0.0, 0.0, 0
-    for original, stored in _pieces(was, now):
-        if low_rank is not None:
-            stored += low_rank[1][start:start + ROWS].astype(np.float32) @ low_rank[0].astype(np.float32)
-            start += ROWS
-        if factor is not None:
-            stored *= factor
-        square += float(np.square(stored - original).sum(dtype=np.float64))
-        total += float(np.square(original).sum(dtype=np.float64))
-    return float(np.sqrt(square / total)) if total else 0.0
-
-
-def scaled_error(was: np.ndarray, now: np.ndarray) -> float:
-    """The error that is left by the best factor of each column, then of each row: smoothing that went into neighbours is such factors."""
-    products, squares = (np.zeros(was.shape[1], np.float64) for _ in range(2))
-    for original, stored in _pieces(was, now):
-        products += (original * stored).sum(axis=0, dtype=np.float64)
-        squares += np.square(original).sum(axis=0, dtype=np.float64)
-    columns = _factors(products, squares)
-    square = total = 0.0
-    for original, stored in _pieces(was, now):
-        stored = stored / columns
-        stored /= _factors((original * stored).sum(axis=1, keepdims=True), np.square(original).sum(axis=1, keepdims=True))
-        square += float(np.square(stored - original).sum(dtype=np.float64))
-        total += float(np.square(original).sum(dtype=np.float64))
-    return float(np.sqrt(square / total)) if total else 0.0
-
-
-def _factors(products: np.ndarray, squares: np.ndarray) -> np.ndarray:
-    found = products / np.maximum(squares, 1e-30)
-    return np.where(np.abs(found) < 1e-6, 1, found).astype(np.float32)
-
-
-def _pieces(*tensors: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
-    """Some rows of each at a time, float32."""
-    for start in range(0, len(tensors[0]), ROWS):
-        yield tuple(tensor[start:start + ROWS].astype(np.float32) for tensor in tensors)
+def _norm(model: Model, row: dict[str, Any]) -> str | None:
+    """The name of the weight of the norm whose output a linear reads."""
+    rows = model.modules_of(row["layer"], None)
+    return next((other["weight"] for other in rows if other["kind"] == "norm" and other["site"] == row["site"]), None)
 
 
 def distribution(weight: np.ndarray, factor: np.ndarray | None, clips: tuple[float, float, float] | None) -> Distribution:
     """Of a weight's magnitudes, in the scale in which it is stored."""
-    def pieces() -> Iterator[np.ndarray]:
-        for piece, in _pieces(weight):
+    def magnitudes() -> Iterator[np.ndarray]:
+        for piece, in pieces(weight):
             yield np.abs(piece if factor is None else piece / factor)
-    largest = max(float(piece.max()) for piece in pieces())
+    largest = max(float(piece.max()) for piece in magnitudes())
     fine = np.zeros(BINS * 256, np.int64)
     top = max(largest, 1e-30)
-    for piece in pieces():
+    for piece in magnitudes():
         fine += np.bincount(np.minimum((piece.ravel() * (len(fine) / top)).astype(np.int64), len(fine) - 1), minlength=len(fine))
     return summed(fine, top, largest, clips)
 

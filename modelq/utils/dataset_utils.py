@@ -13,7 +13,11 @@ from typing import Any
 import numpy as np
 
 from modelq.utils import texts, tokenize
+from modelq.utils.batch_size import get_max_batch_size
 from modelq.utils.hub_datasets import COMBOS, HUB_DATASETS
+
+__all__ = ["TokenBatches", "create_forward_loop", "get_dataset_dataloader", "get_dataset_samples", "get_max_batch_size",
+           "get_supported_datasets"]
 
 CHARS_PER_TOKEN = 5    # more than English has in any usual vocabulary, so that a document of a running text fills its sample
 PACK_OVERSAMPLING = 16

@@ -43,25 +43,13 @@ def _findings(export: Export) -> Any:
             return
 
 
-def dequantized_errors(directory: str | Path, source: str | Path) -> dict[str, float]:
+def dequantized_errors(directory: str | Path, source: str | Path) -> dict[str, float | None]:
     """Weight to the root mean square of (dequantized - original), as a share of the original's. Only of layers stored quantized.
 
-    directory: an exported folder; source: the checkpoint that it was made of.
-
-    Layers with a pre_quant_scale are left out: what they store is not the original weight.
+    What smoothing multiplied is divided again. None: the weight is in another basis (rotated), and its error says nothing.
     """
-    import numpy as np
-
     from modelq.checkpoint import open_checkpoint
+    from modelq.verify.errors import dequantized_error
 
-    errors = {}
     with open_checkpoint(directory) as stored, open_checkpoint(source) as original:
-        for module, layer in getattr(stored, "layers", {}).items():
-            name = f"{module}.weight"
-            if any("pre_quant_scale" in tensor for tensor in layer.tensors.values()):
-                continue
-            was = original.read(name).astype(np.float32)
-            errors[name] = float(np.sqrt(np.square(stored.read(name).astype(np.float32) - was).mean() / np.square(was).mean()))
-            stored.release([name])
-            original.release([name])
-    return errors
+        return {f"{module}.weight": dequantized_error(stored, original, module)[0] for module in getattr(stored, "layers", {})}

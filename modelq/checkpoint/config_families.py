@@ -1,0 +1,113 @@
+"""What only one family's config.json says: DeepSeek's latent attention and routing, Llama-Nemotron's blocks, Granite's factors."""
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from modelq.checkpoint.config_rope import mscale
+from modelq.checkpoint.config_values import Config
+
+FULL, NONE, LINEAR = range(3)       # MQ_BLOCK_* of csrc/model/arch.h
+_UNUSED = ("num_sink_tokens", "sparsify", "unshifted_sink", "use_prefill_window_in_sink_attention", "window_length")
+
+
+def family_config(config: Config, row: Mapping[str, Any], flat: dict[str, Any]) -> dict[str, Any]:
+    family = row["family"]
+    if family == "granite":
+        keys = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
+        return {key: config.real(key, 1.0) for key in keys}
+    if family.startswith("gemma"):
+        return _gemma(config, flat)
+    if "latent" in row["flags"]:
+        return _latent(config)
+    return {}
+
+
+def _gemma(config: Config, flat: dict[str, Any]) -> dict[str, Any]:
+    config.only("use_bidirectional_attention", None, False)
+    caps = {key: config.real(key) for key in ("final_logit_softcapping", "attn_logit_softcapping") if config.get(key) is not None}
+    return caps | {"embedding_multiplier": math.sqrt(flat["hidden_size"]), "embedding_multiplier_rounded": True,
+                   "attention_multiplier": config.real("query_pre_attn_scalar") ** -0.5}
+
+
+def _latent(config: Config) -> dict[str, Any]:
+    """DeepSeek-V3's attention. head_dim in config.json is that of the part that is turned."""
+    config.get("head_dim"), config.get("qk_head_dim")
+    turned, plain = config.integer("qk_rope_head_dim"), config.integer("qk_nope_head_dim")
+    heads = config.integer("num_attention_heads")
+    if config.integer("num_key_value_heads", heads) != heads:
+        raise ValueError(f"config.json: num_key_value_heads {config.get('num_key_value_heads')} is not supported beside "
+                         f"num_attention_heads {heads}: every head has its own keys")
+    scale = (plain + turned) ** -0.5
+    rope = config.get("rope_scaling") or config.get("rope_parameters", {})
+    if rope.get("rope_type", rope.get("type", "default")) != "default" and rope.get("mscale_all_dim"):
+        scale *= mscale(rope["factor"], rope["mscale_all_dim"]) ** 2
+    return {"head_dim": plain + turned, "value_head_dim": config.integer("v_head_dim"), "qk_rope_head_dim": turned,
+            "kv_lora_rank": config.integer("kv_lora_rank"), "q_lora_rank": config.integer("q_lora_rank", None) or 0,
+            "rope_interleaved": config.boolean("rope_interleave", True), "attention_multiplier": scale}
+
+
+def latent_experts(config: Config, flat: dict[str, Any]) -> list[bool]:
+    """DeepSeek-V3's experts: which layers have them, and in `flat` the rest."""
+    config.only("moe_layer_freq", 1)
+    config.only("topk_method", "noaux_tc")
+    config.only("scoring_func", "sigmoid")
+    config.get("num_local_experts")
+    layers, first = flat["num_hidden_layers"], config.integer("first_k_dense_replace", 0, 0)
+    experts = config.integer("n_routed_experts", 0, 0)
+    flat |= {"num_experts_per_tok": config.integer("num_experts_per_tok"), "norm_topk_prob": config.boolean("norm_topk_prob", True),
+             "moe_intermediate_size": config.integer("moe_intermediate_size"), "routing": "sigmoid",
+             "expert_groups": config.integer("n_group", 1), "expert_groups_kept": config.integer("topk_group", 1),
+             "routed_scaling_factor": config.real("routed_scaling_factor", 1.0), "num_experts": experts}
+    flat["shared_intermediate_size"] = flat["moe_intermediate_size"] * config.integer("n_shared_experts", 0, 0)
+    return [experts > 0 and layer >= first for layer in range(layers)]
+
+
+def blocks(config: Config, flat: dict[str, Any]) -> dict[str, list[int]]:
+    """Llama-Nemotron's layers: sizes of their own, halves that are not there, or linears in their place. In `flat` the largest sizes."""
+    given, layers, heads = config.get("block_configs"), config.integer("num_hidden_layers"), flat["num_attention_heads"]
+    config.get("num_key_value_heads"), config.get("intermediate_size")
+    if not isinstance(given, list) or len(given) != layers or not all(isinstance(block, Mapping) for block in given):
+        raise ValueError(f"config.json: block_configs must be a list of one dictionary for each of {layers} layers")
+    found: dict[str, list[int]] = {"layer_attention": [], "layer_mlp": [], "layer_kv_heads": [], "layer_intermediate_size": []}
+    for index, block in enumerate(given):
+        attention, ffn = (Config(block.get(part) or {}, {}, f"block_configs[{index}].{part}.") for part in ("attention", "ffn"))
+        found["layer_attention"].append(_kind(attention))
+        found["layer_mlp"].append(_kind(ffn))
+        found["layer_kv_heads"].append(_kv_heads(attention, heads) if found["layer_attention"][-1] == FULL else 0)
+        found["layer_intermediate_size"].append(_inner(ffn, flat["hidden_size"]) if found["layer_mlp"][-1] == FULL else 0)
+        for part in (attention, ffn):
+            part.refuse_unknown("nemotron_nas")
+        Config({key: value for key, value in block.items() if key not in ("attention", "ffn")}, {},
+               f"block_configs[{index}].").refuse_unknown("nemotron_nas")
+    flat["num_key_value_heads"] = max(found["layer_kv_heads"]) or heads
+    flat["intermediate_size"] = max(found["layer_intermediate_size"]) or flat["hidden_size"]
+    return found
+
+
+def _kind(part: Config) -> int:
+    for key in _UNUSED:
+        part.only(key, None)
+    if part.boolean("no_op", False):
+        kind = NONE
+    else:
+        kind = LINEAR if part.boolean("replace_with_linear", False) else FULL
+    for key in ("replace_with_linear", "n_heads_in_group", "ffn_mult", "intermediate_size"):
+        part.get(key)
+    return kind
+
+
+def _kv_heads(part: Config, heads: int) -> int:
+    group = part.integer("n_heads_in_group")
+    if heads % group:
+        raise ValueError(f"config.json: {part.prefix}n_heads_in_group {group} does not divide {heads} heads")
+    return heads // int(group)
+
+
+def _inner(part: Config, hidden: int) -> int:
+    """ffn_mult is of a hidden layer without gate, which has 3/2 of it; rounded up to 256 (modeling_decilm.py of the checkpoints)."""
+    if part.get("ffn_mult") is None:
+        return int(part.integer("intermediate_size"))
+    inner = int(2 * part.real("ffn_mult") * hidden / 3)
+    return -(-inner // 256) * 256
