@@ -57,12 +57,16 @@ MQ_DEVICE void weigh(float *scores, float *found)
 {
     const int lane = (int)threadIdx.x % MQ_WARP;
     const mq_larger larger = {};
-    float max = -INFINITY, sum = 0.0f;
-    for (int j = lane; j < KEYS; j += MQ_WARP) max = larger(max, scores[j]);
+    float own[KEYS / MQ_WARP], max = -INFINITY, sum = 0.0f;
+    for (int i = 0; i < KEYS / MQ_WARP; i++) {
+        own[i] = scores[i * MQ_WARP + lane];
+        max = larger(max, own[i]);
+    }
     for (int offset = 1; offset < MQ_WARP; offset <<= 1) max = larger(max, mq_exchange(max, offset));
-    for (int j = lane; j < KEYS; j += MQ_WARP) {
-        scores[j] = mq_exp(scores[j] - (max == -INFINITY ? 0.0f : max));
-        sum += scores[j];
+    for (int i = 0; i < KEYS / MQ_WARP; i++) {
+        own[i] = mq_exp(own[i] - (max == -INFINITY ? 0.0f : max));
+        scores[i * MQ_WARP + lane] = own[i];
+        sum += own[i];
     }
     sum = mq_lanes_sum(sum, MQ_WARP);
     if (lane != 0) return;

@@ -23,7 +23,7 @@ class Decoding:
     """tokens: what each sequence has been through. turn: grows with every `begin`, so that whoever began can tell that it is over."""
 
     def __init__(self, model: Model):
-        self.runtime = _core.Runtime(*runtime_config(model.checkpoint.config), model.runtime.compute)
+        self.runtime = _core.Runtime(*runtime_config(model.checkpoint.config, model.checkpoint.tensors), model.runtime.compute)
         for name, quantizer in model.connected.items():
             self.runtime.set_quantizer(name, quantizer)
         head = streaming.read_stored(model, model.runtime.head_tensors(), model.head_modules, pack=True)

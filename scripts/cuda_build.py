@@ -43,14 +43,15 @@ def run(commands: list[list[str]], jobs: int | None = None) -> None:
 
 
 def emulated(folder: Path, sanitize: bool = False, root: Path = ROOT, only: list[str] | None = None) -> Path:
-    """The library that g++ makes of root's kernels; only: of these files alone."""
+    """The library that g++ makes of root's kernels; only: these are compiled, and the other objects are there from before."""
     folder.mkdir(parents=True, exist_ok=True)
-    sources = [path for path in kernels(root) if only is None or path.name in only]
     extra = SANITIZERS if sanitize else []
     includes = [f"-I{root / 'cuda'}", f"-I{root / 'csrc'}"]
     commands, objects = [], []
-    for path in [*sources, *sorted((root / "cuda/shim").glob("*.cc")), *(root / name for name in CORE)]:
+    for path in [*kernels(root), *sorted((root / "cuda/shim").glob("*.cc")), *(root / name for name in CORE)]:
         objects.append(str(folder / f"{path.name}.o"))
+        if only is not None and path.name not in only:
+            continue
         language = ["gcc", "-std=c11"] if path.suffix == ".c" else ["g++", "-std=c++17", "-fno-exceptions", "-DMQ_CUDA_SHIM", "-x", "c++"]
         commands.append([*language, *GXX, *extra, *includes, "-c", str(path), "-o", objects[-1]])
     run(commands)

@@ -1,11 +1,12 @@
-"""Takes the barriers out of the CUDA kernels, one at a time, and sees whether the tests notice. Prints a line for each; exit code 1 if
-one was not noticed.
+"""Takes the barriers and the waits for copies out of the CUDA kernels, one at a time, and sees whether the tests notice. Prints a line for
+each; exit code 1 if one was not noticed.
 
     python scripts/cuda_mutants.py [FOLDER]
 """
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -14,8 +15,20 @@ from pathlib import Path
 import cuda_build
 
 ROOT = cuda_build.ROOT
-BARRIER = re.compile(r"__syncthreads\(\);")
-TESTS = "amax or histogram"     # the kernels with barriers
+BARRIER = re.compile(r"__syncthreads\(\);|mq_copy_wait\(\);")
+# File: the kernels that are compiled anew without its barriers (a header's are in them), and their tests.
+TESTS = {
+    "common.cuh": ("amax.cu", "test_cuda_emulated.py", "test_amax"),
+    "histogram.cu": ("histogram.cu", "test_cuda_emulated.py", "histogram"),
+    "rows.cuh": ("norm.cu", "test_cuda_operations.py", "rmsnorm"),
+    "columns.cu": ("columns.cu", "test_cuda_operations.py", "columns"),
+    "rotate.cuh": ("prepare.cu", "test_cuda_operations.py", "prepare"),
+    "embed.cu": ("embed.cu", "test_cuda_experts.py", "embed"),
+    "dispatch.cu": ("dispatch.cu", "test_cuda_experts.py", "dispatch"),
+    "attention.cu": ("attention.cu", "test_cuda_attention.py", "causal"),
+    "attention_step.cu": ("attention_step.cu", "test_cuda_attention.py", "past or many"),
+    "attention_backward.cu": ("attention_backward.cu", "test_cuda_attention.py", "test_backward"),
+}
 
 
 def barriers() -> list[tuple[Path, int]]:
@@ -25,33 +38,36 @@ def barriers() -> list[tuple[Path, int]]:
 
 
 def without(path: Path, place: int, folder: Path) -> Path:
-    """The emulated library of a copy of the sources that lacks that barrier."""
-    tree = folder / "tree"
+    """The emulated library, in which one file was compiled from a copy of the sources that lacks that barrier. The others lie in folder."""
+    tree, objects = folder / "tree", folder / "objects"
     shutil.rmtree(tree, ignore_errors=True)
     shutil.copytree(ROOT / "cuda", tree / "cuda")
     shutil.copytree(ROOT / "csrc", tree / "csrc")
+    shutil.copytree(objects, folder / "mutant", dirs_exist_ok=True)
     text = path.read_text()
     (tree / path.relative_to(ROOT)).write_text(text[:place] + BARRIER.sub("", text[place:], count=1))
-    return cuda_build.emulated(folder, root=tree)
+    return cuda_build.emulated(folder / "mutant", root=tree, only=[TESTS[path.name][0]])
 
 
-def is_noticed(library: Path) -> bool:
-    """Whether tests fail, and not for another reason than that they do."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "test_cuda_emulated.py", "-k", TESTS]
+def is_noticed(library: Path, file: str) -> bool:
+    """Whether tests fail, or crash for an index that is rubbish, and not for another reason."""
+    _, tests, chosen = TESTS[file]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", tests, "-k", chosen]
     environment = {**os.environ, "MODELQ_CUDA_EMULATED": str(library)}
     done = subprocess.run(command, cwd=ROOT / "tests", env=environment, capture_output=True, text=True)
-    if done.returncode not in (0, 1):
+    if done.returncode not in (0, 1, -signal.SIGSEGV):
         raise RuntimeError(f"{done.stdout}{done.stderr}")
-    return done.returncode == 1
+    return done.returncode != 0
 
 
 def main() -> int:
     missed = 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(sys.argv[1] if len(sys.argv) > 1 else temporary)
+        cuda_build.emulated(folder / "objects")
         for path, place in barriers():
             line = path.read_text().count("\n", 0, place) + 1
-            noticed = is_noticed(without(path, place, folder))
+            noticed = is_noticed(without(path, place, folder), path.name)
             missed += not noticed
             print(f"{path.relative_to(ROOT)}:{line} {'noticed' if noticed else 'NOT NOTICED'}", flush=True)
     return int(missed > 0)

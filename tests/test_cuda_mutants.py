@@ -14,4 +14,4 @@ def test_no_barrier_is_missed():
     done = subprocess.run([sys.executable, str(ROOT / "scripts/cuda_mutants.py")], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     kernels = sorted((ROOT / "cuda").glob("*.cu*"))
-    assert done.stdout.count(" noticed\n") == sum(path.read_text().count("__syncthreads();") for path in kernels) > 0
+    assert done.stdout.count(" noticed\n") >= sum(path.read_text().count("__syncthreads();") for path in kernels) > 0

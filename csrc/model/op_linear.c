@@ -88,15 +88,20 @@ int mq_linear_load(mq_linear_weight *weight, const mq_tensor *w, mq_gemm_kind ki
     return load(&weight->packed, w, kind, 0, name, err);
 }
 
-/* The numbers that the parts stand for, as of any other weight. */
-static int load_dequantized(mq_linear_weight *weight, const mq_stored_weight *stored, mq_gemm_kind kind,
-                            const char *name, mq_error *err)
+int mq_stored_numbers(const mq_stored_weight *stored, mq_tensor *out, const char *name, mq_error *err)
 {
-    mq_tensor numbers = mq_tensor_make(NULL, stored->dtype, 2, stored->shape);
-    const size_t nbytes = (size_t)mq_tensor_count(&numbers) * mq_dtype_size(stored->dtype);
-    numbers.data = mq_alloc(nbytes);
-    if (numbers.data == NULL) return mq_fail_memory(err, name, nbytes);
-    int rc = mq_block_dequantize(&stored->job, &stored->parts, &numbers, err);
+    *out = mq_tensor_make(NULL, stored->dtype, 2, stored->shape);
+    const size_t nbytes = (size_t)mq_tensor_count(out) * mq_dtype_size(stored->dtype);
+    out->data = mq_alloc(nbytes);
+    if (out->data == NULL) return mq_fail_memory(err, name, nbytes);
+    return mq_block_dequantize(&stored->job, &stored->parts, out, err);
+}
+
+static int load_numbers(mq_linear_weight *weight, const mq_stored_weight *stored, mq_gemm_kind kind, const char *name,
+                        mq_error *err)
+{
+    mq_tensor numbers;
+    int rc = mq_stored_numbers(stored, &numbers, name, err);
     if (rc == MQ_OK) rc = mq_linear_load(weight, &numbers, kind, name, err);
     mq_free(numbers.data);
     return rc;
@@ -106,7 +111,7 @@ int mq_linear_load_stored(mq_linear_weight *weight, const mq_stored_weight *stor
                           mq_error *err)
 {
     const mq_coded_matrix codes = mq_stored_codes(stored);
-    if (!mq_gemm_can_code(&codes)) return load_dequantized(weight, stored, kind, name, err);
+    if (!mq_gemm_can_code(&codes)) return load_numbers(weight, stored, kind, name, err);
     const size_t nbytes = mq_gemm_coded_size(kind, &codes);
     weight->packed.data = mq_alloc(nbytes);
     if (weight->packed.data == NULL) return mq_fail_memory(err, name, nbytes);
@@ -114,7 +119,7 @@ int mq_linear_load_stored(mq_linear_weight *weight, const mq_stored_weight *stor
     /* NaN and infinities are an error of the numbers' own; scales at the ends of float32 are none. */
     mq_free(weight->packed.data);
     weight->packed.data = NULL;
-    return load_dequantized(weight, stored, kind, name, err);
+    return load_numbers(weight, stored, kind, name, err);
 }
 
 int mq_linear_load_backward(mq_packed *packed, const mq_tensor *w, mq_gemm_kind kind, const char *name, mq_error *err)

@@ -165,6 +165,8 @@ int mq_linear_load(mq_linear_weight *weight, const mq_tensor *w, mq_gemm_kind ki
 /* The same from a quantized weight's parts, which stay codes wherever products can read them as codes. */
 int mq_linear_load_stored(mq_linear_weight *weight, const mq_stored_weight *stored, mq_gemm_kind kind, const char *name,
                           mq_error *err);
+/* What a quantized weight's parts stand for: the caller frees out->data, after a failure too. */
+int mq_stored_numbers(const mq_stored_weight *stored, mq_tensor *out, const char *name, mq_error *err);
 void mq_linear_free(mq_linear_weight *weight);
 
 /* out (N, O) = in (N, I) * weight^T + bias, or += if accumulate. dtype is of both. */
