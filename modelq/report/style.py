@@ -2,7 +2,7 @@
 
 # Ramps of ten steps whose lightness alone tells them apart.
 BLUES = ("#f3f7fb", "#dfeaf5", "#c8dcee", "#abcbe5", "#87b5da", "#6099ca", "#3877af", "#28629b", "#174a7c", "#0b335b")
-BROWNS = ("#fdf6ec", "#f9e8ce", "#f3d6a9", "#e9bf80", "#dba55b", "#c6883d", "#a96c28", "#89521b", "#693c13", "#4a290d")
+BROWNS = ("#fdf6ec", "#f9e8ce", "#f3d6a9", "#e9bf80", "#dba55b", "#c6883d", "#a46725", "#89521b", "#693c13", "#4a290d")
 # Okabe and Ito's colours; high precision has none.
 CATEGORIES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442")
 BLACK, WHITE = "#111111", "#ffffff"
