@@ -22,7 +22,7 @@ class Decoding:
     """tokens: what each sequence has been through. turn: grows with every `begin`, so that whoever began can tell that it is over."""
 
     def __init__(self, model: Model):
-        self.runtime = _core.Runtime(*runtime_config(model.checkpoint.config), model.runtime.compute)
+        self.runtime = _core.Runtime(*runtime_config(model.checkpoint.config, model.checkpoint.tensors), model.runtime.compute)
         for name, quantizer in model.connected.items():
             self.runtime.set_quantizer(name, quantizer)
         self.decoder = _core.Decoder(self.runtime, self._embedding(model), streaming.head_tensors(model))

@@ -1,7 +1,7 @@
 """How much of a model is left in another: both go over the same text, layer by layer side by side, and what they say is compared.
 
 Neither is ever whole in memory: held are both models' hidden states at one layer boundary, one layer of one of them, and at the end the
-logits of one window of each.
+logits of some tokens of each.
 """
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from modelq.progress import progress
 if TYPE_CHECKING:
     from modelq.model import Model
 
-ROWS = 64       # tokens whose distributions over the vocabulary are looked at together
+PIECE, ROWS = 128, 64       # tokens whose logits are computed, and whose distributions are looked at, together
+NOTHING = -1
 
 
 @dataclass
@@ -99,21 +100,34 @@ def _both(first: Model, second: Model, batches: Sequence[Batch], found: _Sums) -
         for index in range(len(batches)):
             left, right = (run.hidden(index)[0] for run in runs)
             found.hidden[layer + 1].append(np.linalg.norm(right - left, axis=-1) / np.maximum(np.linalg.norm(left, axis=-1), 1e-30))
+    pieces = [batch.ids[:, start:start + PIECE] for batch in batches for start in range(0, batch.ids.shape[1], PIECE)]
+    targets = np.concatenate([np.append(batch.ids[0, 1:], NOTHING) for batch in batches])
+    tails = [_tail(model, run, pieces) for model, run in zip((first, second), runs)]
+    del runs
     heads = [streaming.head_tensors(model) for model in (first, second)]
-    for index, batch in progress(list(enumerate(batches)), "compare", unit="window"):
-        _distributions([run.logits(index, head)[0] for run, head in zip(runs, heads)], batch.ids[0], found)
+    for index, piece in progress(list(enumerate(pieces)), "compare", unit="piece"):
+        _distributions([tail.logits(index, head)[0] for tail, head in zip(tails, heads)], targets[:piece.size], found)
+        targets = targets[piece.size:]
 
 
-def _distributions(logits: list[np.ndarray], ids: np.ndarray, found: _Sums) -> None:
-    """Of one window: float32 [T, V] of each model, int64 [T]."""
-    targets = ids[1:]
-    for start in range(0, len(targets), ROWS):
-        rows = slice(start, min(start + ROWS, len(targets)))
+def _tail(model: Model, run: Any, pieces: Sequence[np.ndarray]) -> Any:
+    """A run that stands behind the last layer like the one given, in pieces: behind the layers, each token is by itself, and logits of
+    whole windows would be the largest thing in memory."""
+    tail = model.runtime.start(pieces)
+    tail.restore(run.state(), model.num_layers)
+    return tail
+
+
+def _distributions(logits: list[np.ndarray], targets: np.ndarray, found: _Sums) -> None:
+    """Of one piece: float32 [T, V] of each model, and the tokens that come next, int64 [T], NOTHING behind the last."""
+    known = targets != NOTHING
+    for start in range(0, int(known.sum()), ROWS):
+        rows = slice(start, min(start + ROWS, int(known.sum())))
         left, right = (log_softmax(one[rows]) for one in logits)
         found.divergences.append((np.exp(left) * (left - right)).sum(axis=-1, dtype=np.float64))
         found.agreeing += int((left.argmax(axis=-1) == right.argmax(axis=-1)).sum())
         found.losses -= [side[np.arange(len(side)), targets[rows]].sum(dtype=np.float64) for side in (left, right)]
-    found.positions += len(targets)
+    found.positions += int(known.sum())
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -23,6 +23,12 @@ def foreign_tensors(model: Any) -> dict[str, None]:
     if getattr(model, "runtime", None) is None or getattr(model, "weights_only", False):
         return {}
     own = {row[what] for row in model.modules for what in ("weight", "bias")}
-    tied = bool(model.config.get("tie_word_embeddings"))
     return {name: None for name in model.checkpoint.tensors
-            if name not in own and not name.endswith(NOT_WRITTEN) and not (tied and name == "lm_head.weight")}
+            if name not in own and not name.endswith(NOT_WRITTEN) and not (name.endswith("lm_head.weight") and ties(model))}
+
+
+def ties(model: Any) -> bool:
+    """Whether a model's head is its embedding: config.json may leave it to what the family does."""
+    runtime = getattr(model, "runtime", None)
+    numbers = getattr(runtime, "config", {}) if not getattr(model, "weights_only", False) else {}
+    return bool(numbers.get("tie_word_embeddings", model.config.get("tie_word_embeddings")))

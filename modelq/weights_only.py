@@ -68,7 +68,7 @@ def runtime_of(checkpoint: Any, compute: str, weights_only: bool = False) -> Any
     if weights_only:
         return WeightsOnly(checkpoint, compute, f"{checkpoint.path} was opened for its weights alone")
     try:
-        runtime = _core.Runtime(*runtime_config(checkpoint.config), compute)
+        runtime = _core.Runtime(*runtime_config(checkpoint.config, checkpoint.tensors), compute)
     except UnknownFamily:
         named = (checkpoint.config.get("architectures") or [None])[0]
         return WeightsOnly(checkpoint, compute, f"{checkpoint.path}: modelq computes no models of type "

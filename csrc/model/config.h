@@ -11,6 +11,7 @@ typedef enum mq_activation { MQ_ACT_SILU, MQ_ACT_GELU_TANH, MQ_ACT_SWIGLU_CLAMPE
 typedef enum mq_routing { MQ_ROUTING_SOFTMAX, MQ_ROUTING_SIGMOID } mq_routing;
 
 enum { MQ_ROPE_FACTORS = 512 };     /* frequencies of a head, at most */
+enum { MQ_NAME_ROOT = 32 };
 
 typedef struct mq_config {
 #define MQ_CONFIG_INT(name, fallback) int64_t name;
@@ -22,6 +23,7 @@ typedef struct mq_config {
 #undef MQ_CONFIG_NAME
     float rope_short_factor[MQ_ROPE_FACTORS], rope_long_factor[MQ_ROPE_FACTORS];    /* longrope: of wavelengths */
     int64_t rope_factors;           /* how many there are */
+    char name_root[MQ_NAME_ROOT], name_head[MQ_NAME_ROOT];  /* what names of tensors begin with; "" = as usual */
 } mq_config;
 
 #define MQ_REQUIRED INT64_MIN

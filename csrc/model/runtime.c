@@ -13,14 +13,21 @@ static void set_name(char *out, const char *prefix, const char *name, const char
     snprintf(out, MQ_NAME_SIZE, "%s%s%s", prefix, name, suffix);
 }
 
+/* A language model inside another has names of its own. */
+static const char *root_of(const mq_config *config)
+{
+    return config->name_root[0] != '\0' ? config->name_root : "model.";
+}
+
 static void add_outer(mq_runtime *runtime, mq_role role, mq_module_kind kind, const char *name, int64_t rows,
                       int64_t cols)
 {
     mq_module *module = &runtime->modules[runtime->module_count++];
     *module = (mq_module){.role = role, .kind = kind, .layer = -1, .expert = -1, .shape = {rows, cols},
                           .ndim = cols > 0 ? 2 : 1};
-    set_name(module->name, "", name, "");
-    set_name(module->weight, "", name, ".weight");
+    const char *root = role == MQ_ROLE_HEAD ? "" : root_of(&runtime->config);
+    set_name(module->name, root, name, "");
+    set_name(module->weight, root, name, ".weight");
 }
 
 /* prefix, then text with the number of the expert in the place of #, then suffix. */
@@ -36,8 +43,8 @@ static void add_layer_module(mq_runtime *runtime, int64_t index, const mq_layer_
 {
     const mq_config *config = &runtime->config;
     mq_module *module = &runtime->modules[runtime->module_count++];
-    char prefix[32];
-    snprintf(prefix, sizeof prefix, "model.layers.%d.", (int)index);
+    char prefix[MQ_NAME_ROOT + 24];
+    snprintf(prefix, sizeof prefix, "%slayers.%d.", root_of(config), (int)index);
     *module = (mq_module){
         .role = row->role, .kind = row->kind, .layer = index, .expert = expert,
         .ndim = row->cols == MQ_DIM_NONE ? 1 : 2,
@@ -118,17 +125,18 @@ static int add_modules(mq_runtime *runtime, const mq_per_layer *layers, mq_error
     runtime->layer_start = mq_alloc_array((size_t)config->num_hidden_layers + 1, sizeof *runtime->layer_start);
     if (runtime->modules == NULL || runtime->by_name == NULL || runtime->layer_start == NULL)
         return mq_fail_memory(err, "the list of modules", total * sizeof *runtime->modules);
-    add_outer(runtime, MQ_ROLE_EMBED, MQ_MODULE_EMBEDDING, "model.embed_tokens", config->vocab_size,
+    add_outer(runtime, MQ_ROLE_EMBED, MQ_MODULE_EMBEDDING, "embed_tokens", config->vocab_size,
               config->hidden_size);
     for (int64_t i = 0; i < config->num_hidden_layers; i++) {
         runtime->layer_start[i] = runtime->module_count;
         add_layer(runtime, i, layers);
     }
     runtime->layer_start[config->num_hidden_layers] = runtime->module_count;
-    add_outer(runtime, MQ_ROLE_FINAL_NORM, MQ_MODULE_NORM, "model.norm", config->hidden_size, 0);
-    add_outer(runtime, MQ_ROLE_HEAD, MQ_MODULE_LINEAR, "lm_head", config->vocab_size, config->hidden_size);
+    add_outer(runtime, MQ_ROLE_FINAL_NORM, MQ_MODULE_NORM, "norm", config->hidden_size, 0);
+    const char *head_name = config->name_head[0] != '\0' ? config->name_head : "lm_head";
+    add_outer(runtime, MQ_ROLE_HEAD, MQ_MODULE_LINEAR, head_name, config->vocab_size, config->hidden_size);
     mq_module *head = &runtime->modules[runtime->module_count - 1];
-    set_name(head->site, "", "lm_head.input", "");
+    set_name(head->site, "", head_name, ".input");
     if (config->tie_word_embeddings) set_name(head->weight, "", runtime->modules[0].weight, "");
     return MQ_OK;
 }
@@ -334,6 +342,7 @@ float *mq_read_norm(const mq_runtime *runtime, const mq_tensor *tensor, const ch
 static int load_module(mq_runtime *runtime, const mq_module *module, const mq_named_tensor *tensors, size_t count,
                        mq_error *err)
 {
+    mq_elsewhere *there = runtime->elsewhere;
     mq_layer *layer = &runtime->layers[module->layer];
     mq_linear *linear = &layer->linears[module->role];
     const mq_tensor *weight = mq_find_tensor(tensors, count, module->weight, module->shape, module->ndim, err);
@@ -342,13 +351,15 @@ static int load_module(mq_runtime *runtime, const mq_module *module, const mq_na
         layer->norms[module->role] = module->kind == MQ_MODULE_NORM
                                          ? mq_read_norm(runtime, weight, module->weight, err)
                                          : mq_read_vector(weight, MQ_F32, module->weight, err);
-        return layer->norms[module->role] == NULL ? err->code : MQ_OK;
+        if (layer->norms[module->role] == NULL) return err->code;
+        return there == NULL ? MQ_OK : there->load(there, runtime, module, NULL, layer->norms[module->role], err);
     }
     if (module->bias[0] != '\0') {
         const mq_tensor *bias = mq_find_tensor(tensors, count, module->bias, module->shape, 1, err);
         if (bias != NULL) linear->weight.bias = mq_read_vector(bias, runtime->dtype, module->bias, err);
         if (linear->weight.bias == NULL) return err->code;
     }
+    if (there != NULL) return there->load(there, runtime, module, weight, linear->weight.bias, err);
     return mq_linear_load(&linear->weight, weight, runtime->gemm, module->weight, err);
 }
 
@@ -425,6 +436,7 @@ static mq_linear_weight *expert_weight(mq_runtime *runtime, int64_t layer, int i
 
 void mq_runtime_drop_expert(mq_runtime *runtime, int64_t layer)
 {
+    if (runtime->elsewhere != NULL) runtime->elsewhere->drop_expert(runtime->elsewhere);
     for (int i = 0; i < MQ_EXPERT_LINEARS; i++) mq_linear_free(expert_weight(runtime, layer, i));
 }
 
@@ -458,6 +470,11 @@ int mq_runtime_load_low_rank(mq_runtime *runtime, const mq_module *module, const
                        module->name, (long long)linear->cols, (long long)linear->rows,
                        mq_tensor_describe(down, have, sizeof have), mq_tensor_describe(up, other, sizeof other));
     drop_low_rank(linear);
+    if (runtime->elsewhere != NULL) {
+        const int there = runtime->elsewhere->load_low_rank(runtime->elsewhere, module, down, up, err);
+        if (there == MQ_OK) runtime->rank = MQ_MAX(runtime->rank, rank);
+        return there;
+    }
     int rc = mq_linear_load(&linear->down, down, runtime->gemm, module->name, err);
     if (rc == MQ_OK) rc = mq_linear_load(&linear->up, up, runtime->gemm, module->name, err);
     if (rc != MQ_OK) drop_low_rank(linear);
@@ -468,6 +485,7 @@ int mq_runtime_load_low_rank(mq_runtime *runtime, const mq_module *module, const
 void mq_runtime_drop_layer(mq_runtime *runtime, int64_t index)
 {
     mq_layer *layer = &runtime->layers[index];
+    if (runtime->elsewhere != NULL) runtime->elsewhere->drop_layer(runtime->elsewhere, index);
     for (int role = 0; role < MQ_ROLE_COUNT; role++) {
         drop_low_rank(&layer->linears[role]);
         mq_linear_free(&layer->linears[role].weight);

@@ -41,6 +41,18 @@ static void set_default(mq_config *config, const mq_config_key *key)
     else mq_config_set_word(config, key, key->word, NULL);
 }
 
+static int read_name(PyObject *dict, const char *name, char *out)
+{
+    PyObject *given = lookup(dict, name);
+    if (given == NULL) return PyErr_Occurred() ? -1 : 0;
+    Py_ssize_t length = 0;
+    const char *text = PyUnicode_AsUTF8AndSize(given, &length);
+    if (text != NULL && length < MQ_NAME_ROOT) memcpy(out, text, (size_t)length + 1);
+    else if (text != NULL) PyErr_Format(PyExc_ValueError, "config: %s %R is too long", name, given);
+    Py_DECREF(given);
+    return PyErr_Occurred() ? -1 : 0;
+}
+
 /* dict[name], numbers > 0, as many as the others that came before. */
 static int read_factors(PyObject *dict, const char *name, float *out, int64_t *count)
 {
@@ -78,6 +90,8 @@ static int read_config(PyObject *dict, mq_config *config)
         Py_XDECREF(value);
         if (rc < 0) return -1;
     }
+    if (read_name(dict, "name_root", config->name_root) < 0 || read_name(dict, "name_head", config->name_head) < 0)
+        return -1;
     if (read_factors(dict, "rope_short_factor", config->rope_short_factor, &config->rope_factors) < 0 ||
         read_factors(dict, "rope_long_factor", config->rope_long_factor, &config->rope_factors) < 0)
         return -1;

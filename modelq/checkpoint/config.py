@@ -7,7 +7,7 @@ is the core's table (_core.archs()).
 """
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from modelq.checkpoint.config_families import blocks, family_config, latent_experts
@@ -51,13 +51,14 @@ class UnknownFamily(ValueError):
     """No row of the core's table is this architecture's."""
 
 
-def runtime_config(hf_config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """(family, flat config) for _core.Runtime.
+def runtime_config(hf_config: Mapping[str, Any], tensors: Iterable[str] = ()) -> tuple[str, dict[str, Any]]:
+    """(family, flat config) for _core.Runtime. tensors: names in the checkpoint, which say what those of the language model begin with.
 
     The flat dict has the keys of the family's row in _core.archs() ("config_keys"), and where layers differ layer_windows (tokens that
     each layer's queries see, 0 for all), layer_experts (whether it has experts) and layer_ropes (0: none, 1: the config's, 2: local).
     ValueError names the key and the value that cannot be computed, or that is not known.
     """
+    names = _names(tensors) if "text_config" in hf_config else {}
     hf_config = language_config(hf_config)
     row, model_type = _family(hf_config)
     family = row["family"]
@@ -85,6 +86,7 @@ def runtime_config(hf_config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     per_layer |= {"layer_windows": windows, "layer_experts": layer_experts}
     if "rope_local_theta" in flat:
         per_layer["layer_ropes"] = [2 if window else 1 for window in windows]
+    known |= names
     told = ("layer_ropes", "layer_attention", "layer_mlp")      # the others, where all layers are alike, the flat numbers say
     return family, known | {key: values for key, values in per_layer.items() if len(set(values)) > 1 or (key in told and any(values))}
 
@@ -108,6 +110,14 @@ def language_config(hf_config: Mapping[str, Any]) -> Mapping[str, Any]:
         return hf_config
     outer = {key: hf_config[key] for key in ("tie_word_embeddings",) if key in hf_config}
     return {**outer, **inner, "model_type": inner.get("model_type", model_type), "architectures": hf_config.get("architectures")}
+
+
+def _names(tensors: Iterable[str]) -> dict[str, str]:
+    """Where the language model of a checkpoint of several has its tensors."""
+    end = "embed_tokens.weight"
+    root = next((name.removesuffix(end) for name in tensors if name.endswith("." + end) and "vision" not in name), "model.")
+    head = "language_model.lm_head" if root.startswith("language_model.") else "lm_head"
+    return {} if root == "model." else {"name_root": root, "name_head": head}
 
 
 def _archs() -> list[dict[str, Any]]:

@@ -97,7 +97,7 @@ def _modules(source: Any) -> list[tuple[str, str]]:
     from modelq.checkpoint.matrices import rows_of
 
     try:
-        rows = list(_core.Runtime(*runtime_config(source.config), "bfloat16").modules)
+        rows = list(_core.Runtime(*runtime_config(source.config, source.tensors), "bfloat16").modules)
     except (TypeError, ValueError):
         rows = []
     known = {row["weight"] for row in rows}

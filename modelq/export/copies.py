@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from modelq.checkpoint.base import TensorInfo
-from modelq.foreign import NOT_WRITTEN, foreign_tensors
+from modelq.foreign import NOT_WRITTEN, foreign_tensors, ties
 
 FLOATS = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 LINEAR_LIKE = ("linear", "router", "head")      # of `modelq.foreign.others_of`: what engines may make a linear of
@@ -22,10 +22,9 @@ def planned_copies(model: Any, linears: Mapping[str, str], dtype: str) -> tuple[
     """
     known, copies, order = not getattr(model, "weights_only", False), {}, []
     foreign = set(model.checkpoint.tensors) if not known else set(foreign_tensors(model)) | _vectors(model)
-    tied = bool(model.config.get("tie_word_embeddings"))
     untied = {weight: key for key, weight in linears.items() if weight != key}
     for name, info in model.checkpoint.tensors.items():
-        if known and (name.endswith(NOT_WRITTEN) or (tied and name == "lm_head.weight")):
+        if known and (name.endswith(NOT_WRITTEN) or (name.endswith("lm_head.weight") and ties(model))):
             continue
         order.append(name)
         if name not in linears:

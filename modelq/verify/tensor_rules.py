@@ -89,7 +89,7 @@ def _shapes_of_config(export: Export) -> dict[str, tuple[int, ...]]:
     from modelq.checkpoint.config import runtime_config
 
     try:
-        modules = _core.Runtime(*runtime_config(export.checkpoint.config), "bfloat16").modules
+        modules = _core.Runtime(*runtime_config(export.checkpoint.config, export.checkpoint.tensors), "bfloat16").modules
     except (TypeError, ValueError):      # a family that modelq does not run: nothing to compare with
         return {}
     return {row["name"]: tuple(row["shape"]) for row in modules if row["kind"] == "linear" and row["weight"] == f"{row['name']}.weight"}

@@ -164,3 +164,80 @@ def test_formats_are_searched(name, tmp_path):
                                  forward_step=lambda model, batch: model(**batch), loss_func=lambda output, batch: output.loss)
     scores = [score for stats in state["candidate_stats"].values() for score in stats["scores"]]
     assert np.isfinite(scores).all() and max(scores) > 0
+
+
+def test_language_model_inside_another(tmp_path):
+    """Gemma 3's checkpoints hold a vision tower too: it is copied to the bit, and names stay those of the Hub."""
+    import transformers as tf
+    text = {**MODELS["gemma3"][1], "vocab_size": 64}
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    torch.manual_seed(0)
+    theirs = tf.Gemma3ForConditionalGeneration(tf.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)).eval().float()
+    folder = save(theirs, tmp_path / "source")
+    model = modelq.load(folder, compute="float32")
+    ids, left, _ = inputs()
+    with torch.no_grad():
+        wanted = theirs(input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(left),
+                        token_type_ids=torch.zeros(ids.shape, dtype=torch.long)).logits.numpy()
+    seen = left.astype(bool)
+    np.testing.assert_allclose(model(ids, attention_mask=left).logits[seen], wanted[seen], rtol=0, atol=LOGITS)
+    mtq.quantize(model, mtq.FP8_DEFAULT_CFG, lambda model: model(ids))
+    export_hf_checkpoint(model, export_dir=tmp_path / "export")
+    before, after = (load_raw(path / "model.safetensors") for path in (folder, tmp_path / "export"))
+    assert set(before) <= set(after) | {"lm_head.weight"}
+    towers = [name for name in before if "vision_tower" in name or "multi_modal" in name]
+    assert len(towers) > 10 and all(np.array_equal(before[name], after[name]) for name in towers)
+    quantized = [name for name in after if name.endswith("weight_scale")]
+    assert len(quantized) == 7 * 4 and all(".layers." in name and "language_model" in name for name in quantized)
+    again = modelq.load(tmp_path / "export", compute="float32")
+    assert np.linalg.norm(again(ids).logits - model(ids).logits) < 0.03 * np.linalg.norm(model(ids).logits)
+
+
+def load_raw(path):
+    from safetensors.torch import load_file as load
+    return {name: tensor.view(torch.uint8).numpy() if tensor.ndim else tensor.float().numpy() for name, tensor in load(path).items()}
+
+
+# Keys whose value is a shape, or a spelling, that other keys repeat.
+REPEATED = {"layer_types", "_sliding_window_pattern", "sliding_window_pattern", "sliding_window", "use_sliding_window", "max_window_layers",
+            "head_dim", "qk_head_dim", "num_local_experts", "partial_rotary_factor", "original_max_position_embeddings"}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_key_counts_or_is_refused(name):
+    """Each key of config.json changed: the runtime's numbers change, or it is refused by name, unless it is one that changes no forward."""
+    import transformers as tf
+    from modelq.checkpoint.config import runtime_config
+    from modelq.checkpoint.config_values import HARMLESS
+    kind, arguments = MODELS[name]
+    config = getattr(tf, kind)(**arguments).to_dict()
+    config["architectures"] = [next(row["architectures"][0] for row in core.archs() if row["family"] == name.split()[0])]
+    plain, silent = runtime_config(config), []
+    for key, value in config.items():
+        if key in HARMLESS | REPEATED:
+            continue
+        for other in changed(value):
+            try:
+                if runtime_config({**config, key: other}) == plain:
+                    silent.append((key, value, other))
+            except ValueError as error:
+                assert any(word in str(error) for word in (key, "num_attention_heads", "groups", "layer_types")), (key, error)
+    assert not silent
+    with pytest.raises(ValueError, match="query_scale is 2.0, which is not known"):
+        runtime_config(config | {"query_scale": 2.0})
+
+
+def changed(value):
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, int):
+        return [value + 2]
+    if isinstance(value, float):
+        return [value * 2]
+    if isinstance(value, str):
+        return ["another"]
+    if isinstance(value, dict):
+        return [{**value, key: other} for key, item in value.items() for other in changed(item)] + [{**value, "unknown": 3}]
+    if isinstance(value, list):
+        return [[*value[:-1], value[-1] + 1]] if value and isinstance(value[-1], int) else [["another"]]
+    return [3.0]
