@@ -296,9 +296,9 @@ typedef struct held_product {
 static held_product hold(const mq_lt_problem *problem, const mq_lt_places *places)
 {
     held_product held = {*problem->desc, {*problem->a, *problem->b, *problem->c, *problem->d}, 0, 0, *places};
-    const size_t nbytes = sizeof(float);   /* all scale types that are supported */
-    memcpy(&held.alpha, places->alpha, nbytes);
-    memcpy(&held.beta, places->beta, nbytes);
+    if (held.desc.pointer_mode == CUBLASLT_POINTER_MODE_DEVICE) return held;
+    memcpy(&held.alpha, places->alpha, sizeof(float));      /* all scale types that are supported */
+    memcpy(&held.beta, places->beta, sizeof(float));
     return held;
 }
 
@@ -307,8 +307,10 @@ static cudaError_t multiply_held(const held_product *held)
     const mq_lt_problem problem = {&held->desc, &held->layouts[0], &held->layouts[1], &held->layouts[2],
                                    &held->layouts[3]};
     mq_lt_places places = held->places;
-    places.alpha = &held->alpha;
-    places.beta = &held->beta;
+    if (held->desc.pointer_mode != CUBLASLT_POINTER_MODE_DEVICE) {
+        places.alpha = &held->alpha;
+        places.beta = &held->beta;
+    }
     return mq_lt_multiply(&problem, &places) == CUBLAS_STATUS_SUCCESS ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
