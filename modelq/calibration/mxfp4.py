@@ -46,15 +46,15 @@ class KeptBlocks:
 def keep_mxfp4(model: Model) -> dict[str, KeptBlocks]:
     """Give the weights that are stored in MXFP4, and are to become NVFP4, static blocks; module to what scales them. An expert's gate and
     up, which have one quantizer, are two modules here."""
-    layers = getattr(model.checkpoint, "layers", {})
-    stored = [row for row in model.modules if row["name"] in layers and layers[row["name"]].scheme == "mxfp4"]
+    layers, stacked = getattr(model.checkpoint, "layers", {}), getattr(model.checkpoint, "in_mxfp4", ())
+    stored = [row for row in model.modules if row["name"] in stacked or (row["name"] in layers and layers[row["name"]].scheme == "mxfp4")]
     wanted = [row for row in stored if _becomes_nvfp4(model.settings.get(place_of(model, f"{row['name']}.weight_quantizer").name))
               or row["name"] in model.kept_blocks]
     if not wanted:
         return {}
     settings, quantizers, kept = dict(model.settings), dict(model.quantizers), {}
     for rows in _together(wanted):
-        largest = max(largest_exponent(model.checkpoint.parts(row["name"])) for row in rows)
+        largest = max(largest_exponent(model.checkpoint, row["name"]) for row in rows)
         for row in rows:
             kept[row["name"]] = KeptBlocks(model.checkpoint, row["name"], largest)
             name = place_of(model, f"{row['name']}.weight_quantizer").name
@@ -89,9 +89,10 @@ def _with_static_blocks(setting: Setting) -> Setting:
     return replace(setting, attributes=replace(attributes, block_sizes={**(attributes.block_sizes or {}), "type": "static"}))
 
 
-def largest_exponent(parts: Any) -> int:
-    """K of one weight, by its parts in MXFP4; blocks of scale 0 hold nothing and do not count."""
-    scales = parts["weight_scale"]
+def largest_exponent(checkpoint: Any, module: str) -> int:
+    """K of one weight; blocks of scale 0 hold nothing and do not count."""
+    stack = getattr(checkpoint, "stack_scales", None)     # experts in one tensor have one second-level scale
+    scales = checkpoint.parts(module)["weight_scale"] if stack is None else stack(module)
     return int(scales.max(initial=0)) - BIAS if scales.any() else 0
 
 
