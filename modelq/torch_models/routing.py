@@ -12,8 +12,9 @@ import torch
 def onlooking(model: torch.nn.Module, ratio: float | None) -> Iterator[None]:
     """Within it every block of experts computes twice: with so large a share of its experts for each token, whose result nobody sees, and
     as it is (Model Optimizer's way). None: once. A block is a module with `experts` and a `gate` that has `top_k`."""
-    blocks = [] if ratio is None else [module for module in model.modules() if isinstance(getattr(module, "experts", None), torch.nn.Module)
-                                       and isinstance(getattr(getattr(module, "gate", None), "top_k", None), int)]
+    blocks = [] if ratio is None else [
+        module for module in model.modules() if isinstance(getattr(module, "experts", None), torch.nn.Module)
+        and isinstance(getattr(getattr(module, "gate", None), "top_k", None), int)]
     for block in blocks:
         block.forward = _twice(block, block.forward, ratio or 1.0)
     try:
@@ -25,7 +26,8 @@ def onlooking(model: torch.nn.Module, ratio: float | None) -> Iterator[None]:
 
 def _twice(block: Any, forward: Callable[..., Any], ratio: float) -> Callable[..., Any]:
     own = block.gate.top_k
-    experts = next((found for part in (block.gate, block.experts, block) if isinstance(found := getattr(part, "num_experts", None), int)), own)
+    counts = [getattr(part, "num_experts", None) for part in (block.gate, block.experts, block)]
+    experts = next((count for count in counts if isinstance(count, int)), own)
 
     def both(*arguments: Any, **named: Any) -> Any:
         block.gate.top_k = max(own, round(experts * ratio))
