@@ -16,6 +16,7 @@ from interrupting import interrupt, moments
 from modelq.export import export_hf_checkpoint
 from test_resume import everything, same
 
+pytestmark = pytest.mark.slow
 SOME = 0 if os.environ.get("MODELQ_EVERY_LINE") == "1" else 12
 CONFIGS = {
     "FP8": mtq.FP8_DEFAULT_CFG, "AWQ": mtq.INT4_AWQ_CFG, "GPTQ": mtq.INT4_GPTQ_CFG, "SVDQUANT": mtq.NVFP4_SVDQUANT_DEFAULT_CFG,

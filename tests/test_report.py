@@ -188,7 +188,7 @@ def test_colors_can_be_read():
     for color in (*BLUES, *BROWNS, *CATEGORIES):
         assert contrast(color, text_on(color)) >= 4.5, color
     for ramp in (BLUES, BROWNS):
-        assert all(luminance(one) > 1.15 * luminance(other) for one, other in zip(ramp, ramp[1:]))
+        assert all(luminance(one) > 1.12 * luminance(other) for one, other in zip(ramp, ramp[1:]))
     themes = re.findall(r"--paper:(#\w+);--ink:(#\w+);--soft:(#\w+)", CSS)
     assert len(themes) == 2
     for paper, *texts in themes:
