@@ -111,7 +111,7 @@ def test_gradients(name, rotate):
         quantizer.pre_quant_scale, quantizer.core.rotate = np.linspace(0.5, 2, 64, dtype=np.float32), rotate
     made = there.gradient(CudaArray(g), CudaArray(x))
     assert isinstance(made, CudaArray) and bits(made.host) == bits(here.gradient(g, x))
-    assert (made.host == 0).any() and not (made.host == 0).all()
+    assert rotate or ((made.host == 0).any() and not (made.host == 0).all())      # what was clipped
 
 
 def test_numbers_that_change_are_seen():
