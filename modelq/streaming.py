@@ -18,7 +18,7 @@ from modelq.progress import progress
 from modelq.quantizers import Found, block_extents, found_values, make_quantizer, set_found_values, stage_quantizers
 from modelq.rules import stages
 from modelq.smoothing import as_loaded, norm_scales, own_scale, own_weight, stated_weight, times_norm
-from modelq.stated import stated_weight_amax
+from modelq.stated import as_divided, of_stack, stacks_of, stated_weight_amax
 
 if TYPE_CHECKING:
     from modelq.model import Model
@@ -183,8 +183,9 @@ def fake_quantize(model: Model, module: dict[str, Any], tensor: np.ndarray) -> n
     name = f"{module['name']}.weight_quantizer"
     quantizer, setting = quantizer_of(model, name), model.settings[place_of(model, name).name]
     if model.float32_weights:
-        if place_of(model, name).parts > 1:
-            found = [Found(own_part(model, name, stage.amax), global_amax=stage.global_amax) for stage in stage_quantizers(quantizer)]
+        if place_of(model, name).parts > 1 or (module["expert"] is not None and stacks_of(model) is not None):
+            found = [Found(of_stack(model, module, index, own_part(model, name, stage.amax)), global_amax=stage.global_amax)
+                     for index, stage in enumerate(stage_quantizers(quantizer))]
             quantizer = make_quantizer(setting)
             set_found_values(quantizer, found)
         branch = model.low_rank.get(module["name"])
@@ -199,7 +200,8 @@ def fake_quantize(model: Model, module: dict[str, Any], tensor: np.ndarray) -> n
         set_found_values(plain, [Found(stated.amax) for stated in stated_weight_amax(model, module)])
         return plain(tensor)
     schemes = [pair.weight] + [stage.scheme for stage in stage_quantizers(quantizer)[1:]]
+    dtype, tensor = tensor.dtype, as_divided(model, module, tensor)
     for scheme, attributes, stated in zip(schemes, stages(setting), stated_weight_amax(model, module)):
         size = block_extents(attributes).get(-1)
         tensor = _core.fake_quantize(tensor, scheme, block_size=size, name=module["weight"], **stated._asdict())
-    return tensor
+    return tensor.astype(dtype, copy=False)
