@@ -30,7 +30,7 @@ MQ_DEVICE seen_rows seen_of(const mq_cuda_attention_job &job, const mq_sequence 
     return seen;
 }
 
-/* scores, scaled; what a query may not see becomes minus infinity. */
+/* scores, scaled and capped; what a query may not see becomes minus infinity. */
 template <int Octets>
 MQ_DEVICE void hide(const mq_cuda_attention_job &job, const mq_sequence &sequence, const seen_rows &seen, int64_t start,
                     float (*scores)[4])
@@ -41,7 +41,8 @@ MQ_DEVICE void hide(const mq_cuda_attention_job &job, const mq_sequence &sequenc
     for (int n = 0; n < Octets; n++)
         for (int i = 0; i < 4; i++) {
             const int64_t key = start + 8 * n + 2 * (lane % 4) + i % 2;
-            scores[n][i] *= job.scale;
+            float slope;
+            scores[n][i] = mq_score_of(job, scores[n][i], &slope);
             if (inside) continue;
             const bool is_seen = key >= seen.low[i / 2] && key < seen.high[i / 2] && key < sequence.keys &&
                                  (job.key_mask == NULL || job.key_mask[sequence.first_key + key] != 0);
@@ -118,6 +119,10 @@ static __global__ void attention(mq_attention a)
                                      sequence.queries, job.value_dim, a.aligned_out);
     const seen_rows seen = seen_of(job, sequence, own);
     softmax_rows rows = {{-INFINITY, -INFINITY}, {0.0f, 0.0f}};
+    for (int r = 0; r < 2 && job.sinks != NULL; r++) {
+        rows.max[r] = job.sinks[head];
+        rows.sum[r] = threadIdx.x % 4 == 0 ? 1.0f : 0.0f;       /* once for the lanes that share a row */
+    }
     float out[Dim / 8][4] = {}, scores[shape::octets][4], factors[2];
     mq_rows<D, Dim> queries;
     mq_rows_load<D, Dim>(&queries, q, own);
@@ -161,7 +166,7 @@ int mq_cuda_check_attention(const mq_cuda_attention_job *job, mq_error *err)
         return mq_fail(err, MQ_ERR_VALUE, "attention: %lld heads of %lld on %lld of %lld; expected whole groups, and "
                        "up to %d columns", (long long)job->heads, (long long)job->head_dim, (long long)job->kv_heads,
                        (long long)job->value_dim, (int)MQ_MOST_HEAD_DIM);
-    if (job->rows < 0 || job->sequences < 0 || job->longest < 0 || job->window < 0 ||
+    if (job->rows < 0 || job->sequences < 0 || job->longest < 0 || job->window < 0 || job->chunk < 0 ||
         (job->starts == NULL && job->sequences > 0))
         return mq_fail(err, MQ_ERR_VALUE, "attention: %lld sequences of up to %lld rows, window %lld; needs starts",
                        (long long)job->sequences, (long long)job->longest, (long long)job->window);
@@ -178,12 +183,12 @@ static bool is_aligned(const mq_cuda_attention_job *job, const void *base, int64
 mq_attention mq_attention_of(const mq_cuda_attention_job *job)
 {
     mq_attention a = {};
-    const int64_t stride = job->head_stride;
+    const bool is_by_head = job->head_tokens != 0;
     a.job = *job;
     a.blocks = MQ_CEIL_DIV(job->longest, (int64_t)MQ_BLOCK_ROWS);
     a.aligned_q = is_aligned(job, job->q, job->ldq, job->head_dim);
-    a.aligned_k = is_aligned(job, job->k, job->ldk, stride != 0 ? stride : job->head_dim);
-    a.aligned_v = is_aligned(job, job->v, job->ldv, stride != 0 ? stride : job->value_dim);
+    a.aligned_k = is_aligned(job, job->k, job->ldk, is_by_head ? job->head_tokens * job->head_dim : job->head_dim);
+    a.aligned_v = is_aligned(job, job->v, job->ldv, is_by_head ? job->head_tokens * job->value_dim : job->value_dim);
     a.aligned_out = is_aligned(job, job->out, job->ldo, job->value_dim);
     return a;
 }

@@ -30,7 +30,7 @@ static inline void describe(const mq_attention &a, char *out, size_t size)
 
 /* One sequence: where its queries and keys lie, and how many there are. */
 typedef struct mq_sequence {
-    int64_t first, queries, first_key, keys, past;
+    int64_t first, queries, first_key, keys, past, chunk_first;
 } mq_sequence;
 
 MQ_DEVICE mq_sequence mq_sequence_of(const mq_cuda_attention_job &job, int64_t index)
@@ -41,13 +41,16 @@ MQ_DEVICE mq_sequence mq_sequence_of(const mq_cuda_attention_job &job, int64_t i
     sequence.first_key = job.key_starts != NULL ? job.key_starts[index] : sequence.first;
     sequence.past = job.past != NULL ? job.past[index] : 0;
     sequence.keys = sequence.past + sequence.queries;
+    sequence.chunk_first = job.chunk_first != NULL ? job.chunk_first[index] : 0;
     return sequence;
 }
 
-/* The first and one past the last key that a query of the sequence sees. */
+/* The first and one past the last key that a query of the sequence sees: neither is less for a later one. */
 MQ_DEVICE int64_t mq_first_seen(const mq_cuda_attention_job &job, const mq_sequence &sequence, int64_t query)
 {
-    return job.window > 0 ? MQ_MAX(sequence.past + query - job.window + 1, (int64_t)0) : 0;
+    const int64_t position = sequence.past + query, behind = position - sequence.chunk_first;
+    const int64_t window = job.window > 0 ? MQ_MAX(position - job.window + 1, (int64_t)0) : 0;
+    return job.chunk > 0 && behind >= 0 ? MQ_MAX(window, position - behind % job.chunk) : window;
 }
 
 MQ_DEVICE int64_t mq_last_seen(const mq_sequence &sequence, int64_t query)
@@ -58,7 +61,18 @@ MQ_DEVICE int64_t mq_last_seen(const mq_sequence &sequence, int64_t query)
 /* Where a head of keys begins, in elements. */
 MQ_DEVICE int64_t mq_head_of(const mq_cuda_attention_job &job, int64_t kv_head, int64_t dim)
 {
-    return kv_head * (job.head_stride != 0 ? job.head_stride : dim);
+    return kv_head * (job.head_tokens != 0 ? job.head_tokens * dim : dim);
+}
+
+/* A product of a query and a key as it enters the softmax, and how much of the score's gradient reaches it. */
+MQ_DEVICE float mq_score_of(const mq_cuda_attention_job &job, float product, float *slope)
+{
+    const float score = product * job.scale;
+    *slope = 1.0f;
+    if (job.softcap == 0.0f) return score;
+    const float t = tanhf(score / job.softcap);
+    *slope = 1.0f - t * t;
+    return job.softcap * t;
 }
 
 /* A head of some tokens in memory: element (row, col) at base[(row) * ld + col], row < rows, col < dim. */

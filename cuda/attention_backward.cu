@@ -48,10 +48,11 @@ MQ_DEVICE bool is_seen(const mq_cuda_attention_job &job, const mq_sequence &sequ
            (job.key_mask == NULL || job.key_mask[sequence.first_key + key] != 0);
 }
 
-/* P of a score. */
-MQ_DEVICE float probability(const mq_attention &a, const query_numbers &of, float score, bool seen)
+/* P of a product. */
+MQ_DEVICE float probability(const mq_attention &a, const query_numbers &of, float product, bool seen, float *slope)
 {
-    return seen ? of.factor * mq_exp(score * a.job.scale - of.max) : 0.0f;
+    const float score = mq_score_of(a.job, product, slope);
+    return seen ? of.factor * mq_exp(score - of.max) : 0.0f;
 }
 
 /* The heads of one sequence that kernels read. */
@@ -116,7 +117,8 @@ static __global__ void attention_d_queries(mq_attention a)
             mq_stage<D, Dim>(next + shape::words, heads.v, start + shape::rows);
         }
         mq_copy_close();
-        if (start > own + MQ_WARP_ROWS - 1) continue;       /* keys behind all of the warp's queries */
+        /* keys behind all of the warp's queries, or before all that they see */
+        if (start >= own + MQ_WARP_ROWS || start + shape::rows <= mq_first_seen(job, sequence, own)) continue;
         mq_times_rows<D, Dim>(p, queries, tile);
         mq_times_rows<D, Dim>(d_p, changes, tile + shape::words);
         MQ_UNROLL
@@ -124,7 +126,9 @@ static __global__ void attention_d_queries(mq_attention a)
             for (int i = 0; i < 4; i++) {
                 const int64_t query = own + lane / 4 + i / 2 * 8, key = start + 8 * n + 2 * (lane % 4) + i % 2;
                 const query_numbers &of = numbers[i / 2];
-                p[n][i] = probability(a, of, p[n][i], is_seen(job, sequence, query, key)) * (d_p[n][i] - of.mean);
+                float slope;
+                p[n][i] = probability(a, of, p[n][i], is_seen(job, sequence, query, key), &slope);
+                p[n][i] *= (d_p[n][i] - of.mean) * slope;
             }
         mq_add_rows<D, Dim>(sums, p, tile);
     }
@@ -177,7 +181,8 @@ static __global__ void attention_d_keys(mq_attention a)
             mq_stage<D, Dim>(next + shape::words, heads.d_out, low + coming.group * shape::rows);
         }
         mq_copy_close();
-        if (start + shape::rows <= own) continue;           /* queries before all of the warp's keys */
+        /* queries before all of the warp's keys, or so far behind that they see none of them */
+        if (start + shape::rows <= own || mq_first_seen(job, sequence, start) >= own + MQ_WARP_ROWS) continue;
         mq_times_rows<D, Dim>(p, keys, tile);
         if constexpr (!IsValues) mq_times_rows<D, Dim>(d_p, values, tile + shape::words);
         MQ_UNROLL
@@ -187,8 +192,9 @@ static __global__ void attention_d_keys(mq_attention a)
                 const query_numbers of = numbers_of(a, head * job.rows + sequence.first + query,
                                                     query < sequence.queries);
                 for (int r = j; r < 4; r += 2) {
-                    p[n][r] = probability(a, of, p[n][r], is_seen(job, sequence, query, key + r / 2 * 8));
-                    if constexpr (!IsValues) p[n][r] *= d_p[n][r] - of.mean;
+                    float slope;
+                    p[n][r] = probability(a, of, p[n][r], is_seen(job, sequence, query, key + r / 2 * 8), &slope);
+                    if constexpr (!IsValues) p[n][r] *= (d_p[n][r] - of.mean) * slope;
                 }
             }
         mq_add_rows<D, Dim>(sums, p, IsValues ? tile + shape::words : tile);
@@ -227,10 +233,10 @@ static int check(const mq_cuda_attention_job *job, const mq_cuda_attention_gradi
 {
     int rc = mq_cuda_check_attention(job, err);
     if (rc == MQ_OK && (job->maxima == NULL || job->factors == NULL || job->past != NULL || job->key_starts != NULL ||
-                        job->head_stride != 0 || gradient->d_out == NULL || gradient->d_q == NULL ||
+                        job->head_tokens != 0 || gradient->d_out == NULL || gradient->d_q == NULL ||
                         gradient->d_k == NULL || gradient->d_v == NULL))
         rc = mq_fail(err, MQ_ERR_VALUE, "attention_backward: needs the forward's maxima and factors and all gradients, "
-                     "and has no past, key_starts or head_stride");
+                     "and has no past, key_starts or head_tokens");
     if (rc != MQ_OK) return rc;
     return mq_cuda_check_workspace(job->workspace, job->workspace_nbytes, mq_cuda_attention_backward_workspace(job),
                                    "attention_backward", err);

@@ -47,7 +47,8 @@ MQ_DEVICE void score_keys(const step_args &a, const mq_sequence &sequence, const
             float product = 0.0f;
             for (int i = 0; i < MQ_GROUP; i++) product = fmaf(x[i], queries[h * COLS + lane * MQ_GROUP + i], product);
             product = mq_lanes_sum(product, a.key_lanes);
-            if (lane == 0) scores[h * KEYS + j] = is_seen ? product * a.of.job.scale : -INFINITY;
+            float slope;
+            if (lane == 0) scores[h * KEYS + j] = is_seen ? mq_score_of(a.of.job, product, &slope) : -INFINITY;
         }
     }
 }
@@ -141,7 +142,8 @@ static __global__ void attention_fold(step_args a)
     const mq_cuda_attention_job &job = a.of.job;
     const mq_place place = mq_place_of((int64_t)blockIdx.x, job.heads);
     const mq_sequence sequence = mq_sequence_of(job, place.row);
-    float max = -INFINITY, sum = 0.0f, out = 0.0f;
+    const bool has_sink = job.sinks != NULL;
+    float max = has_sink ? job.sinks[place.group] : -INFINITY, sum = 0.0f, out = 0.0f;
     if (sequence.queries < 1 || (int)threadIdx.x >= job.value_dim) return;
     for (int64_t i = 0; i < a.parts; i++) {
         const float *found = part_of(a, place.row, place.group, i);
@@ -154,6 +156,7 @@ static __global__ void attention_fold(step_args a)
         sum += factor * found[1];
         out = fmaf(factor, found[2 + threadIdx.x], out);
     }
+    if (has_sink) sum += mq_exp(job.sinks[place.group] - max);
     const int64_t at = sequence.first * job.ldo + place.group * job.value_dim + threadIdx.x;
     ((typename mq_word<D>::type *)job.out)[at] = mq_narrow<D>(sum == 0.0f ? 0.0f : out / sum);
 }

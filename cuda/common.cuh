@@ -14,10 +14,12 @@
 #include "shim/cuda_shim.h"
 #define MQ_IS_EMULATED 1
 #define MQ_UNROLL
+#define mq_sync_warp() ((void)mq_shim_exchange(0xffffffffu, 0, 0))
 #define MQ_UNROLL_BY(count)
 #else
 #include <cuda_runtime.h>
 #define MQ_IS_EMULATED 0
+#define mq_sync_warp() __syncwarp()
 #define MQ_PRAGMA(text) _Pragma(#text)
 #define MQ_UNROLL MQ_PRAGMA(unroll)
 #define MQ_UNROLL_BY(count) MQ_PRAGMA(unroll count)

@@ -160,6 +160,11 @@ void mq_cuda_event_free(void *event)
     if (event != NULL) cudaEventDestroy((cudaEvent_t)event);
 }
 
+int mq_cuda_event_wait(void *event, mq_error *err)
+{
+    return failed(cudaEventSynchronize((cudaEvent_t)event), "cudaEventSynchronize", err);
+}
+
 int mq_cuda_event_record(void *event, void *stream, mq_error *err)
 {
     return failed(cudaEventRecord((cudaEvent_t)event, (cudaStream_t)stream), "cudaEventRecord", err);

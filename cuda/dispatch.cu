@@ -108,7 +108,7 @@ static __global__ void scatter(scatter_args a)
     const mq_span span = mq_span_of(a.rows, a.cols, a.groups);
     mq_span to = span;
     float x[MQ_GROUP], y[MQ_GROUP];
-    if (span.count == 0) return;
+    if (span.count == 0 || (a.shares != NULL && a.shares[span.row] == 0.0f)) return;
     to.row = a.index[span.row];
     mq_load_span<D>(a.x, span, x);
     mq_load_span<D>(a.y, to, y);

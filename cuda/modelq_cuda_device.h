@@ -44,6 +44,7 @@ void mq_cuda_stream_free(void *stream);
 int mq_cuda_stream_wait(void *stream, mq_error *err);   /* for all that was asked of it; its late errors come here */
 int mq_cuda_event_new(void **out, mq_error *err);
 void mq_cuda_event_free(void *event);
+int mq_cuda_event_wait(void *event, mq_error *err);     /* the host waits for it */
 int mq_cuda_event_record(void *event, void *stream, mq_error *err);
 int mq_cuda_event_after(void *event, void *stream, mq_error *err);  /* what the stream does next comes after it */
 

@@ -24,18 +24,50 @@ typedef struct mq_cuda_add_job {
     mq_cuda_matrix x, y;
     const float *bias;         /* [cols], or NULL */
     int accumulate;
+    float scale;               /* of x, which is then rounded to its dtype before all else; 0 = 1 */
+    const float *row_scales;   /* [rows], the same; NULL: 1 */
 } mq_cuda_add_job;
 
 int mq_cuda_add(const mq_cuda_add_job *job, void *stream, mq_error *err);
 
-/* gate = silu(gate) * up. */
+/* In the order of mq_activation (csrc/model/config.h). */
+typedef enum mq_cuda_activation {
+    MQ_CUDA_SILU,
+    MQ_CUDA_GELU_TANH,         /* by its tanh approximation */
+    MQ_CUDA_SWIGLU_CLAMPED     /* gpt-oss's */
+} mq_cuda_activation;
+
+/* gate = silu(gate) * up, or with another activation (mq_gate_forward). */
 typedef struct mq_cuda_swiglu_job {
     mq_cuda_matrix gate, up;
     float *d_gate, *d_up;      /* of the backward: d_gate is d_out at first, gate as it was before the forward */
+    mq_cuda_activation activation;
+    float limit;               /* of MQ_CUDA_SWIGLU_CLAMPED */
 } mq_cuda_swiglu_job;
 
 int mq_cuda_swiglu(const mq_cuda_swiglu_job *job, void *stream, mq_error *err);
 int mq_cuda_swiglu_backward(const mq_cuda_swiglu_job *job, void *stream, mq_error *err);
+
+/* factors [rows] = sigmoid(x [rows, 1]), rounded to x's dtype; d_x [rows] = d_factors * factors * (1 - factors). */
+typedef struct mq_cuda_sigmoid_job {
+    mq_cuda_matrix x;          /* of the backward: only its rows are read */
+    float *factors;
+    const float *d_factors;
+    float *d_x;
+} mq_cuda_sigmoid_job;
+
+int mq_cuda_sigmoid(const mq_cuda_sigmoid_job *job, void *stream, mq_error *err);
+int mq_cuda_sigmoid_backward(const mq_cuda_sigmoid_job *job, void *stream, mq_error *err);
+
+/* x = cap * tanh(x / divisor / cap) in place, MQ_F32: what some models make of logits (mq_logits_forward). The backward
+ * multiplies gradient by the derivative at x, which are the numbers as they were before. */
+typedef struct mq_cuda_softcap_job {
+    mq_cuda_matrix x, gradient;
+    float divisor, cap;        /* 0: is left out */
+} mq_cuda_softcap_job;
+
+int mq_cuda_softcap(const mq_cuda_softcap_job *job, void *stream, mq_error *err);
+int mq_cuda_softcap_backward(const mq_cuda_softcap_job *job, void *stream, mq_error *err);
 
 /* y = weight * x / sqrt(mean(x^2) + eps) over each of `heads` parts of a row (0 = 1: the whole row); y may be x. */
 typedef struct mq_cuda_norm_job {
@@ -63,6 +95,8 @@ typedef struct mq_cuda_rope_job {
     int64_t rotary;
     const int32_t *positions;       /* [tokens]; NULL: first, first + 1, ... */
     int64_t first;
+    int64_t offset;                 /* of each head, the columns from here on are turned */
+    int interleaved;                /* pairs lie side by side before, and as two halves behind; up to 512 columns */
 } mq_cuda_rope_job;
 
 int mq_cuda_rope(const mq_cuda_rope_job *job, void *stream, mq_error *err);
@@ -112,7 +146,7 @@ typedef struct mq_cuda_attention_job {
     const void *q, *k, *v;
     void *out;                            /* [rows, heads, value_dim] */
     int64_t ldq, ldk, ldv, ldo;           /* elements from token to token */
-    int64_t head_stride;                  /* elements between heads of k, and of v; 0 = they lie side by side */
+    int64_t head_tokens;                  /* k and v lie head by head, of so many tokens each; 0 = token by token */
     int64_t rows;                         /* of q and out */
     int64_t sequences, longest;           /* longest: queries of the longest sequence; host numbers bound the grid */
     int64_t longest_keys;                 /* keys of the one that has most; 0 = longest */
@@ -122,6 +156,10 @@ typedef struct mq_cuda_attention_job {
     const uint8_t *key_mask;              /* by row of k, nonzero = may be attended to; NULL: all */
     float scale;
     int64_t window;                       /* positions a query sees, its own included; 0: all before it */
+    int64_t chunk;                        /* a query sees its own chunk of so many positions; 0: all */
+    const int64_t *chunk_first;           /* [sequences]: where chunks are counted from; NULL: 0 */
+    float softcap;                        /* scores are softcap * tanh(score / softcap); 0: they are not capped */
+    const float *sinks;                   /* [heads]: one more score of every query, with no value; NULL: none */
     float *maxima, *factors;              /* [heads, rows], NULL or what the backward needs (attention.h) */
     void *workspace;                      /* mq_cuda_attention_workspace, mq_cuda_attention_backward_workspace */
     size_t workspace_nbytes;
@@ -131,7 +169,7 @@ typedef struct mq_cuda_attention_job {
 size_t mq_cuda_attention_workspace(const mq_cuda_attention_job *job);
 int mq_cuda_attention(const mq_cuda_attention_job *job, void *stream, mq_error *err);
 
-/* Of the same job, with its out, maxima and factors; no past, and heads side by side. */
+/* Of the same job, with its out, maxima and factors; no past, and token by token. */
 typedef struct mq_cuda_attention_gradient {
     const float *d_out;                   /* [rows, heads, value_dim] */
     float *d_q, *d_k, *d_v;               /* [rows, heads, head_dim], [rows, kv_heads, ...] */
@@ -158,7 +196,12 @@ int mq_cuda_cache_store(const mq_cuda_cache_job *job, void *stream, mq_error *er
 typedef struct mq_cuda_route_job {
     mq_cuda_matrix logits;                /* [rows, experts] */
     int64_t top_k;
+    int64_t kept;                         /* so many are chosen; the others see the row and have no share; 0: all */
     int normalize, rounded;
+    int sigmoid;                          /* of each logit, in the place of the softmax */
+    const float *correction;              /* [experts], added where experts are chosen; NULL: none */
+    int64_t groups, groups_kept;          /* only experts of the best groups are chosen; up to 32; 0: all */
+    float factor;                         /* of the shares, in the end; 0 = 1 */
     int32_t *experts;                     /* [rows, top_k] */
     float *shares;                        /* the same */
     const float *d_shares;                /* of the backward: the same */
@@ -185,8 +228,8 @@ typedef struct mq_cuda_dispatch_job {
 size_t mq_cuda_dispatch_workspace(const mq_cuda_dispatch_job *job);
 int mq_cuda_dispatch(const mq_cuda_dispatch_job *job, void *stream, mq_error *err);
 
-/* y [index] += share * x, rounded after each step; no index twice. Without shares, in float32: the way back of
- * gathered rows. */
+/* y [index] += share * x, rounded after each step; no index twice; nothing where the share is 0. Without shares, in
+ * float32: the way back of gathered rows. */
 typedef struct mq_cuda_scatter_job {
     mq_cuda_matrix x, y;                  /* one dtype */
     const int64_t *index;                 /* [x.rows] rows of y */

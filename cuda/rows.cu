@@ -10,6 +10,8 @@ typedef struct rows_args {
     const int32_t *ids;
     const float *bias;
     int accumulate;
+    float scale;
+    const float *row_scales;
 } rows_args;
 
 static void describe(const rows_args &a, char *out, size_t size)
@@ -38,11 +40,39 @@ static __global__ void add_rows(rows_args a)
     if (span.count == 0) return;
     mq_load_span<From>(a.x, span, x);
     if (a.accumulate) mq_load_span<To>(a.y, span, y);
+    const float scale = a.scale * (a.row_scales != NULL ? a.row_scales[span.row] : 1.0f);
     for (int i = 0; i < MQ_GROUP; i++) {
+        if (scale != 1.0f) x[i] = mq_round_to<From>(x[i] * scale);
         if (a.bias != NULL && i < span.count) x[i] += a.bias[span.col + i];
         if (a.accumulate) x[i] += y[i];
     }
     mq_store_span<To>(a.y, span, x);
+}
+
+typedef struct sigmoid_args {
+    const void *x;
+    int64_t rows, ld;
+    float *factors, *d_x;
+    const float *d_factors;
+} sigmoid_args;
+
+static void describe(const sigmoid_args &a, char *out, size_t size)
+{
+    snprintf(out, size, "%lld rows of x at %p, factors at %p", (long long)a.rows, a.x, (void *)a.factors);
+}
+
+template <mq_dtype D>
+static __global__ void sigmoid(sigmoid_args a)
+{
+    const int64_t row = mq_thread_index();
+    if (row >= a.rows) return;
+    a.factors[row] = mq_round_to<D>(mq_sigmoid(mq_widen<D>(((const typename mq_word<D>::type *)a.x)[row * a.ld])));
+}
+
+static __global__ void sigmoid_backward(sigmoid_args a)
+{
+    const int64_t row = mq_thread_index();
+    if (row < a.rows) a.d_x[row] = a.d_factors[row] * a.factors[row] * (1.0f - a.factors[row]);
 }
 
 typedef struct cache_args {
@@ -91,7 +121,7 @@ int mq_cuda_rows(const mq_cuda_rows_job *job, void *stream, mq_error *err)
     if (rc == MQ_OK) rc = mq_cuda_check_shape(&job->y, indexed ? job->y.rows : job->x.rows, job->x.cols, "y", err);
     if (rc != MQ_OK || mq_is_empty(&job->y)) return rc;
     const rows_args a = {mq_view_of(&job->x), mq_view_of(&job->y), job->y.rows, job->y.cols,
-                         mq_groups_of(job->y.cols), job->index, job->ids, NULL, 0};
+                         mq_groups_of(job->y.cols), job->index, job->ids, NULL, 0, 1.0f, NULL};
     const mq_launch launch = {"copy_rows", mq_grid_of_groups(a.rows, a.cols), stream, err};
     return mq_launch_kernel(&launch, copy_kernels[job->x.dtype][job->y.dtype], a);
 }
@@ -102,9 +132,29 @@ int mq_cuda_add(const mq_cuda_add_job *job, void *stream, mq_error *err)
     if (rc == MQ_OK) rc = mq_cuda_check_shape(&job->y, job->x.rows, job->x.cols, "y", err);
     if (rc != MQ_OK || mq_is_empty(&job->y)) return rc;
     const rows_args a = {mq_view_of(&job->x), mq_view_of(&job->y), job->y.rows, job->y.cols,
-                         mq_groups_of(job->y.cols), NULL, NULL, job->bias, job->accumulate};
+                         mq_groups_of(job->y.cols), NULL, NULL, job->bias, job->accumulate,
+                         job->scale != 0.0f ? job->scale : 1.0f, job->row_scales};
     const mq_launch launch = {"add_rows", mq_grid_of_groups(a.rows, a.cols), stream, err};
     return mq_launch_kernel(&launch, add_kernels[job->x.dtype][job->y.dtype], a);
+}
+
+int mq_cuda_sigmoid(const mq_cuda_sigmoid_job *job, void *stream, mq_error *err)
+{
+    const int rc = mq_cuda_check_shape(&job->x, job->x.rows, 1, "x", err);
+    if (rc != MQ_OK || job->x.rows == 0) return rc;
+    const sigmoid_args a = {job->x.data, job->x.rows, job->x.ld, job->factors, NULL, NULL};
+    const mq_launch launch = {"sigmoid", mq_grid_for(a.rows), stream, err};
+    return mq_launch_kernel(&launch, job->x.dtype == MQ_F32 ? sigmoid<MQ_F32> : sigmoid<MQ_BF16>, a);
+}
+
+int mq_cuda_sigmoid_backward(const mq_cuda_sigmoid_job *job, void *stream, mq_error *err)
+{
+    if (job->x.rows <= 0) return MQ_OK;
+    if (job->factors == NULL || job->d_factors == NULL || job->d_x == NULL)
+        return mq_fail(err, MQ_ERR_VALUE, "sigmoid_backward: needs factors, d_factors and d_x");
+    const sigmoid_args a = {NULL, job->x.rows, 1, job->factors, job->d_x, job->d_factors};
+    const mq_launch launch = {"sigmoid_backward", mq_grid_for(a.rows), stream, err};
+    return mq_launch_kernel(&launch, sigmoid_backward, a);
 }
 
 int mq_cuda_cache_store(const mq_cuda_cache_job *job, void *stream, mq_error *err)

@@ -12,11 +12,12 @@ from modelq._version import __version__
 
 if TYPE_CHECKING:
     from modelq.array_files import load_arrays, save_arrays
-    from modelq.model import Model, load
+    from modelq.model import Model
+    from modelq.opening import load
     from modelq.packed_array import QuantizedArray, dequantize_array, fake_quantize_array, quantize_array
     from modelq.saved import restore, save
 
-_HOME = {"Model": "model", "load": "model", "QuantizedArray": "packed_array", "dequantize_array": "packed_array",
+_HOME = {"Model": "model", "load": "opening", "QuantizedArray": "packed_array", "dequantize_array": "packed_array",
          "fake_quantize_array": "packed_array", "quantize_array": "packed_array", "load_arrays": "array_files",
          "save_arrays": "array_files", "restore": "saved", "save": "saved"}
 __all__ = ["Model", "QuantizedArray", "__version__", "dequantize_array", "fake_quantize_array", "load", "load_arrays", "quantize_array",

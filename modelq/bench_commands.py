@@ -33,6 +33,7 @@ def bench(args: Namespace) -> Report:
     with steps("load"):
         source = modelq.load(args.source, compute=args.compute, num_threads=args.threads)
         ids = token_ids(args, text or measured_documents(args, source.tokenizer), source.tokenizer)
+        _check(args, source, configs)
     rows = [_unquantized(source)]
     for name, folder in _exports(args, configs, steps):
         with closing(modelq.load(folder, compute=args.compute)) as export:
@@ -72,10 +73,24 @@ def _config(name: str, block_size: int | None) -> dict[str, Any]:
         return config
 
 
+def _check(args: Namespace, source: Any, configs: dict[str, Any]) -> None:
+    """What cannot be measured is refused before anything is."""
+    import modelq
+    from modelq.export import check_exportable
+    from modelq.fidelity import check_alike
+
+    source.must_compute()
+    for folder in args.directories:
+        with closing(modelq.load(folder, compute=args.compute)) as export:
+            check_alike(source, export)
+    for config in configs.values():
+        check_exportable(source, config)
+
+
 def _exports(args: Namespace, configs: dict[str, Any], steps: Steps) -> Iterator[tuple[str, Path]]:
     """The folders to measure: those given, then one for each format, there only while it is measured."""
     import modelq
-    from modelq.export import check_exportable, export_hf_checkpoint
+    from modelq.export import export_hf_checkpoint
     from modelq.quantization import quantize
     from modelq.quantize_commands import calibration_data
     from modelq.utils.dataset_utils import create_forward_loop
@@ -85,7 +100,6 @@ def _exports(args: Namespace, configs: dict[str, Any], steps: Steps) -> Iterator
     for name, config in configs.items():
         with tempfile.TemporaryDirectory(prefix="modelq-bench-") as scratch:
             with closing(modelq.load(args.source, compute=args.compute)) as model, steps(f"quantize {name}"):
-                check_exportable(model, config)
                 quantize(model, config, create_forward_loop(dataloader=calibration_data(args, model)))
                 folder = export_hf_checkpoint(model, Path(scratch) / "export")
             yield name, folder

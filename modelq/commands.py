@@ -74,7 +74,7 @@ def evaluate(args: Namespace) -> Report:
     import modelq
     text, steps = measured_text(args), Steps()
     with steps("load"):
-        model = modelq.load(args.source, compute=args.compute, num_threads=args.threads)
+        model = modelq.load(args.source, args.compute, args.threads, device=args.device, device_memory=args.device_memory)
         model.must_compute()
         ids = token_ids(args, text or measured_documents(args, model.tokenizer), model.tokenizer)
     with steps("evaluate"):

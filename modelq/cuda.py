@@ -11,7 +11,6 @@ where the system has it. Nothing here needs torch.
 """
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import os
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ CUBLAS = "libcublasLt.so.13"
 _PACKAGE_FOLDERS = ("cu13/lib", "cublas/lib")       # below the nvidia packages' common folder: since CUDA 13, and before
 
 
-class CudaUnavailable(RuntimeError):
+class CudaUnavailable(OSError):
     """No GPU can be used; the text says what is missing and how to get it."""
 
 
@@ -114,18 +113,12 @@ def cublas_paths() -> list[Path]:
     return [path for root in roots for folder in _PACKAGE_FOLDERS if (path := Path(root) / folder / CUBLAS).is_file()]
 
 
-@lru_cache(maxsize=1)
-def load_cublas() -> None:
-    """cuBLASLt, so that the CUDA library finds it by its name. CudaUnavailable: neither NVIDIA's package nor the system has it."""
-    reasons = []
-    for path in [*map(str, cublas_paths()), CUBLAS]:
-        try:
-            ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
-            return
-        except OSError as error:
-            reasons.append(str(error))
-    raise CudaUnavailable(f"{CUBLAS} is needed for products of matrices: pip install modelq[cuda] (or the CUDA Toolkit 13 in the "
-                          f"library path): {'; '.join(reasons)}")
+def cublas_path(opened: _core.CudaLibrary) -> str | None:
+    """The cuBLASLt for a library: that of NVIDIA's package, else None, which is where the system has it. The emulated library has one
+    within."""
+    if opened.is_emulated:
+        return str(library_path())
+    return next(iter(map(str, cublas_paths())), None)
 
 
 def describe() -> str:

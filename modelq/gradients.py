@@ -14,6 +14,7 @@ import numpy as np
 
 from modelq import streaming
 from modelq.boundaries import Boundaries
+from modelq.devices import on_cpu
 from modelq.inputs import Batch, groups, make_batch
 from modelq.output import targets_of
 from modelq.progress import progress
@@ -100,15 +101,16 @@ def _round(model: Model, batches: Sequence[Batch], weights: dict[str, np.ndarray
     for layer in progress(range(model.num_layers), "forward"):
         boundaries.keep(run)
         streaming.run_layer(model, run, layer)
-    back = run.backward(weights)
-    losses = _head(model, back, [targets_of(batch) for batch in batches], visitor)
-    if look is not None:
-        look(model.num_layers, back)
-    for layer in progress(range(model.num_layers - 1, -1, -1), "backward"):
-        _layer(model, back, layer, boundaries.take(), visitor)
+    with on_cpu(model):
+        back = run.backward(weights)
+        losses = _head(model, back, [targets_of(batch) for batch in batches], visitor)
         if look is not None:
-            look(layer, back)
-    back.embed()
+            look(model.num_layers, back)
+        for layer in progress(range(model.num_layers - 1, -1, -1), "backward"):
+            _layer(model, back, layer, boundaries.take(), visitor)
+            if look is not None:
+                look(layer, back)
+        back.embed()
     return losses
 
 

@@ -5,12 +5,11 @@ import copy
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from modelq import _core
+from modelq.devices import Placement
 from modelq.experts import expert_places
 from modelq.generation import Generates
 from modelq.inputs import IGNORED_ARGUMENTS, Batch, check_vocabulary, groups, integer_matrix, make_batch
@@ -23,27 +22,6 @@ from modelq.weights_only import PerhapsWeightsOnly, runtime_of
 
 # How many bytes of hidden states a measurement (loss, perplexity) holds at once; more batches go in further rounds.
 HIDDEN_BYTES = 512 << 20
-
-
-def load(path_or_id: str | Path, compute: str = "auto", num_threads: int | None = None, weights_only: bool = False) -> Model:
-    """Open path_or_id: a Hugging Face folder, a GGUF file or a Hub id. Weights are mapped, checked, and not read yet.
-
-    An architecture that modelq does not compute is opened for its weights alone: formats that need no calibration data work on it.
-
-    compute: "bfloat16" (activations stored as bfloat16, products accumulated in float32), "float32" (as a model loaded with
-    dtype=float32: weights too are quantized as float32), or "auto": bfloat16 where this processor computes it fast.
-    num_threads: for the whole process; None leaves MODELQ_NUM_THREADS or the processor's cores.
-    weights_only: open a known architecture so, too, whatever its config.json asks for.
-    FileNotFoundError: nothing is there. ValueError: a damaged file, or a config.json that does not fit its weights (named).
-    """
-    from modelq.checkpoint import open_checkpoint
-    from modelq.checkpoint.quantized import open_quantized
-    if compute not in ("auto", "bfloat16", "float32"):
-        raise ValueError(f"compute must be auto, bfloat16 or float32, got {compute!r}")
-    if num_threads is not None:
-        _core.set_threads(num_threads)
-    checkpoint = open_checkpoint(path_or_id)
-    return Model(checkpoint if hasattr(checkpoint, "layers") else open_quantized(checkpoint), compute, weights_only)
 
 
 class Model(Generates, PerhapsWeightsOnly):
@@ -61,8 +39,8 @@ class Model(Generates, PerhapsWeightsOnly):
     stored_layers: modules whose weights the checkpoint holds quantized already (an export opened again), and how.
     """
 
-    def __init__(self, checkpoint: Any, compute: str = "auto", weights_only: bool = False):
-        self.float32_weights, self._weights_only = compute == "float32", weights_only
+    def __init__(self, checkpoint: Any, compute: str = "auto", weights_only: bool = False, placement: Placement | None = None):
+        self.float32_weights, self._weights_only, self.placement = compute == "float32", weights_only, placement
         self.training = self.own_scales = False
         self._tokenizer: Any = None
         self._recorded: list[Batch] | None = None
@@ -75,6 +53,8 @@ class Model(Generates, PerhapsWeightsOnly):
         self.forget_decoding()
         self.config: dict[str, Any] = checkpoint.config
         self.runtime = runtime_of(checkpoint, compute, self._weights_only)
+        if self.placement is not None and not self.weights_only:
+            self.placement.attach(self.runtime)
         self.modules: list[dict[str, Any]] = list(self.runtime.modules)
         self.num_layers: int = self.runtime.layers
         self.vocab_size: int = self.runtime.config["vocab_size"]
@@ -147,8 +127,8 @@ class Model(Generates, PerhapsWeightsOnly):
 
     @property
     def device(self) -> str:
-        """Where the model is."""
-        return "cpu"
+        """Where layers are computed: "cpu", or "cuda:0"."""
+        return "cpu" if self.placement is None else str(self.placement)
 
     def eval(self) -> Model:
         """Accepted for scripts' sake, as `train`; returns the model."""

@@ -102,6 +102,8 @@ SAMPLING = [option("--temperature", "default 0: always the likeliest token", typ
 GENERATION = [SYSTEM, PLAIN, NEW_TOKENS, *SAMPLING]
 COMPUTE = [option("--compute", "what activations are stored as (default auto)", choices=["auto", "bfloat16", "float32"], default="auto"),
            option("--threads", "default: MODELQ_NUM_THREADS, or all processor cores", type=count, metavar="N")]
+DEVICE = [option("--device", "where layers are computed: cpu (default), cuda or cuda:0", default="cpu", metavar="NAME"),
+          option("--device-memory", "how much of it may be used, as 8GB (default: nine tenths of what is free)", metavar="BYTES")]
 PLOT = option("--plot", "draw it (.png, .svg or .pdf; may be given again)", type=Path, action="append", default=[], metavar="FILE")
 
 
@@ -117,7 +119,7 @@ class Command(NamedTuple):
 COMMANDS = (
     Command("quantize", "calibrate, quantize and export a checkpoint", "quantize_commands.quantize",
             [SOURCE, FORMAT, BLOCK_SIZE, ALGORITHM, KV_CACHE, CONFIG, *CALIBRATION, CHECKPOINT_DIR, OUT, OVERWRITE, DIALECT, ENGINE,
-             DRY_RUN, WEIGHTS_ONLY, *COMPUTE, JSON],
+             DRY_RUN, WEIGHTS_ONLY, *COMPUTE, *DEVICE, JSON],
             ["quantize path/to/model --format nvfp4 --out model-nvfp4",
              "quantize org/model --format int4_awq --engine vllm --out model-int4",
              "quantize path/to/model --format fp8 --kv-cache fp8 --dry-run"]),
@@ -134,12 +136,12 @@ COMMANDS = (
              option("--no-uniform", "do not measure the formats by themselves", action="store_true"),
              PLOT.but(help="draw perplexity against bits (.png, .svg or .pdf; may be given again)"),
              PLOT._replace(flag="--plot-layers").but(help="draw which layer got which format, of the last budget (the same)"),
-             OUT.but(help="export the model of a single budget"), OVERWRITE, DIALECT, ENGINE, *COMPUTE, JSON],
+             OUT.but(help="export the model of a single budget"), OVERWRITE, DIALECT, ENGINE, *COMPUTE, *DEVICE, JSON],
             ["autoquantize path/to/model --effective-bits 6 --out model-6bit",
              "autoquantize path/to/model --effective-bits 4.5..8 --plot bits.png"]),
     Command("eval", "perplexity on a text", "commands.evaluate",
             [SOURCE, TEXT, DATASET, WINDOW, MAX_WINDOWS.but(default=None, help="stop after N windows (default: the whole text)"), *COMPUTE,
-             JSON],
+             *DEVICE, JSON],
             ["eval model-nvfp4", "eval model-nvfp4 --text wiki.test.txt --max-windows 16 --json"]),
     Command("chat", "talk to a model; questions are lines of stdin where it is no terminal", "chat_commands.chat",
             [SOURCE, PROMPT.but(help="one question, instead of those of stdin"), *GENERATION, *COMPUTE, JSON],

@@ -9,7 +9,7 @@ from typing import Any
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
-DARK = ("#0072B2", "#009E73", "#D55E00")
+DARK = ("#0072B2",)      # white text can be read on it, black on the others
 MARKERS = "osD^vP*X<>ph"        # so that a print without colours tells them apart, too
 UNQUANTIZED = "#BBBBBB"
 

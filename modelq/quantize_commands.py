@@ -52,7 +52,7 @@ def quantize(args: Namespace) -> Report:
 def opened(args: Namespace) -> Any:
     import modelq
 
-    return modelq.load(args.source, compute=args.compute, num_threads=args.threads, weights_only=args.weights_only)
+    return modelq.load(args.source, args.compute, args.threads, args.weights_only, args.device, args.device_memory)
 
 
 def _calibrated(args: Namespace, loader: Any) -> str:

@@ -35,7 +35,7 @@ def autoquantize(args: Namespace) -> Report:
         check_target(Path(os.path.realpath(args.out)), args.overwrite)
     text, steps = None if args.no_eval else measured_text(args), Steps()
     with steps("load"):
-        model = modelq.load(args.source, compute=args.compute, num_threads=args.threads)
+        model = modelq.load(args.source, args.compute, args.threads, device=args.device, device_memory=args.device_memory)
         loader = calibration_data(args, model, pack=True)
         ids = token_ids(args, text or measured_documents(args, model.tokenizer), model.tokenizer) if not args.no_eval else None
     with tempfile.TemporaryDirectory(prefix="modelq-") as scratch:

@@ -15,7 +15,7 @@ from pathlib import Path
 import cuda_build
 
 ROOT = cuda_build.ROOT
-BARRIER = re.compile(r"__syncthreads\(\);|mq_copy_wait\(\);")
+BARRIER = re.compile(r"__syncthreads\(\);|mq_copy_wait\(\);|mq_sync_warp\(\);")
 # File: the kernels that are compiled anew without its barriers (a header's are in them), and their tests.
 TESTS = {
     "common.cuh": ("amax.cu", "test_cuda_emulated.py", "test_amax"),

@@ -12,7 +12,7 @@ from cuda_library import DTYPES, ORDERS, ROOT, SANITIZED, Library, Matrix, Stagi
 
 HEADER = ROOT / "cuda/modelq_cuda_ops.h"
 TYPES = {"int64_t": C.c_int64, "int": C.c_int, "float": C.c_float, "double": C.c_double, "size_t": C.c_size_t, "mq_cuda_matrix": Matrix,
-         "mq_dtype": C.c_int, "mq_cuda_columns": C.c_int}
+         "mq_dtype": C.c_int, "mq_cuda_columns": C.c_int, "mq_cuda_activation": C.c_int}
 WORKSPACES = {"rmsnorm_backward": "rmsnorm", "column_sums": "columns"}     # of which function, where not its own
 SUM, SUM_MAGNITUDES = range(2)
 LOSS_ROW = np.dtype([("max", np.float32), ("sum", np.float64), ("target", np.float32)], align=True)

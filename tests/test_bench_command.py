@@ -79,6 +79,18 @@ def test_table_and_pictures(folder, capsys, tmp_path):
     assert (code, out) == (2, "") and "--overwrite" in err and names[0].read_bytes() == before
 
 
+def test_what_cannot_be_measured_is_refused_before_the_work(folder, capsys, monkeypatch):
+    """A last format whose blocks do not fit, or a folder of another model, costs no measurement of the first."""
+    from pathlib import Path
+
+    monkeypatch.setattr("modelq.quantization.quantize", lambda *args, **options: pytest.fail("quantized for nothing"))
+    monkeypatch.setattr("modelq.fidelity.fidelity", lambda *args: pytest.fail("measured for nothing"))
+    other = Path(__file__).parent / "data" / "families" / "qwen2"
+    for more, words in ((["--formats", "fp8,int4_wo", "--block-size", 100], "block"), ([folder / "fp8-export", other], "not one model")):
+        code, out, err = bench(capsys, folder, *more)
+        assert (code, out) == (2, "") and words in err and err.count("\n") == 1, err
+
+
 def test_bad_use(folder, capsys):
     for more, words in (([], "nothing to measure"), (["--formats", "fp9"], "fp9: unknown"), ([folder / "nowhere"], "nowhere"),
                         (["--formats", "int4_wo", "--block-size", 100], "block")):

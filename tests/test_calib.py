@@ -201,3 +201,27 @@ def test_set_calibrator_takes_several():
         runtime.set_calibrator(point, [core.Calibrator()] * 5)
     with pytest.raises(TypeError, match="expected a Calibrator"):
         runtime.set_calibrator(point, [core.Calibrator(), 3])
+
+
+def test_observe_shows_what_comes_to_quantizers(golden):
+    import modelq
+    import modelq.quantization as mtq
+    from modelq.calib import observe
+
+    llama, name = golden["llama"], "model.layers.1.mlp.down_proj.input_quantizer"
+    model = modelq.load(llama.source)
+    seen = {name: MaxCalibrator(), "model.layers.0.self_attn.k_bmm_quantizer": HistogramCalibrator()}
+    mask = np.ones_like(llama.calib[:2])
+    mask[0, 5:] = 0
+    observe(model, [llama.calib[2:], {"input_ids": llama.calib[:2], "attention_mask": mask}], seen)
+    assert seen[name].count == llama.calib[2:].size + mask.sum()
+    before = seen[name].compute_amax()
+    model(llama.calib).logits       # nobody looks any more
+    assert seen[name].compute_amax() == before and seen[name].count == llama.calib[2:].size + mask.sum()
+    mtq.quantize(model, mtq.INT8_DEFAULT_CFG, lambda model: [model(llama.calib[2:]), model(llama.calib[:2], mask)])
+    assert float(model.quantizers[name].amax) == before
+    for batches, calibrators, error in (([llama.calib], {"model.nothing": MaxCalibrator()}, KeyError), ([], seen, ValueError)):
+        with pytest.raises(error):
+            observe(model, batches, calibrators)
+    with pytest.raises(TypeError, match="expected a model from modelq.load"):
+        observe("model", [llama.calib], seen)

@@ -132,6 +132,41 @@ def test_json_is_json(capsys, monkeypatch):
         "command": "formats", "modelq_version": modelq.__version__, "nan": None, "list": [None, 1.5, {"path": "x"}], "3": True}
 
 
+NEEDED = {"--effective-bits": "6", "--prompt": "Hi", "--out": "/nowhere/out", "--engine": "vllm", "--formats": "fp8", "--dialect": "modelopt"}
+
+
+def with_source(name, source, *more):
+    """A command line with this in every place, and what the command cannot do without."""
+    places = [source for action in actions(name) if not action.option_strings and action.nargs != "*"]
+    needed = [word for flag, value in NEEDED.items() if any(flag in action.option_strings for action in actions(name))
+              and (flag not in ("--out", "--formats") or name in ("quantize", "convert", "bench")) for word in (flag, value)]
+    return [name, *map(str, places), *map(str, needed), *map(str, more)]
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if any(
+    not action.option_strings and action.choices is None for action in actions(name))])
+def test_a_source_that_is_not_there(name, capsys, tmp_path, monkeypatch):
+    """Exit code 2 and one line that names it; nothing is made, nothing is on stdout, with --json neither."""
+    monkeypatch.chdir(tmp_path)
+    for more in ([], ["--json"]):
+        assert cli.main([*with_source(name, "/nowhere/model"), *more]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("\n") == 1 and "/nowhere" in err, err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_object_has_the_same_frame(capsys, golden):
+    """command and modelq_version first, then words in snake_case; tables for people are not in it."""
+    source = golden["llama"].source
+    export = golden["llama"].folder / "bfloat16" / "FP8_DEFAULT_CFG"
+    for line in (["formats"], ["inspect", source], ["inspect", export], ["verify", export]):
+        assert cli.main([*map(str, line), "--json"]) in (0, 1)
+        out = capsys.readouterr().out
+        data = json.loads(out, parse_constant=pytest.fail)
+        assert list(data)[:2] == ["command", "modelq_version"] and data["command"] == line[0] and out.count("\n") == 1
+        assert all(re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", key) for key in data), list(data)
+
+
 # ---- completion ----
 
 @pytest.fixture(scope="module")

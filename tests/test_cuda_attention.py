@@ -144,21 +144,63 @@ def test_cache(cuda, dtype, length):
             for x in (cache, values))
     wanted, out = check(cuda, q, k, v, [length] * 2, past), np.zeros_like(q)
     job = job_of(q, k, v, out, [length] * 2, past=past)
-    cuda.run("attention", **dict(job, k=cache, v=values, ldk=16, ldv=16, head_stride=40 * 16, key_starts=np.int64(slots) * 2 * 40))
+    cuda.run("attention", **dict(job, k=cache, v=values, ldk=16, ldv=16, head_tokens=40, key_starts=np.int64(slots) * 2 * 40))
     same(out, wanted)
+
+
+# ---- other kinds of scores ----
+
+def probabilities(q, wide_k, scale, window=0, mask=None, past=0, chunk=0, chunk_first=0, softcap=0.0, sinks=None):
+    """In float64 [heads, queries, keys], and the slope of what caps scores."""
+    at, key = past + np.arange(len(q))[:, None], np.arange(len(wide_k))[None]
+    seen = (key <= at) & ((window == 0) | (key > at - window)) & (True if mask is None else mask.astype(bool)[None])
+    if chunk:
+        behind = at - chunk_first
+        seen &= (behind < 0) | (key >= at - behind % chunk)
+    scores = scale * np.einsum("thd,shd->hts", q.astype(np.float64), wide_k.astype(np.float64))
+    slope = 1 - np.tanh(scores / softcap) ** 2 if softcap else np.ones_like(scores)
+    scores = np.where(seen, softcap * np.tanh(scores / softcap) if softcap else scores, -np.inf)
+    sink = np.full((q.shape[1], 1, 1), -np.inf) if sinks is None else sinks.astype(np.float64)[:, None, None]
+    top = np.maximum(scores.max(-1, keepdims=True, initial=-np.inf), sink)
+    p = np.exp(scores - np.where(np.isinf(top), 0, top))
+    total = p.sum(-1, keepdims=True) + np.exp(sink - np.where(np.isinf(top), 0, top))
+    return p / np.where(total == 0, 1, total), slope
+
+
+KINDS = {"chunk": dict(chunk=48), "chunk behind padding": dict(chunk=50, chunk_first=17), "cap": dict(softcap=2.0), "sinks": dict(sinks=True),
+         "all": dict(chunk=64, softcap=3.0, sinks=True, window=40)}
+
+
+@pytest.mark.parametrize("dtype", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_scores(cuda, dtype, kind):
+    """Llama 4's chunks, Gemma 2's cap, gpt-oss's sinks; in many queries and in steps."""
+    rng, options = np.random.default_rng(11), dict(KINDS[kind])
+    sinks = rng.standard_normal(4).astype(np.float32) if options.pop("sinks", False) else None
+    for lengths, past in (([150, 30], [0, 0]), ([1, 1], [130, 40])):
+        firsts = np.full(2, options.get("chunk_first", 0), np.int64)
+        keys = np.asarray(past) + lengths
+        q, k, v = heads(rng, sum(lengths), 4, 24, dtype), heads(rng, sum(keys), 2, 24, dtype), heads(rng, sum(keys), 2, 24, dtype)
+        out = np.full_like(q, np.nan)
+        cuda.run("attention", **dict(job_of(q, k, v, out, lengths, 0.4, past), sinks=sinks, **{**options, "chunk_first": firsts}))
+        row, key = 0, 0
+        for i, length in enumerate(lengths):
+            rows, own = slice(row, row + length), slice(key, key + keys[i])
+            p, _ = probabilities(q[rows], np.repeat(k[own], 2, 1), 0.4, past=past[i], sinks=sinks, **options)
+            wide = np.repeat(v[own], 2, 1).astype(np.float64)
+            bound = (2e-5 if dtype == F32 else 2 * BF16_UNIT) * np.einsum("hts,shd->thd", p, abs(wide)) + 1e-30
+            assert np.all(abs(out[rows].astype(np.float64) - np.einsum("hts,shd->thd", p, wide)) <= bound)
+            row, key = row + length, key + keys[i]
 
 
 # ---- gradients ----
 
-def exact_gradients(q, k, v, d_out, scale, window, mask):
+def exact_gradients(q, k, v, d_out, scale, **options):
     """In float64: d_q, d_k, d_v; and the sums of the sizes of what is added up, with which errors scale."""
     q, k, v, d_out = (x.astype(np.float64) for x in (q, k, v, d_out))
     group, tokens = q.shape[1] // k.shape[1], len(q)
-    wide_k, wide_v, at = np.repeat(k, group, 1), np.repeat(v, group, 1), np.arange(tokens)
-    seen = (at[None] <= at[:, None]) & ((window == 0) | (at[None] > at[:, None] - window)) & (True if mask is None else mask.astype(bool)[None])
-    scores = np.where(seen, scale * np.einsum("thd,shd->hts", q, wide_k), -np.inf)
-    p = np.exp(scores - np.where(seen.any(1), scores.max(2, initial=-np.inf), 0)[..., None])
-    p = p / np.where(p.sum(-1) == 0, 1, p.sum(-1))[..., None]
+    wide_k, wide_v = np.repeat(k, group, 1), np.repeat(v, group, 1)
+    p, slope = probabilities(q, wide_k, scale, **options)
 
     def gradients(change, q, k, d_out):
         def grouped(x):
@@ -167,7 +209,7 @@ def exact_gradients(q, k, v, d_out, scale, window, mask):
     d_p = np.einsum("thd,shd->hts", d_out, wide_v)
     mean = (d_p * p).sum(-1, keepdims=True)
     sizes = np.einsum("thd,shd->hts", abs(d_out), abs(wide_v)) + (np.einsum("thd,shd->hts", abs(d_out), abs(wide_v)) * p).sum(-1, keepdims=True)
-    return gradients(scale * p * (d_p - mean), q, wide_k, d_out), gradients(abs(scale) * p * sizes, abs(q), abs(wide_k), abs(d_out))
+    return gradients(scale * slope * p * (d_p - mean), q, wide_k, d_out), gradients(abs(scale) * p * sizes, abs(q), abs(wide_k), abs(d_out))
 
 
 def run_backward(cuda: Operations, job, d_out):
@@ -183,16 +225,20 @@ def run_backward(cuda: Operations, job, d_out):
     return gradients
 
 
-def check_backward(cuda, dtype, lengths, count, kv, size, value_size, window=0, masked=0.0, scale=0.125):
+def check_backward(cuda, dtype, lengths, count, kv, size, value_size, window=0, masked=0.0, scale=0.125, **options):
     rng, rows = np.random.default_rng(9), sum(lengths)
     q, k, v = heads(rng, rows, count, size, dtype), heads(rng, rows, kv, size, dtype), heads(rng, rows, kv, value_size, dtype)
     d_out, out = heads(rng, rows, count, value_size, F32), np.zeros((rows, count, value_size), dtype)
     mask = (rng.random(rows) >= masked).astype(np.uint8) if masked else None
-    found = run_backward(cuda, job_of(q, k, v, out, lengths, scale, key_mask=mask, window=window), d_out)
+    sinks = rng.standard_normal(count).astype(np.float32) if options.pop("sinks", False) else None
+    firsts = np.full(len(lengths), options.get("chunk_first", 0), np.int64)
+    job = job_of(q, k, v, out, lengths, scale, key_mask=mask, window=window, sinks=sinks, **{**options, "chunk_first": firsts})
+    found = run_backward(cuda, job, d_out)
     row = 0
     for length in lengths:
         part = slice(row, row + length)
-        wanted, scales = exact_gradients(q[part], k[part], v[part], d_out[part], scale, window, None if mask is None else mask[part])
+        wanted, scales = exact_gradients(q[part], k[part], v[part], d_out[part], scale, window=window, sinks=sinks,
+                                         mask=None if mask is None else mask[part], **options)
         for got, exact, size_of in zip(found, wanted, scales):
             # float32: sums of `size` and of `length` terms, each side of exp; bfloat16: out, d_out, p and dS are rounded, and O enters D.
             bound = 3e-6 * size_of if dtype == F32 else 4 * BF16_UNIT * size_of
@@ -214,6 +260,12 @@ def test_backward_of_what_is_hidden(cuda, dtype, window, masked):
     """Nothing is NaN where a query sees no key; all zeros where none does."""
     found = check_backward(cuda, dtype, [150, 30], 2, 1, 16, 16, window, masked)
     assert masked < 1 or not any(gradient.any() for gradient in found)
+
+
+@pytest.mark.parametrize("dtype", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_backward_of_other_scores(cuda, dtype, kind):
+    check_backward(cuda, dtype, [150, 30], 4, 2, 24, 24, scale=0.4, **KINDS[kind])
 
 
 def test_same_bits_in_every_order(unordered):

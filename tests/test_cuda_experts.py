@@ -57,6 +57,51 @@ def test_route_of_equal_and_of_bad_logits(cuda):
     assert np.isnan(shares[2:]).all() and np.isfinite(shares[:2]).all()
 
 
+def reference_routes(logits, top_k, kept, correction, groups, groups_kept, factor, normalize):
+    """In float64, of sigmoids: the chosen ones and their shares."""
+    scores = 1 / (1 + np.exp(-logits.astype(np.float64)))
+    choice = scores + correction
+    chosen, shares = [], []
+    for row, own in zip(choice, scores):
+        size = len(row) // groups
+        best = np.sort(row.reshape(groups, size), -1)[:, ::-1][:, :2].sum(-1)
+        groups_in = np.argsort(-best, kind="stable")[:groups_kept]
+        allowed = [e for e in np.argsort(-row, kind="stable") if e // size in groups_in][:kept]
+        others = [e for e in np.argsort(-row, kind="stable") if e not in allowed][:top_k - kept]
+        share = own[allowed] / (own[allowed].sum() if normalize else 1) * factor
+        chosen.append(allowed + others)
+        shares.append([*share, *[0] * len(others)])
+    return np.array(chosen), np.array(shares)
+
+
+@pytest.mark.parametrize("dtype", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("experts, groups, groups_kept, top_k, kept", [(64, 8, 3, 6, 6), (16, 4, 1, 5, 2), (12, 1, 1, 3, 3), (32, 32, 6, 4, 4)])
+def test_route_by_groups(cuda, dtype, experts, groups, groups_kept, top_k, kept):
+    """DeepSeek-V3's: sigmoids, a correction where experts are chosen, groups, a factor; and experts who only look on."""
+    rng = np.random.default_rng(1)
+    logits, correction = values(rng, 9, experts, dtype=dtype.type), (0.3 * rng.standard_normal(experts)).astype(np.float32)
+    d_shares, d_logits = values(rng, 9, top_k), np.full((9, experts), 5, np.float32)
+    for normalize in (0, 1):
+        wanted, wanted_shares = reference_routes(logits, top_k, kept, correction, groups, groups_kept, 2.5, normalize)
+        chosen, shares = np.full((9, top_k), 77, np.int32), np.full((9, top_k), 77, np.float32)
+        job = dict(logits=logits, top_k=top_k, kept=kept, normalize=normalize, sigmoid=1, correction=correction, groups=groups,
+                   groups_kept=groups_kept, factor=2.5, experts=chosen, shares=shares)
+        cuda.run("route", **job)
+        np.testing.assert_array_equal(chosen, wanted)
+        np.testing.assert_allclose(shares, wanted_shares, rtol=2e-6)
+        if kept < top_k:
+            continue
+        cuda.run("route_backward", "route", **dict(job, d_shares=d_shares, d_logits=d_logits))
+        x = logits.astype(np.float64)
+        p, slope = 1 / (1 + np.exp(-x)), np.exp(-x) / (1 + np.exp(-x)) ** 2
+        picked = np.take_along_axis(p, wanted, -1)
+        total = picked.sum(-1, keepdims=True) if normalize else 1
+        mean = (d_shares * picked / total).sum(-1, keepdims=True) if normalize else 0
+        exact = np.zeros_like(p)
+        np.put_along_axis(exact, wanted, 2.5 * (d_shares - mean) / total, -1)
+        assert np.abs(d_logits - exact * slope).max() <= 5e-6 * np.abs(d_shares).max() / np.min(total)
+
+
 @pytest.mark.parametrize("rows, top_k, experts", [(1, 1, 1), (700, 2, 8), (900, 8, 128), (515, 4, 700), (0, 2, 5)])
 def test_dispatch(cuda, rows, top_k, experts):
     rng = np.random.default_rng(1)
@@ -86,7 +131,12 @@ def test_scatter(cuda, dtype):
         for x in (values(rng, 4, width, dtype=dtype.type), strided(values(rng, 4, width, dtype=dtype.type))):
             start = values(rng, 7, width, dtype=dtype.type)
             weighted = (x.astype(np.float32) * shares[:, None]).astype(dtype)
-            for given, added in ((shares, weighted), (None, x)):
+            shares[2] = 0                       # an expert who only looks on
+            x[2, 0] = np.nan
+            weighted[2], start[2] = 0, 1
+            for given, added in ((shares, weighted), (None, np.where(np.isnan(x), 3, x).astype(dtype))):
+                if given is None:
+                    x[2, 0] = 3
                 wanted, found = start.copy(), start.copy()
                 wanted[index] = (start[index].astype(np.float32) + added.astype(np.float32)).astype(dtype)
                 cuda.run("scatter", x=x, y=found, index=index, shares=given)
@@ -179,6 +229,8 @@ def test_what_is_refused(unordered):
     x = np.ones((3, 40), np.float32)
     for function, struct, fields, text in (
             ("route", None, dict(logits=x, top_k=41), "41 of 40 experts"), ("route", None, dict(logits=x, top_k=0), "0 of 40 experts"),
+            ("route", None, dict(logits=x, top_k=8, groups=3, groups_kept=1), "1 of 3 groups of 40"),
+            ("route", None, dict(logits=x, top_k=9, groups=5, groups_kept=1), "of which 9 of 9 are kept"),
             ("dispatch", None, dict(rows=3, top_k=2, experts=5000), "among 5000 experts"),
             ("scatter", None, dict(x=x, y=x.astype(BF16), index=np.arange(3)), "y of x's dtype"),
             ("scatter_backward", "scatter", dict(x=x), "needs index, shares"),

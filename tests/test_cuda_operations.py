@@ -59,6 +59,44 @@ def test_add(cuda, source, to):
 
 
 @pytest.mark.parametrize("dtype", ACTIVATIONS, ids=str)
+def test_add_scaled(cuda, dtype):
+    """Each step rounds to the dtype."""
+    rng = np.random.default_rng(1)
+    x, start, rows = values(rng, 5, 70, dtype=dtype.type), values(rng, 5, 70, dtype=dtype.type), values(rng, 5)
+    for options, factor in ((dict(scale=0.3), np.float32(0.3)), (dict(row_scales=rows), rows[:, None])):
+        scaled = (x.astype(np.float32) * factor).astype(dtype)
+        for accumulate, wanted in ((0, scaled), (1, (start.astype(np.float32) + scaled.astype(np.float32)).astype(dtype))):
+            y = start.copy()
+            cuda.run("add", x=x, y=y, accumulate=accumulate, **options)
+            same(y, wanted)
+    cuda.run("add", x=x, y=x, scale=0.5)
+    np.testing.assert_array_equal(np.isfinite(x.astype(np.float32)), True)
+
+
+@pytest.mark.parametrize("dtype", ACTIVATIONS, ids=str)
+def test_sigmoid(cuda, dtype):
+    rng = np.random.default_rng(1)
+    x, factors, d_factors, d_x = values(rng, 300, 1, dtype=dtype.type), np.zeros(300, np.float32), values(rng, 300), np.zeros(300, np.float32)
+    cuda.run("sigmoid", x=x, factors=factors)
+    close(factors, 1 / (1 + np.exp(-x.astype(np.float64)[:, 0])), dtype)
+    same(factors, factors.astype(dtype).astype(np.float32))
+    cuda.run("sigmoid_backward", "sigmoid", x=x, factors=factors, d_factors=d_factors, d_x=d_x)
+    same(d_x, d_factors * factors * (np.float32(1) - factors))
+
+
+def test_softcap(cuda):
+    rng = np.random.default_rng(1)
+    for divisor, cap in ((0, 30), (8, 0), (4, 5), (0, 0)):
+        x, d = values(rng, 3, 70) * 20, values(rng, 3, 70)
+        exact, by, start = x.astype(np.float64), divisor or 1, d.astype(np.float64)
+        tanh = np.tanh(exact / by / cap) if cap else 0
+        cuda.run("softcap_backward", "softcap", x=x.copy(), gradient=d, divisor=divisor, cap=cap)
+        assert np.all(np.abs(d - start * (1 - tanh ** 2) / by) <= 1e-6 * np.abs(start))
+        cuda.run("softcap", x=x, divisor=divisor, cap=cap)
+        close(x, cap * tanh if cap else exact / by, F32)
+
+
+@pytest.mark.parametrize("dtype", ACTIVATIONS, ids=str)
 def test_cache_store(cuda, dtype):
     rng = np.random.default_rng(2)
     for head_dim in (5, 64):
@@ -88,6 +126,35 @@ def test_swiglu(cuda, dtype):
             cuda.run("swiglu_backward", "swiglu", gate=gate, up=up, d_gate=d_gate, d_up=d_up)
             close(d_up, d_out * x * s, F32, np.abs(d_out * x * s) + 1e-7)
             close(d_gate, d_out * u * s * (1 + x * (1 - s)), F32, np.abs(d_out * u) * s * (1 + np.abs(x * (1 - s))))
+
+
+def gelu(x):
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x ** 3)))
+
+
+def clamped(gate, up, limit=3.0):
+    g, u = np.minimum(gate, limit), np.clip(up, -limit, limit)
+    return g / (1 + np.exp(-1.702 * g)) * (u + 1)
+
+
+@pytest.mark.parametrize("dtype", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("activation, formula", [(1, lambda gate, up: gelu(gate) * up), (2, clamped)])
+def test_other_activations(cuda, dtype, activation, formula):
+    """GELU, gpt-oss's: against formulas and, for gradients, central differences of them."""
+    rng = np.random.default_rng(3)
+    gate, up, d_out = values(rng, 5, 131, dtype=dtype.type), values(rng, 5, 131, dtype=dtype.type), values(rng, 5, 131)
+    gate[np.abs(gate.astype(np.float32) - 3) < 0.01] = 1        # no differences where a clamp begins
+    up[np.abs(np.abs(up.astype(np.float32)) - 3) < 0.01] = 1
+    x, y, step = gate.astype(np.float64), up.astype(np.float64), 1e-5
+    size = (1 + np.abs(x)) * (2 + np.abs(y))
+    d_gate, d_up = d_out.copy(), np.empty_like(d_out)
+    job = dict(struct="swiglu", up=up, activation=activation, limit=3.0)
+    cuda.run("swiglu_backward", gate=gate, d_gate=d_gate, d_up=d_up, **job)
+    wanted = d_out * (formula(x + step, y) - formula(x - step, y)) / (2 * step), d_out * (formula(x, y + step) - formula(x, y - step)) / (2 * step)
+    assert np.all(np.abs(d_gate - wanted[0]) <= 2e-6 * size * np.abs(d_out) + 1e-8)
+    assert np.all(np.abs(d_up - wanted[1]) <= 2e-6 * size * np.abs(d_out) + 1e-8)
+    cuda.run("swiglu", gate=gate, **job)
+    close(gate, formula(x, y), dtype, np.abs(formula(x, y)) + 4e-7 / RELATIVE[dtype.type] * np.abs(x) * (1 + np.abs(y)))
 
 
 @pytest.mark.parametrize("dtype", ACTIVATIONS, ids=str)
@@ -177,6 +244,27 @@ def test_rope(cuda, testing, dtype, head_dim, rotary):
         testing.apply_rope((x,), 10000.0, 0, (1.0, 1.0, 4.0, 0))
         cuda.run("rope", x=found, heads=3, cosine=cosine, sine=sine, rotary=rotary)
         same(found, x.reshape(11, -1))
+
+
+@pytest.mark.parametrize("dtype", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("rotary, offset, interleaved", [(20, 4, 0), (16, 8, 0), (20, 4, 1), (64, 128, 1), (512, 0, 1), (2, 0, 1)])
+def test_rope_of_a_part(cuda, dtype, rotary, offset, interleaved):
+    """Columns from offset on; pairs side by side become halves, and back. Bit for bit."""
+    rng = np.random.default_rng(6)
+    (cosine, sine), head_dim, half = rope_table(40, rotary), offset + rotary + 8, rotary // 2
+    for x in both(values(rng, 11, 3 * head_dim, dtype=dtype.type)):
+        wanted = x.reshape(11, 3, head_dim).copy()
+        part, c, s = wanted[:, :, offset:offset + rotary], cosine[7:18][:, None], sine[7:18][:, None]
+        a, b = (z.astype(np.float32) for z in ((part[:, :, ::2], part[:, :, 1::2]) if interleaved else (part[:, :, :half], part[:, :, half:])))
+        wanted[:, :, offset:offset + rotary] = np.concatenate([a * c - b * s, b * c + a * s], -1).astype(dtype)
+        job = dict(heads=3, cosine=cosine, sine=sine, rotary=rotary, offset=offset, interleaved=interleaved, first=7)
+        found = x.copy()
+        cuda.run("rope", x=found, **job)
+        same(found, wanted.reshape(11, -1))
+        if dtype == F32:
+            back = found.copy()
+            cuda.run("rope_backward", "rope", x=back, **job)
+            np.testing.assert_allclose(back, x, atol=1e-5 * np.abs(x).max())
 
 
 # ---- columns ----

@@ -1,7 +1,10 @@
 """The notebooks run from top to bottom on the embedded model and text, and what is stored of them is whole."""
 import importlib.util
+import os
 import re
 import sys
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import nbclient
@@ -68,15 +71,63 @@ def test_a_cell_that_raises_and_an_output_that_is_missing_are_found(tmp_path):
         script().execute(path, tmp_path)
 
 
+@contextmanager
+def kernel(folder, **environment):
+    """(its manager, a client), as a notebook has them."""
+    from jupyter_client.manager import start_new_kernel
+
+    environment = {**os.environ, "PYTHONPATH": str(Path(modelq.__file__).parents[1]), "IPYTHONDIR": str(folder), **environment}
+    manager, client = start_new_kernel(env=environment, cwd=str(folder))
+    try:
+        yield manager, client
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+
+
 @pytest.mark.slow
-def test_bars_in_a_notebook(tmp_path):
-    """progress() shows a bar where a notebook runs, though no terminal is there, and none where nobody looks on."""
+@pytest.mark.parametrize("disabled", ["", "1"])
+def test_bars_in_a_notebook(tmp_path, disabled):
+    """progress() shows a bar where a notebook runs, though no terminal is there, and none where it is not wanted."""
     code = "import modelq.progress as p\np.DELAY_SECONDS = 0\nprint(sum(p.progress(range(3), 'calibrate')))"
-    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)]), tmp_path / "bar.ipynb")
-    where = str(Path(modelq.__file__).parents[1])
-    shown = {}
-    for disabled in ("0", "1"):
-        cell, = script().execute(tmp_path / "bar.ipynb", tmp_path, PYTHONPATH=where, TQDM_DISABLE=disabled if disabled == "1" else "").cells
-        shown[disabled] = str(cell.outputs)
-        assert script().printed(cell) == "3\n"
-    assert "calibrate" in shown["0"] and "0/3" in shown["0"] and "Warning" not in shown["0"] and "calibrate" not in shown["1"]
+    shown = []
+    with kernel(tmp_path, TQDM_DISABLE=disabled) as (_, client):
+        client.execute_interactive(code, timeout=60, output_hook=lambda message: shown.append(message["content"]))
+    text = str(shown)
+    assert "'text': '3\\n'" in text and "Warning" not in text
+    assert ("calibrate" in str([content for content in shown if content.get("name") == "stderr" or "data" in content])) == (not disabled)
+
+
+CELLS = """
+import numpy as np, modelq, modelq.quantization as mtq
+model = modelq.load({path!r})
+ids = np.arange(60).reshape(2, 30)
+before = model(ids).logits
+def long_loop(model):
+    for _ in range(4000):
+        model(ids)
+    print("recorded", flush=True)
+--
+mtq.quantize(model, mtq.NVFP4_AWQ_LITE_CFG, long_loop)
+--
+print((model(ids).logits == before).all(), model.quantized, model.generate(ids[:1], max_new_tokens=2).shape)
+mtq.quantize(model, mtq.FP8_DEFAULT_CFG, lambda model: model(ids))
+fresh = mtq.quantize(modelq.load({path!r}), mtq.FP8_DEFAULT_CFG, lambda model: model(ids))
+print((model(ids).logits == fresh(ids).logits).all(), model.quantized)
+"""
+
+
+@pytest.mark.slow
+def test_a_kernel_that_is_interrupted_in_mid_calibration(tiny_checkpoint, tmp_path):
+    """As by the button of a notebook: the cell ends with KeyboardInterrupt, and the next ones find the model as it was."""
+    first, long, last = CELLS.format(path=str(tiny_checkpoint)).split("--\n")
+    printed = []
+    with kernel(tmp_path) as (manager, client):
+        def listen(message):
+            printed.append(message["content"].get("text", ""))
+            if printed[-1] == "recorded\n":
+                time.sleep(0.2)
+                manager.interrupt_kernel()
+        replies = [client.execute_interactive(cell, timeout=120, output_hook=listen)["content"] for cell in (first, long, last)]
+    assert [reply["status"] for reply in replies] == ["ok", "error", "ok"] and replies[1]["ename"] == "KeyboardInterrupt"
+    assert "".join(printed).split("recorded\n")[1] == "True False (1, 32)\nTrue True\n"

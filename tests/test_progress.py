@@ -13,6 +13,8 @@ import pytest
 
 import modelq
 
+pytestmark = pytest.mark.slow
+
 NESTED = """
 import sys, time
 import modelq.progress as p

@@ -180,6 +180,22 @@ def test_models_that_cannot_be_run(tmp_path):
         gather(before, after, [1, 2, 3], 32, "")
 
 
+def test_colors_can_be_read():
+    """Contrast of text on every colour (4.5 is WCAG's AA), steps of ramps by lightness alone, and both themes."""
+    from modelq.report.style import BLUES, BROWNS, CATEGORIES, CSS, contrast, luminance, text_on
+
+    assert contrast("#ffffff", "#000000") == pytest.approx(21) and contrast("#777777", "#ffffff") == pytest.approx(4.48, abs=0.01)
+    for color in (*BLUES, *BROWNS, *CATEGORIES):
+        assert contrast(color, text_on(color)) >= 4.5, color
+    for ramp in (BLUES, BROWNS):
+        assert all(luminance(one) > 1.12 * luminance(other) for one, other in zip(ramp, ramp[1:]))
+    themes = re.findall(r"--paper:(#\w+);--ink:(#\w+);--soft:(#\w+)", CSS)
+    assert len(themes) == 2
+    for paper, *texts in themes:
+        paper = paper if len(paper) == 7 else "#" + "".join(2 * letter for letter in paper[1:])
+        assert all(contrast(paper, text) >= 4.5 for text in texts)
+
+
 # ---- the command ----
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import json
 import mmap
 import random
 import resource
+import subprocess
 import sys
 from pathlib import Path
 
@@ -324,3 +325,25 @@ def test_reading_one_tensor_of_a_large_file_stays_small(tmp_path):
     assert kept[:: mmap.PAGESIZE].sum() == 0 and resident() - start > 24 << 20  # the measure does see pages
     opened.release()
     assert resident() - start < 16 << 20
+
+
+RELEASED = """
+import sys
+from modelq.checkpoint.safetensors import SafetensorsFile
+def mapped():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssFile"))
+file = SafetensorsFile(sys.argv[1])
+before = mapped()
+for name in file.tensors:
+    assert file.read(name)[::512].sum() > 0
+    file.release([name])
+print(mapped() - before)
+"""
+
+
+def test_released_tensors_leave_no_pages_behind(tmp_path):
+    """Neither their own nor those that the kernel maps around them: 64 MB in tensors of 96 KB."""
+    safetensors.numpy.save_file({f"experts.{i:04}": np.ones(96 * 1024, np.uint8) for i in range(680)}, tmp_path / "many.safetensors")
+    done = subprocess.run([sys.executable, "-c", RELEASED, str(tmp_path / "many.safetensors")], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 1024      # kB

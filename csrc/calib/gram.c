@@ -32,10 +32,15 @@ static int64_t block_rows(int64_t width, mq_dtype dtype)
     return MQ_MAX(MQ_MIN((int64_t)BLOCK_ROWS, BLOCK_ELEMENTS / width / 1024 * 1024), (int64_t)LEAST_ROWS);
 }
 
+int64_t mq_gram_sums(const mq_calib *calib, int64_t n)
+{
+    const int64_t size = calib->option;
+    return size == 0 ? n * (n + 1) / 2 : MQ_CEIL_DIV(n, size) * size * size;
+}
+
 static int64_t sums_count(const mq_calib *calib)
 {
-    const int64_t n = calib->channels, size = calib->option;
-    return size == 0 ? n * (n + 1) / 2 : MQ_CEIL_DIV(n, size) * size * size;
+    return mq_gram_sums(calib, calib->channels);
 }
 
 int64_t mq_gram_count(const mq_calib *calib)
@@ -299,6 +304,17 @@ static int gram_collect(mq_calib *calib, const mq_calib_rows *rows, mq_error *er
         calib->count += counted;
         if (rows->group < 0) rc = gram_settle(calib, 0, err);
     } else mq_piece_free(calib, piece);
+    pthread_mutex_unlock(&calib->mutex);
+    return rc;
+}
+
+int mq_gram_add(mq_calib *calib, const double *sums, int64_t width, int64_t rows, mq_error *err)
+{
+    pthread_mutex_lock(&calib->mutex);
+    const int rc = prepare(calib, width, err);
+    const int64_t count = rc == MQ_OK ? sums_count(calib) : 0;
+    for (int64_t i = 0; i < count; i++) ((gram *)calib->state)->sums[i] += sums[i];
+    if (rc == MQ_OK) calib->count += rows;
     pthread_mutex_unlock(&calib->mutex);
     return rc;
 }

@@ -15,4 +15,9 @@ int64_t mq_gram_count(const mq_calib *calib);
 /* out [mq_gram_count], symmetric. MQ_ERR_VALUE if NaN or an infinity was seen, MQ_ERR_STATE if nothing was. */
 int mq_gram_finish(mq_calib *calib, float *out, mq_error *err);
 
+/* Adds what was summed elsewhere (a device) over `rows` tokens [rows, width]: sums as this kind saves them, the upper
+ * triangle row by row or the blocks on the diagonal, mq_gram_sums(calib, width) of them. */
+int64_t mq_gram_sums(const mq_calib *calib, int64_t width);
+int mq_gram_add(mq_calib *calib, const double *sums, int64_t width, int64_t rows, mq_error *err);
+
 #endif

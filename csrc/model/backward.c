@@ -16,6 +16,8 @@ int mq_backward_init(mq_backward *back, mq_run *run, const mq_weight_gradient *w
     if (run->next_layer != layers)
         return mq_fail(err, MQ_ERR_STATE, "backward: the run has not been through all layers (next is %lld of %lld)",
                        (long long)run->next_layer, (long long)layers);
+    if (run->runtime->elsewhere != NULL)
+        return mq_fail(err, MQ_ERR_STATE, "backward: is computed on the CPU; Runtime.use_device(None) comes first");
     if (run->onlooking > run->runtime->config.num_experts_per_tok)
         return mq_fail(err, MQ_ERR_STATE, "backward: the run was started for experts that only look on");
     back->run = run;

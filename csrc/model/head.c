@@ -134,6 +134,14 @@ static int head_forward(head_job *job, mq_error *err)
 {
     const mq_module *head = mq_runtime_outer(job->run->runtime, MQ_ROLE_HEAD);
     int64_t vocabulary = config_of(job)->vocab_size;
+    mq_elsewhere *there = job->run->runtime->elsewhere;
+    if (there != NULL && !mq_logits_change(config_of(job))) {
+        const mq_head_request request = {
+            .run = job->run, .norm = job->norm, .weight = job->weight, .name = head->weight, .rows = job->rows,
+            .first_row = job->first_row, .logits = job->logits, .losses = job->losses, .labels = job->labels,
+        };
+        return there->head(there, &request, err);
+    }
     for (job->first = 0; job->first < vocabulary; job->first += SLICE) {
         mq_tensor part = *job->weight;
         job->columns = part.shape[0] = MQ_MIN((int64_t)SLICE, vocabulary - job->first);

@@ -325,16 +325,17 @@ static int check_order(const mq_run *run, int64_t layer, mq_error *err)
 
 int mq_run_layer(mq_run *run, int64_t index, mq_error *err)
 {
+    mq_elsewhere *there = run->runtime->elsewhere;
     mq_layer *layer;
     int rc = check_order(run, index, err);
     if (rc != MQ_OK) return rc;
     layer = &run->runtime->layers[index];
     rc = mq_layer_check(layer, &run->runtime->config, err);
-    if (rc == MQ_OK) rc = mq_run_reserve(run, err);
+    if (rc == MQ_OK && there == NULL) rc = mq_run_reserve(run, err);
     if (rc == MQ_OK && layer->experts > 0) rc = mq_dispatch_begin(run, err);
     if (rc != MQ_OK) return rc;
     mq_steps steps = {.count = run->unit_count, .rows = run->largest_unit, .step = forward_unit, .context = layer};
-    rc = mq_run_steps(run, layer, &steps, err);
+    rc = there != NULL ? there->layer(there, run, index, err) : mq_run_steps(run, layer, &steps, err);
     if (rc != MQ_OK) run->next_layer = -1;
     else if (layer->experts > 0) mq_dispatch_rows(run, index);
     else run->next_layer = index + 1;

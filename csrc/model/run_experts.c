@@ -121,7 +121,9 @@ static int run_loaded(mq_run *run, int64_t index, int64_t expert, mq_error *err)
 {
     mq_layer *layer = &run->runtime->layers[index];
     const int64_t *start = &run->dispatch.start[expert];
+    mq_elsewhere *there = run->runtime->elsewhere;
     int rc = mq_layer_check(layer, &run->runtime->config, err);
+    if (rc == MQ_OK && there != NULL) return there->expert(there, run, index, start[0], start[1] - start[0], err);
     if (rc == MQ_OK) rc = mq_run_reserve(run, err);
     if (rc != MQ_OK) return rc;
     expert_job job = {.layer = layer, .first = start[0], .count = start[1] - start[0],

@@ -342,6 +342,7 @@ float *mq_read_norm(const mq_runtime *runtime, const mq_tensor *tensor, const ch
 static int load_module(mq_runtime *runtime, const mq_module *module, const mq_named_tensor *tensors, size_t count,
                        mq_error *err)
 {
+    mq_elsewhere *there = runtime->elsewhere;
     mq_layer *layer = &runtime->layers[module->layer];
     mq_linear *linear = &layer->linears[module->role];
     const mq_tensor *weight = mq_find_tensor(tensors, count, module->weight, module->shape, module->ndim, err);
@@ -350,13 +351,15 @@ static int load_module(mq_runtime *runtime, const mq_module *module, const mq_na
         layer->norms[module->role] = module->kind == MQ_MODULE_NORM
                                          ? mq_read_norm(runtime, weight, module->weight, err)
                                          : mq_read_vector(weight, MQ_F32, module->weight, err);
-        return layer->norms[module->role] == NULL ? err->code : MQ_OK;
+        if (layer->norms[module->role] == NULL) return err->code;
+        return there == NULL ? MQ_OK : there->load(there, runtime, module, NULL, layer->norms[module->role], err);
     }
     if (module->bias[0] != '\0') {
         const mq_tensor *bias = mq_find_tensor(tensors, count, module->bias, module->shape, 1, err);
         if (bias != NULL) linear->weight.bias = mq_read_vector(bias, runtime->dtype, module->bias, err);
         if (linear->weight.bias == NULL) return err->code;
     }
+    if (there != NULL) return there->load(there, runtime, module, weight, linear->weight.bias, err);
     return mq_linear_load(&linear->weight, weight, runtime->gemm, module->weight, err);
 }
 
@@ -433,6 +436,7 @@ static mq_linear_weight *expert_weight(mq_runtime *runtime, int64_t layer, int i
 
 void mq_runtime_drop_expert(mq_runtime *runtime, int64_t layer)
 {
+    if (runtime->elsewhere != NULL) runtime->elsewhere->drop_expert(runtime->elsewhere);
     for (int i = 0; i < MQ_EXPERT_LINEARS; i++) mq_linear_free(expert_weight(runtime, layer, i));
 }
 
@@ -466,6 +470,11 @@ int mq_runtime_load_low_rank(mq_runtime *runtime, const mq_module *module, const
                        module->name, (long long)linear->cols, (long long)linear->rows,
                        mq_tensor_describe(down, have, sizeof have), mq_tensor_describe(up, other, sizeof other));
     drop_low_rank(linear);
+    if (runtime->elsewhere != NULL) {
+        const int there = runtime->elsewhere->load_low_rank(runtime->elsewhere, module, down, up, err);
+        if (there == MQ_OK) runtime->rank = MQ_MAX(runtime->rank, rank);
+        return there;
+    }
     int rc = mq_linear_load(&linear->down, down, runtime->gemm, module->name, err);
     if (rc == MQ_OK) rc = mq_linear_load(&linear->up, up, runtime->gemm, module->name, err);
     if (rc != MQ_OK) drop_low_rank(linear);
@@ -476,6 +485,7 @@ int mq_runtime_load_low_rank(mq_runtime *runtime, const mq_module *module, const
 void mq_runtime_drop_layer(mq_runtime *runtime, int64_t index)
 {
     mq_layer *layer = &runtime->layers[index];
+    if (runtime->elsewhere != NULL) runtime->elsewhere->drop_layer(runtime->elsewhere, index);
     for (int role = 0; role < MQ_ROLE_COUNT; role++) {
         drop_low_rank(&layer->linears[role]);
         mq_linear_free(&layer->linears[role].weight);

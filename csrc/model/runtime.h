@@ -3,6 +3,7 @@
 #ifndef MQ_RUNTIME_H
 #define MQ_RUNTIME_H
 
+#include "model/elsewhere.h"
 #include "model/layer.h"
 
 enum { MQ_NAME_SIZE = 96 };
@@ -33,6 +34,7 @@ typedef struct mq_runtime {
     unsigned layer_ropes;         /* bits 1 << MQ_LAYER_*: which ropes layers have */
     int64_t rank;                 /* of the widest branch of low rank that was ever loaded */
     void *gathered;               /* memory of weights that were gathered (mq_runtime_gather) */
+    mq_elsewhere *elsewhere;      /* where layers are computed; not owned; NULL = here */
 } mq_runtime;
 
 /* What differs from layer to layer; each an array or NULL. */

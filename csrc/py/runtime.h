@@ -5,6 +5,7 @@
 #include "py/convert.h"
 #include "py/ndarray.h"
 
+#include "backend/device.h"
 #include "model/backward.h"
 
 typedef struct RuntimeObject {
@@ -15,6 +16,8 @@ typedef struct RuntimeObject {
     PyObject *observers;     /* {name of a module: the observer of its output} */
     _Atomic int outer_busy;  /* as mq_layer.busy, for layer -1 */
     int ready;
+    mq_device *device;       /* where layers are computed; NULL = here */
+    PyObject *library;       /* the CudaLibrary of that */
 } RuntimeObject;
 
 typedef struct RunObject {
@@ -84,5 +87,11 @@ void mq_per_layer_free(mq_per_layer *layers);
 /* Runtime.start(ids, masks=None, count_padding=False), see type_run.c. */
 PyObject *mq_run_start(PyObject *runtime, PyObject *args, PyObject *kwargs);
 extern const char mq_run_start_doc[];
+
+/* Runtime.use_device(library, index=0, memory=0, cublas=None) and Runtime.device, see runtime_device.c. */
+PyObject *mq_runtime_use_device(PyObject *runtime, PyObject *args, PyObject *kwargs);
+extern const char mq_runtime_use_device_doc[];
+PyObject *mq_runtime_device(PyObject *runtime, void *unused);
+void mq_runtime_leave_device(RuntimeObject *runtime);
 
 #endif

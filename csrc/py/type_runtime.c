@@ -88,6 +88,7 @@ static int runtime_clear(PyObject *self)
     RuntimeObject *object = (RuntimeObject *)self;
     PyObject *name, *observer;
     Py_ssize_t position = 0;
+    mq_runtime_leave_device(object);
     if (object->ready) mq_runtime_free(&object->runtime);
     object->ready = 0;
     Py_CLEAR(object->calibrators);
@@ -510,6 +511,8 @@ static PyMethodDef methods[] = {
     {"set_calibrator", runtime_set_calibrator, METH_VARARGS, set_calibrator_doc},
     {"set_observer", runtime_set_observer, METH_VARARGS, set_observer_doc},
     {"start", (PyCFunction)(void (*)(void))mq_run_start, METH_VARARGS | METH_KEYWORDS, mq_run_start_doc},
+    {"use_device", (PyCFunction)(void (*)(void))mq_runtime_use_device, METH_VARARGS | METH_KEYWORDS,
+     mq_runtime_use_device_doc},
     {NULL, NULL, 0, NULL},
 };
 
@@ -567,6 +570,8 @@ static PyGetSetDef properties[] = {
     {"compute", runtime_compute, NULL, "'bfloat16' or 'float32'.", NULL},
     {"layers", runtime_layers, NULL, "Number of decoder layers.", NULL},
     {"config", runtime_config, NULL, "The numbers in use, defaults filled in.", NULL},
+    {"device", mq_runtime_device, NULL, "None, or {'memory', 'peak'} of the device that computes layers, in bytes.",
+     NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 

@@ -19,6 +19,7 @@ from modelq.checkpoint.base import TensorInfo, missing_tensor, unique_keys
 
 MAX_HEADER_BYTES = 100_000_000
 _MAX_INT_DIGITS = 20
+FAULT_AROUND = 2 << 20      # what Linux may map for one page that is read: 64 KiB around it, or all of a large folio
 _AGAIN = "download or export the file again"
 
 # tag in the file -> (name in NumPy or ml_dtypes, bits). In the library's order, which its writer sorts by (descending).
@@ -114,9 +115,10 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def drop_pages(mapping: mmap.mmap, offset: int, length: int) -> None:
-    """madvise(DONTNEED) on every page that [offset, offset + length) touches: for a read-only file mapping always harmless."""
-    start = offset - offset % mmap.PAGESIZE
-    end = min(offset + length, len(mapping))
+    """madvise(DONTNEED) on every page that [offset, offset + length) touches, and on those that the kernel maps with a page that is
+    read (of a checkpoint of many small tensors that may be nearly all): for a read-only file mapping always harmless."""
+    start = offset - offset % FAULT_AROUND
+    end = min(-(-(offset + length) // FAULT_AROUND) * FAULT_AROUND, len(mapping))
     if end > start:
         mapping.madvise(mmap.MADV_DONTNEED, start, end - start)
 

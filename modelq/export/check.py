@@ -26,7 +26,8 @@ def check_exportable(model_or_path: Any, config: Any, dialect: str | None = None
     `export_hf_checkpoint`. ValueError names the layer and what would work: a block size that does not divide it, a format that the
     dialect cannot say or the engine does not load, siblings of unlike formats, a config that quantizes nothing.
     """
-    from modelq.model import Model, load
+    from modelq.model import Model
+    from modelq.opening import load
 
     model = model_or_path if isinstance(model_or_path, Model) else load(model_or_path)
     return planned_export(model, config, dialect, engine)[1].dialect

@@ -15,7 +15,7 @@ UNQUANTIZED = "high precision"
 
 def heat_table(parts: Sequence[str], last: str, rows: Sequence[str]) -> str:
     head = "".join(f"<th scope=col>{part_name(part)}</th>" for part in parts)
-    return (f"<div class=wide><table class=heat><thead><tr><th scope=col>layer</th>{head}{last}</tr></thead>"
+    return (f"<div class=wide tabindex=0><table class=heat><thead><tr><th scope=col>layer</th>{head}{last}</tr></thead>"
             f"<tbody>{''.join(rows)}</tbody></table></div>")
 
 

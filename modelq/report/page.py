@@ -115,7 +115,8 @@ def _heat_cell(value: float | None, scale: Scale, letter: str, title: str) -> st
     said = f' title="{escape(title)}"' if title else ""
     if value is None:
         return f"<td class=none{said}>–</td>"
-    return f'<td class="{letter}{scale.step(value)}"{said}>{100 * value:.3g}</td>'
+    text = f"{100 * value:#.3g}".rstrip(".")
+    return f'<td class="{letter}{scale.step(value)}"{said}>{text}</td>'
 
 
 def _cell_title(ones: Sequence[Any] | None) -> str:

@@ -1,22 +1,33 @@
 """The page's style: no file beside it, light and dark, readable on paper."""
 
-# Ramps of ten steps whose lightness alone tells them apart (after Crameri's batlow-like single hues); text on the dark half is white.
-_BLUES = ("#f3f7fb", "#dfeaf5", "#c8dcee", "#abcbe5", "#87b5da", "#6099ca", "#3f7db5", "#28629b", "#174a7c", "#0b335b")
-_BROWNS = ("#fdf6ec", "#f9e8ce", "#f3d6a9", "#e9bf80", "#dba55b", "#c6883d", "#a96c28", "#89521b", "#693c13", "#4a290d")
-FIRST_DARK = 5      # of the ramps: from here on, white text
-
-# Okabe and Ito's colours, as background and the text on it; high precision is grey.
-CATEGORIES = (("#0072b2", "#fff"), ("#e69f00", "#000"), ("#009e73", "#fff"), ("#cc79a7", "#000"), ("#56b4e9", "#000"), ("#d55e00", "#fff"),
-              ("#f0e442", "#000"))
+# Ramps of ten steps whose lightness alone tells them apart.
+BLUES = ("#f3f7fb", "#dfeaf5", "#c8dcee", "#abcbe5", "#87b5da", "#6099ca", "#3877af", "#28629b", "#174a7c", "#0b335b")
+BROWNS = ("#fdf6ec", "#f9e8ce", "#f3d6a9", "#e9bf80", "#dba55b", "#c6883d", "#a46725", "#89521b", "#693c13", "#4a290d")
+# Okabe and Ito's colours; high precision has none.
+CATEGORIES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442")
+BLACK, WHITE = "#111111", "#ffffff"
 
 
-def _ramp(letter: str, colors: tuple[str, ...]) -> str:
-    return "".join(f".{letter}{step}{{background:{color};color:{'#fff' if step >= FIRST_DARK else '#111'}}}"
-                   for step, color in enumerate(colors))
+def luminance(color: str) -> float:
+    """Relative, of "#rrggbb" (WCAG 2.2)."""
+    parts = [int(color[at:at + 2], 16) / 255 for at in (1, 3, 5)]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
-def _categories() -> str:
-    return "".join(f".c{index}{{background:{color};color:{text}}}" for index, (color, text) in enumerate(CATEGORIES))
+def contrast(one: str, other: str) -> float:
+    """From 1 to 21 (WCAG 2.2)."""
+    low, high = sorted(luminance(color) for color in (one, other))
+    return (high + 0.05) / (low + 0.05)
+
+
+def text_on(color: str) -> str:
+    """Black or white, whichever is easier to read there."""
+    return max((BLACK, WHITE), key=lambda text: contrast(color, text))
+
+
+def _classes(letter: str, colors: tuple[str, ...]) -> str:
+    return "".join(f".{letter}{step}{{background:{color};color:{text_on(color)}}}" for step, color in enumerate(colors))
 
 
 CSS = """
@@ -65,4 +76,4 @@ pre,td code{overflow-wrap:anywhere}
 @media print{*{print-color-adjust:exact;-webkit-print-color-adjust:exact}body{font-size:10pt}main{max-width:none;padding:0}
 figure,.card,tr{break-inside:avoid}h2,h3{break-after:avoid}
 .wide{overflow:visible}table.heat{font-size:7pt}details:not([open]){display:none}}
-""" + _ramp("h", _BLUES) + _ramp("o", _BROWNS) + _categories()
+""" + _classes("h", BLUES) + _classes("o", BROWNS) + _classes("c", CATEGORIES)

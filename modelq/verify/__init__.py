@@ -46,7 +46,8 @@ def _findings(export: Export) -> Any:
 def dequantized_errors(directory: str | Path, source: str | Path) -> dict[str, float | None]:
     """Weight to the root mean square of (dequantized - original), as a share of the original's. Only of layers stored quantized.
 
-    What smoothing multiplied is divided again. None: the weight is in another basis (rotated), and its error says nothing.
+    directory: an exported folder; source: the checkpoint that it was made of. What smoothing multiplied is divided again. None: the weight
+    is in another basis (rotated), and its error says nothing.
     """
     from modelq.checkpoint import open_checkpoint
     from modelq.verify.errors import dequantized_error

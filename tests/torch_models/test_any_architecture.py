@@ -206,3 +206,24 @@ def test_the_command_line(tmp_path):
     assert done.returncode == 2 and "cannot be run" in done.stderr
     assert run("verify", tmp_path / "out", "--engine", "vllm").returncode == 0
     assert Path(tmp_path / "out" / "preprocessor_config.json").exists() == Path(tmp_path / "vit" / "preprocessor_config.json").exists()
+
+
+@pytest.mark.parametrize("config", ["FP8_DEFAULT_CFG", "NVFP4_DEFAULT_CFG"])
+def test_a_torch_model_in_memory_is_exported_with_its_calibrated_inputs(tmp_path, config):
+    """Where torch runs the model, formats that look at activations work on every architecture, too."""
+    torch.manual_seed(0)
+    kind, settings, _ = MODELS["bert"]
+    model = kind(copy.deepcopy(settings)).to(torch.bfloat16).eval()
+    ids = torch.randint(0, 300, (2, 16))
+    seen = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda module, given, name=name: seen.update({name: float(given[0].abs().max())}))
+    model(ids)
+    mtq.quantize(model, getattr(mtq, config), lambda model: model(ids))
+    export_hf_checkpoint(model, tmp_path / "out")
+    with open_checkpoint(tmp_path / "out") as written:
+        assert set(written.layers) == set(seen)
+        for module, layer in written.layers.items():
+            same = [name for name in siblings(module, {f"{name}.weight": 0 for name in seen})] if config.startswith("NV") else [module]
+            assert written.input_amax(module) == max(seen[name] for name in same), module

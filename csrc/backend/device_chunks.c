@@ -1,0 +1,246 @@
+/* Chunks of whole sequences on their way through a layer on a device: room for them, and the order in which they come
+ * and go. */
+#include <string.h>
+
+#include "backend/device_parts.h"
+#include "core/alloc.h"
+
+/* ---- room ---- */
+
+/* All layers that have a rope have the same (device_check.c). */
+static const mq_rope_table *table_of(const mq_layer_context *context, int64_t longest)
+{
+    return mq_ropes_of(context->ropes, MQ_LAYER_ROPE, longest);
+}
+
+static size_t table_nbytes(const mq_rope_table *table)
+{
+    return (size_t)(table->positions * table->rotary) / 2 * sizeof(float);
+}
+
+static size_t meta_nbytes(int64_t rows)
+{
+    return (size_t)(2 * rows + 1) * sizeof(int64_t) + (size_t)rows * (sizeof(int32_t) + 1);
+}
+
+/* Cuts the arena, which may only count, for chunks of `rows` rows. */
+static size_t cut(mq_arena *arena, const mq_layer_context *context, int64_t rows, int64_t longest, int masked,
+                  mq_device_scratch *out)
+{
+    const mq_config *config = context->config;
+    const size_t size = mq_dtype_size(context->dtype), table = table_nbytes(table_of(context, longest));
+    const int64_t hidden = config->hidden_size, q_width = config->num_attention_heads * config->head_dim;
+    const int64_t expert = config->num_experts > 0 ? config->moe_intermediate_size : 0;
+    const int64_t inner = MQ_MAX(mq_dim_of(config, NULL, MQ_DIM_INNER), expert);
+    const int64_t k_width = mq_dim_of(config, NULL, MQ_DIM_KV), v_width = mq_dim_of(config, NULL, MQ_DIM_V);
+    const int64_t mixed = config->num_attention_heads * config->value_head_dim;
+    const int64_t joined = context->fused ? MQ_MAX(q_width + k_width + v_width, 2 * inner) : 0;
+    const int64_t widest = MQ_MAX(MQ_MAX(hidden, inner), MQ_MAX(q_width, mixed)), prepared = context->rank > 0;
+    const int64_t routes = config->num_experts > 0 ? rows * config->num_experts_per_tok : 0;
+    arena->used = 0;
+    out->rows = rows;
+    out->meta_nbytes = meta_nbytes(rows);
+    for (int i = 0; i < 2; i++) {
+        out->hidden[i] = mq_arena_take(arena, (size_t)(rows * hidden) * size);
+        out->meta[i] = mq_arena_take(arena, out->meta_nbytes);
+    }
+    out->cosine = mq_arena_take(arena, table);
+    out->sine = mq_arena_take(arena, table);
+    out->normed = out->mixed = mq_arena_take(arena, (size_t)(rows * MQ_MAX(hidden, mixed)) * size);
+    out->joined = mq_arena_take(arena, (size_t)(rows * joined) * size);
+    out->quantized = mq_arena_take(arena, (size_t)(rows * widest) * size);
+    out->temporary = mq_arena_take(arena, (size_t)(rows * hidden) * size);
+    out->prepared = mq_arena_take(arena, (size_t)(prepared * rows * widest) * size);
+    out->low = mq_arena_take(arena, (size_t)(rows * context->rank) * size);
+    out->counted = mq_arena_take(arena, masked ? (size_t)(rows * widest) * size : 0);
+    out->router = mq_arena_take(arena, (size_t)(rows * config->num_experts) * size);
+    out->experts = mq_arena_take(arena, (size_t)routes * sizeof *out->experts);
+    out->shares = mq_arena_take(arena, (size_t)routes * sizeof *out->shares);
+    const size_t halves = arena->used;
+    out->q = mq_arena_take(arena, (size_t)(rows * q_width) * size);
+    out->k = mq_arena_take(arena, (size_t)(rows * k_width) * size);
+    out->v = mq_arena_take(arena, (size_t)(rows * v_width) * size);
+    out->attention = mq_arena_take(arena, out->attention_nbytes);
+    const size_t attention = arena->used;
+    arena->used = halves;       /* the MLP's half in the place of the attention's */
+    out->gate = mq_arena_take(arena, (size_t)(rows * inner) * size);
+    out->up = mq_arena_take(arena, (size_t)(rows * inner) * size);
+    return arena->used = MQ_MAX(arena->used, attention);
+}
+
+static size_t needed(const mq_device *device, const mq_run *run, int64_t rows, int64_t longest,
+                     mq_device_scratch *out)
+{
+    const mq_layer_context context = mq_run_context(run);
+    const mq_cuda_attention_job job = mq_device_attention(&context, NULL, rows, rows, longest);
+    mq_arena none = {0};
+    out->attention_nbytes = device->backend->attention_workspace(&job);
+    return cut(&none, &context, rows, longest, run->mask != NULL && !run->count_padding, out);
+}
+
+static int too_long(const mq_device *device, const mq_run *run, int64_t longest, size_t room, mq_error *err)
+{
+    mq_device_scratch scratch = {0};
+    int64_t fits = longest;
+    while (fits > 0 && needed(device, run, fits, fits, &scratch) > room) fits = fits > 16 ? fits / 8 * 7 : fits - 1;
+    return mq_fail(err, MQ_ERR_MEMORY,
+                   "out of device memory: a sequence of %lld tokens needs %.1f MB beside the weights of a layer, but "
+                   "only %.1f of %.1f MB are left for it; sequences of %lld tokens fit (batches of any size do: they "
+                   "go through the device in pieces). Allow more by load(..., device_memory=) or MODELQ_CUDA_MEMORY",
+                   (long long)longest, (double)needed(device, run, longest, longest, &scratch) / 1e6,
+                   (double)room / 1e6, (double)device->budget / 1e6, (long long)fits);
+}
+
+int mq_device_reserve(mq_device *device, mq_run *run, int64_t rows, int64_t longest, mq_device_scratch *out,
+                      mq_error *err)
+{
+    const mq_layer_context context = mq_run_context(run);
+    const mq_rope_table *table = table_of(&context, longest);
+    const size_t room = mq_device_available(device, &device->work);
+    int64_t fit = MQ_MIN(MQ_MAX(rows, longest), MQ_MAX((int64_t)MQ_CHUNK_ROWS, longest));
+    size_t nbytes;
+    while ((nbytes = needed(device, run, fit, longest, out)) > room && fit > longest)
+        fit = MQ_MAX(fit / 4 * 3, longest);
+    if (nbytes > room) return too_long(device, run, longest, room, err);
+    int rc = mq_arena_reserve(device, &device->work, nbytes, "the rows of a layer", err);
+    if (rc != MQ_OK) return rc;
+    cut(&device->work, &context, fit, longest, run->mask != NULL && !run->count_padding, out);
+    rc = device->backend->copy(out->cosine, table->cosine, table_nbytes(table), device->compute, err);
+    return rc == MQ_OK ? device->backend->copy(out->sine, table->sine, table_nbytes(table), device->compute, err) : rc;
+}
+
+/* ---- chunks ---- */
+
+/* As many whole sequences from `first_sequence` on as there is room for. */
+static mq_device_chunk chunk_from(const mq_run *run, int64_t first_sequence, int64_t most)
+{
+    const mq_sequence *sequences = run->sequences;
+    const uint8_t *mask = run->count_padding ? NULL : run->mask;
+    mq_device_chunk chunk = {.first_sequence = first_sequence, .first = sequences[first_sequence].first};
+    for (int64_t i = first_sequence; i < run->sequence_count && chunk.rows + sequences[i].tokens <= most; i++) {
+        chunk.rows += sequences[i].tokens;
+        chunk.sequences++;
+        chunk.longest = MQ_MAX(chunk.longest, sequences[i].tokens);
+    }
+    chunk.position = chunk.first;
+    chunk.mask = mask != NULL ? mask + chunk.first : NULL;
+    return chunk;
+}
+
+/* Where the parts of a chunk's indices are, on the host or the device. */
+static void place_meta(mq_device_chunk *chunk, void *memory)
+{
+    chunk->starts = memory;
+    chunk->index = chunk->starts + chunk->sequences + 1;
+    chunk->positions = (int32_t *)(void *)(chunk->index + chunk->rows);
+    chunk->key_mask = (uint8_t *)(chunk->positions + chunk->rows);
+}
+
+static void fill_meta(const mq_run *run, mq_device_chunk *chunk, void *memory)
+{
+    mq_device_chunk here = *chunk;
+    place_meta(&here, memory);
+    int64_t row = 0;
+    for (int64_t s = 0; s < chunk->sequences; s++) {
+        here.starts[s] = row;
+        const int64_t tokens = run->sequences[chunk->first_sequence + s].tokens;
+        for (int64_t t = 0; t < tokens; t++) here.positions[row++] = (int32_t)t;
+    }
+    here.starts[chunk->sequences] = row;
+    chunk->counted = 0;
+    for (int64_t i = 0; i < chunk->rows; i++)
+        if (chunk->mask == NULL || chunk->mask[i]) here.index[chunk->counted++] = i;
+    if (run->mask != NULL) memcpy(here.key_mask, run->mask + chunk->first, (size_t)chunk->rows);
+    else memset(here.key_mask, 1, (size_t)chunk->rows);
+}
+
+/* Rows and indices of a chunk to their place, on the copy stream. */
+static int send_chunk(mq_device *device, const mq_run *run, const mq_device_scratch *scratch, int slot,
+                      mq_device_chunk *chunk, mq_error *err)
+{
+    const size_t stride = (size_t)run->runtime->config.hidden_size * mq_dtype_size(run->runtime->dtype);
+    const size_t nbytes = meta_nbytes(chunk->rows);
+    void *meta = mq_alloc(nbytes);
+    if (meta == NULL) return mq_fail_memory(err, "indices of a chunk", nbytes);
+    fill_meta(run, chunk, meta);
+    place_meta(chunk, scratch->meta[slot]);
+    if (run->mask == NULL) chunk->key_mask = NULL;
+    chunk->hidden = scratch->hidden[slot];
+    int rc = device->backend->copy(scratch->meta[slot], meta, nbytes, device->copies, err);
+    if (rc == MQ_OK)
+        rc = device->backend->copy(chunk->hidden, run->hidden + (size_t)chunk->first * stride,
+                                   (size_t)chunk->rows * stride, device->copies, err);
+    mq_free(meta);
+    return rc;
+}
+
+/* The next chunk comes while this one is computed; then this one goes back. */
+static int run_chunks(mq_device *device, mq_run *run, mq_layer *layer, const void *unused, mq_error *err)
+{
+    (void)unused;
+    const mq_backend *backend = device->backend;
+    const mq_layer_context context = mq_run_context(run);
+    const size_t stride = (size_t)run->runtime->config.hidden_size * mq_dtype_size(run->runtime->dtype);
+    mq_device_scratch scratch = {0};
+    mq_device_chunk chunks[2];
+    int rc = mq_device_reserve(device, run, run->rows, run->longest, &scratch, err);
+    if (rc != MQ_OK) return rc;
+    chunks[0] = chunk_from(run, 0, scratch.rows);
+    rc = send_chunk(device, run, &scratch, 0, &chunks[0], err);
+    for (int slot = 0; rc == MQ_OK && chunks[slot].rows > 0; slot = 1 - slot) {
+        mq_device_chunk *chunk = &chunks[slot], *next = &chunks[1 - slot];
+        const int64_t next_sequence = chunk->first_sequence + chunk->sequences;
+        mq_device_pass pass = {.device = device, .layer = layer, .context = &context, .scratch = &scratch,
+                               .chunk = chunk, .err = err};
+        if (run->poll != NULL) rc = run->poll(run->poll_context);
+        if (rc == MQ_OK) rc = backend->event_record(device->loaded, device->copies, err);
+        if (rc == MQ_OK) rc = backend->event_after(device->loaded, device->compute, err);
+        if (rc == MQ_OK) rc = mq_device_run_chunk(&pass);
+        if (rc == MQ_OK) rc = backend->event_record(device->loaded, device->compute, err);
+        *next = (mq_device_chunk){0};
+        if (rc == MQ_OK && next_sequence < run->sequence_count) {
+            *next = chunk_from(run, next_sequence, scratch.rows);
+            rc = send_chunk(device, run, &scratch, 1 - slot, next, err);
+        }
+        if (rc == MQ_OK) rc = backend->event_after(device->loaded, device->copies, err);
+        if (rc == MQ_OK)
+            rc = backend->copy(run->hidden + (size_t)chunk->first * stride, chunk->hidden, (size_t)chunk->rows * stride,
+                               device->copies, err);
+    }
+    return rc;
+}
+
+/* ---- the layer ---- */
+
+static int watched(mq_device *device, mq_run *run, mq_layer *layer, mq_device_work work, const void *context,
+                   mq_error *err)
+{
+    mq_point *points[MQ_LAYER_MAX_POINTS];
+    mq_error after;
+    const size_t count = mq_layer_points(layer, points);
+    int rc = mq_points_begin(points, count, &run->spare, err);
+    if (rc != MQ_OK) return rc;
+    rc = work(device, run, layer, context, err);
+    const int taken = mq_findings_take(device, rc == MQ_OK ? err : &after);
+    if (rc == MQ_OK) rc = taken;
+    const int ended = mq_points_end(points, count, rc == MQ_OK, err);
+    return rc == MQ_OK ? ended : rc;
+}
+
+int mq_device_watched(mq_device *device, mq_run *run, int64_t index, mq_device_work work, const void *context,
+                      mq_error *err)
+{
+    int before;
+    if (device->layer != index)
+        return mq_fail(err, MQ_ERR_STATE, "layer %lld is not loaded on the device", (long long)index);
+    int rc = mq_device_enter(device, &before, err);
+    if (rc != MQ_OK) return rc;
+    rc = watched(device, run, &run->runtime->layers[index], work, context, err);
+    mq_device_leave(device, before);
+    return rc;
+}
+
+int mq_device_run_layer(mq_elsewhere *self, mq_run *run, int64_t layer, mq_error *err)
+{
+    return mq_device_watched((mq_device *)(void *)self, run, layer, run_chunks, NULL, err);
+}

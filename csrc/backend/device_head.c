@@ -1,0 +1,188 @@
+/* Logits and losses on a device. The head's weight comes a slice of the vocabulary at a time, as wide as there is room
+ * for, and each slice meets all rows, so that neither the whole head nor all logits need fit. */
+#include <stddef.h>
+#include <string.h>
+
+#include "backend/device_parts.h"
+#include "core/alloc.h"
+
+enum { HEAD_ROWS = 1024, LEAST_COLUMNS = 64 };
+
+typedef struct head {
+    mq_device *device;
+    const mq_head_request *request;
+    int64_t rows, columns;          /* of a step: rows of the run, columns of the vocabulary */
+    int64_t first, width;           /* of the slice that is there */
+    mq_cuda_matrix weight;
+    float *norm;
+    void *hidden;
+    float *logits;
+    mq_cuda_loss_row *losses;       /* of all rows */
+    int32_t *labels;
+} head;
+
+_Static_assert(sizeof(mq_cuda_loss_row) == sizeof(mq_loss_row) && offsetof(mq_cuda_loss_row, sum) ==
+               offsetof(mq_loss_row, sum) && offsetof(mq_cuda_loss_row, target) == offsetof(mq_loss_row, target),
+               "a loss is the same on the device and the host");
+
+static const mq_runtime *runtime_of(const head *it)
+{
+    return it->request->run->runtime;
+}
+
+static size_t cut(head *it, mq_arena *arena)
+{
+    const int64_t hidden = runtime_of(it)->config.hidden_size;
+    const int64_t all = it->request->losses != NULL ? it->request->rows : 0;
+    const size_t size = mq_dtype_size(runtime_of(it)->dtype);
+    arena->used = 0;
+    it->norm = mq_arena_take(arena, (size_t)hidden * sizeof *it->norm);
+    it->hidden = mq_arena_take(arena, (size_t)(it->rows * hidden) * size);
+    it->losses = mq_arena_take(arena, (size_t)all * sizeof *it->losses);
+    it->labels = mq_arena_take(arena, (size_t)all * sizeof *it->labels);
+    it->weight.data = mq_arena_take(arena, (size_t)(it->columns * hidden) * size);
+    it->logits = mq_arena_take(arena, (size_t)(it->rows * it->columns) * sizeof *it->logits);
+    return arena->used;
+}
+
+static size_t needed(head *it, int64_t rows, int64_t columns)
+{
+    mq_arena none = {0};
+    it->rows = rows;
+    it->columns = columns;
+    return cut(it, &none);
+}
+
+static int reserve(head *it, mq_error *err)
+{
+    mq_device *device = it->device;
+    const int64_t vocabulary = runtime_of(it)->config.vocab_size;
+    const size_t room = mq_device_available(device, &device->work);
+    int64_t rows = MQ_MIN((int64_t)HEAD_ROWS, it->request->rows), columns = vocabulary;
+    while (needed(it, rows, columns) > room && columns > LEAST_COLUMNS) columns = (columns + 1) / 2;
+    while (needed(it, rows, columns) > room && rows > 1) rows /= 2;
+    const int rc = mq_arena_reserve(device, &device->work, needed(it, rows, columns), "a slice of lm_head", err);
+    if (rc == MQ_OK) cut(it, &device->work);
+    return rc;
+}
+
+/* hidden = the quantized norm of rows of the run. */
+static int read_rows(head *it, int64_t first, int64_t rows, mq_error *err)
+{
+    const mq_runtime *runtime = runtime_of(it);
+    const mq_backend *backend = it->device->backend;
+    const mq_quantizer *quantizer = runtime->head_input.quantizer;
+    const int64_t width = runtime->config.hidden_size, row = it->request->first_row + first;
+    const size_t stride = (size_t)width * mq_dtype_size(runtime->dtype);
+    const mq_cuda_matrix matrix = {it->hidden, runtime->dtype, rows, width, width};
+    const mq_cuda_norm_job job = {.x = matrix, .y = matrix, .weight = it->norm, .heads = 1,
+                                  .eps = (float)runtime->config.rms_norm_eps};
+    const mq_device_rows quantize = {.x = matrix, .y = matrix, .steps = MQ_QUANT_ALL};
+    int rc = backend->copy(it->hidden, it->request->run->hidden + (size_t)row * stride, (size_t)rows * stride,
+                           it->device->compute, err);
+    if (rc == MQ_OK) rc = backend->rmsnorm(&job, it->device->compute, err);
+    if (rc != MQ_OK || quantizer == NULL || !mq_quantizer_acts(quantizer)) return rc;
+    return mq_device_quantizer_apply(&it->device->quantizers[MQ_QUANTIZERS - 1], backend, it->device->index, quantizer,
+                                     &quantize, it->device->compute, err);
+}
+
+static int fold_losses(head *it, const mq_cuda_matrix *logits, int64_t first, mq_error *err)
+{
+    const mq_cuda_loss_job job = {.logits = *logits, .labels = it->labels + first, .first = it->first,
+                                  .state = it->losses + first};
+    return it->device->backend->loss(&job, it->device->compute, err);
+}
+
+static int give_logits(head *it, int64_t first, int64_t rows, mq_error *err)
+{
+    const int64_t vocabulary = runtime_of(it)->config.vocab_size;
+    float *to = it->request->logits + first * vocabulary + it->first;
+    const int64_t pieces = it->width == vocabulary ? 1 : rows;
+    const size_t nbytes = (size_t)(it->width * rows / pieces) * sizeof *to;
+    const mq_backend *backend = it->device->backend;
+    int rc = MQ_OK;
+    for (int64_t i = 0; rc == MQ_OK && i < pieces; i++)
+        rc = backend->copy(to + i * vocabulary, it->logits + i * it->width, nbytes, it->device->compute, err);
+    return rc == MQ_OK ? backend->stream_wait(it->device->compute, err) : rc;
+}
+
+static int step(head *it, int64_t first, mq_error *err)
+{
+    const mq_backend *backend = it->device->backend;
+    const int64_t rows = MQ_MIN(it->rows, it->request->rows - first), width = it->weight.cols;
+    int rc = read_rows(it, first, rows, err);
+    const mq_cuda_gemm_job job = {
+        .a = {it->hidden, it->weight.dtype, rows, width, width}, .b = it->weight,
+        .out = {it->logits, MQ_F32, rows, it->width, it->width}, .transpose_b = 1, .alpha = 1.0f,
+        .workspace = it->device->workspace,
+    };
+    if (rc == MQ_OK) rc = backend->gemm_run(it->device->gemm, &job, it->device->compute, err);
+    if (rc == MQ_OK && it->request->losses != NULL) rc = fold_losses(it, &job.out, first, err);
+    if (rc == MQ_OK && it->request->logits != NULL) rc = give_logits(it, first, rows, err);
+    return rc;
+}
+
+/* Columns first to first + width of the vocabulary, to the device: after what still reads the ones before. */
+static int load_slice(head *it, mq_error *err)
+{
+    mq_device *device = it->device;
+    mq_tensor part = *it->request->weight;
+    const int64_t hidden = runtime_of(it)->config.hidden_size;
+    part.shape[0] = it->width;
+    part.data = (char *)part.data + it->first * part.stride[0] * (int64_t)mq_dtype_size(part.dtype);
+    it->weight = (mq_cuda_matrix){it->weight.data, runtime_of(it)->dtype, it->width, hidden, hidden};
+    int rc = device->backend->event_record(device->loaded, device->compute, err);
+    if (rc == MQ_OK) rc = device->backend->event_after(device->loaded, device->copies, err);
+    if (rc == MQ_OK) rc = mq_device_upload(device, &part, &it->weight, err);
+    if (rc == MQ_OK) rc = mq_finding_weight(device, &it->weight, it->request->name, err);
+    if (rc == MQ_OK) rc = device->backend->event_record(device->loaded, device->copies, err);
+    return rc == MQ_OK ? device->backend->event_after(device->loaded, device->compute, err) : rc;
+}
+
+static int begin(head *it, mq_error *err)
+{
+    const mq_backend *backend = it->device->backend;
+    const size_t width = (size_t)runtime_of(it)->config.hidden_size, rows = (size_t)it->request->rows;
+    int rc = reserve(it, err);
+    if (rc == MQ_OK)
+        rc = backend->copy(it->norm, it->request->norm, width * sizeof *it->norm, it->device->compute, err);
+    if (rc == MQ_OK && it->request->losses != NULL)
+        rc = backend->copy(it->labels, it->request->labels, rows * sizeof *it->labels, it->device->compute, err);
+    return rc;
+}
+
+static int end(head *it, mq_error *err)
+{
+    const size_t nbytes = (size_t)it->request->rows * sizeof *it->losses;
+    int rc = MQ_OK;
+    if (it->request->losses != NULL)
+        rc = it->device->backend->copy(it->request->losses, it->losses, nbytes, it->device->compute, err);
+    if (rc == MQ_OK) rc = it->device->backend->stream_wait(it->device->compute, err);
+    return rc == MQ_OK ? mq_findings_take(it->device, err) : rc;
+}
+
+static int run_head(head *it, mq_error *err)
+{
+    const mq_run *run = it->request->run;
+    const int64_t vocabulary = run->runtime->config.vocab_size;
+    int rc = begin(it, err);
+    for (it->first = 0; rc == MQ_OK && it->first < vocabulary; it->first += it->columns) {
+        it->width = MQ_MIN(it->columns, vocabulary - it->first);
+        rc = load_slice(it, err);
+        for (int64_t first = 0; rc == MQ_OK && first < it->request->rows; first += it->rows) {
+            if (run->poll != NULL) rc = run->poll(run->poll_context);
+            if (rc == MQ_OK) rc = step(it, first, err);
+        }
+    }
+    return rc == MQ_OK ? end(it, err) : rc;
+}
+
+int mq_device_run_head(mq_elsewhere *self, const mq_head_request *request, mq_error *err)
+{
+    head it = {.device = (mq_device *)(void *)self, .request = request};
+    int before, rc = mq_device_enter(it.device, &before, err);
+    if (rc != MQ_OK) return rc;
+    rc = run_head(&it, err);
+    mq_device_leave(it.device, before);
+    return rc;
+}

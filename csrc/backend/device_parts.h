@@ -1,0 +1,158 @@
+/* The inside of a mq_device, which its files share: memory, weights (device.c), findings (device_findings.c), layers
+ * (device_layer.c, device_chunks.c), experts (device_experts.c), the head (device_head.c). */
+#ifndef MQ_DEVICE_PARTS_H
+#define MQ_DEVICE_PARTS_H
+
+#include "backend/device.h"
+
+/* Memory that is cut into pieces from its start, and all given back at once. */
+typedef struct mq_arena {
+    char *memory;
+    size_t nbytes, used;
+} mq_arena;
+
+typedef struct mq_device_linear {
+    mq_cuda_matrix weight;
+    void *bias;                 /* of the activations' dtype, or NULL */
+    mq_cuda_matrix down, up;    /* the branch of low rank; data NULL = none */
+    void *branch;               /* their memory */
+} mq_device_linear;
+
+/* Largest magnitudes that were found on the device and are to come to the host. */
+typedef struct mq_finding {
+    mq_calib *watch;            /* a calibrator of kind max; NULL: of a weight, which is to be finite */
+    const char *name;           /* of the weight */
+    int64_t at, width, seen;    /* where they are; how many; rows that they are of */
+} mq_finding;
+
+/* A Gram matrix that is summed on the device. */
+typedef struct mq_device_gram {
+    mq_calib *watch;            /* NULL = free */
+    double *sums;
+    int64_t width, rows;
+} mq_device_gram;
+
+enum {
+    MQ_GRAMS = 32,
+    MQ_FINDINGS = 256,          /* and how many numbers they may be: */
+    MQ_MAXIMA = 1 << 16,
+    MQ_PIECE_NBYTES = 16 << 20, /* of a weight on its way, at most */
+    MQ_CHUNK_ROWS = 8192,       /* rows of a chunk, at most */
+    MQ_QUANTIZERS = MQ_LAYER_MAX_POINTS + 1,    /* places of mq_device.quantizers; the last is lm_head's */
+    MQ_ALIGN_DEVICE = 256
+};
+
+struct mq_device {
+    mq_elsewhere elsewhere;     /* first */
+    const mq_backend *backend;
+    int index;
+    size_t budget, held, peak;
+    void *compute, *copies;     /* streams */
+    void *loaded;               /* event: behind the last weight */
+    mq_cuda_gemm *gemm;
+    mq_cuda_workspace workspace;
+    void *workspace_memory;
+    mq_arena layer_weights, expert_weights, work;
+    int64_t layer;              /* whose weights are there; -1 = none */
+    mq_device_linear linears[MQ_ROLE_COUNT];
+    float *norms[MQ_ROLE_COUNT];
+    char *pinned[2], *staged[2];/* pieces of weights: on the host, and on the device before conversion */
+    void *sent[2];              /* events: behind the copy of that piece */
+    int next_piece;
+    int64_t piece_nbytes;
+    float *maxima;              /* [MQ_MAXIMA] on the device */
+    mq_finding findings[MQ_FINDINGS];
+    int64_t finding_count, maxima_used;
+    mq_device_gram grams[MQ_GRAMS];
+    mq_device_quantizer quantizers[MQ_QUANTIZERS];
+};
+
+/* Rows on their way through a layer: a chunk of whole sequences, or rows gathered for an expert. */
+typedef struct mq_device_chunk {
+    int64_t first_sequence, sequences, first, rows, longest;
+    const int64_t *tokens;      /* rows of the run, of an expert's; NULL = from first on */
+    const uint8_t *mask;        /* [rows] on the host: rows that count; NULL = all */
+    int64_t counted;            /* how many count */
+    int64_t position;           /* of the first row in the order of statistics */
+    void *hidden;               /* (rows, C) on the device */
+    int64_t *starts, *index;    /* on the device: [sequences + 1]; [counted] rows that count */
+    int32_t *positions;         /* [rows] */
+    uint8_t *key_mask;          /* [rows], or NULL */
+} mq_device_chunk;
+
+/* The device's memory for one chunk, cut from mq_device.work; and a second place for the rows of the next. */
+typedef struct mq_device_scratch {
+    void *hidden[2], *meta[2];
+    size_t meta_nbytes;
+    void *normed, *joined, *q, *k, *v, *mixed, *quantized, *temporary, *prepared, *low, *gate, *up, *router, *counted;
+    int32_t *experts;
+    float *shares;
+    float *cosine, *sine;
+    void *attention;
+    size_t attention_nbytes;
+    int64_t rows;               /* that there is room for */
+} mq_device_scratch;
+
+/* ---- device.c ---- */
+
+/* The calling thread's device becomes this one; leave puts back what it was. */
+int mq_device_enter(mq_device *device, int *before, mq_error *err);
+void mq_device_leave(mq_device *device, int before);
+/* Room for nbytes; what was in it is gone. MQ_ERR_MEMORY says what it was to be for, and what may be used. */
+int mq_arena_reserve(mq_device *device, mq_arena *arena, size_t nbytes, const char *purpose, mq_error *err);
+void *mq_arena_take(mq_arena *arena, size_t nbytes);    /* of a reserved one; arenas without memory only count */
+/* Memory that counts in the budget; MQ_ERR_MEMORY where there is no room, err may be NULL. */
+int mq_device_take(mq_device *device, void **out, size_t nbytes, const char *purpose, mq_error *err);
+void mq_device_give(mq_device *device, void **memory, size_t nbytes);
+size_t mq_device_available(const mq_device *device, const mq_arena *arena); /* what arena could hold */
+/* to = w (rows of w, columns), converted to to's dtype, on the copy stream. */
+int mq_device_upload(mq_device *device, const mq_tensor *w, const mq_cuda_matrix *to, mq_error *err);
+
+/* ---- device_findings.c ---- */
+
+int mq_finding_weight(mq_device *device, const mq_cuda_matrix *w, const char *name, mq_error *err);
+int mq_finding_rows(mq_device *device, mq_calib *watch, const mq_cuda_matrix *x, mq_error *err);
+/* Waits, and gives everybody what was found; a weight that is not finite is an error. */
+int mq_findings_take(mq_device *device, mq_error *err);
+void mq_findings_drop(mq_device *device);
+/* Statistics of x at a point: maxima and Gram matrices on the device, others from a copy on the host. */
+int mq_device_collect(mq_device *device, mq_point *point, const mq_cuda_matrix *x, const mq_device_chunk *chunk,
+                      const mq_layer_context *context, void *room, mq_error *err);
+
+/* ---- device_layer.c ---- */
+
+/* One trip of a chunk through a layer, as layer.c's pass. */
+typedef struct mq_device_pass {
+    mq_device *device;
+    mq_layer *layer;
+    const mq_layer_context *context;
+    const mq_device_scratch *scratch;
+    const mq_device_chunk *chunk;
+    mq_error *err;
+    const mq_quantizer *applied;    /* whose result scratch->quantized holds */
+} mq_device_pass;
+
+mq_cuda_matrix mq_device_matrix(const mq_device_pass *pass, void *data, int64_t width);
+/* *in becomes its norm in out, where the layer has that norm. */
+int mq_device_normed(mq_device_pass *pass, mq_role role, void *out, const void **in);
+int mq_device_expert(mq_device_pass *pass);
+int mq_device_run_chunk(mq_device_pass *pass);
+/* layer NULL: as large as any layer's. */
+mq_cuda_attention_job mq_device_attention(const mq_layer_context *context, const mq_layer *layer, int64_t rows,
+                                          int64_t sequences, int64_t longest);
+
+/* ---- device_chunks.c ---- */
+
+/* Room for chunks of as many rows as the budget lets, whole sequences. rows: no more are needed. */
+int mq_device_reserve(mq_device *device, mq_run *run, int64_t rows, int64_t longest, mq_device_scratch *out,
+                      mq_error *err);
+/* work with the calibrators of the layer's points looking on, as mq_run_steps. */
+typedef int (*mq_device_work)(mq_device *device, mq_run *run, mq_layer *layer, const void *context, mq_error *err);
+int mq_device_watched(mq_device *device, mq_run *run, int64_t layer, mq_device_work work, const void *context,
+                      mq_error *err);
+
+int mq_device_run_layer(mq_elsewhere *self, mq_run *run, int64_t layer, mq_error *err);
+int mq_device_run_expert(mq_elsewhere *self, mq_run *run, int64_t layer, int64_t first, int64_t count, mq_error *err);
+int mq_device_run_head(mq_elsewhere *self, const mq_head_request *request, mq_error *err);
+
+#endif

@@ -1,0 +1,42 @@
+/* Another place than the host where layers are computed: a device (csrc/backend/device.h). A runtime that has one hands
+ * it the weights that are loaded and the work on them. Hidden states are the host's from call to call, and so are
+ * routes and the sums of experts; calibrators get what they would have got on the host. */
+#ifndef MQ_ELSEWHERE_H
+#define MQ_ELSEWHERE_H
+
+#include "calib/calib.h"
+#include "model/ops.h"
+
+struct mq_run;
+struct mq_runtime;
+struct mq_module;
+
+/* What is to be read off the last hidden states, rows first_row to first_row + rows of the run. */
+typedef struct mq_head_request {
+    struct mq_run *run;
+    const float *norm;              /* (C): weight of the final norm */
+    const mq_tensor *weight;        /* (V, C) */
+    const char *name;               /* of the weight */
+    int64_t first_row, rows;
+    float *logits;                  /* (rows, V), or NULL */
+    mq_loss_row *losses;            /* (rows), or NULL */
+    const int32_t *labels;          /* (rows), < 0 = none */
+} mq_head_request;
+
+typedef struct mq_elsewhere mq_elsewhere;
+struct mq_elsewhere {
+    /* One module of a layer or of an expert: a linear's weight (O, I) and bias (O) or NULL, or (weight NULL) a norm. */
+    int (*load)(mq_elsewhere *self, const struct mq_runtime *runtime, const struct mq_module *module,
+                const mq_tensor *weight, const float *vector, mq_error *err);
+    int (*load_low_rank)(mq_elsewhere *self, const struct mq_module *module, const mq_tensor *down,
+                         const mq_tensor *up, mq_error *err);
+    void (*drop_layer)(mq_elsewhere *self, int64_t layer);
+    void (*drop_expert)(mq_elsewhere *self);
+    /* mq_run_steps of mq_layer_forward over all units, and of mq_layer_expert over rows first to first + count of the
+     * dispatch. */
+    int (*layer)(mq_elsewhere *self, struct mq_run *run, int64_t layer, mq_error *err);
+    int (*expert)(mq_elsewhere *self, struct mq_run *run, int64_t layer, int64_t first, int64_t count, mq_error *err);
+    int (*head)(mq_elsewhere *self, const mq_head_request *request, mq_error *err);
+};
+
+#endif
