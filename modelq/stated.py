@@ -125,20 +125,20 @@ def _weight_amax(model: Any, row: dict[str, Any], own: bool = False) -> dict[str
 
 
 def stacks_of(model: Any) -> str | None:
-    """How the experts of a model's checkpoint are stacked (modelq.checkpoint.stacked), if they are."""
+    """How the experts of a native model's checkpoint are stacked (modelq.checkpoint.stacked), if they are."""
     from modelq.checkpoint.stacked import layout_of
-    return layout_of(model.config)
+    return None if getattr(model, "runtime", None) is None else layout_of(model.config)
 
 
 def as_divided(model: Any, row: dict[str, Any], weight: np.ndarray) -> np.ndarray:
     """A weight as it meets its scale: the reference divides stacks of experts in float32, and rounds once, other weights in their own
     dtype."""
-    return weight.astype(np.float32) if row["expert"] is not None and stacks_of(model) is not None else weight
+    return weight.astype(np.float32) if row.get("expert") is not None and stacks_of(model) is not None else weight
 
 
 def of_stack(model: Any, row: dict[str, Any], stage: int, amax: Any) -> Any:
     """The amax of a stage of a weight's quantizer, or that of all experts: experts in one tensor have one number for all."""
-    if amax is None or np.ndim(amax) or row["expert"] is None or stacks_of(model) is None:
+    if amax is None or np.ndim(amax) or row.get("expert") is None or stacks_of(model) is None:
         return amax
     matrix = place_of(model, f"{row['name']}.weight_quantizer").name.rpartition(".")[0]
     return np.max([stage_quantizers(model.quantizers[f"{matrix}.{expert}"])[stage].amax

@@ -121,7 +121,7 @@ def make_plan(model: Any, dtype: str, dialect: str, share_all: bool = False, smo
 
 def _check_stacks(plan: Plan) -> None:
     """Experts in one tensor are quantized all alike, in a format whose parts have a place beside it."""
-    experts = [linear for linear in plan.linears.values() if linear.row["expert"] is not None]
+    experts = [linear for linear in plan.linears.values() if linear.row.get("expert") is not None]
     wrong = next((linear for linear in experts if linear.pair.weight not in FORMATS or plan.dialect != "modelopt"), None)
     if wrong is not None:
         raise ValueError(f"{wrong.module}: {wrong.pair.weight} in the {plan.dialect} dialect: experts in one tensor have "
