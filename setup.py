@@ -90,7 +90,7 @@ def load_cuda_build():
 
 extensions = [extension("modelq._core", glob("csrc/py/*.c"))]
 if TESTING:
-    shared = [path for path in glob("csrc/py/*.c") if os.path.basename(path) in ("convert.c", "dlpack.c", "faults.c", "ndarray.c")]
+    shared = [path for path in glob("csrc/py/*.c") if os.path.basename(path) in ("convert.c", "dlpack.c", "faults.c", "ndarray.c", "parts.c")]
     extensions.append(extension("modelq._testing", glob("csrc/testing/*.c") + shared))
 
 # One build folder per set of switches and interpreter: objects of one are of no use to another, and a plain wheel must not pick

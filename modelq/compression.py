@@ -17,7 +17,7 @@ import numpy as np
 
 from modelq import _core, streaming
 from modelq.checkpoint.dialects import Form, scale_divisor
-from modelq.checkpoint.quantized import dequantized
+from modelq.checkpoint.quantized import dequantized, second_stage_amax
 from modelq.experts import place_of, quantizer_of
 from modelq.groups import pair_of
 from modelq.quantizers import block_extents, make_quantizer, stage_quantizers
@@ -46,6 +46,13 @@ class PackedWeight:
     def read(self, dtype: str) -> np.ndarray:
         """float [out, in]: what the parts stand for."""
         return dequantized(self.form, self.parts, dtype)
+
+    def stored(self, dtype: str) -> tuple[dict[str, np.ndarray], str, str, int | None]:
+        """(parts, scheme, dtype, block_size) of what `read` gives, as the runtime takes a weight. One with a second stage is one of FP8."""
+        if not self.form.fp8_stage:
+            return self.parts, self.form.pair.weight, dtype, self.form.group_size
+        first = dequantized(replace(self.form, fp8_stage=False), self.parts, dtype)
+        return _core.quantize(first, "fp8", amax=second_stage_amax(self.parts)), "fp8", dtype, None
 
 
 # Compression -------------------------------------------------------------------------------------------------------------------
@@ -120,11 +127,17 @@ def _stored(model: Model, module: str) -> PackedWeight:
     return PackedWeight(model.stored_layers[module].form, kept)
 
 
+def has_packed_form(model: Model, row: dict[str, Any]) -> bool:
+    """Whether `packed_weight` can make one of a weight that its quantizer changes."""
+    pair, quantizers = pair_of(model, row["name"]), stage_quantizers(quantizer_of(model, f"{row['name']}.weight_quantizer"))
+    schemes = [stage.scheme for stage in quantizers]
+    return pair is not None and pair.weight is not None and (len(schemes) == 1 or schemes == TWO_STAGES)
+
+
 def packed_weight(model: Model, row: dict[str, Any]) -> PackedWeight:
     name = f"{row['name']}.weight_quantizer"
     pair, quantizers = pair_of(model, row["name"]), stage_quantizers(quantizer_of(model, name))
-    schemes = [stage.scheme for stage in quantizers]
-    if pair is None or pair.weight is None or (len(schemes) > 1 and schemes != TWO_STAGES):
+    if pair is None or not has_packed_form(model, row):
         raise ValueError(f"{name}: num_bits {quantizers[0].num_bits} with block_sizes {quantizers[0].block_sizes} is no scheme of `modelq "
                          f"formats`, so it has no packed form; leave it out with {{'*': True, '{row['name']}': False}}")
     size = block_extents(stages(model.settings[place_of(model, name).name])[0]).get(-1)
@@ -134,7 +147,7 @@ def packed_weight(model: Model, row: dict[str, Any]) -> PackedWeight:
     else:
         weight, found = stated_weight(model, row, weight), stated_weight_amax(model, row)
     parts = dict(_core.quantize(weight, pair.weight, block_size=size, name=row["weight"], **found[0]._asdict()))
-    form = Form(pair, tuple(row["shape"]), size, fp8_stage=len(schemes) > 1)
+    form = Form(pair, tuple(row["shape"]), size, fp8_stage=len(quantizers) > 1)
     if form.fp8_stage:
         second = np.asarray(found[1].amax if found[1].amax is not None else np.abs(weight).max(), np.float32).reshape(())
         parts["weight_scale_2"] = np.asarray(second / np.float32(scale_divisor("fp8")), np.float32)

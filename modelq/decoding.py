@@ -1,7 +1,8 @@
 """A model's weights all in memory, and sequences that go on token by token: what generation computes with.
 
 A forward streams weights layer by layer, which costs reading all of them for every token; here they stay, as the model computes with
-them (fake-quantized, or read from their packed parts), beside keys and values as the quantizers of the cache leave them.
+them, beside keys and values as the quantizers of the cache leave them. Quantized weights stay codes, which products read (csrc/kernels/
+gemm_coded.c): a token costs reading a quarter to a half of the bytes.
 """
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ class Decoding:
         self.runtime = _core.Runtime(*runtime_config(model.checkpoint.config, model.checkpoint.tensors), model.runtime.compute)
         for name, quantizer in model.connected.items():
             self.runtime.set_quantizer(name, quantizer)
-        self.decoder = _core.Decoder(self.runtime, self._embedding(model), streaming.head_tensors(model))
+        head = streaming.read_stored(model, model.runtime.head_tensors(), model.head_modules, pack=True)
+        self.decoder = _core.Decoder(self.runtime, self._embedding(model), head)
         for layer in progress(range(self.runtime.layers), "load"):
             for expert in (None, *range(self.runtime.experts(layer))):
                 self._load(model, layer, expert)
@@ -44,7 +46,7 @@ class Decoding:
     def _load(self, model: Model, layer: int, expert: int | None) -> None:
         modules = model.modules_of(layer, expert)
         names = self.runtime.layer_tensors(layer) if expert is None else self.runtime.expert_tensors(layer, expert)
-        tensors = streaming.read(model, names, modules)
+        tensors = streaming.read_stored(model, names, modules, pack=True)
         if expert is None:
             self.runtime.load_layer(layer, tensors)
             streaming.load_low_rank(model, self.runtime, modules)

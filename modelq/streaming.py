@@ -66,7 +66,8 @@ def run_layer(model: Model, run: Any, layer: int, visitor: Visitor | None = None
     Returns how many tokens went to each expert: int64 [experts, 2], all of them and those that are no padding."""
     names = model.runtime.layer_tensors(layer)
     try:
-        part = Part(layer, None, model.modules_of(layer), read(model, names, model.modules_of(layer)))
+        reader = read if visitor is not None else read_stored
+        part = Part(layer, None, model.modules_of(layer), reader(model, names, model.modules_of(layer)))
         if visitor is not None:
             visitor.enter(part)
         model.runtime.load_layer(layer, part.tensors)
@@ -89,7 +90,7 @@ def _run_expert(model: Model, run: Any, layer: int, expert: int, counted: int, v
     """One expert's tokens; run None: there are none."""
     names, modules = model.runtime.expert_tensors(layer, expert), model.modules_of(layer, expert)
     try:
-        part = Part(layer, expert, modules, read(model, names, modules), counted)
+        part = Part(layer, expert, modules, (read if visitor is not None else read_stored)(model, names, modules), counted)
         if visitor is not None:
             visitor.enter(part)
         if run is not None:
@@ -151,6 +152,30 @@ def read(model: Model, names: Iterable[str], modules: Sequence[dict[str, Any]]) 
         for name, scale in norm_scales(model, modules).items():
             tensors[name] = times_norm(model, name, tensors[name], scale)
     return tensors
+
+
+def read_stored(model: Model, names: Iterable[str], modules: Sequence[dict[str, Any]], pack: bool = False) -> dict[str, Any]:
+    """As `read`, but weights that are packed in memory or in the checkpoint come as (parts, scheme, dtype, block_size): the runtime
+    multiplies with the codes, and has the results of what they stand for. pack: so do fake-quantized ones."""
+    made = {module["weight"]: found for module in modules if (found := stored(model, module, pack)) is not None}
+    return read(model, [name for name in names if name not in made], [m for m in modules if m["weight"] not in made]) | made
+
+
+def stored(model: Model, module: dict[str, Any], pack: bool = False) -> Any:
+    """A weight as the model computes with it, by its parts: (parts, scheme, dtype, block_size). None: it is not packed."""
+    from modelq.compression import PackedWeight, has_packed_form, packed_weight
+
+    if module["kind"] != "linear":
+        return None
+    name, dtype = module["name"], model.checkpoint.tensors[module["weight"]].dtype
+    if model.simulate and name in model.packed:
+        return model.packed[name].stored("float32" if model.float32_weights else dtype)
+    if model.simulate and _is_simulated(model, module):     # a model of float32 weights is not what its export is, to within ties
+        wanted = pack and not model.float32_weights and has_packed_form(model, module)
+        return packed_weight(model, module).stored(dtype) if wanted else None
+    if name not in model.stored_layers or (not model.simulate and is_smoothed(model, module)):
+        return None
+    return PackedWeight(model.stored_layers[name].form, model.checkpoint.parts(name)).stored(dtype)
 
 
 def _is_simulated(model: Model, module: dict[str, Any]) -> bool:

@@ -70,6 +70,33 @@ static int is_below(const mq_gemm_args *args, int64_t row, int64_t end)
     return args->upper && row >= end + args->diagonal;
 }
 
+/* The same of a coded B: panel by panel, a piece of which is unpacked into L1 and meets all rows of the task. The sums
+ * run over K in the same order, so that the bits are those of numbers. */
+static void run_coded_block(const task *task, int64_t first, int64_t depth)
+{
+    _Alignas(64) uint32_t stage[MQ_CODED_STAGE];
+    const gemm_job *job = task->job;
+    const mq_gemm_kernel *kernel = job->kernel;
+    mq_gemm_tile tile = {.depth = 0};
+    const char *a = block_of_a(task, first, depth, &tile.lda);
+    for (int column = 0; column < task->columns; column += kernel->nr) {
+        float *sums = task->sums + (depth == job->depth ? 0 : column * task->padded_rows);
+        for (int64_t done = 0; done < depth; done += tile.depth) {
+            tile.depth = MQ_MIN(depth - done, (int64_t)MQ_CODED_UNITS);
+            tile.add = first + done > 0;
+            tile.b = mq_gemm_unpack_panel(job->args->b, task->column + column, first + done, tile.depth, stage);
+            for (int row = 0; row < task->padded_rows; row += kernel->mr) {
+                if (is_below(job->args, task->row + row, task->column + column + kernel->nr)) break;
+                tile.a = a + row * tile.lda + done * 4;
+                tile.c = sums + row * kernel->nr;
+                tile.rows = MQ_MIN(kernel->mr, task->padded_rows - row);
+                kernel->tile(&tile);
+                if (first + done + tile.depth == job->depth) store_tile(task, tile.c, row, column, tile.rows);
+            }
+        }
+    }
+}
+
 static void run_block(const task *task, int64_t first, int64_t depth)
 {
     const gemm_job *job = task->job;
@@ -109,7 +136,8 @@ static void run_tasks(void *argument, int64_t begin, int64_t end, int worker)
         task.padded_rows = MQ_ROUND_UP(task.rows, job->kernel->row_multiple);
         if (is_below(job->args, task.row, task.column + task.columns)) continue;
         for (int64_t first = 0; first < job->depth; first += job->k_block)
-            run_block(&task, first, MQ_MIN(job->k_block, job->depth - first));
+            (job->args->b->coding.kind != MQ_NOT_CODED ? run_coded_block : run_block)(
+                &task, first, MQ_MIN(job->k_block, job->depth - first));
     }
     if (job->kernel->end) job->kernel->end();
 }
@@ -162,6 +190,10 @@ void mq_gemm_run(const mq_gemm_args *args)
     if (args->m <= 0 || args->b->n <= 0) return;
     if (args->b->k <= 0) {
         run_empty(&job);
+        return;
+    }
+    if (mq_gemm_is_few(args)) {
+        mq_gemm_run_few(args);
         return;
     }
     job.depth = mq_gemm_depth(kernel, args->b->k);

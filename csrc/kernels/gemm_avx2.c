@@ -8,7 +8,7 @@
 #include "core/cpu.h"
 
 #pragma GCC push_options
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 
 #define HELPERS_NR 16
 #include "kernels/gemm_helpers.inc"
@@ -56,7 +56,124 @@ static void transpose(const uint32_t *in, int64_t ldi, uint32_t *out, int64_t ld
         for (int j = 0; j < 16; j += 8) transpose8(in + i * ldi + j, ldi, out + j * ldo + i, ldo);
 }
 
-static const mq_gemm_helpers helpers = {convert, transpose, interleave, store_tile};
+/* ---- codes ---- */
+
+typedef struct v16 {
+    __m256 low, high;
+} v16;
+
+MQ_INLINE v16 v_load(const void *p) { return (v16){_mm256_loadu_ps(p), _mm256_loadu_ps((const float *)p + 8)}; }
+MQ_INLINE v16 v_splat(float x) { return (v16){_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+MQ_INLINE v16 v_mul(v16 a, v16 b) { return (v16){_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
+MQ_INLINE v16 v_add(v16 a, v16 b) { return (v16){_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
+
+MQ_INLINE __m256 half8(__m256 x)
+{
+    return _mm256_cvtph_ps(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+
+MQ_INLINE v16 v_half(v16 a) { return (v16){half8(a.low), half8(a.high)}; }
+
+/* Of finite numbers. */
+MQ_INLINE __m256 bfloat8(__m256 x)
+{
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i sum = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    return _mm256_castsi256_ps(_mm256_and_si256(sum, _mm256_set1_epi32((int)0xffff0000u)));
+}
+
+MQ_INLINE v16 v_bfloat(v16 a) { return (v16){bfloat8(a.low), bfloat8(a.high)}; }
+
+MQ_INLINE void v_of_four(v16 *out, const v16 *v, int bfloat)
+{
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) out[j] = bfloat ? v_bfloat(v[j]) : v[j];
+}
+
+/* A permutation looks at three bits; the fourth chooses between entries 0 to 7 and 8 to 15. */
+MQ_INLINE __m256 lookup8(v16 table, const uint8_t *words, int j)
+{
+    const __m256i codes = _mm256_srli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)words)), 4 * j);
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, codes), _mm256_permutevar8x32_ps(table.high, codes),
+                            _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28)));
+}
+
+MQ_INLINE v16 v_nibbles(const uint8_t *chunk, int j, v16 table)
+{
+    return (v16){lookup8(table, chunk, j), lookup8(table, chunk + 16, j)};
+}
+
+/* Words that end with byte j. */
+MQ_INLINE __m256i words8(const uint8_t *p, int j)
+{
+    return _mm256_loadu_si256((const void *)(p - 3 + j));
+}
+
+MQ_INLINE __m256 floats8(__m256i words, int shift)
+{
+    const __m256i mask = _mm256_set1_epi32((int)(0x80000000u | 0x7f000000u >> shift));
+    return _mm256_castsi256_ps(_mm256_and_si256(_mm256_srai_epi32(words, shift), mask));
+}
+
+MQ_INLINE v16 v_floats(const uint8_t *chunk, int j, int shift)
+{
+    return (v16){floats8(words8(chunk, j), shift), floats8(words8(chunk + 32, j), shift)};
+}
+
+MQ_INLINE __m256 ints8(__m256i words)
+{
+    return _mm256_cvtepi32_ps(_mm256_and_si256(words, _mm256_set1_epi32((int)0xff000000u)));
+}
+
+MQ_INLINE v16 v_ints(const uint8_t *chunk, int j)
+{
+    return (v16){ints8(words8(chunk, j)), ints8(words8(chunk + 32, j))};
+}
+
+MQ_INLINE void v_store(void *p, v16 v)
+{
+    _mm256_storeu_ps(p, v.low);
+    _mm256_storeu_ps((float *)p + 8, v.high);
+}
+
+MQ_INLINE v16 v_dot(v16 sum, v16 n, const void *x)
+{
+    const v16 values = v_load(x);
+    return (v16){_mm256_fmadd_ps(n.low, values.low, sum.low), _mm256_fmadd_ps(n.high, values.high, sum.high)};
+}
+
+MQ_INLINE float v_total(v16 a)
+{
+    const __m256 eight = _mm256_add_ps(a.low, a.high);
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+#define V16 v16
+#define V_LOAD v_load
+#define V_SPLAT v_splat
+#define V_MUL v_mul
+#define V_HALF v_half
+#define V_FLOATS v_floats
+#define V_INTS v_ints
+#define NUM v16
+#define N_BYTES ((int64_t)sizeof(v16))
+#define N_STORE v_store
+#define N_TABLE v_load
+#define N_OF_TABLE(v, bfloat) ((bfloat) ? v_bfloat(v) : (v))
+#define N_NIBBLES v_nibbles
+#define N_OF_FOUR v_of_four
+#define SUM v16
+#define S_ZERO v_splat(0.0f)
+#define S_ADD v_add
+#define S_DOT v_dot
+#define S_TOTAL v_total
+#define FEW 2
+#include "kernels/gemm_codes.inc"
+
+static const mq_gemm_helpers helpers = {convert, transpose, interleave, store_tile, dot, decode};
 
 #pragma GCC pop_options
 

@@ -61,9 +61,49 @@ void mq_gemm_transpose_avx512(const uint32_t *in, int64_t ldi, uint32_t *out, in
     }
 }
 
+/* ---- codes ---- */
+
+#include "kernels/gemm_codes_avx512.inc"
+
+/* Of finite numbers. */
+MQ_INLINE __m512 bfloat16(__m512 x)
+{
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i sum = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    return _mm512_castsi512_ps(_mm512_and_si512(sum, _mm512_set1_epi32((int)0xffff0000u)));
+}
+
+MQ_INLINE void of_four(__m512 *out, const __m512 *v, int bfloat)
+{
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) out[j] = bfloat ? bfloat16(v[j]) : v[j];
+}
+
+/* The permutation looks at the lowest four bits of a word. */
+MQ_INLINE __m512 nibbles(const uint8_t *chunk, int j, __m512 table)
+{
+    const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)chunk));
+    return _mm512_permutexvar_ps(_mm512_srli_epi32(words, (unsigned)(4 * j)), table);
+}
+
+#define NUM __m512
+#define N_BYTES 64
+#define N_STORE(p, n) _mm512_storeu_ps(p, n)
+#define N_TABLE(p) _mm512_loadu_ps(p)
+#define N_OF_TABLE(v, bfloat) ((bfloat) ? bfloat16(v) : (v))
+#define N_NIBBLES nibbles
+#define N_OF_FOUR of_four
+#define SUM __m512
+#define S_ZERO _mm512_setzero_ps()
+#define S_ADD(a, b) _mm512_add_ps(a, b)
+#define S_DOT(sum, n, x) _mm512_fmadd_ps(n, _mm512_loadu_ps(x), sum)
+#define S_TOTAL(a) _mm512_reduce_add_ps(a)
+#include "kernels/gemm_codes.inc"
+
 #pragma GCC pop_options
 
-static const mq_gemm_helpers helpers = {convert, mq_gemm_transpose_avx512, interleave, store_tile};
+static const mq_gemm_helpers helpers = {convert, mq_gemm_transpose_avx512, interleave, store_tile, dot, decode};
 
 const mq_gemm_kernel mq_gemm_kernel_avx512 = {
     .name = "avx512", .needs = MQ_CPU_AVX512, .unit = MQ_UNIT_F32, .mr = MR, .nr = NR,

@@ -45,6 +45,31 @@ typedef struct mq_gemm_store {
     int rows, columns;
 } mq_gemm_store;
 
+/* A coded B. Codes are row-major, in chunks of 64 columns, so that a vector makes of a chunk what is multiplied next:
+ * codes of 4 bits are the nibbles of 16 words of 16 bits, nibble j of word i being column 16 j + i; codes of a byte are
+ * the bytes of 16 words of 32 bits, byte j of word i being column 16 j + i. Rows are padded with zeros to whole chunks,
+ * and with rows to whole panels. Whoever reads 4 bytes may begin 3 before a chunk. */
+enum { MQ_CHUNK = 64, MQ_CODED_ROWS = 16, MQ_CODED_CHUNKS = 4 };
+
+/* Rows of codes on their way to be numbers, as a micro-kernel counts K: float32, or bfloat16 in units of pairs. */
+typedef struct mq_gemm_codes {
+    const mq_coding *coding;
+    const uint8_t *codes;        /* of the first row */
+    const void *scales;
+    const void *table;
+} mq_gemm_codes;
+
+/* sums[i * ld + r] = the product of row i of x with row r: few rows of x against several of codes. */
+typedef struct mq_gemm_dot {
+    mq_gemm_codes b;
+    int64_t chunks;              /* of a row */
+    int rows;                    /* of codes: a multiple of 4 */
+    const void *x;               /* [m][chunks * MQ_CHUNK], converted, zero beyond K */
+    int m;                       /* 1, 2, 4 or 8 */
+    float *sums;
+    int ld;
+} mq_gemm_dot;
+
 /* The operations around the micro-kernels, one set per ISA. */
 typedef struct mq_gemm_helpers {
     /* count elements to units; the rest up to padded (elements) becomes zero. */
@@ -54,6 +79,9 @@ typedef struct mq_gemm_helpers {
     /* out[2 j] = even[j], out[2 j + 1] = odd[j]. */
     void (*interleave)(const uint16_t *even, const uint16_t *odd, uint16_t *out, int64_t count);
     void (*store)(const mq_gemm_store *store);
+    void (*dot)(const mq_gemm_dot *dot);
+    /* Chunks [first, first + count) of a row, as K elements of units. */
+    void (*decode)(const mq_gemm_codes *row, int64_t first, int64_t count, void *out);
 } mq_gemm_helpers;
 
 typedef struct mq_gemm_kernel {
@@ -78,6 +106,18 @@ extern const mq_gemm_helpers mq_gemm_helpers_avx512_bf16;
 void mq_gemm_transpose_avx512(const uint32_t *in, int64_t ldi, uint32_t *out, int64_t ldo);
 
 const mq_gemm_kernel *mq_gemm_kernel_of(mq_gemm_kind kind);
+
+/* Rows of a coded B from row n on. */
+mq_gemm_codes mq_gemm_codes_at(const mq_packed *b, int64_t n);
+
+/* Units [first, first + depth) of the panel of a coded B that begins at row n, into stage; returns where they begin.
+ * At most MQ_CODED_UNITS may be asked for. */
+enum { MQ_CODED_UNITS = 128, MQ_CODED_STAGE = (MQ_CODED_UNITS + 2 * MQ_CHUNK) * MQ_GEMM_MAX_NR };
+const char *mq_gemm_unpack_panel(const mq_packed *b, int64_t n, int64_t first, int64_t depth, uint32_t *stage);
+
+/* Whether a product is one of few rows against codes, and that product. */
+int mq_gemm_is_few(const mq_gemm_args *args);
+void mq_gemm_run_few(const mq_gemm_args *args);
 
 MQ_INLINE int64_t mq_gemm_unit_elements(const mq_gemm_kernel *kernel)
 {

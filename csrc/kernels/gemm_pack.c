@@ -30,6 +30,7 @@ size_t mq_gemm_packed_size(mq_gemm_kind kind, int64_t n, int64_t k)
 
 size_t mq_packed_nbytes(const mq_packed *packed)
 {
+    if (packed->coding.kind != MQ_NOT_CODED) return packed->coding.nbytes;
     return nbytes_for(packed->kernel, packed->n, packed->k);
 }
 
@@ -123,6 +124,7 @@ static void pack(pack_job *job, mq_gemm_kind kind, mq_dtype dtype, int64_t ldw, 
     out->n = job->n;
     out->k = job->k;
     out->kernel = job->kernel;
+    out->coding.kind = MQ_NOT_CODED;
     int64_t panels = MQ_CEIL_DIV(job->n, (int64_t)job->kernel->nr), bytes = MQ_MAX(job->panel_size * 4, (int64_t)1);
     mq_parallel_for(panels, MQ_CEIL_DIV((int64_t)CHUNK_BYTES, bytes), pack_panels, job);
 }

@@ -12,8 +12,11 @@ static int load_outer(mq_decoder *decoder, const mq_named_tensor *outer, size_t 
     const mq_tensor *weight = mq_find_tensor(outer, count, norm->weight, norm->shape, 1, err);
     if (weight != NULL) decoder->norm = mq_read_norm(runtime, weight, norm->weight, err);
     if (decoder->norm == NULL) return err->code;
-    weight = mq_find_tensor(outer, count, head->weight, head->shape, 2, err);
-    return weight ? mq_linear_load(&decoder->head, weight, runtime->gemm, head->weight, err) : err->code;
+    const mq_named_tensor *found = mq_find_weight(outer, count, head, err);
+    if (found == NULL) return err->code;
+    if (found->stored != NULL)
+        return mq_linear_load_stored(&decoder->head, found->stored, runtime->gemm, head->weight, err);
+    return mq_linear_load(&decoder->head, &found->tensor, runtime->gemm, head->weight, err);
 }
 
 static size_t expert_weights(const mq_runtime *runtime)

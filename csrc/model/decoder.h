@@ -1,8 +1,7 @@
 /* mq_decoder: a model with all of its weights in memory, and the keys and values of what its sequences have been
  * through, so that each further token costs one pass over the weights.
  *
- * Weights are those that mq_linear_forward multiplies, whatever they are packed as: a packed format that it learns to
- * multiply needs no change here. */
+ * Weights are those that mq_linear_forward multiplies, numbers or codes. */
 #ifndef MQ_DECODER_H
 #define MQ_DECODER_H
 

@@ -88,6 +88,40 @@ int mq_linear_load(mq_linear_weight *weight, const mq_tensor *w, mq_gemm_kind ki
     return load(&weight->packed, w, kind, 0, name, err);
 }
 
+int mq_stored_numbers(const mq_stored_weight *stored, mq_tensor *out, const char *name, mq_error *err)
+{
+    *out = mq_tensor_make(NULL, stored->dtype, 2, stored->shape);
+    const size_t nbytes = (size_t)mq_tensor_count(out) * mq_dtype_size(stored->dtype);
+    out->data = mq_alloc(nbytes);
+    if (out->data == NULL) return mq_fail_memory(err, name, nbytes);
+    return mq_block_dequantize(&stored->job, &stored->parts, out, err);
+}
+
+static int load_numbers(mq_linear_weight *weight, const mq_stored_weight *stored, mq_gemm_kind kind, const char *name,
+                        mq_error *err)
+{
+    mq_tensor numbers;
+    int rc = mq_stored_numbers(stored, &numbers, name, err);
+    if (rc == MQ_OK) rc = mq_linear_load(weight, &numbers, kind, name, err);
+    mq_free(numbers.data);
+    return rc;
+}
+
+int mq_linear_load_stored(mq_linear_weight *weight, const mq_stored_weight *stored, mq_gemm_kind kind, const char *name,
+                          mq_error *err)
+{
+    const mq_coded_matrix codes = mq_stored_codes(stored);
+    if (!mq_gemm_can_code(&codes)) return load_numbers(weight, stored, kind, name, err);
+    const size_t nbytes = mq_gemm_coded_size(kind, &codes);
+    weight->packed.data = mq_alloc(nbytes);
+    if (weight->packed.data == NULL) return mq_fail_memory(err, name, nbytes);
+    if (mq_gemm_pack_codes(kind, &codes, &weight->packed)) return MQ_OK;
+    /* NaN and infinities are an error of the numbers' own; scales at the ends of float32 are none. */
+    mq_free(weight->packed.data);
+    weight->packed.data = NULL;
+    return load_numbers(weight, stored, kind, name, err);
+}
+
 int mq_linear_load_backward(mq_packed *packed, const mq_tensor *w, mq_gemm_kind kind, const char *name, mq_error *err)
 {
     return load(packed, w, kind, 1, name, err);

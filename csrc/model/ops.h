@@ -15,6 +15,7 @@
 #include "core/tensor.h"
 #include "kernels/gemm.h"
 #include "model/config.h"
+#include "quant/block.h"
 
 typedef struct mq_row_sizes {
     int64_t rows, width;
@@ -161,6 +162,11 @@ typedef struct mq_linear_weight {
 /* Packs w (O, I) of any float dtype and stride for products in `kind`; name is used in errors (a NaN or an infinity in
  * the weight is one). */
 int mq_linear_load(mq_linear_weight *weight, const mq_tensor *w, mq_gemm_kind kind, const char *name, mq_error *err);
+/* The same from a quantized weight's parts, which stay codes wherever products can read them as codes. */
+int mq_linear_load_stored(mq_linear_weight *weight, const mq_stored_weight *stored, mq_gemm_kind kind, const char *name,
+                          mq_error *err);
+/* What a quantized weight's parts stand for: the caller frees out->data, after a failure too. */
+int mq_stored_numbers(const mq_stored_weight *stored, mq_tensor *out, const char *name, mq_error *err);
 void mq_linear_free(mq_linear_weight *weight);
 
 /* out (N, O) = in (N, I) * weight^T + bias, or += if accumulate. dtype is of both. */

@@ -295,11 +295,10 @@ const mq_module *mq_runtime_outer(const mq_runtime *runtime, mq_role role)
     return NULL;
 }
 
-const mq_tensor *mq_find_tensor(const mq_named_tensor *tensors, size_t count, const char *name, const int64_t *shape,
-                                int ndim, mq_error *err)
+static const mq_named_tensor *find(const mq_named_tensor *tensors, size_t count, const char *name,
+                                   const mq_tensor *expected, mq_error *err)
 {
     char found[160], wanted[160];
-    const mq_tensor expected = mq_tensor_make(NULL, MQ_F32, ndim, shape);
     size_t at = 0;
     while (at < count && strcmp(tensors[at].name, name) != 0) at++;
     if (at == count) {
@@ -307,10 +306,29 @@ const mq_tensor *mq_find_tensor(const mq_named_tensor *tensors, size_t count, co
         return NULL;
     }
     const mq_tensor *tensor = &tensors[at].tensor;
-    int same = tensor->ndim == ndim && memcmp(tensor->shape, shape, (size_t)ndim * sizeof *shape) == 0;
-    if (same && mq_tensor_is_float(tensor)) return tensor;
+    int same = tensor->ndim == expected->ndim &&
+               memcmp(tensor->shape, expected->shape, (size_t)tensor->ndim * sizeof *tensor->shape) == 0;
+    if (same && mq_tensor_is_float(tensor)) return &tensors[at];
     mq_fail(err, same ? MQ_ERR_TYPE : MQ_ERR_VALUE, "tensor %s is %s, expected %s, bfloat16 or float16", name,
-            mq_tensor_describe(tensor, found, sizeof found), mq_tensor_describe(&expected, wanted, sizeof wanted));
+            mq_tensor_describe(tensor, found, sizeof found), mq_tensor_describe(expected, wanted, sizeof wanted));
+    return NULL;
+}
+
+const mq_named_tensor *mq_find_weight(const mq_named_tensor *tensors, size_t count, const mq_module *module,
+                                      mq_error *err)
+{
+    const mq_tensor expected = mq_tensor_make(NULL, MQ_F32, module->ndim, module->shape);
+    return find(tensors, count, module->weight, &expected, err);
+}
+
+const mq_tensor *mq_find_tensor(const mq_named_tensor *tensors, size_t count, const char *name, const int64_t *shape,
+                                int ndim, mq_error *err)
+{
+    const mq_tensor expected = mq_tensor_make(NULL, MQ_F32, ndim, shape);
+    const mq_named_tensor *found = find(tensors, count, name, &expected, err);
+    if (found == NULL || found->stored == NULL) return found ? &found->tensor : NULL;
+    mq_fail(err, MQ_ERR_TYPE, "tensor %s is given by its parts: only the weight of a linear may be, of a layer that is "
+            "to be multiplied with", name);
     return NULL;
 }
 
@@ -339,28 +357,44 @@ float *mq_read_norm(const mq_runtime *runtime, const mq_tensor *tensor, const ch
     return weight;
 }
 
+static int load_elsewhere(mq_runtime *runtime, const mq_module *module, const mq_named_tensor *weight,
+                          const float *bias, mq_error *err)
+{
+    mq_elsewhere *there = runtime->elsewhere;
+    mq_tensor numbers;
+    if (weight->stored == NULL) return there->load(there, runtime, module, &weight->tensor, bias, err);
+    int rc = mq_stored_numbers(weight->stored, &numbers, module->weight, err);
+    if (rc == MQ_OK) rc = there->load(there, runtime, module, &numbers, bias, err);
+    mq_free(numbers.data);
+    return rc;
+}
+
 static int load_module(mq_runtime *runtime, const mq_module *module, const mq_named_tensor *tensors, size_t count,
                        mq_error *err)
 {
     mq_elsewhere *there = runtime->elsewhere;
     mq_layer *layer = &runtime->layers[module->layer];
     mq_linear *linear = &layer->linears[module->role];
-    const mq_tensor *weight = mq_find_tensor(tensors, count, module->weight, module->shape, module->ndim, err);
-    if (weight == NULL) return err->code;
     if (module->kind == MQ_MODULE_NORM || module->kind == MQ_MODULE_VECTOR) {
-        layer->norms[module->role] = module->kind == MQ_MODULE_NORM
-                                         ? mq_read_norm(runtime, weight, module->weight, err)
-                                         : mq_read_vector(weight, MQ_F32, module->weight, err);
+        const mq_tensor *vector = mq_find_tensor(tensors, count, module->weight, module->shape, module->ndim, err);
+        if (vector != NULL)
+            layer->norms[module->role] = module->kind == MQ_MODULE_NORM
+                                             ? mq_read_norm(runtime, vector, module->weight, err)
+                                             : mq_read_vector(vector, MQ_F32, module->weight, err);
         if (layer->norms[module->role] == NULL) return err->code;
         return there == NULL ? MQ_OK : there->load(there, runtime, module, NULL, layer->norms[module->role], err);
     }
+    const mq_named_tensor *weight = mq_find_weight(tensors, count, module, err);
+    if (weight == NULL) return err->code;
     if (module->bias[0] != '\0') {
         const mq_tensor *bias = mq_find_tensor(tensors, count, module->bias, module->shape, 1, err);
         if (bias != NULL) linear->weight.bias = mq_read_vector(bias, runtime->dtype, module->bias, err);
         if (linear->weight.bias == NULL) return err->code;
     }
-    if (there != NULL) return there->load(there, runtime, module, weight, linear->weight.bias, err);
-    return mq_linear_load(&linear->weight, weight, runtime->gemm, module->weight, err);
+    if (there != NULL) return load_elsewhere(runtime, module, weight, linear->weight.bias, err);
+    if (weight->stored != NULL)
+        return mq_linear_load_stored(&linear->weight, weight->stored, runtime->gemm, module->weight, err);
+    return mq_linear_load(&linear->weight, &weight->tensor, runtime->gemm, module->weight, err);
 }
 
 static int has_tensor(const mq_module *module, int64_t expert, const char *name)

@@ -58,6 +58,8 @@ mq_point *mq_runtime_point(mq_runtime *runtime, const char *name, int64_t *layer
 typedef struct mq_named_tensor {
     const char *name;
     mq_tensor tensor;
+    const mq_stored_weight *stored; /* NULL, or the parts that stand for it: then tensor is without data, and only the
+                                     * weight of a linear may be so */
 } mq_named_tensor;
 
 /* Exactly the tensors that layer needs, by name, its experts' left out. The old weights are dropped first. */
@@ -92,7 +94,10 @@ mq_observer **mq_runtime_observer(mq_runtime *runtime, const mq_module *module);
 
 /* A module outside the layers, or NULL. */
 const mq_module *mq_runtime_outer(const mq_runtime *runtime, mq_role role);
-/* The tensor of that name with that shape and a float dtype, or an error that says which one is wrong. */
+/* The tensor of that name with that shape and a float dtype, or an error that says which one is wrong. find_weight also
+ * takes one that is stored as parts. */
+const mq_named_tensor *mq_find_weight(const mq_named_tensor *tensors, size_t count, const mq_module *module,
+                                      mq_error *err);
 const mq_tensor *mq_find_tensor(const mq_named_tensor *tensors, size_t count, const char *name, const int64_t *shape,
                                 int ndim, mq_error *err);
 /* The weight of a norm as it is multiplied by; NULL with err filled on failure. */

@@ -2,29 +2,11 @@
 #include "py/convert.h"
 #include "py/ndarray.h"
 #include "py/outputs.h"
+#include "py/parts.h"
 
 #include "format/pack.h"
 #include "quant/block.h"
 #include "quant/scale.h"
-
-static int parse_scheme(const char *name, mq_scheme *out)
-{
-    if (mq_scheme_find(name, out) == MQ_OK) return 0;
-    PyErr_Format(PyExc_ValueError, "unknown scheme '%s'; modelq._core.schemes() lists them", name);
-    return -1;
-}
-
-/* None or 0: the scheme's own. */
-static int parse_block_size(PyObject *object, int64_t *out)
-{
-    *out = 0;
-    if (object == NULL || object == Py_None) return 0;
-    *out = PyLong_AsLongLong(object);
-    if (*out == -1 && PyErr_Occurred()) return -1;
-    if (*out >= 0) return 0;
-    PyErr_Format(PyExc_ValueError, "block_size: expected a positive number, got %lld", (long long)*out);
-    return -1;
-}
 
 /* ---- amax ---- */
 
@@ -173,7 +155,7 @@ static int parse_quantize(mq_state *state, PyObject *args, PyObject *kwargs, qua
                                      &a->job.name, &a->out, &block_amax, &a->job.second_divisor))
         return -1;
     if (a->out == Py_None) a->out = NULL;
-    if (parse_scheme(scheme, &a->job.scheme) < 0 || parse_block_size(block_size, &a->job.block_cols) < 0) return -1;
+    if (mq_parse_scheme(scheme, block_size, &a->job) < 0) return -1;
     const char *name = a->job.name != NULL ? a->job.name : "weight";
     if (mq_view_object(state, weight, name, &a->weight, &a->weight_keep) < 0) return -1;
     if (a->weight.ndim != 2) {
@@ -292,63 +274,6 @@ done:
 
 /* ---- dequantize ---- */
 
-enum { PART_WEIGHT, PART_SCALE, PART_SCALE_2, PARTS };
-static const char *const roles[PARTS] = {"weight", "weight_scale", "weight_scale_2"};
-
-static int same_layout(mq_dtype got, mq_dtype wanted)
-{
-    return got == wanted || (mq_dtype_size(got) == 1 && (got == MQ_U8 || (wanted == MQ_U8 && got == MQ_F8_E8M0)));
-}
-
-/* Views parts[role]: float32 by conversion, one-byte codes as they are. */
-static int view_part(mq_state *state, PyObject *dict, int role, int is_float, mq_tensor *out, PyObject **keep)
-{
-    PyObject *object = PyMapping_GetItemString(dict, roles[role]);
-    if (object == NULL) {
-        PyErr_Format(PyExc_ValueError, "parts: '%s' is missing", roles[role]);
-        return -1;
-    }
-    int rc = is_float ? mq_view_as(state, object, roles[role], MQ_F32, out, keep)
-                      : mq_view_contiguous(state, object, roles[role], out, keep);
-    Py_DECREF(object);
-    return rc;
-}
-
-static int view_parts(mq_state *state, PyObject *dict, const mq_scheme_row *row, mq_tensor *out, PyObject **keep)
-{
-    if (view_part(state, dict, PART_WEIGHT, 0, &out[PART_WEIGHT], &keep[PART_WEIGHT]) < 0 ||
-        view_part(state, dict, PART_SCALE, row->scale == MQ_FMT_FP32, &out[PART_SCALE], &keep[PART_SCALE]) < 0)
-        return -1;
-    if (row->second_divisor == 0.0f) return 0;
-    return view_part(state, dict, PART_SCALE_2, 1, &out[PART_SCALE_2], &keep[PART_SCALE_2]);
-}
-
-/* *want becomes a view of a part that is laid out as it says. */
-static int use_part(int role, const mq_tensor *got, mq_tensor *want)
-{
-    char have[96], expected[96];
-    if (!same_layout(got->dtype, want->dtype) || mq_tensor_count(got) != mq_tensor_count(want)) {
-        PyErr_Format(PyExc_ValueError, "%s: expected %s, got %s", roles[role],
-                     mq_tensor_describe(want, expected, sizeof expected), mq_tensor_describe(got, have, sizeof have));
-        return -1;
-    }
-    want->data = got->data;
-    return 0;
-}
-
-/* [rows, cols] of the matrix whose packed weight this is. */
-static int unpacked_shape(const mq_scheme_row *row, const mq_tensor *weight, int64_t *shape)
-{
-    if (weight->ndim != 2) {
-        PyErr_Format(PyExc_ValueError, "weight: expected 2 dimensions, got %d", weight->ndim);
-        return -1;
-    }
-    shape[0] = weight->shape[0] * (row->packing == MQ_PACK_ROW_PAIRS ? 2 : 1);
-    shape[1] =
-        row->packing == MQ_PACK_ROW ? weight->shape[1] * 8 / mq_format_get(row->element)->codec.bits : weight->shape[1];
-    return 0;
-}
-
 PyDoc_STRVAR(dequantize_doc,
 "dequantize(parts, scheme, dtype='float32', block_size=None, out=None)\n--\n\n"
 "The matrix that parts (as quantize() makes them, or as read from a checkpoint) stand for: element * (scale *\n"
@@ -358,43 +283,30 @@ static PyObject *dequantize(PyObject *module, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"parts", "scheme", "dtype", "block_size", "out", NULL};
     mq_state *state = mq_state_of(module);
-    PyObject *dict, *block_size = NULL, *given_out = NULL, *keep[PARTS] = {NULL}, *result = NULL;
+    PyObject *dict, *block_size = NULL, *given_out = NULL, *keep = NULL, *result = NULL;
     const char *scheme, *dtype_name = "float32";
-    mq_block_job job = {0};
-    mq_parts parts;
-    mq_tensor given[PARTS], out;
-    mq_dtype dtype;
+    mq_stored_weight weight = {.dtype = MQ_F32};
+    mq_tensor out;
     mq_error err;
-    int64_t shape[2];
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Os|sOO:dequantize", names, &dict, &scheme, &dtype_name, &block_size,
                                      &given_out))
         return NULL;
-    if (parse_scheme(scheme, &job.scheme) < 0 || parse_block_size(block_size, &job.block_cols) < 0) return NULL;
-    if (mq_dtype_from_name(dtype_name, &dtype) != MQ_OK || (int)dtype > MQ_F16)
-        return PyErr_Format(PyExc_ValueError, "dtype: expected float32, bfloat16 or float16, got '%s'", dtype_name);
-    const mq_scheme_row *row = mq_scheme_get(job.scheme);
-    if (view_parts(state, dict, row, given, keep) < 0 || unpacked_shape(row, &given[PART_WEIGHT], shape) < 0) goto done;
-    if (mq_block_shapes(&job, shape[0], shape[1], &parts, &err) != MQ_OK) {
-        mq_raise(&err);
-        goto done;
-    }
-    if (use_part(PART_WEIGHT, &given[PART_WEIGHT], &parts.weight) < 0 ||
-        use_part(PART_SCALE, &given[PART_SCALE], &parts.scale) < 0 ||
-        (parts.has_scale_2 && use_part(PART_SCALE_2, &given[PART_SCALE_2], &parts.scale_2) < 0))
-        goto done;
-    const mq_tensor wanted = mq_tensor_make(NULL, dtype, 2, shape);
+    if (mq_parse_scheme(scheme, block_size, &weight.job) < 0 || mq_parse_float_dtype(dtype_name, &weight.dtype) < 0 ||
+        mq_view_parts(state, dict, &weight, &keep) < 0)
+        return NULL;
+    const mq_tensor wanted = mq_tensor_make(NULL, weight.dtype, 2, weight.shape);
     result = mq_output_array(state, given_out, "out", &wanted, &out);
     if (result == NULL) goto done;
     int rc;
     Py_BEGIN_ALLOW_THREADS
-    rc = mq_block_dequantize(&job, &parts, &out, &err);
+    rc = mq_block_dequantize(&weight.job, &weight.parts, &out, &err);
     Py_END_ALLOW_THREADS
     if (rc != MQ_OK) {
         Py_CLEAR(result);
         mq_raise(&err);
     }
 done:
-    for (int i = 0; i < PARTS; i++) Py_XDECREF(keep[i]);
+    Py_DECREF(keep);
     return result;
 }
 

@@ -32,9 +32,11 @@ typedef struct CalibratorObject {
     mq_calib *calib;
 } CalibratorObject;
 
-/* A dict {name: array} as views. keeps holds one reference per tensor and one per name. */
+/* A dict {name: array} as views; a quantized weight may be a tuple (parts, scheme, dtype, block_size) as
+ * _core.dequantize takes them. keeps holds one reference per tensor and one per name. */
 typedef struct mq_tensor_map {
     mq_named_tensor *tensors;
+    mq_stored_weight *stored;       /* one per tensor */
     PyObject **keeps;
     size_t count;
 } mq_tensor_map;

@@ -332,3 +332,14 @@ int mq_block_dequantize(const mq_block_job *given, const mq_parts *parts, mq_ten
     if (parts->has_scale_2) job.second = *(const float *)parts->scale_2.data;
     return run_rows(&job, given, err);
 }
+
+mq_coded_matrix mq_stored_codes(const mq_stored_weight *weight)
+{
+    const mq_grid grid = grid_of(&weight->job, weight->shape[0], weight->shape[1]);
+    return (mq_coded_matrix){
+        .scheme = mq_scheme_get(weight->job.scheme), .n = weight->shape[0], .k = weight->shape[1],
+        .block_rows = grid.block_rows, .block_cols = grid.block_cols, .codes = weight->parts.weight.data,
+        .scale = weight->parts.scale.data, .dtype = weight->dtype,
+        .second = weight->parts.has_scale_2 ? *(const float *)weight->parts.scale_2.data : 1.0f,
+    };
+}

@@ -6,6 +6,7 @@
 
 #include "core/tensor.h"
 #include "format/format.h"
+#include "kernels/gemm.h"
 
 typedef struct mq_parts {
     mq_tensor weight, scale, scale_2; /* contiguous */
@@ -37,6 +38,17 @@ int mq_block_quantize(const mq_block_job *job, const mq_tensor *weight, mq_parts
 /* parts into out (contiguous float32, bfloat16 or float16): element * (scale * scale_2) in float32, rounded to out's
  * dtype. */
 int mq_block_dequantize(const mq_block_job *job, const mq_parts *parts, mq_tensor *out, mq_error *err);
+
+/* A weight [O, I] by its parts, and the dtype that its numbers are rounded to (MQ_F32, MQ_BF16 or MQ_F16). */
+typedef struct mq_stored_weight {
+    mq_block_job job;
+    mq_parts parts;
+    mq_dtype dtype;
+    int64_t shape[2];
+} mq_stored_weight;
+
+/* The same as an operand of products that stays codes (mq_gemm_can_code says whether it may). */
+mq_coded_matrix mq_stored_codes(const mq_stored_weight *weight);
 
 /* out (contiguous, weight's dtype) = what the exported parts would dequantize to, without making them. */
 int mq_block_fake_quantize(const mq_block_job *job, const mq_tensor *weight, mq_tensor *out, mq_error *err);

@@ -10,6 +10,7 @@
 #include "kernels/gemm.h"
 #include "kernels/softmax.h"
 #include "model/attention.h"
+#include "py/parts.h"
 
 typedef struct product {
     mq_tensor a, w, bias, c;
@@ -102,6 +103,83 @@ static PyObject *gemm(PyObject *module, PyObject *args, PyObject *kwargs)
 done:
     mq_free(memory);
     for (size_t i = 0; i < MQ_COUNT(p.keep); i++) Py_XDECREF(p.keep[i]);
+    return result;
+}
+
+PyDoc_STRVAR(gemm_codes_doc,
+"gemm_codes(bf16, a, parts, scheme, dtype, c, block_size=None, repeat=1)\n--\n\n"
+"c = a @ w.T, w being what parts stand for in dtype, without making w. Returns the seconds of packing and of the\n"
+"product, the fastest of repeat; how many bytes the packed operand has; whether all of w is finite.");
+
+typedef struct coded_product {
+    mq_tensor a, c;
+    mq_stored_weight weight;
+    mq_coded_matrix matrix;
+    mq_gemm_kind kind;
+    int repeat, finite;
+    double pack_seconds, run_seconds;
+    size_t nbytes;
+} coded_product;
+
+static void compute_codes(coded_product *p, void *memory)
+{
+    mq_packed packed = {.data = memory};
+    const mq_gemm_args args = {
+        .m = p->a.shape[0], .a = p->a.data, .a_dtype = p->a.dtype, .lda = p->a.stride[0], .b = &packed,
+        .c = p->c.data, .c_dtype = p->c.dtype, .ldc = p->c.stride[0], .alpha = 1,
+    };
+    p->pack_seconds = p->run_seconds = 1e9;
+    for (int i = 0; i < p->repeat; i++) {
+        const double start = now();
+        p->finite = mq_gemm_pack_codes(p->kind, &p->matrix, &packed);
+        const double packed_at = now();
+        mq_gemm_run(&args);
+        p->run_seconds = MQ_MIN(p->run_seconds, now() - packed_at);
+        p->pack_seconds = MQ_MIN(p->pack_seconds, packed_at - start);
+    }
+    p->nbytes = mq_packed_nbytes(&packed);
+}
+
+static int check_codes(coded_product *p)
+{
+    p->matrix = mq_stored_codes(&p->weight);
+    if (check_matrix(&p->a, "a") < 0 || check_matrix(&p->c, "c") < 0) return -1;
+    if (p->a.shape[1] == p->matrix.k && p->c.shape[0] == p->a.shape[0] && p->c.shape[1] == p->matrix.n &&
+        mq_gemm_can_code(&p->matrix))
+        return 0;
+    PyErr_SetString(PyExc_ValueError, "gemm_codes: shapes do not fit, or blocks do not");
+    return -1;
+}
+
+static PyObject *gemm_codes(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"bf16", "a", "parts", "scheme", "dtype", "c", "block_size", "repeat", NULL};
+    PyObject *a, *c, *parts, *block_size = NULL, *keep[3] = {NULL}, *result = NULL;
+    const char *scheme, *dtype;
+    mq_state *state = mq_state_of(module);
+    coded_product p = {.repeat = 1};
+    void *memory = NULL;
+    int bf16;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "pOOssO|Oi", names, &bf16, &a, &parts, &scheme, &dtype, &c,
+                                     &block_size, &p.repeat))
+        return NULL;
+    p.kind = bf16 ? MQ_GEMM_BF16 : MQ_GEMM_F32;
+    if (mq_parse_scheme(scheme, block_size, &p.weight.job) < 0 || mq_parse_float_dtype(dtype, &p.weight.dtype) < 0 ||
+        mq_view_parts(state, parts, &p.weight, &keep[0]) < 0 || mq_view_object(state, a, "a", &p.a, &keep[1]) < 0 ||
+        mq_view_object(state, c, "c", &p.c, &keep[2]) < 0 || check_codes(&p) < 0)
+        goto done;
+    memory = mq_alloc(mq_gemm_coded_size(p.kind, &p.matrix));
+    if (memory == NULL) {
+        PyErr_NoMemory();
+        goto done;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    compute_codes(&p, memory);
+    Py_END_ALLOW_THREADS
+    result = Py_BuildValue("ddnO", p.pack_seconds, p.run_seconds, (Py_ssize_t)p.nbytes, p.finite ? Py_True : Py_False);
+done:
+    mq_free(memory);
+    for (size_t i = 0; i < MQ_COUNT(keep); i++) Py_XDECREF(keep[i]);
     return result;
 }
 
@@ -234,6 +312,7 @@ static PyObject *softmax_exp(PyObject *module, PyObject *args)
 
 static PyMethodDef methods[] = {
     {"gemm", (PyCFunction)(void (*)(void))gemm, METH_VARARGS | METH_KEYWORDS, gemm_doc},
+    {"gemm_codes", (PyCFunction)(void (*)(void))gemm_codes, METH_VARARGS | METH_KEYWORDS, gemm_codes_doc},
     {"attention", (PyCFunction)(void (*)(void))attention, METH_VARARGS | METH_KEYWORDS, attention_doc},
     {"softmax_exp", softmax_exp, METH_VARARGS, softmax_exp_doc},
     {"force_kernel", force_kernel, METH_VARARGS, force_kernel_doc},

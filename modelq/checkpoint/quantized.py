@@ -187,5 +187,9 @@ def dequantized(form: Form, parts: dict[str, np.ndarray], dtype: str) -> np.ndar
     weight = _core.dequantize(parts, form.pair.weight, dtype=dtype, block_size=form.group_size)
     if not form.fp8_stage:
         return weight
-    amax = amax_of(np.float32(parts["weight_scale_2"]), np.float32(dialects.scale_divisor("fp8")))
-    return _core.fake_quantize(weight, "fp8", amax=amax)
+    return _core.fake_quantize(weight, "fp8", amax=second_stage_amax(parts))
+
+
+def second_stage_amax(parts: dict[str, np.ndarray]) -> np.ndarray:
+    """The absolute maximum that a second stage's FP8 scale stands for."""
+    return amax_of(np.float32(parts["weight_scale_2"]), np.float32(dialects.scale_divisor("fp8")))
