@@ -30,6 +30,7 @@ def keep_mxfp4(model: Model, part: Part) -> None:
     """Give weights of a part that are stored in MXFP4, and are to become NVFP4, the static blocks that keep their values."""
     layers = getattr(model.checkpoint, "layers", {})
     stored = {row["name"] for row in part.modules if row["name"] in layers and layers[row["name"]].scheme == "mxfp4"}
+    stored |= {row["name"] for row in part.modules} & getattr(model.checkpoint, "in_mxfp4", set())
     if not stored:
         return
     found = [(name, setting, members) for name, setting, members in quantized_weights(model, part)
@@ -62,7 +63,8 @@ def with_static_blocks(setting: Setting) -> Setting:
 
 def largest_exponent(model: Model, module: str) -> int:
     """K of one weight; blocks of scale 0 hold nothing and do not count."""
-    scales = model.checkpoint.parts(module)["weight_scale"]
+    stack = getattr(model.checkpoint, "stack_scales", None)     # experts in one tensor have one second-level scale
+    scales = model.checkpoint.parts(module)["weight_scale"] if stack is None else stack(module)
     return int(scales.max(initial=0)) - BIAS if scales.any() else 0
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from modelq.checkpoint.base import Checkpoint, TensorInfo
+from modelq.checkpoint.mxfp4 import Mxfp4Checkpoint
 
 if TYPE_CHECKING:
     from modelq.checkpoint.tokenizer import Tokenizer
@@ -63,7 +64,7 @@ def container_of(module: str) -> str:
 
 
 class StackedExperts(Checkpoint):
-    """See the module. Everything else is the inner checkpoint's."""
+    """See the module. Everything else is the inner checkpoint's. in_mxfp4: the linears that are stored so."""
 
     def __init__(self, inner: Checkpoint, layout: str):
         self.inner, self.layout = inner, layout
@@ -81,9 +82,24 @@ class StackedExperts(Checkpoint):
         super().__init__(inner.path, inner.config, tensors)
         self.side_files = inner.side_files
 
+        stacks = inner.stacks if isinstance(inner, Mxfp4Checkpoint) else {}
+        self.in_mxfp4 = {name.removesuffix(".weight") for name, place in self._places.items() if place.stack in stacks}
+
     @property
     def is_source(self) -> bool:
-        return bool(getattr(self.inner, "is_source", False))
+        return bool(getattr(self.inner, "is_source", True))
+
+    def parts(self, module: str) -> dict[str, np.ndarray]:
+        """An expert's linear as it is stored in MXFP4: weight and weight_scale."""
+        place = self._places[f"{module}.weight"]
+        assert isinstance(self.inner, Mxfp4Checkpoint)
+        return {role: part[place.columns] for role, part in self.inner.expert_parts(place.stack, place.expert).items()}
+
+    def stack_scales(self, module: str) -> np.ndarray:
+        """The scales of all experts of its stack."""
+        place = self._places[f"{module}.weight"]
+        assert isinstance(self.inner, Mxfp4Checkpoint)
+        return self.inner.inner.read(self.inner.stacks[place.stack].scales)
 
     def _linears(self, name: str, info: TensorInfo, experts: int) -> Iterable[TensorInfo]:
         match = _STACK.fullmatch(name)

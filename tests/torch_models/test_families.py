@@ -324,3 +324,8 @@ def test_experts_stored_in_mxfp4(target, tmp_path):
     export_hf_checkpoint(model, export_dir=tmp_path / "export")
     again = modelq.load(tmp_path / "export", compute="bfloat16")
     assert np.linalg.norm(again(ids).logits - model(ids).logits) < 0.05 * np.linalg.norm(model(ids).logits)
+    if target == "NVFP4_DEFAULT_CFG":       # whose blocks hold what MXFP4's did
+        names = [name for name in again.checkpoint.tensors if ".experts." in name and name.endswith("proj.weight")]
+        assert len(names) == 4 * 4 * 3
+        for name in names:
+            np.testing.assert_array_equal(again.checkpoint.read(name).astype(np.float32), model.checkpoint.read(name).astype(np.float32))
