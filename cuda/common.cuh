@@ -16,6 +16,7 @@
 #define MQ_UNROLL
 #define mq_sync_warp() ((void)mq_shim_exchange(0xffffffffu, 0, 0))
 #define MQ_UNROLL_BY(count)
+#define MQ_SLOW static __attribute__((noinline, unused))
 #else
 #include <cuda_runtime.h>
 #define MQ_IS_EMULATED 0
@@ -23,6 +24,7 @@
 #define MQ_PRAGMA(text) _Pragma(#text)
 #define MQ_UNROLL MQ_PRAGMA(unroll)
 #define MQ_UNROLL_BY(count) MQ_PRAGMA(unroll count)
+#define MQ_SLOW static __device__ __noinline__ __attribute__((unused))      /* seldom called: kept out of line */
 #define MQ_SHARED(type, name, count) __shared__ type name[count]
 #define MQ_CHEVRONS(kernel, grid, block, stream, args) \
     (kernel<<<grid, block, 0, (cudaStream_t)stream>>>(args), cudaGetLastError())

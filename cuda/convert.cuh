@@ -31,20 +31,59 @@ struct mq_rule {
 template <mq_dtype D> struct mq_word { typedef uint16_t type; };
 template <> struct mq_word<MQ_F32> { typedef uint32_t type; };
 
+#if defined(__CUDA_ARCH__)
+/* One instruction each, since sm_80; of NaN they keep no payload. */
+MQ_DEVICE float mq_widen_half(uint16_t word)
+{
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(word));
+    return x;
+}
+
+MQ_DEVICE uint16_t mq_narrow_half(float x)
+{
+    uint16_t word;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(word) : "f"(x));
+    return word;
+}
+
+MQ_DEVICE uint16_t mq_narrow_bfloat16(float x)
+{
+    uint16_t word;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(word) : "f"(x));
+    return word;
+}
+#else
+MQ_DEVICE float mq_widen_half(uint16_t word)
+{
+    return mq_decode_float(word, MQ_CODEC(FP16));
+}
+
+MQ_DEVICE uint16_t mq_narrow_half(float x)
+{
+    return (uint16_t)mq_encode_float(x, MQ_CODEC(FP16));
+}
+
+MQ_DEVICE uint16_t mq_narrow_bfloat16(float x)
+{
+    return (uint16_t)mq_encode_float(x, MQ_CODEC(BF16));
+}
+#endif
+
 template <mq_dtype D>
 MQ_DEVICE float mq_widen(typename mq_word<D>::type word)
 {
     if constexpr (D == MQ_F32) return mq_float_of(word);
     else if constexpr (D == MQ_BF16) return mq_float_of((uint32_t)word << 16);
-    else return mq_decode_float(word, MQ_CODEC(FP16));
+    else return mq_widen_half(word);
 }
 
 template <mq_dtype D>
 MQ_DEVICE typename mq_word<D>::type mq_narrow(float x)
 {
     if constexpr (D == MQ_F32) return mq_bits_of(x);
-    else if constexpr (D == MQ_BF16) return (uint16_t)mq_encode_float(x, MQ_CODEC(BF16));
-    else return (uint16_t)mq_encode_float(x, MQ_CODEC(FP16));
+    else if constexpr (D == MQ_BF16) return mq_narrow_bfloat16(x);
+    else return mq_narrow_half(x);
 }
 
 /* To D and back: one rounding. */

@@ -1,7 +1,7 @@
 /* Codes and scales of a matrix by a row of schemes.def. A thread has eight neighbouring elements, whose codes are whole
  * bytes however narrow they are; where two rows share bytes it has those eight columns of both. */
 #include "amax.cuh"
-#include "quantize.cuh"
+#include "quantize_wide.cuh"
 
 /* ---- kernels ---- */
 
@@ -27,17 +27,66 @@ static __global__ void quantize(mq_quantize_args a)
     mq_store_bytes(to, word, MQ_CEIL_DIV(count * bits, 8));
 }
 
-mq_quantize_kernel mq_quantize_kernel_of(mq_scheme scheme, mq_dtype dtype)
+/* Codes of eight elements as they lie next to each other; where two rows share bytes, from bit `first` of each on. */
+template <typename Rule>
+MQ_DEVICE uint64_t pack(const uint32_t *codes, int first)
 {
-    static const mq_quantize_kernel table[MQ_SCHEME_COUNT][MQ_FLOAT_DTYPES] = {
+    uint64_t word = 0;
+    for (int i = 0; i < MQ_GROUP; i++) word |= (uint64_t)codes[i] << (i * mq_stored_bits<Rule>() + first);
+    return word;
+}
+
+/* A row's sixteen columns into words: one for each half. */
+template <typename Rule, mq_dtype D>
+MQ_DEVICE void quantize_row(const mq_quantize_args &a, const mq_wide_place &at, int first, uint64_t *words)
+{
+    mq_group_words<D> groups[2];
+    uint32_t largest;
+    const float scale = mq_wide_load<Rule, D>(a, at, groups, &largest);
+    for (int half = 0; half < 2; half++) {
+        float x[MQ_GROUP];
+        uint32_t codes[MQ_GROUP];
+        for (int i = 0; i < MQ_GROUP; i++) x[i] = mq_widen<D>(groups[half].words[i]);
+        mq_wide_codes<Rule, D>(x, scale, largest, codes);
+        words[half] |= pack<Rule>(codes, first);
+    }
+}
+
+template <typename Rule, mq_dtype D>
+static __global__ void quantize_wide(mq_quantize_args a)
+{
+    constexpr bool pairs = Rule::packing == MQ_PACK_ROW_PAIRS;
+    constexpr int bits = mq_stored_bits<Rule>();
+    const int64_t rows = pairs ? a.rows / 2 : a.rows, step = pairs ? 2 : 1;
+    const mq_wide_place at = mq_wide_place_of(a, rows, step, 0);
+    uint8_t *to = a.codes + at.row / step * a.row_bytes + at.col * bits / 8;
+    uint64_t words[2] = {0, 0};
+    quantize_row<Rule, D>(a, at, 0, words);
+    if constexpr (pairs) quantize_row<Rule, D>(a, mq_wide_place_of(a, rows, step, 1), 4, words);
+    if (!at.works) return;
+    if (bits == 8 && (uintptr_t)to % 16 == 0) {
+        const uint4 both = {(uint32_t)words[0], (uint32_t)(words[0] >> 32), (uint32_t)words[1],
+                            (uint32_t)(words[1] >> 32)};
+        *(uint4 *)to = both;
+    } else if (bits == 4) {
+        mq_store_bytes(to, words[0] | words[1] << 32, 8);
+    } else {
+        for (int half = 0; half < 2; half++) mq_store_bytes(to + half * bits, words[half], bits);
+    }
+}
+
+mq_quantize_kernel mq_quantize_kernel_of(mq_scheme scheme, mq_dtype dtype, bool wide)
+{
+#define MQ_OF_DTYPES(kernel, ...) \
+    {kernel<__VA_ARGS__, MQ_F32>, kernel<__VA_ARGS__, MQ_BF16>, kernel<__VA_ARGS__, MQ_F16>}
+    static const mq_quantize_kernel table[MQ_SCHEME_COUNT][2][MQ_FLOAT_DTYPES] = {
 #define MQ_SCHEME(id, name, element, rows, cols, scale, second, quotient, codes, packing, ...) \
-        {quantize<MQ_RULE(element, scale, quotient, codes, packing), MQ_F32>, \
-         quantize<MQ_RULE(element, scale, quotient, codes, packing), MQ_BF16>, \
-         quantize<MQ_RULE(element, scale, quotient, codes, packing), MQ_F16>},
+        {MQ_OF_DTYPES(quantize, MQ_RULE(element, scale, quotient, codes, packing)), \
+         MQ_OF_DTYPES(quantize_wide, MQ_RULE(element, scale, quotient, codes, packing))},
 #include "format/schemes.def"
 #undef MQ_SCHEME
     };
-    return table[scheme][dtype];
+    return table[scheme][wide][dtype];
 }
 
 /* The tensor's scale of a two-level scheme, and maxima that make the scales which calibration chose. */
@@ -71,11 +120,18 @@ static void describe(const mq_quantize_args &a, char *out, size_t size)
              a.amax != NULL ? "with amax" : "which find their amax");
 }
 
+/* Whether sixteens of columns lie in one block. */
+static bool is_wide(const mq_scheme_plan *plan, const mq_cuda_matrix *x)
+{
+    return x->cols % MQ_WIDE == 0 && plan->blocks.block_cols % MQ_WIDE == 0;
+}
+
 /* Threads that have a block between them, if they can find its maximum by exchange within a warp; else 0. */
 static int lanes_of(const mq_scheme_plan *plan, const mq_cuda_matrix *x)
 {
-    const int64_t block = plan->blocks.block_cols, lanes = block / MQ_GROUP;
-    const bool fits = block % MQ_GROUP == 0 && lanes <= MQ_WARP && (lanes & (lanes - 1)) == 0 && x->cols % block == 0;
+    const int64_t block = plan->blocks.block_cols, lanes = block / (is_wide(plan, x) ? (int)MQ_WIDE : (int)MQ_GROUP);
+    const bool fits = block % MQ_GROUP == 0 && lanes >= 1 && lanes <= MQ_WARP && (lanes & (lanes - 1)) == 0 &&
+                      x->cols % block == 0;
     return plan->scheme->block_rows == 1 && fits ? (int)lanes : 0;
 }
 
@@ -133,8 +189,12 @@ static int run(const mq_cuda_block_job *job, const mq_scheme_plan *plan, bool fa
     a.rows = job->x.rows;
     a.cols = job->x.cols;
     a.ldx = job->x.ld;
-    a.groups = MQ_CEIL_DIV(job->x.cols, (int64_t)MQ_GROUP);
+    a.wide = is_wide(plan, &job->x);
+    a.groups = MQ_CEIL_DIV(job->x.cols, (int64_t)(a.wide ? (int)MQ_WIDE : (int)MQ_GROUP));
     a.blocks = plan->blocks;
+    a.small = a.rows * a.groups <= (int64_t)UINT32_MAX - MQ_THREADS && a.blocks.block_rows == 1;
+    a.by_groups = mq_divider_by(a.groups);
+    a.by_block = mq_divider_by(MQ_MAX(a.blocks.block_cols / MQ_WIDE, (int64_t)1));
     a.lanes = lanes_of(plan, &job->x);
     a.aligned_x = mq_is_aligned(&job->x);
     a.bad_row = (unsigned long long *)job->bad_row;
@@ -153,12 +213,12 @@ static int run(const mq_cuda_block_job *job, const mq_scheme_plan *plan, bool fa
         a.y = job->y.data;
         a.ldy = job->y.ld;
         a.aligned_y = mq_is_aligned(&job->y);
-        return mq_launch_kernel(&launch, mq_fake_quantize_kernel_of(job->scheme, job->x.dtype), a);
+        return mq_launch_kernel(&launch, mq_fake_quantize_kernel_of(job->scheme, job->x.dtype, a.wide), a);
     }
     a.codes = job->codes;
     a.row_bytes = plan->row_bytes;
     a.scales = job->scales;
-    return mq_launch_kernel(&launch, mq_quantize_kernel_of(job->scheme, job->x.dtype), a);
+    return mq_launch_kernel(&launch, mq_quantize_kernel_of(job->scheme, job->x.dtype, a.wide), a);
 }
 
 int mq_cuda_block_quantize(const mq_cuda_block_job *job, void *stream, mq_error *err)

@@ -5,11 +5,36 @@
 
 #include "schemes.cuh"
 
+/* Division of 32-bit numbers by one divisor, without dividing (Granlund and Montgomery, "Division by invariant integers
+ * using multiplication", 1994, figure 4.1). */
+typedef struct mq_divider {
+    uint32_t multiplier;
+    int first, second;             /* shifts */
+} mq_divider;
+
+static inline mq_divider mq_divider_by(int64_t divisor)
+{
+    int bits = 0;
+    while (((int64_t)1 << bits) < divisor) bits++;
+    const uint64_t more = ((uint64_t)1 << bits) - (uint64_t)divisor;
+    const mq_divider by = {(uint32_t)((more << 32) / (uint64_t)divisor + 1), MQ_MIN(bits, 1), MQ_MAX(bits - 1, 0)};
+    return by;
+}
+
+MQ_DEVICE uint32_t mq_divide(uint32_t n, const mq_divider &by)
+{
+    const uint32_t high = (uint32_t)((uint64_t)by.multiplier * n >> 32);
+    return (high + ((n - high) >> by.first)) >> by.second;
+}
+
 typedef struct mq_quantize_args {
     const void *x;
     void *y;                       /* of fake quantization */
     int64_t rows, cols, ldx, ldy;
-    int64_t groups;                /* of MQ_GROUP columns, in a row */
+    int64_t groups;                /* of MQ_GROUP columns, in a row; of MQ_WIDE (quantize_wide.cuh) where `wide` */
+    bool wide;
+    bool small;                    /* wide: indices of groups fit 32 bits, and blocks are parts of rows: */
+    mq_divider by_groups, by_block;     /* in a row, and in a block */
     mq_blocks blocks;
     const float *amax;             /* [blocks]; NULL: `lanes` threads have a block between them and find its own */
     const float *second;           /* [1], of two-level schemes */
@@ -24,8 +49,8 @@ typedef struct mq_quantize_args {
 
 typedef void (*mq_quantize_kernel)(mq_quantize_args);
 
-mq_quantize_kernel mq_quantize_kernel_of(mq_scheme scheme, mq_dtype dtype);
-mq_quantize_kernel mq_fake_quantize_kernel_of(mq_scheme scheme, mq_dtype dtype);
+mq_quantize_kernel mq_quantize_kernel_of(mq_scheme scheme, mq_dtype dtype, bool wide);
+mq_quantize_kernel mq_fake_quantize_kernel_of(mq_scheme scheme, mq_dtype dtype, bool wide);
 
 /* The scales of a block are stored by who has its first element. */
 template <typename Rule>

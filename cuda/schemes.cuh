@@ -27,7 +27,10 @@ MQ_DEVICE float mq_make_scale(float amax, const float *second, void *scales, int
     uint8_t code = 0;
     if constexpr (Rule::scale == MQ_FMT_FP32) mq_scales_fp32(&amax, 1, largest, &scale);
     else if constexpr (Rule::scale == MQ_FMT_E8M0) mq_scales_e8m0(&amax, 1, largest, &code, &scale);
-    else mq_scales_e4m3(&amax, 1, largest, *second, &code, &scale);
+    else {
+        code = (uint8_t)mq_encode_as<MQ_FMT_FP8_E4M3>(mq_scale_number_e4m3(amax, largest * *second));
+        scale = mq_decode(code, MQ_CODEC(FP8_E4M3)) * *second;
+    }
     if (scales == NULL) return scale;
     if constexpr (Rule::scale == MQ_FMT_FP32) ((float *)scales)[block] = scale;
     else ((uint8_t *)scales)[block] = code;

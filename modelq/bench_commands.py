@@ -34,10 +34,10 @@ def bench(args: Namespace) -> Report:
         source = modelq.load(args.source, compute=args.compute, num_threads=args.threads)
         ids = token_ids(args, text or measured_documents(args, source.tokenizer), source.tokenizer)
         _check(args, source, configs)
-    rows = [_unquantized(source)]
+    rows, kept = [_unquantized(source)], []
     for name, folder in _exports(args, configs, steps):
         with closing(modelq.load(folder, compute=args.compute)) as export:
-            rows.append(_measured(name, source, export, ids, args, steps))
+            rows.append(_measured(name, source, export, ids, args, steps, kept))
     rows[0] |= {"perplexity": rows[1]["perplexity_before"],
                 "tokens_per_second": max(row["unquantized_tokens_per_second"] for row in rows[1:]),
                 "bytes_per_token": rows[1]["unquantized_bytes_per_token"]}
@@ -102,11 +102,11 @@ def _elements(model: Any) -> int:
     return sum(prod(info.shape) for info in model.checkpoint.tensors.values())
 
 
-def _measured(name: str, source: Any, export: Any, ids: list[int], args: Namespace, steps: Steps) -> dict[str, Any]:
+def _measured(name: str, source: Any, export: Any, ids: list[int], args: Namespace, steps: Steps, kept: list[Any]) -> dict[str, Any]:
     from modelq.fidelity import fidelity
 
     with steps(f"accuracy of {name}"):
-        found = fidelity(source, export, ids, args.window)
+        found = fidelity(source, export, ids, args.window, kept)
     with steps(f"decode, {name}"):
         plain, speed = decode_speeds([source, export], ids[:PROMPT_TOKENS], args.decode_tokens, args.repeat)
     source.forget_decoding()

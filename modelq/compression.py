@@ -146,7 +146,7 @@ def packed_weight(model: Model, row: dict[str, Any]) -> PackedWeight:
         weight, found = own_weight(model, row, weight), own_weight_amax(model, row)
     else:
         weight, found = stated_weight(model, row, weight), stated_weight_amax(model, row)
-    parts = dict(_core.quantize(weight, pair.weight, block_size=size, name=row["weight"], **found[0]._asdict()))
+    parts = dict(_core.quantize(weight, pair.weight, block_size=size, name=row["weight"], **found[0].arguments()))
     form = Form(pair, tuple(row["shape"]), size, fp8_stage=len(quantizers) > 1)
     if form.fp8_stage:
         second = np.asarray(found[1].amax if found[1].amax is not None else np.abs(weight).max(), np.float32).reshape(())

@@ -33,6 +33,7 @@ class Model(Generates, PerhapsWeightsOnly):
     places: where the quantizers of experts' linears are. expert_tokens: by layer, how many tokens of the
     calibration reached each expert.
     packed: modules whose weights `compress` holds in memory. low_rank: module name to the branch beside its weight (SVDQuant).
+    kept_blocks: modules that go from MXFP4 to NVFP4 as they are, to what scales their blocks.
     search_losses: what the last search found each module or quantizer to lose.
     connected: the quantizers in the runtime, by name.
     own_scales: siblings keep scales of their own until an export.
@@ -69,6 +70,7 @@ class Model(Generates, PerhapsWeightsOnly):
         self.packed: dict[str, Any] = {}
         self.low_rank: dict[str, Any] = {}
         self.search_losses: dict[str, Any] = {}
+        self.kept_blocks: dict[str, Any] = {}
         self.quantized = False
         self.simulate = self.simulate_inputs = True
         self.connected: dict[str, Any] = {}

@@ -60,7 +60,9 @@ def matches(pattern: str | Callable[[str], bool], name: str) -> bool:
     """Whether a quantizer's name fits. `..._weight_quantizers.3` of an expert list also fits as `..._weight_quantizer`."""
     if callable(pattern):
         return bool(pattern(name))
-    return fnmatchcase(name, pattern) or fnmatchcase(_PER_EXPERT.sub(r"\1", name), pattern)
+    if fnmatchcase(name, pattern):
+        return True
+    return ("quantizer." in name or "quantizers." in name) and fnmatchcase(_PER_EXPERT.sub(r"\1", name), pattern)
 
 
 def fits(pattern: str | Callable[[str], bool], slot: Slot) -> bool:

@@ -22,10 +22,15 @@ BLOCKS = ".blocks"      # behind the name of a quantizer: the maxima of its bloc
 
 
 class StatedAmax(NamedTuple):
-    """What a weight is quantized by, as arguments of `_core.quantize`."""
+    """What a weight is quantized by. block_amax: an array, or what makes it (`maxima`)."""
     amax: np.ndarray | None = None
-    block_amax: np.ndarray | None = None
+    block_amax: Any = None
     second_divisor: float = 0.0
+
+    def arguments(self) -> dict[str, Any]:
+        """Of `_core.quantize`."""
+        blocks = self.block_amax.maxima() if hasattr(self.block_amax, "maxima") else self.block_amax
+        return {"amax": self.amax, "block_amax": blocks, "second_divisor": self.second_divisor}
 
 
 def stated_amax(model: Any, rows: Iterable[dict[str, Any]], share_all: bool = False) -> dict[str, np.ndarray]:
@@ -43,8 +48,8 @@ def stated_amax(model: Any, rows: Iterable[dict[str, Any]], share_all: bool = Fa
             found = {name: (_kind(model, row["name"], name), amax) for row in members for name, amax in find(model, row).items()}
             for name, (kind, amax) in found.items():
                 same = [other for other_kind, other in found.values() if other_kind == kind]
-                shared = kind[0] not in own and place_of(model, name).parts == 1 and all(other.size == 1 for other in same)
-                shared &= not name.endswith(BLOCKS)
+                shared = kind[0] not in own and place_of(model, name).parts == 1 and not name.endswith(BLOCKS)
+                shared = shared and all(other.size == 1 for other in same)
                 stated[name] = np.max([other.reshape(amax.shape) for other in same], axis=0) if shared else amax
     return stated
 
@@ -109,6 +114,9 @@ def _weight_amax(model: Any, row: dict[str, Any], own: bool = False) -> dict[str
     if quantizer is None or not quantizer.enabled:
         return {}
     stages = stage_quantizers(quantizer)
+    kept = getattr(model, "kept_blocks", {}).get(row["name"])
+    if kept is not None and has_static_levels(stages[0]) and stages[0].amax is None:
+        return {name: np.asarray(kept.whole), name + BLOCKS: kept}
     found: list[Any] = [own_part(model, name, stage.amax) for stage in stages]
     restated = not own and is_restated(model, row)
     if restated:

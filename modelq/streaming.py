@@ -209,7 +209,7 @@ def fake_quantize(model: Model, module: dict[str, Any], tensor: np.ndarray) -> n
     which multiplies by reciprocal scales where an export divides: one code apart on ties."""
     name = f"{module['name']}.weight_quantizer"
     quantizer, setting = quantizer_of(model, name), model.settings[place_of(model, name).name]
-    if model.float32_weights:
+    if model.float32_weights and module["name"] not in getattr(model, "kept_blocks", {}):
         if place_of(model, name).parts > 1:
             found = [Found(own_part(model, name, stage.amax), global_amax=stage.global_amax) for stage in stage_quantizers(quantizer)]
             quantizer = make_quantizer(setting)
@@ -228,5 +228,5 @@ def fake_quantize(model: Model, module: dict[str, Any], tensor: np.ndarray) -> n
     schemes = [pair.weight] + [stage.scheme for stage in stage_quantizers(quantizer)[1:]]
     for scheme, attributes, stated in zip(schemes, stages(setting), stated_weight_amax(model, module)):
         size = block_extents(attributes).get(-1)
-        tensor = _core.fake_quantize(tensor, scheme, block_size=size, name=module["weight"], **stated._asdict())
+        tensor = _core.fake_quantize(tensor, scheme, block_size=size, name=module["weight"], **stated.arguments())
     return tensor

@@ -11,7 +11,7 @@ from modelq.attributes import QuantizerAttributeConfig
 from modelq.checkpoint.matrices import LEFT_ALONE
 from modelq.experts import place_of
 from modelq.foreign import others_of
-from modelq.quantizers import KV_CAST_AMAX, MICROSCALING, stage_quantizers
+from modelq.quantizers import KV_CAST_AMAX, MICROSCALING, has_static_levels, stage_quantizers
 from modelq.rotation import rotation_of
 from modelq.rules import Setting, describe_rule, stages
 from modelq.smoothing import own_scale
@@ -83,6 +83,8 @@ def _short_amax(attributes: QuantizerAttributeConfig, quantizer: Any) -> str:
         return "None"
     if attributes.use_constant_amax:
         return f"{KV_CAST_AMAX:.2e}(const)"
+    if quantizer.amax is None and has_static_levels(quantizer):
+        return "kept"       # blocks as they are stored in MXFP4
     return "dynamic" if quantizer.amax is None else _short(quantizer.amax)
 
 

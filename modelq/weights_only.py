@@ -35,7 +35,8 @@ class WeightsOnly:
 
     def __init__(self, checkpoint: Any, compute: str, why: str):
         self.why, self.compute = why, compute
-        self.modules = rows_of(checkpoint.tensors, checkpoint.config, getattr(checkpoint, "layers", ()))
+        stored = () if getattr(checkpoint, "is_source", False) else getattr(checkpoint, "layers", ())
+        self.modules = rows_of(checkpoint.tensors, checkpoint.config, stored)
         self.layers = 1 + max((row["layer"] for row in self.modules), default=-1)
         self.config: dict[str, Any] = {"vocab_size": 0, "head_dim": 0, "hidden_size": 1}
         self._names: dict[int, list[str]] = {}

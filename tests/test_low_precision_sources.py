@@ -203,6 +203,38 @@ def test_a_model_in_mxfp4_computes_the_same_in_nvfp4(tmp_path, golden):
     assert np.log2(float(second)) % 1 == 0
 
 
+@pytest.fixture
+def in_mxfp4(golden, tmp_path):
+    config = {"quant_cfg": [{"quantizer_name": "*", "enable": False}, mtq.MXFP4_DEFAULT_CFG["quant_cfg"][1], {
+        "quantizer_name": "*lm_head*", "enable": False}, {"quantizer_name": "*", "parent_class": "nn.Embedding", "enable": False}], "algorithm": None}
+    export_hf_checkpoint(mtq.quantize(modelq.load(golden["llama"].source), config), tmp_path / "mx")
+    return tmp_path / "mx"
+
+
+@pytest.mark.filterwarnings("ignore:.*stored quantized")
+def test_kept_blocks_go_the_ways_of_others(in_mxfp4, golden, tmp_path):
+    """Simulated in float32 and bfloat16, packed, after an interruption, searched after all; no block's maximum is held."""
+    ids = golden["llama"].calib[:1]
+    for compute in ("float32", "bfloat16"):
+        model = modelq.load(in_mxfp4, compute=compute)
+        before = np.asarray(model(ids).logits)
+        mtq.quantize(model, mtq.W4A16_NVFP4_CFG)
+        assert model.kept_blocks and all(model.quantizers[f"{name}.weight_quantizer"].amax is None for name in model.kept_blocks)
+        assert any("amax=kept" in line for line in summary_lines(model))
+        assert np.array_equal(before, model(ids).logits)
+        assert np.array_equal(before, mtq.compress(model)(ids).logits)
+    for _ in range(2):
+        again = mtq.quantize(modelq.load(in_mxfp4), mtq.W4A16_NVFP4_CFG, checkpoint_dir=tmp_path / "progress")
+    export_hf_checkpoint(model, tmp_path / "one")
+    export_hf_checkpoint(again, tmp_path / "two")
+    one, two = (read_safetensors(tmp_path / name) for name in ("one", "two"))
+    assert all(one[name].tobytes() == two[name].tobytes() for name in one)
+    mtq.calibrate(again, "mse")
+    assert not again.kept_blocks and again.quantizers["model.layers.0.mlp.up_proj.weight_quantizer"].amax.ndim
+    mtq.quantize(again, mtq.INT8_WEIGHT_ONLY_CFG)
+    assert not again.kept_blocks
+
+
 # gpt-oss ------------------------------------------------------------------------------------------------------------------------------
 
 def gpt_oss(folder, edit=lambda tensors: None):

@@ -2,6 +2,8 @@
 test_runtime.py and test_presets_native.py."""
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import ml_dtypes
@@ -352,3 +354,35 @@ def test_what_the_reference_cannot_export(golden, config, dialect, tmp_path):
         name = "model.layers.1.mlp.experts.3.up_proj"
         parts = core.quantize(source[f"{name}.weight"], "int4", amax=core.amax(source[f"{name}.weight"], block=128), block_size=128)
         assert all(np.array_equal(tensors[f"{name}.{role}"], part) for role, part in parts.items())
+
+
+# Memory ----------------------------------------------------------------------------------------------------------------------
+
+MEASURED = """
+import sys, warnings, numpy as np, ml_dtypes, tqdm
+import modelq, modelq.quantization as mtq
+from modelq.measure import peak_memory, reset_peak_memory
+warnings.simplefilter("ignore")
+model = modelq.load(sys.argv[1], compute="bfloat16")
+ids = np.random.default_rng(1).integers(0, 8192, (2, 64))
+reset_peak_memory(); before = peak_memory()
+mtq.quantize(model, getattr(mtq, sys.argv[2]), lambda model: model(ids))
+assert 0 < len(model.unseen_experts.get(0, ())) < 256 and model.expert_tokens[0].sum() == 8 * ids.size
+print(peak_memory() - before)
+"""
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """One layer of 256 experts, 144 MB of them."""
+    from bench.make_moe import make
+
+    make(tmp_path_factory.mktemp("wide") / "moe", "qwen3_moe", 0.14, layers=1, experts=256)
+    return tmp_path_factory.getbasetemp() / "wide0" / "moe"
+
+
+@pytest.mark.parametrize("config", ["NVFP4_DEFAULT_CFG", "INT4_AWQ_CFG"])
+def test_a_layer_of_256_experts_calibrates_in_the_memory_of_a_few(wide, config):
+    done = subprocess.run([sys.executable, "-c", MEASURED, str(wide), config], capture_output=True, text=True, cwd=wide)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 40 << 20

@@ -201,6 +201,14 @@ def test_kinds_by_names_and_shapes(name, shape, kind):
     assert kind_of(TensorInfo(name, "bfloat16", shape, 0), CONFIG, outside=".0." not in name) == kind
 
 
+def test_layers_that_predict_further_tokens_stay_as_they_are():
+    names = ("model.layers.1.a.weight", "model.layers.2.a.weight", "model.layers.2.enorm.weight")
+    tensors = {name: TensorInfo(name, "bfloat16", (8, 8) if "norm" not in name else (8,), 0) for name in names}
+    config = {"num_hidden_layers": 2, "num_nextn_predict_layers": 1}
+    assert [row["kind"] for row in rows_of(tensors, config)] == ["linear", "further layer"]
+    assert [row["kind"] for row in rows_of(tensors, {"num_hidden_layers": 2})] == ["linear", "linear"]
+
+
 def test_sites_are_shared_by_what_engines_fuse():
     assert site_of("a.q_proj") == site_of("a.k_proj") == site_of("a.v_proj") != site_of("b.q_proj")
     assert site_of("encoder_attn.q_proj") != site_of("encoder_attn.k_proj") == site_of("encoder_attn.v_proj")

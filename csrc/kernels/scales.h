@@ -28,16 +28,20 @@ MQ_INLINE MQ_HD void mq_scales_e8m0(const float *amax, int64_t count, float larg
     }
 }
 
-/* NVFP4 as the reference exports it: e4m3(clamp(amax / (largest * second), 2^-9, 448)), 1 for a zero block. */
+/* NVFP4 as the reference exports it: e4m3(clamp(amax / (largest * second), 2^-9, 448)), 1 for a zero block. This is the
+ * number before it is rounded. */
+MQ_INLINE MQ_HD float mq_scale_number_e4m3(float amax, float denominator)
+{
+    float s = amax / denominator;
+    s = s == 0.0f ? 1.0f : s;
+    s = s < 0x1p-9f ? 0x1p-9f : s;
+    return s > 448.0f ? 448.0f : s;
+}
+
 MQ_INLINE MQ_HD void mq_scale_codes_e4m3(const float *amax, int64_t count, float denominator, uint8_t *codes)
 {
-    for (int64_t i = 0; i < count; i++) {
-        float s = amax[i] / denominator;
-        s = s == 0.0f ? 1.0f : s;
-        s = s < 0x1p-9f ? 0x1p-9f : s;
-        s = s > 448.0f ? 448.0f : s;
-        codes[i] = (uint8_t)mq_encode(s, MQ_CODEC(FP8_E4M3));
-    }
+    for (int64_t i = 0; i < count; i++)
+        codes[i] = (uint8_t)mq_encode(mq_scale_number_e4m3(amax[i], denominator), MQ_CODEC(FP8_E4M3));
 }
 
 MQ_INLINE MQ_HD void mq_scales_e4m3(const float *amax, int64_t count, float largest, float second, uint8_t *codes,

@@ -78,7 +78,7 @@ class _State:
         self.settings, self.quantizers = model.settings, model.quantizers
         self.values = {name: found_values(quantizer) for name, quantizer in model.quantizers.items()}
         self.checkpoint, self.low_rank, self.losses = model.checkpoint, model.low_rank, model.search_losses
-        self.expert_tokens = model.expert_tokens
+        self.expert_tokens, self.kept_blocks = model.expert_tokens, model.kept_blocks
         self.changed = dict(getattr(model.checkpoint, "changed", {}))
         model.low_rank = dict(model.low_rank)
 
@@ -87,7 +87,7 @@ class _State:
         for name, values in self.values.items():
             set_found_values(model.quantizers[name], values)
         model.checkpoint, model.low_rank, model.search_losses = self.checkpoint, self.low_rank, self.losses
-        model.expert_tokens = self.expert_tokens
+        model.expert_tokens, model.kept_blocks = self.expert_tokens, self.kept_blocks
         if self.changed or hasattr(model.checkpoint, "changed"):
             model.checkpoint.changed = self.changed
 

@@ -134,7 +134,7 @@ class Gptq(Method):
         pair = pair_of(self.model, row["name"])
         scheme = pair.weight if pair is not None and pair.weight is not None else quantizer.scheme
         stated = own_weight_amax(self.model, row)[0]
-        parts = _core.quantize(weight, scheme, block_size=columns, name=row["weight"], **stated._asdict())
+        parts = _core.quantize(weight, scheme, block_size=columns, name=row["weight"], **stated.arguments())
         self.model.checkpoint.put(row["weight"], Rounded(parts, scheme, columns, weight.dtype.name))
 
     def end(self) -> None:

@@ -62,8 +62,6 @@ class Method:
         """A part's weights are there; its tokens are to come."""
         freeze_scales(self.model, part, part.modules)
         find_weight_amax(self.model, part)
-        if type(self).search is Method.search:
-            keep_mxfp4(self.model, part)
 
     def search(self, part: Part, inputs: Mapping[str, InputStatistics]) -> None:
         """A part's tokens have passed. inputs: by module, statistics of the inputs of what is `searched`."""
@@ -103,6 +101,7 @@ class Walk:
 
     def go(self) -> None:
         model, method = self.model, self.method
+        model.kept_blocks = keep_mxfp4(model) if type(method).search is Method.search else {}
         method.begin()
         for modules in (model.embedding_modules, () if self.wants_head else model.head_modules):
             self.weights_only([], Part(-1, None, modules, streaming.unread(model)))

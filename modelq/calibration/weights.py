@@ -47,7 +47,8 @@ def find_weight_amax(model: Model, part: Part, but: Iterable[str] = ()) -> None:
     """The amax of every weight quantizer of these modules that needs one, but for those of the modules named in `but`."""
     found_now, left_out = [], set(but)
     for name, setting, members in quantized_weights(model, part):
-        if needs_amax(setting) and not left_out.intersection(module["name"] for module in members):
+        kept = getattr(model, "kept_blocks", {})
+        if needs_amax(setting) and members[0]["name"] not in kept and not left_out.intersection(module["name"] for module in members):
             found = [_amax_of(model, setting, module, part) for module in members]
             take_amax(model, name, [joined_amax(parts) for parts in zip(*found)])
             found_now.append(name)

@@ -21,6 +21,7 @@ LEFT_ALONE = {
     "stacked experts": "stacked experts: no engine loads them quantized under this name",
     "conv1d": "Conv1D of transformers: stored [in, out], which no engine loads quantized",
     "parameter": "a parameter, not the weight of a linear",
+    "further layer": "predicts further tokens: engines take it in high precision",
     "stored dtype": "not stored as float32, bfloat16 or float16",
 }
 _EMBEDDING = re.compile(r"embed|(^|_)emb($|_)|^w[tp]e$|^shared$|relative_attention_bias|codebook")
@@ -49,7 +50,8 @@ def rows_of(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], stored
         module = name.removesuffix(".weight")
         prefix = re.match(r"(.*?\.)?\d+(?=\.)", module)
         layer = -1 if prefix is None else layers.setdefault(prefix[0], len(layers))
-        rows.append({"name": module, "kind": "linear" if module in sure else kind_of(info, config, layer < 0), "layer": layer,
+        kind = "linear" if module in sure else "further layer" if predicts_further(module, config) else kind_of(info, config, layer < 0)
+        rows.append({"name": module, "kind": kind, "layer": layer,
                      "shape": tuple(info.shape), "weight": name, "bias": f"{module}.bias" if f"{module}.bias" in tensors else None,
                      "site": site_of(module), "expert": None})
     return rows
@@ -74,6 +76,12 @@ def kind_of(info: TensorInfo, config: Mapping[str, Any], outside: bool = False) 
     if info.dtype not in FLOATS:
         return "stored dtype"
     return "conv1d" if config.get("model_type") in _CONV1D_TYPES else "linear"
+
+
+def predicts_further(module: str, config: Mapping[str, Any]) -> bool:
+    """Whether a module is in one of the layers behind the model's own (num_nextn_predict_layers), as DeepSeek-V3 has them."""
+    found = re.search(r"(?:^|\.)layers\.(\d+)\.", module)
+    return bool(found and config.get("num_nextn_predict_layers") and int(found[1]) >= config.get("num_hidden_layers", 1 << 30))
 
 
 def is_embedding(module: str) -> bool:

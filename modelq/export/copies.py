@@ -10,7 +10,7 @@ from modelq.checkpoint.base import TensorInfo
 from modelq.foreign import NOT_WRITTEN, foreign_tensors, ties
 
 FLOATS = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
-LINEAR_LIKE = ("linear", "router", "head")      # of `modelq.foreign.others_of`: what engines may make a linear of
+LINEAR_LIKE = ("linear", "router", "head", "further layer")      # of `modelq.foreign.others_of`: what engines may make a linear of
 
 
 def planned_copies(model: Any, linears: Mapping[str, str], dtype: str) -> tuple[dict[str, TensorInfo], list[str]]:

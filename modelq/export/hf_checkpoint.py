@@ -129,7 +129,7 @@ def _write_tensors(model: Any, plan: Plan, writer: Any) -> None:
 def _write_linear(linear: Linear, weight: np.ndarray, writer: Any, dialect: str) -> None:
     from modelq import _core
 
-    parts = dict(_core.quantize(weight, linear.pair.weight, block_size=linear.group_size, name=linear.weight, **linear.scaling._asdict()))
+    parts = dict(_core.quantize(weight, linear.pair.weight, block_size=linear.group_size, name=linear.weight, **linear.scaling.arguments()))
     if linear.rows is not None:
         scale = parts["weight_scale"]
         parts["weight_scale"] = scale * linear.rows.reshape(-1, *[1] * (scale.ndim - 1))

@@ -57,7 +57,7 @@ def quantize(model: Model, config: Any, forward_loop: Callable[..., Any] | None 
         warn_partial_blocks(settings.values(), model.head_dim)
         warn_misfits(settings.values())
         model.settings, model.quantizers, model.quantized = settings, quantizers, True
-        model.packed, model.low_rank, model.search_losses = {}, {}, {}
+        model.packed, model.low_rank, model.search_losses, model.kept_blocks = {}, {}, {}, {}
         run_calibration(model, steps, forward_loop, checkpoint_dir, compat)
     return model
 

@@ -30,6 +30,7 @@ from modelq.torch_models.experts import QuantizedExperts
 from modelq.torch_models.looking import Largest, points_of, range_hook, range_of, statistics_hook
 from modelq.torch_models.originals import Originals
 from modelq.torch_models.processes import merge, run_together
+from modelq.torch_models.routing import onlooking
 from modelq.torch_models.quantize import SETTINGS, find_other_weight_amax, quantizers_of, rounding
 from modelq.torch_models.stand_in import StandIn, key_of
 
@@ -138,6 +139,7 @@ class Step:
                                         self.experts.get(point.rpartition(".")[0]))
                 hooks.callback(quantizers[point].register_forward_hook(hook).remove)
             tokens = hooks.enter_context(self.counting())
+            hooks.enter_context(onlooking(self.model, self.method.settings.get("moe_calib_experts_ratio")))
             hooks.enter_context(rounding(quantizers, weights=False, activations=quantized))
             run_together(run)
             largest.hand_over()
