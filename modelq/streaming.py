@@ -163,6 +163,7 @@ def read_stored(model: Model, names: Iterable[str], modules: Sequence[dict[str, 
 
 def stored(model: Model, module: dict[str, Any], pack: bool = False) -> Any:
     """A weight as the model computes with it, by its parts: (parts, scheme, dtype, block_size). None: it is not packed."""
+    from modelq.checkpoint.quantized import QuantizedCheckpoint
     from modelq.compression import PackedWeight, has_packed_form, packed_weight
 
     if module["kind"] != "linear":
@@ -173,9 +174,10 @@ def stored(model: Model, module: dict[str, Any], pack: bool = False) -> Any:
     if model.simulate and _is_simulated(model, module):     # a model of float32 weights is not what its export is, to within ties
         wanted = pack and not model.float32_weights and has_packed_form(model, module)
         return packed_weight(model, module).stored(dtype) if wanted else None
-    if name not in model.stored_layers or (not model.simulate and is_smoothed(model, module)):
+    if not isinstance(model.checkpoint, QuantizedCheckpoint) or (not model.simulate and is_smoothed(model, module)):
         return None
-    return PackedWeight(model.stored_layers[name].form, model.checkpoint.parts(name)).stored(dtype)
+    layer = model.checkpoint.layers.get(name)
+    return None if layer is None else PackedWeight(layer.form, model.checkpoint.parts(name)).stored(dtype)
 
 
 def _is_simulated(model: Model, module: dict[str, Any]) -> bool:
