@@ -33,7 +33,7 @@ static int check_interface(void *library, const char *path, mq_error *err)
 int mq_backend_open(mq_backend *backend, const char *path, mq_error *err)
 {
     memset(backend, 0, sizeof *backend);
-    void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+    void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE);   /* a device may be at work to the end */
     if (library == NULL) {
         const char *why = dlerror();
         return mq_fail(err, MQ_ERR_STATE, "the CUDA library does not open: %s", why != NULL ? why : path);
