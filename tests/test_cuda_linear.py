@@ -11,7 +11,7 @@ import pytest
 import modelq._core as core
 from cuda_gemm import PATHS, Gemm
 from cuda_library import SANITIZED, CudaError, Library, Staging, library_to_test
-from test_cuda_gemm import close, nvidia, strided
+from test_cuda_gemm import close, moved, nvidia, strided
 
 SCHEMES = core.schemes()
 BF16, F32, F16 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32), np.dtype(np.float16)
@@ -152,9 +152,9 @@ def test_every_way_in_full(library, way):
         assert gemm.counts().refusals == 0
 
 
-def spaced(x):
-    """Rows that begin at whole 16 bytes, however long they are."""
-    memory = np.zeros((x.shape[0], -(-x.shape[1] // 16) * 16), x.dtype)
+def spaced(x, cols=0):
+    """Rows that begin at whole 16 bytes, however long they are; or so many columns apart."""
+    memory = np.zeros((x.shape[0], cols or -(-x.shape[1] // 16) * 16), x.dtype)
     memory[:, :x.shape[1]] = x
     return memory[:, :x.shape[1]]
 
@@ -167,6 +167,8 @@ def test_results_that_cublas_cannot_write(library, way):
         for dtype in (BF16, F32):
             assert run(gemm, way, (5, 36, 256), dtype, bias=True) == expected_path(way, capability)
             assert run(gemm, way, (5, 36, 256), dtype, layout=spaced) == expected_path(way, capability)
+            for layout in (moved, lambda x: spaced(x, x.shape[1] + 1)):
+                assert run(gemm, way, (5, 32, 256), dtype, layout=layout) == expected_path(way, capability)
             assert run(gemm, way, (5, 32, 256), dtype, layout=strided, accumulate=True) == expected_path(way, capability)
 
 
