@@ -106,6 +106,7 @@ typedef struct mq_cuda_gradient_job {
     const float *amax;         /* NULL: everything passes */
     const float *pre_scale;    /* [cols] that multiplied x first; NULL: none */
     const float *bias;         /* [cols] taken off x before rounding; NULL: none */
+    int64_t rotate;            /* columns that were rotated together (mq_cuda_prepare_job); 0: none */
 } mq_cuda_gradient_job;
 
 int mq_cuda_straight_through(const mq_cuda_gradient_job *job, void *stream, mq_error *err);

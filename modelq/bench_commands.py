@@ -2,15 +2,15 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from modelq.choices import preset, with_block_size
 from modelq.commands import Report, measured_documents, measured_text, stored_bytes, text_name, token_ids
+from modelq.decode_bench import decode_speeds
 from modelq.measure import Steps
 from modelq.tables import megabytes
 
@@ -34,30 +34,16 @@ def bench(args: Namespace) -> Report:
         source = modelq.load(args.source, compute=args.compute, num_threads=args.threads)
         ids = token_ids(args, text or measured_documents(args, source.tokenizer), source.tokenizer)
         _check(args, source, configs)
-    rows = [_unquantized(source)]
+    rows, kept = [_unquantized(source)], []
     for name, folder in _exports(args, configs, steps):
         with closing(modelq.load(folder, compute=args.compute)) as export:
-            rows.append(_measured(name, source, export, ids, args, steps))
+            rows.append(_measured(name, source, export, ids, args, steps, kept))
     rows[0] |= {"perplexity": rows[1]["perplexity_before"],
-                "tokens_per_second": max(row["unquantized_tokens_per_second"] for row in rows[1:])}
+                "tokens_per_second": max(row["unquantized_tokens_per_second"] for row in rows[1:]),
+                "bytes_per_token": rows[1]["unquantized_bytes_per_token"]}
     for path in args.plot:
         draw_bench(path, rows)
     return _report(args, rows, steps)
-
-
-def decode_speeds(models: Sequence[Any], prompt: list[int], tokens: int, repeat: int) -> list[float]:
-    """Tokens per second of one sequence behind a prompt, each token by itself as in generation: the best of several times. The models
-    take turns, so that what else the machine does meanwhile slows all of them; their weights are in memory, as in generation."""
-    best = [float("inf")] * len(models)
-    for _ in range(repeat):
-        for place, model in enumerate(models):
-            decoding = model.decoding()
-            decoding.begin([prompt])
-            start = time.perf_counter()
-            for index in range(tokens):
-                decoding.forward([0], [[prompt[index % len(prompt)]]])
-            best[place] = min(best[place], time.perf_counter() - start)
-    return [tokens / seconds for seconds in best]
 
 
 def _names(text: str | None) -> list[str]:
@@ -116,26 +102,29 @@ def _elements(model: Any) -> int:
     return sum(prod(info.shape) for info in model.checkpoint.tensors.values())
 
 
-def _measured(name: str, source: Any, export: Any, ids: list[int], args: Namespace, steps: Steps) -> dict[str, Any]:
+def _measured(name: str, source: Any, export: Any, ids: list[int], args: Namespace, steps: Steps, kept: list[Any]) -> dict[str, Any]:
     from modelq.fidelity import fidelity
 
     with steps(f"accuracy of {name}"):
-        found = fidelity(source, export, ids, args.window)
+        found = fidelity(source, export, ids, args.window, kept)
     with steps(f"decode, {name}"):
         plain, speed = decode_speeds([source, export], ids[:PROMPT_TOKENS], args.decode_tokens, args.repeat)
     source.forget_decoding()
     size = stored_bytes(export.checkpoint.path)
     data = found.as_data()
     return {"name": name, "perplexity": data.pop("perplexity_after"), **data, "bits_per_weight": 8 * size / max(1, _elements(export)),
-            "bytes": size, "tokens_per_second": speed, "unquantized_tokens_per_second": plain, "speed_up": speed / plain}
+            "bytes": size, "tokens_per_second": speed.tokens_per_second, "unquantized_tokens_per_second": plain.tokens_per_second,
+            "speed_up": speed.tokens_per_second / plain.tokens_per_second, "bytes_per_token": speed.nbytes,
+            "unquantized_bytes_per_token": plain.nbytes}
 
 
 def _report(args: Namespace, rows: list[dict[str, Any]], steps: Steps) -> Report:
     data = {"source": args.source, "text": text_name(args), "window": args.window, "decode_tokens": args.decode_tokens, "models": rows,
             "seconds": steps.seconds, "steps": [vars(step) for step in steps.done]}
-    header = ["model", "perplexity", "kept", "top-1", "KL, nats", "bits", "size", "tokens/s", "speed-up"]
+    header = ["model", "perplexity", "kept", "top-1", "KL, nats", "bits", "size", "tokens/s", "speed-up", "MB/token", "GB/s"]
     cells = [[row["name"], f"{row['perplexity']:.3f}", f"{row['perplexity_kept']:.1%}", f"{row['top1_agreement']:.1%}",
               f"{row['kl_divergence']:.4f}", f"{row['bits_per_weight']:.2f}", megabytes(row["bytes"]), f"{row['tokens_per_second']:.1f}",
-              f"{row['speed_up']:.2f}x"] for row in rows]
+              f"{row['speed_up']:.2f}x", f"{row['bytes_per_token'] / 1e6:.1f}",
+              f"{row['bytes_per_token'] * row['tokens_per_second'] / 1e9:.1f}"] for row in rows]
     said = "kept: the unquantized model's perplexity as a share of this one's; top-1: how often both have the same likeliest token"
     return Report(data, [(header, cells), "", said, *(f"{path}: accuracy against speed" for path in args.plot)])

@@ -48,10 +48,12 @@ class Fidelity:
                 "positions": self.positions, "window": self.window}
 
 
-def fidelity(first: Model, second: Model, token_ids: Any, window: int = 512) -> Fidelity:
+def fidelity(first: Model, second: Model, token_ids: Any, window: int = 512, kept: list[np.ndarray] | None = None) -> Fidelity:
     """The second model against the first, over consecutive windows of one long row of tokens (as `Model.perplexity` takes them).
 
-    ValueError: models of different shapes, too few tokens; the same model twice is a mistake, too.
+    kept: an empty list, where the first model's states behind its last layer are put; given again with another second model and the same
+    tokens, it saves running the first. Hidden states of single layers are not compared then. ValueError: models of different shapes, too
+    few tokens; the same model twice is a mistake, too.
     """
     for model in (first, second):
         model.must_compute()
@@ -63,8 +65,15 @@ def fidelity(first: Model, second: Model, token_ids: Any, window: int = 512) -> 
     window = min(window, ids.size)
     batches = [make_batch(first.vocab_size, row[None]) for row in ids.ravel()[:ids.size // window * window].reshape(-1, window)]
     found = _Sums(first.num_layers)
+    states = iter(list(kept or ()))
     for group in groups(batches, first.tokens_at_once):
-        _both(first, second, group, found)
+        if kept is None:
+            _heads((first, second), _side_by_side(first, second, group, found), group, found)
+            continue
+        if (state := next(states, None)) is None:
+            state = _state(first, group)
+            kept.append(state)
+        _heads((first, second), (state, _state(second, group)), group, found)
     return found.result(window)
 
 
@@ -89,10 +98,16 @@ class _Sums:
         before, after = np.exp(self.losses / self.positions).tolist()
         divergences = np.concatenate(self.divergences)
         return Fidelity(before, after, float(divergences.mean()), float(divergences.max()), self.agreeing / self.positions, self.positions,
-                        window, [float(np.median(np.concatenate(errors))) for errors in self.hidden])
+                        window, [float(np.median(np.concatenate(errors))) for errors in self.hidden if errors])
 
 
-def _both(first: Model, second: Model, batches: Sequence[Batch], found: _Sums) -> None:
+def _state(model: Model, batches: Sequence[Batch]) -> np.ndarray:
+    """The hidden states behind the last layer: [rows, C]."""
+    return streaming.forward(model, batches, "compare").state()
+
+
+def _side_by_side(first: Model, second: Model, batches: Sequence[Batch], found: _Sums) -> tuple[np.ndarray, np.ndarray]:
+    """The same of both, which are compared behind each layer."""
     runs = [streaming.start(model, batches) for model in (first, second)]
     for layer in progress(range(-1, first.num_layers), "compare"):
         for model, run in zip((first, second), runs) if layer >= 0 else ():
@@ -100,22 +115,20 @@ def _both(first: Model, second: Model, batches: Sequence[Batch], found: _Sums) -
         for index in range(len(batches)):
             left, right = (run.hidden(index)[0] for run in runs)
             found.hidden[layer + 1].append(np.linalg.norm(right - left, axis=-1) / np.maximum(np.linalg.norm(left, axis=-1), 1e-30))
+    return runs[0].state(), runs[1].state()
+
+
+def _heads(models: Sequence[Model], states: Sequence[np.ndarray], batches: Sequence[Batch], found: _Sums) -> None:
+    """What both say, in pieces of windows: behind the layers each token is by itself, and logits of whole windows would be the largest
+    thing in memory."""
     pieces = [batch.ids[:, start:start + PIECE] for batch in batches for start in range(0, batch.ids.shape[1], PIECE)]
     targets = np.concatenate([np.append(batch.ids[0, 1:], NOTHING) for batch in batches])
-    tails = [_tail(model, run, pieces) for model, run in zip((first, second), runs)]
-    del runs
-    heads = [streaming.head_tensors(model) for model in (first, second)]
+    runs, heads = [model.runtime.start(pieces) for model in models], [streaming.head_tensors(model) for model in models]
+    for model, run, state in zip(models, runs, states):
+        run.restore(state, model.num_layers)
     for index, piece in progress(list(enumerate(pieces)), "compare", unit="piece"):
-        _distributions([tail.logits(index, head)[0] for tail, head in zip(tails, heads)], targets[:piece.size], found)
+        _distributions([run.logits(index, head)[0] for run, head in zip(runs, heads)], targets[:piece.size], found)
         targets = targets[piece.size:]
-
-
-def _tail(model: Model, run: Any, pieces: Sequence[np.ndarray]) -> Any:
-    """A run that stands behind the last layer like the one given, in pieces: behind the layers, each token is by itself, and logits of
-    whole windows would be the largest thing in memory."""
-    tail = model.runtime.start(pieces)
-    tail.restore(run.state(), model.num_layers)
-    return tail
 
 
 def _distributions(logits: list[np.ndarray], targets: np.ndarray, found: _Sums) -> None:

@@ -155,7 +155,7 @@ COMMANDS = (
             [SOURCE, option("directories", "exported folders of SRC to measure", nargs="*", metavar="DIR", type=Path),
              FORMATS.but(help="measure these too, quantized and exported for the occasion"), BLOCK_SIZE, *CALIBRATION, *MEASUREMENT,
              option("--decode-tokens", "tokens to decode when speed is measured (default 32)", type=count, default=32, metavar="N"),
-             option("--repeat", "times to measure speed; the best counts (default 3)", type=count, default=3, metavar="N"),
+             option("--repeat", "times to measure speed, in turns (default 3)", type=count, default=3, metavar="N"),
              PLOT, OVERWRITE.but(help="replace pictures that are there"), *COMPUTE, JSON],
             ["bench path/to/model model-nvfp4 model-fp8",
              "bench path/to/model --formats nvfp4,fp8,int4_awq,int8 --plot bench.png --plot bench.svg"]),

@@ -18,7 +18,7 @@ from modelq.progress import progress
 from modelq.quantizers import Found, block_extents, found_values, make_quantizer, set_found_values, stage_quantizers
 from modelq.rules import stages
 from modelq.smoothing import as_loaded, norm_scales, own_scale, own_weight, stated_weight, times_norm
-from modelq.stated import stated_weight_amax
+from modelq.stated import as_divided, of_stack, stacks_of, stated_weight_amax
 
 if TYPE_CHECKING:
     from modelq.model import Model
@@ -163,6 +163,7 @@ def read_stored(model: Model, names: Iterable[str], modules: Sequence[dict[str, 
 
 def stored(model: Model, module: dict[str, Any], pack: bool = False) -> Any:
     """A weight as the model computes with it, by its parts: (parts, scheme, dtype, block_size). None: it is not packed."""
+    from modelq.checkpoint.quantized import QuantizedCheckpoint
     from modelq.compression import PackedWeight, has_packed_form, packed_weight
 
     if module["kind"] != "linear":
@@ -173,9 +174,10 @@ def stored(model: Model, module: dict[str, Any], pack: bool = False) -> Any:
     if model.simulate and _is_simulated(model, module):     # a model of float32 weights is not what its export is, to within ties
         wanted = pack and not model.float32_weights and has_packed_form(model, module)
         return packed_weight(model, module).stored(dtype) if wanted else None
-    if name not in model.stored_layers or (not model.simulate and is_smoothed(model, module)):
+    if not isinstance(model.checkpoint, QuantizedCheckpoint) or (not model.simulate and is_smoothed(model, module)):
         return None
-    return PackedWeight(model.stored_layers[name].form, model.checkpoint.parts(name)).stored(dtype)
+    layer = model.checkpoint.layers.get(name)
+    return None if layer is None else PackedWeight(layer.form, model.checkpoint.parts(name)).stored(dtype)
 
 
 def _is_simulated(model: Model, module: dict[str, Any]) -> bool:
@@ -208,8 +210,9 @@ def fake_quantize(model: Model, module: dict[str, Any], tensor: np.ndarray) -> n
     name = f"{module['name']}.weight_quantizer"
     quantizer, setting = quantizer_of(model, name), model.settings[place_of(model, name).name]
     if model.float32_weights and module["name"] not in getattr(model, "kept_blocks", {}):
-        if place_of(model, name).parts > 1:
-            found = [Found(own_part(model, name, stage.amax), global_amax=stage.global_amax) for stage in stage_quantizers(quantizer)]
+        if place_of(model, name).parts > 1 or (module["expert"] is not None and stacks_of(model) is not None):
+            found = [Found(of_stack(model, module, index, own_part(model, name, stage.amax)), global_amax=stage.global_amax)
+                     for index, stage in enumerate(stage_quantizers(quantizer))]
             quantizer = make_quantizer(setting)
             set_found_values(quantizer, found)
         branch = model.low_rank.get(module["name"])
@@ -224,7 +227,8 @@ def fake_quantize(model: Model, module: dict[str, Any], tensor: np.ndarray) -> n
         set_found_values(plain, [Found(stated.amax) for stated in stated_weight_amax(model, module)])
         return plain(tensor)
     schemes = [pair.weight] + [stage.scheme for stage in stage_quantizers(quantizer)[1:]]
+    dtype, tensor = tensor.dtype, as_divided(model, module, tensor)
     for scheme, attributes, stated in zip(schemes, stages(setting), stated_weight_amax(model, module)):
         size = block_extents(attributes).get(-1)
         tensor = _core.fake_quantize(tensor, scheme, block_size=size, name=module["weight"], **stated.arguments())
-    return tensor
+    return tensor.astype(dtype, copy=False)

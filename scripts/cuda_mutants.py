@@ -1,7 +1,7 @@
 """Takes the barriers and the waits for copies out of the CUDA kernels, one at a time, and sees whether the tests notice. Prints a line for
 each; exit code 1 if one was not noticed.
 
-    python scripts/cuda_mutants.py [FOLDER]
+    python scripts/cuda_mutants.py [FOLDER [FILE ...]]      of these files alone
 """
 import os
 import re
@@ -21,6 +21,8 @@ TESTS = {
     "common.cuh": ("amax.cu", "test_cuda_emulated.py", "test_amax"),
     "histogram.cu": ("histogram.cu", "test_cuda_emulated.py", "histogram"),
     "rows.cuh": ("norm.cu", "test_cuda_operations.py", "rmsnorm"),
+    "rope.cu": ("rope.cu", "test_cuda_operations.py", "part"),
+    "route.cu": ("route.cu", "test_cuda_experts.py", "groups"),
     "columns.cu": ("columns.cu", "test_cuda_operations.py", "columns"),
     "rotate.cuh": ("prepare.cu", "test_cuda_operations.py", "prepare"),
     "embed.cu": ("embed.cu", "test_cuda_experts.py", "embed"),
@@ -66,6 +68,8 @@ def main() -> int:
         folder = Path(sys.argv[1] if len(sys.argv) > 1 else temporary)
         cuda_build.emulated(folder / "objects")
         for path, place in barriers():
+            if sys.argv[2:] and path.name not in sys.argv[2:]:
+                continue
             line = path.read_text().count("\n", 0, place) + 1
             noticed = is_noticed(without(path, place, folder), path.name)
             missed += not noticed

@@ -9,6 +9,8 @@ Nothing that changes from run to run is stored: no times, no versions, no progre
 from __future__ import annotations
 
 import argparse
+import base64
+import io
 import os
 import re
 import sys
@@ -31,7 +33,7 @@ PROMISED = {
         "summary": r"q_proj.input_quantizer +TensorQuantizer\(\(4, 3\) bit.*In high precision:.*lm_head.*TensorQuantizers found",
         "export-fp8": r"bytes  config.json.*hf_quant_config.json.*safetensors", "reopen-fp8": r"reopened export: (\S+), simulated: \1",
         "nvfp4": r"NVFP4: (\S+), of the reopened export: \1\n\n\w+",
-        "torch": r"not installed|windows before: .*TensorQuantizer.*with FP8: .*reopened export: \d"},
+        "torch": r"not installed|windows? before: .*TensorQuantizer.*with FP8: .*reopened export: \d"},
     "2_PTQ_AWQ_Calibration": {
         "load": r"llama, 30 layers.*TokenBatches\(", "before": r"perplexity before: \d+\.\d+\n\n\w+",
         "why-64": r"576 columns with block 128: use block_size 64 or 192", "config": r"-1: 64.*awq_lite.*modelopt",
@@ -40,14 +42,14 @@ PROMISED = {
         "block-sizes": r"bfloat16 +\d.*max, blocks of 64 +\d.*AWQ, blocks of 64 +\d.*AWQ, blocks of 192 +\d",
         "export": r"MB of weights", "engine": r"vLLM: nothing found; perplexity \d",
         "reopen": r"reopened export: (\S+), simulated: \1\n\n\w+",
-        "torch": r"not installed|windows before: .*TensorQuantizer.*with AWQ: .*reopened export: \d"},
+        "torch": r"not installed|windows? before: .*TensorQuantizer.*with AWQ: .*reopened export: \d"},
     "3_PTQ_AutoQuantization": {
         "load": r"llama, 30 layers.*TokenBatches\(", "before": r"perplexity before: \d+\.\d+\n\n\w+", "formats": r"\[kv\]_bmm_quantizer",
         "search": r"[56]\.\d+ bits per weight: \d+ groups in FP8_DEFAULT_CFG.*\d+ groups in NVFP4_DEFAULT_CFG",
         "kv": r"60 quantizers of keys and values are on", "summary": r"v_bmm_quantizer +TensorQuantizer\(\(4, 3\).*In high precision:",
         "after": r"with 6 bits: \d+\.\d+\n\n\w+", "export": r"MB of weights.*TensorRT-LLM: 0 errors",
         "reopen": r"reopened export: (\S+), simulated: \1\n\n\w+", "budgets": r"5 bits: perplexity \d.*all nvfp4: .*all fp8: ",
-        "torch": r"not installed|windows before: .*chose the same for.*with 6 bits: .*reopened export: \d"},
+        "torch": r"not installed|windows? before: .*chose the same for.*with 6 bits: .*reopened export: \d"},
 }
 
 
@@ -75,13 +77,24 @@ def execute(path: Path, folder: Path, quick: bool = False, **environment: str) -
 
 
 def tidied(book: Any) -> Any:
-    """Without what changes from run to run."""
+    """Without what changes from run to run, its pictures small."""
     book.metadata = METADATA
     for cell in book.cells:
         cell.metadata = {"tags": cell.metadata["tags"]} if "tags" in cell.metadata else {}
         for output in cell.get("outputs", []):
             output.metadata = {}
+            if "image/png" in output.get("data", {}):
+                output.data["image/png"] = smaller(output.data["image/png"])
     return book
+
+
+def smaller(png: str) -> str:
+    """A picture (base64) in 256 colours: plots have no more that anybody could tell apart."""
+    from PIL import Image
+
+    made = io.BytesIO()
+    Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(made, "PNG", optimize=True)
+    return base64.b64encode(made.getvalue()).decode()
 
 
 def name_of(cell: Any) -> str:

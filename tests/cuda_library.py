@@ -82,7 +82,7 @@ class ScaledJob(C.Structure):
 
 class GradientJob(C.Structure):
     _fields_ = [("x", Matrix), ("gradient", Matrix), ("out", Matrix), ("block_rows", C.c_int64), ("block_cols", C.c_int64),
-                ("amax", C.c_void_p), ("pre_scale", C.c_void_p), ("bias", C.c_void_p)]
+                ("amax", C.c_void_p), ("pre_scale", C.c_void_p), ("bias", C.c_void_p), ("rotate", C.c_int64)]
 
 
 class HistogramJob(C.Structure):
@@ -255,9 +255,9 @@ class Library:
         self.call("scaled", job, here)
         return y
 
-    def straight_through(self, x, gradient, amax=None, rows=0, cols=0, pre_scale=None, bias=None):
+    def straight_through(self, x, gradient, amax=None, rows=0, cols=0, pre_scale=None, bias=None, rotate=0):
         here, out = Staging(self.memory), np.zeros(x.shape, x.dtype)
-        job = GradientJob(*map(here.matrix, (x, gradient, out)), rows, cols, *map(here.pointer, (amax, pre_scale, bias)))
+        job = GradientJob(*map(here.matrix, (x, gradient, out)), rows, cols, *map(here.pointer, (amax, pre_scale, bias)), rotate)
         self.call("straight_through", job, here)
         return out
 

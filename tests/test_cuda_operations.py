@@ -323,6 +323,22 @@ def test_prepare(cuda, rotate, dtype):
             same(y, quantizer(plain))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rotate", [2, 8, 64, 512, 1024])
+def test_straight_through_a_rotation(cuda, testing, rotate, dtype):
+    """Bit for bit: x is prepared as it was, and the gradient rotated back."""
+    rng = np.random.default_rng(8)
+    cols = 2048 if rotate > 64 else 192
+    pre_scale, bias = values(rng, cols), values(rng, cols)
+    for x in both(values(rng, 3, cols, dtype=dtype.type)):
+        plain, gradient = np.ascontiguousarray(x), values(rng, 3, cols, dtype=dtype.type)
+        for scale, shift in ((None, None), (pre_scale, bias)):
+            quantizer = core.Quantizer(num_bits=8)
+            quantizer.amax, quantizer.rotate, quantizer.pre_quant_scale, quantizer.bias = 2.0, rotate, scale, shift
+            wanted = core.straight_through(quantizer, plain, gradient)
+            same(cuda.straight_through(x, gradient, np.float32([2]), pre_scale=scale, bias=shift, rotate=rotate), wanted)
+
+
 def test_affine_kv(cuda):
     """NVFP4 with a bias per channel, as an affine KV cache has it."""
     rng = np.random.default_rng(9)

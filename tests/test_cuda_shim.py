@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 def build(folder: Path, sanitize: bool) -> Path:
     library = folder / "shim_cases.so"
-    sources = [str(ROOT / "tests/cuda_shim_cases.cu"), str(ROOT / "cuda/shim/cuda_shim.cc")]
+    sources = [str(ROOT / "tests/cuda_shim_cases.cu"), str(ROOT / "cuda/shim/cuda_shim.cc"), str(ROOT / "cuda/shim/cuda_shim_runtime.cc")]
     extra = cuda_build.SANITIZERS if sanitize else []
     cuda_build.run([["g++", "-std=c++17", "-shared", "-pthread", *cuda_build.GXX, *extra, f"-I{ROOT / 'cuda'}", "-x", "c++", *sources,
                      "-o", str(library)]])

@@ -2,6 +2,8 @@
 memory crashes a host that touches it; MODELQ_CUDA_LIBRARY may name one for a real GPU."""
 import ctypes
 import gc
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 import modelq
 import modelq.quantization as mtq
 from cuda_library import library_to_test
-from golden_data import read_safetensors
+from golden_data import read_safetensors, write_safetensors
 from modelq import cuda
 from modelq.devices import nbytes_of, placement_of
 from modelq.export import export_hf_checkpoint
@@ -90,13 +92,31 @@ def test_bfloat16(llama):
     assert modelq.load(llama, device="cuda", device_memory=ENOUGH).runtime.compute == "bfloat16"     # what a GPU is fast at
 
 
-def test_losses_are_sums_over_slices_of_the_vocabulary(llama, monkeypatch):
-    here, there = pair(llama)
-    few = modelq.load(llama, compute="float32", device="cuda", device_memory=3_000_000)
+@pytest.fixture(scope="module")
+def wide(golden, tmp_path_factory):
+    """golden llama with a vocabulary of 12000, whose head (6 MB) is larger than the devices of the tests that use it."""
+    folder = tmp_path_factory.mktemp("wide") / "model"
+    shutil.copytree(golden["llama"].source, folder)
+    tensors = read_safetensors(folder)
+    config = json.loads((folder / "config.json").read_text())
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if name in tensors:
+            old = tensors[name]
+            tensors[name] = (np.random.default_rng(1).standard_normal((12000, old.shape[1])) * 0.05).astype(old.dtype)
+    write_safetensors(folder / "model.safetensors", tensors)
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 12000}))
+    return folder
+
+
+@pytest.mark.parametrize("streams", ["at once", "late", "random"])
+def test_losses_are_sums_over_slices_of_the_vocabulary(wide, monkeypatch, streams):
+    monkeypatch.setenv("MODELQ_SHIM_STREAMS", streams)
+    here, there = pair(wide, memory=3_000_000)
     labels = {"input_ids": IDS[0], "labels": np.where(MASK, IDS[0], -100)}
-    expected = here.loss([labels, IDS[1]])
-    assert there.loss([labels, IDS[1]]) == pytest.approx(expected, rel=1e-6)
-    assert few.loss([labels, IDS[1]]) == pytest.approx(expected, rel=1e-6)
+    assert there.loss([labels, IDS[1]]) == pytest.approx(here.loss([labels, IDS[1]]), rel=1e-6)
+    np.testing.assert_allclose(np.asarray(there(IDS[1]).logits), np.asarray(here(IDS[1]).logits), rtol=0, atol=2e-5)
 
 
 # ---- calibration ----
@@ -177,6 +197,24 @@ def test_a_search_for_formats(llama):
         assert model.device in ("cpu", "cuda:0")
     chosen = [state["best"]["recipe"] if "best" in state else state for state in states]
     assert str(chosen[0]) == str(chosen[1])
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3moe"])
+def test_streams_that_do_nothing_before_they_must(golden, monkeypatch, name):
+    """Copies and kernels are ordered by what is said between streams alone, never by chance: with streams that are as late as may be, in a
+    device so small that all comes in pieces, everything is as it is when they are at once."""
+    source = golden[name].source if name in golden else FAMILIES / "qwen3_moe"
+    ids, found = [RNG.integers(0, 200, (6, 20)) for _ in range(3)], []
+    for streams in ("at once", "late", "random"):
+        monkeypatch.setenv("MODELQ_SHIM_STREAMS", streams)
+        model = modelq.load(source, compute="float32", device="cuda", device_memory=2_700_000)
+        mtq.quantize(model, mtq.FP8_DEFAULT_CFG, lambda model: [model(batch) for batch in ids])
+        found.append((amax_of(model), model.loss(ids), np.asarray(model(ids[0]).logits)))
+    one, loss, logits = found[0]
+    for other, other_loss, other_logits in found[1:]:
+        assert one.keys() == other.keys() and loss == other_loss and np.array_equal(logits, other_logits)
+        for name, value in one.items():
+            np.testing.assert_array_equal(other[name], value, err_msg=name)
 
 
 # ---- memory ----

@@ -69,6 +69,21 @@ def test_many_windows_are_done_in_groups(pair, golden, monkeypatch):
     assert parts == pytest.approx({name: value for name, value in vars(whole).items() if name != "hidden"}, rel=1e-5)
 
 
+def test_the_first_model_is_run_once_for_several(pair, golden, monkeypatch):
+    """The same numbers, but for single layers, from states that were kept."""
+    from modelq import streaming
+
+    ids, kept, ran = golden["llama"].calib.ravel()[:160], [], []
+    whole = {name: value for name, value in vars(fidelity(*pair, ids, window=20)).items() if name != "hidden"}
+    monkeypatch.setattr(modelq.Model, "tokens_at_once", 45)
+    run_layer = streaming.run_layer
+    monkeypatch.setattr(streaming, "run_layer", lambda model, *rest: ran.append(model) or run_layer(model, *rest))
+    for _ in range(2):
+        found = vars(fidelity(*pair, ids, 20, kept))
+        assert found.pop("hidden") == [] and found == pytest.approx(whole, rel=1e-5) and len(kept) == 4
+    assert ran.count(pair[0]) * 2 == ran.count(pair[1]) == 2 * 4 * 2        # twice, four groups, two layers
+
+
 def test_bad_use(pair, golden):
     with pytest.raises(ValueError, match="a second time"):
         fidelity(pair[0], pair[0], [1, 2, 3])

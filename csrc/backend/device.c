@@ -287,6 +287,8 @@ static int open_all(mq_device *device, const mq_device_options *options, mq_erro
     for (int i = 0; rc == MQ_OK && i < 2; i++) {
         rc = backend->pinned_new((void **)&device->pinned[i], (size_t)device->piece_nbytes, err);
         if (rc == MQ_OK) rc = backend->event_new(&device->sent[i], err);
+        if (rc == MQ_OK) rc = backend->event_new(&device->arrived[i], err);
+        if (rc == MQ_OK) rc = backend->event_new(&device->computed[i], err);
     }
     if (rc == MQ_OK) rc = open_gemm(device, options->cublas, err);
     for (int i = 0; rc == MQ_OK && i < 2; i++)
@@ -341,6 +343,8 @@ void mq_device_free(mq_device *device)
         backend->memory_free(device->staged[i]);
         backend->pinned_free(device->pinned[i]);
         backend->event_free(device->sent[i]);
+        backend->event_free(device->arrived[i]);
+        backend->event_free(device->computed[i]);
     }
     backend->event_free(device->loaded);
     backend->stream_free(device->compute);

@@ -174,38 +174,50 @@ static int send_chunk(mq_device *device, const mq_run *run, const mq_device_scra
     return rc;
 }
 
-/* The next chunk comes while this one is computed; then this one goes back. */
+/* Hands a chunk to the streams: it comes on one, and is computed on the other when it is there. */
+static int start_chunk(mq_device_pass *pass, const mq_run *run, int slot, mq_device_chunk *chunk)
+{
+    mq_device *device = pass->device;
+    const mq_backend *backend = device->backend;
+    int rc = run->poll != NULL ? run->poll(run->poll_context) : MQ_OK;
+    if (rc == MQ_OK) rc = send_chunk(device, run, pass->scratch, slot, chunk, pass->err);
+    if (rc == MQ_OK) rc = backend->event_record(device->arrived[slot], device->copies, pass->err);
+    if (rc == MQ_OK) rc = backend->event_after(device->arrived[slot], device->compute, pass->err);
+    pass->chunk = chunk;
+    if (rc == MQ_OK) rc = mq_device_run_chunk(pass);
+    return rc == MQ_OK ? backend->event_record(device->computed[slot], device->compute, pass->err) : rc;
+}
+
+/* The rows of a chunk go back to the host. This may wait for them: the next chunk is under way by then. */
+static int fetch_chunk(mq_device *device, mq_run *run, int slot, const mq_device_chunk *chunk, mq_error *err)
+{
+    const size_t stride = (size_t)run->runtime->config.hidden_size * mq_dtype_size(run->runtime->dtype);
+    const int rc = device->backend->event_after(device->computed[slot], device->copies, err);
+    if (rc != MQ_OK) return rc;
+    return device->backend->copy(run->hidden + (size_t)chunk->first * stride, chunk->hidden,
+                                 (size_t)chunk->rows * stride, device->copies, err);
+}
+
 static int run_chunks(mq_device *device, mq_run *run, mq_layer *layer, const void *unused, mq_error *err)
 {
-    (void)unused;
-    const mq_backend *backend = device->backend;
     const mq_layer_context context = mq_run_context(run);
-    const size_t stride = (size_t)run->runtime->config.hidden_size * mq_dtype_size(run->runtime->dtype);
     mq_device_scratch scratch = {0};
     mq_device_chunk chunks[2];
+    mq_device_pass pass = {.device = device, .layer = layer, .context = &context, .scratch = &scratch, .err = err};
+    (void)unused;
     int rc = mq_device_reserve(device, run, run->rows, run->longest, &scratch, err);
     if (rc != MQ_OK) return rc;
     chunks[0] = chunk_from(run, 0, scratch.rows);
-    rc = send_chunk(device, run, &scratch, 0, &chunks[0], err);
-    for (int slot = 0; rc == MQ_OK && chunks[slot].rows > 0; slot = 1 - slot) {
-        mq_device_chunk *chunk = &chunks[slot], *next = &chunks[1 - slot];
-        const int64_t next_sequence = chunk->first_sequence + chunk->sequences;
-        mq_device_pass pass = {.device = device, .layer = layer, .context = &context, .scratch = &scratch,
-                               .chunk = chunk, .err = err};
-        if (run->poll != NULL) rc = run->poll(run->poll_context);
-        if (rc == MQ_OK) rc = backend->event_record(device->loaded, device->copies, err);
-        if (rc == MQ_OK) rc = backend->event_after(device->loaded, device->compute, err);
-        if (rc == MQ_OK) rc = mq_device_run_chunk(&pass);
-        if (rc == MQ_OK) rc = backend->event_record(device->loaded, device->compute, err);
-        *next = (mq_device_chunk){0};
-        if (rc == MQ_OK && next_sequence < run->sequence_count) {
-            *next = chunk_from(run, next_sequence, scratch.rows);
-            rc = send_chunk(device, run, &scratch, 1 - slot, next, err);
+    rc = start_chunk(&pass, run, 0, &chunks[0]);
+    for (int slot = 0; rc == MQ_OK; slot = 1 - slot) {
+        const int64_t next = chunks[slot].first_sequence + chunks[slot].sequences;
+        const int more = next < run->sequence_count;
+        if (more) {
+            chunks[1 - slot] = chunk_from(run, next, scratch.rows);
+            rc = start_chunk(&pass, run, 1 - slot, &chunks[1 - slot]);
         }
-        if (rc == MQ_OK) rc = backend->event_after(device->loaded, device->copies, err);
-        if (rc == MQ_OK)
-            rc = backend->copy(run->hidden + (size_t)chunk->first * stride, chunk->hidden, (size_t)chunk->rows * stride,
-                               device->copies, err);
+        if (rc == MQ_OK) rc = fetch_chunk(device, run, slot, &chunks[slot], err);
+        if (!more) break;
     }
     return rc;
 }

@@ -49,6 +49,7 @@ struct mq_device {
     size_t budget, held, peak;
     void *compute, *copies;     /* streams */
     void *loaded;               /* event: behind the last weight */
+    void *arrived[2], *computed[2];     /* events: behind a chunk's rows, and behind what was made of them */
     mq_cuda_gemm *gemm;
     mq_cuda_workspace workspace;
     void *workspace_memory;

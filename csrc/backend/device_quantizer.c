@@ -165,11 +165,9 @@ int mq_device_quantizer_gradient(mq_device_quantizer *self, const mq_backend *ba
     const int masks = quantizer->enabled && quantizer->amax != NULL, one = quantizer->amax_count == 1;
     mq_cuda_gradient_job job = {
         .x = rows->x, .gradient = rows->gradient, .out = rows->out, .block_rows = one ? 0 : quantizer->spec.block_rows,
-        .block_cols = one ? 0 : quantizer->spec.block_cols,
+        .block_cols = one ? 0 : quantizer->spec.block_cols, .rotate = quantizer->rotate,
     };
     int rc;
-    if (quantizer->rotate != 0)
-        return mq_fail(err, MQ_ERR_VALUE, "the gradient of a quantizer that rotates is not computed on a device");
     use(self, backend, device);
     rc = put_values(self, &self->limits, masks ? quantizer->amax : NULL, quantizer->amax_count, stream, err);
     if (rc == MQ_OK)

@@ -32,7 +32,7 @@ typedef struct mq_coding {
     int half, bfloat;           /* rounded to float16 first; rounded to bfloat16 then */
     int byte_scales;            /* 1: a byte, which a table makes float32 of (of MQ_CODED_BY_TABLE: of 16 numbers) */
     int block_shift;            /* 2^this sixteens of columns share a scale */
-    int64_t row_codes, row_scales;      /* bytes from row to row; scales from row to row */
+    int64_t row_codes, row_scales;      /* bytes of a row's codes; how many scales it has */
     size_t codes, scales, table;        /* where these begin in the packed memory */
     size_t nbytes;
 } mq_coding;

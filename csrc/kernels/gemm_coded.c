@@ -59,6 +59,13 @@ static int64_t chunk_bytes(const mq_coding *coding)
     return is_nibbles(coding) ? MQ_CHUNK / 2 : MQ_CHUNK;
 }
 
+/* Where the codes of a row begin; chunks follow at MQ_ROWS_BESIDE times their size. */
+static int64_t row_at(const mq_coding *coding, int64_t row)
+{
+    const int64_t beside = row % MQ_ROWS_BESIDE;
+    return (int64_t)coding->codes + (row - beside) * coding->row_codes + beside * chunk_bytes(coding);
+}
+
 static size_t scale_bytes(const mq_coding *coding)
 {
     return coding->byte_scales ? 1 : sizeof(float);
@@ -180,7 +187,7 @@ static void write_row(code_job *job, int64_t row, uint8_t *out)
         memset(codes, 0, sizeof codes);
         if (count > 0) read_codes(job, row, i * MQ_CHUNK, count, codes);
         if (coding->kind == MQ_CODED_FLOATS && is_special(codes, count, element)) atomic_store(&job->bad, 1);
-        write_chunk(coding, codes, out + i * bytes);
+        write_chunk(coding, codes, out + i * bytes * MQ_ROWS_BESIDE);
     }
 }
 
@@ -260,7 +267,7 @@ static void pack_rows(void *argument, int64_t begin, int64_t end, int worker)
     (void)worker;
     for (int64_t row = begin; row < end; row++) {
         char *data = job->out->data;
-        write_row(job, row, (uint8_t *)data + coding->codes + row * coding->row_codes);
+        write_row(job, row, (uint8_t *)data + row_at(coding, row));
         write_scales(job, row, data + coding->scales + (size_t)(row * coding->row_scales) * scale_bytes(coding));
         if (!is_finite(job->out, row)) atomic_store(&job->bad, 1);
     }
@@ -283,7 +290,7 @@ int mq_gemm_pack_codes(mq_gemm_kind kind, const mq_coded_matrix *matrix, mq_pack
     memset((char *)out->data + out->coding.nbytes - SLACK, 0, SLACK);
     if (out->coding.byte_scales) write_table(&job);
     const int64_t grain = MQ_CEIL_DIV((int64_t)ROW_CHUNK_BYTES, MQ_MAX(out->coding.row_codes, (int64_t)1));
-    mq_parallel_for(padded_rows(out->kernel, matrix->n), grain, pack_rows, &job);
+    mq_parallel_for(padded_rows(out->kernel, matrix->n), MQ_ROUND_UP(grain, (int64_t)MQ_ROWS_BESIDE), pack_rows, &job);
     return !atomic_load(&job.bad);
 }
 
@@ -294,7 +301,7 @@ mq_gemm_codes mq_gemm_codes_at(const mq_packed *b, int64_t n)
     const mq_coding *coding = &b->coding;
     const char *data = b->data;
     return (mq_gemm_codes){
-        .coding = coding, .codes = (const uint8_t *)data + coding->codes + n * coding->row_codes,
+        .coding = coding, .codes = (const uint8_t *)data + row_at(coding, n),
         .scales = data + coding->scales + (size_t)(n * coding->row_scales) * scale_bytes(coding),
         .table = data + coding->table,
     };

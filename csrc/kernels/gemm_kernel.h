@@ -45,16 +45,17 @@ typedef struct mq_gemm_store {
     int rows, columns;
 } mq_gemm_store;
 
-/* A coded B. Codes are row-major, in chunks of 64 columns, so that a vector makes of a chunk what is multiplied next:
- * codes of 4 bits are the nibbles of 16 words of 16 bits, nibble j of word i being column 16 j + i; codes of a byte are
- * the bytes of 16 words of 32 bits, byte j of word i being column 16 j + i. Rows are padded with zeros to whole chunks,
- * and with rows to whole panels. Whoever reads 4 bytes may begin 3 before a chunk. */
-enum { MQ_CHUNK = 64, MQ_CODED_ROWS = 16, MQ_CODED_CHUNKS = 4 };
+/* A coded B. Codes are in chunks of 64 columns, so that a vector makes of a chunk what is multiplied next: codes of 4
+ * bits are the nibbles of 16 words of 16 bits, nibble j of word i being column 16 j + i; codes of a byte are the bytes
+ * of 16 words of 32 bits, byte j of word i being column 16 j + i. Four rows lie chunk by chunk beside each other, as
+ * they are multiplied together: memory is read as one stream. Rows are padded with zeros to whole chunks, and with rows
+ * to whole panels. Whoever reads 4 bytes may begin 3 before a chunk. */
+enum { MQ_CHUNK = 64, MQ_CODED_ROWS = 16, MQ_ROWS_BESIDE = 4 };
 
 /* Rows of codes on their way to be numbers, as a micro-kernel counts K: float32, or bfloat16 in units of pairs. */
 typedef struct mq_gemm_codes {
     const mq_coding *coding;
-    const uint8_t *codes;        /* of the first row */
+    const uint8_t *codes;        /* of the first row; more than one begin at a multiple of MQ_ROWS_BESIDE */
     const void *scales;
     const void *table;
 } mq_gemm_codes;

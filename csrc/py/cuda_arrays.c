@@ -162,8 +162,7 @@ static PyObject *gradient_of(PyObject *module, call *call, PyObject *object, con
 
 PyDoc_STRVAR(cuda_straight_through_doc,
 "cuda_straight_through(library, quantizer, x, gradient, out, stream)\n--\n\n"
-"out = straight_through(quantizer, x, gradient) on a CUDA device; arrays and stream as in cuda_quantize. ValueError:\n"
-"the quantizer rotates, which only the CPU's does.");
+"out = straight_through(quantizer, x, gradient) on a CUDA device; arrays and stream as in cuda_quantize.");
 
 static PyObject *cuda_straight_through(PyObject *module, PyObject *args, PyObject *kwargs)
 {

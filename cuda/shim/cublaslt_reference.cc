@@ -340,14 +340,18 @@ static cublasStatus_t check_places(const mq_lt_problem *p, const mq_lt_places *a
     return CUBLAS_STATUS_SUCCESS;
 }
 
-cublasStatus_t mq_lt_multiply(const mq_lt_problem *p, const mq_lt_places *at, const cublasLtMatmulAlgo_t *algo)
+cublasStatus_t mq_lt_check(const mq_lt_problem *p, const mq_lt_places *at, const cublasLtMatmulAlgo_t *algo)
 {
     const uint64_t *chosen = algo->data;
     const mq_lt_preference least = {at->workspace_nbytes, (uint32_t)chosen[2], (uint32_t)chosen[3], (uint32_t)chosen[4],
                                     (uint32_t)chosen[5], NULL};
-    cublasStatus_t status = check_places(p, at, algo);
-    if (status == CUBLAS_STATUS_SUCCESS) status = mq_lt_supports(p, &least);
-    if (status != CUBLAS_STATUS_SUCCESS) return status;
+    const cublasStatus_t status = check_places(p, at, algo);
+    return status == CUBLAS_STATUS_SUCCESS ? mq_lt_supports(p, &least) : status;
+}
+
+cublasStatus_t mq_lt_multiply(const mq_lt_problem *p, const mq_lt_places *at)
+{
+    cublasStatus_t status;
     multiply_args args = {p, at, NULL, NULL};
     args.a = (double *)malloc((size_t)(p->d->rows * depth_of(p)) * sizeof(double));
     args.b = (double *)malloc((size_t)(p->d->cols * depth_of(p)) * sizeof(double));

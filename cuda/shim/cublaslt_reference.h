@@ -47,7 +47,8 @@ typedef struct mq_lt_places {
 lt::cublasStatus_t mq_lt_supports(const mq_lt_problem *problem, const lt::mq_lt_preference *preference);
 lt::cublasLtMatmulAlgo_t mq_lt_algo_for(const mq_lt_problem *problem, const lt::mq_lt_preference *preference,
                                         size_t workspace_nbytes);
-lt::cublasStatus_t mq_lt_multiply(const mq_lt_problem *problem, const mq_lt_places *places,
-                                  const lt::cublasLtMatmulAlgo_t *algo);
+lt::cublasStatus_t mq_lt_check(const mq_lt_problem *problem, const mq_lt_places *places,
+                               const lt::cublasLtMatmulAlgo_t *algo);
+lt::cublasStatus_t mq_lt_multiply(const mq_lt_problem *problem, const mq_lt_places *places);   /* of what was checked */
 
 #endif

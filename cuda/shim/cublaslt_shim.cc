@@ -285,17 +285,50 @@ MQ_LT_EXPORT cublasStatus_t cublasLtMatmulAlgoGetHeuristic(
     return CUBLAS_STATUS_SUCCESS;
 }
 
+/* What a product reads of the host, for a stream that comes to it when that is gone. */
+typedef struct held_product {
+    mq_lt_matmul_desc desc;
+    mq_lt_matrix_layout layouts[4];
+    uint64_t alpha, beta;
+    mq_lt_places places;
+} held_product;
+
+static held_product hold(const mq_lt_problem *problem, const mq_lt_places *places)
+{
+    held_product held = {*problem->desc, {*problem->a, *problem->b, *problem->c, *problem->d}, 0, 0, *places};
+    if (held.desc.pointer_mode == CUBLASLT_POINTER_MODE_DEVICE) return held;
+    memcpy(&held.alpha, places->alpha, sizeof(float));      /* all scale types that are supported */
+    memcpy(&held.beta, places->beta, sizeof(float));
+    return held;
+}
+
+static cudaError_t multiply_held(const held_product *held)
+{
+    const mq_lt_problem problem = {&held->desc, &held->layouts[0], &held->layouts[1], &held->layouts[2],
+                                   &held->layouts[3]};
+    mq_lt_places places = held->places;
+    if (held->desc.pointer_mode != CUBLASLT_POINTER_MODE_DEVICE) {
+        places.alpha = &held->alpha;
+        places.beta = &held->beta;
+    }
+    return mq_lt_multiply(&problem, &places) == CUBLAS_STATUS_SUCCESS ? cudaSuccess : cudaErrorLaunchFailure;
+}
+
 MQ_LT_EXPORT cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc, const void *alpha,
                                            const void *a, cublasLtMatrixLayout_t a_layout, const void *b,
                                            cublasLtMatrixLayout_t b_layout, const void *beta, const void *c,
                                            cublasLtMatrixLayout_t c_layout, void *d, cublasLtMatrixLayout_t d_layout,
                                            const cublasLtMatmulAlgo_t *algo, void *workspace, size_t workspace_nbytes,
-                                           cudaStream_t)
+                                           cudaStream_t stream)
 {
     const cublasStatus_t status = enter("cublasLtMatmul");
     if (status != CUBLAS_STATUS_SUCCESS) return status;
     if (handle == NULL || algo == NULL || alpha == NULL || beta == NULL) return CUBLAS_STATUS_INVALID_VALUE;
     const mq_lt_problem problem = {desc, a_layout, b_layout, c_layout, d_layout};
     const mq_lt_places places = {alpha, beta, a, b, c, d, workspace, workspace_nbytes};
-    return mq_lt_multiply(&problem, &places, algo);
+    const cublasStatus_t ready = mq_lt_check(&problem, &places, algo);
+    if (ready != CUBLAS_STATUS_SUCCESS) return ready;
+    const held_product held = hold(&problem, &places);
+    const cudaError_t done = mq_shim_do(stream, [=]() { return multiply_held(&held); });
+    return done == cudaSuccess ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_EXECUTION_FAILED;
 }

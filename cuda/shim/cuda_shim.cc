@@ -390,7 +390,7 @@ static cudaError_t make_fibers(int count)
 }
 
 /* The limits of real devices (CUDA C++ Programming Guide, table of technical specifications). */
-static int is_valid(dim3 grid, dim3 block)
+bool mq_shim_is_valid(dim3 grid, dim3 block)
 {
     const uint64_t threads = (uint64_t)block.x * block.y * block.z;
     return threads >= 1 && threads <= MOST_THREADS && block.z <= 64 && grid.x >= 1 && grid.x <= 0x7fffffffu &&
@@ -415,7 +415,7 @@ static cudaError_t run_grid(dim3 grid)
 
 cudaError_t mq_shim_run(const mq_shim_call *call, dim3 grid, dim3 block)
 {
-    if (!is_valid(grid, block)) return cudaErrorInvalidConfiguration;
+    if (!mq_shim_is_valid(grid, block)) return cudaErrorInvalidConfiguration;
     pthread_mutex_lock(&one_at_a_time);
     cudaError_t status = cudaSuccess;
     if (fail_after > 0 && --fail_after == 0) status = (cudaError_t)fail_with;

@@ -16,7 +16,8 @@
 #define MQ_SHARED(type, name, count) \
     static char name##_key; \
     type *const name = (type *)mq_shim_shared(&name##_key, (count) * sizeof(type))
-#define MQ_CHEVRONS(kernel, grid, block, stream, args) ((void)(stream), mq_shim_launch(kernel, grid, block, args))
+#define MQ_CHEVRONS(kernel, grid, block, stream, args) \
+    mq_shim_launch_on((cudaStream_t)(stream), kernel, grid, block, args)
 
 struct dim3 {
     unsigned x, y, z;
@@ -50,6 +51,7 @@ typedef struct mq_shim_call {
 } mq_shim_call;
 
 cudaError_t mq_shim_run(const mq_shim_call *call, dim3 grid, dim3 block);
+bool mq_shim_is_valid(dim3 grid, dim3 block);
 
 template <typename Args>
 cudaError_t mq_shim_launch(void (*kernel)(Args), dim3 grid, dim3 block, const Args &args)
@@ -62,6 +64,14 @@ cudaError_t mq_shim_launch(void (*kernel)(Args), dim3 grid, dim3 block, const Ar
     const bound both = {kernel, &args};
     const mq_shim_call call = {bound::run, &both};
     return mq_shim_run(&call, grid, block);
+}
+
+/* Now, or when the stream gets to it (cuda_shim_runtime.h). */
+template <typename Args>
+cudaError_t mq_shim_launch_on(cudaStream_t stream, void (*kernel)(Args), dim3 grid, dim3 block, const Args &args)
+{
+    if (!mq_shim_is_valid(grid, block)) return cudaErrorInvalidConfiguration;
+    return mq_shim_do(stream, [=]() { return mq_shim_launch(kernel, grid, block, args); });
 }
 
 /* The block's array of that key, made of rubbish when a thread of the block first asks for it. */

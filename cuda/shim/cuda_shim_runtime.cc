@@ -1,23 +1,112 @@
 /* The CUDA runtime of the shim: see cuda_shim_runtime.h. */
 #include "cuda_shim.h"
 
+#include <deque>
+#include <map>
 #include <mutex>
+#include <set>
+#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unordered_map>
+#include <vector>
 
+/* What it was asked for and has not done; how much of all it has done. */
 struct mq_shim_stream {
-    int device;
+    std::deque<std::function<cudaError_t()>> queue;
+    size_t done;
+    cudaError_t error;
 };
 
+/* Behind the first `place` pieces of work of a stream. */
 struct mq_shim_event {
-    int device;
+    mq_shim_stream *stream;
+    size_t place;
 };
 
-static std::mutex lock;
-static std::unordered_map<void *, size_t> sizes;    /* of what cudaMalloc gave */
+static std::recursive_mutex lock;
+static std::map<char *, size_t> sizes, pinned;      /* of what cudaMalloc and cudaMallocHost gave */
+static std::set<mq_shim_stream *> streams;
 static size_t used;
+static bool running;                                /* run_some */
+
+static bool lies_in(const std::map<char *, size_t> &arrays, const void *memory)
+{
+    auto after = arrays.upper_bound((char *)memory);
+    if (after == arrays.begin()) return false;
+    --after;
+    return (const char *)memory < after->first + after->second;
+}
+
+/* ---- streams ---- */
+
+static bool is_late()
+{
+    const char *given = getenv("MODELQ_SHIM_STREAMS");
+    return given != NULL && (strcmp(given, "late") == 0 || strncmp(given, "random", 6) == 0);
+}
+
+static bool is_random()
+{
+    return strncmp(getenv("MODELQ_SHIM_STREAMS"), "random", 6) == 0;
+}
+
+/* The default stream's names (cudaStreamLegacy, cudaStreamPerThread), and streams that frameworks of tests made up. */
+static bool is_ours(cudaStream_t stream)
+{
+    return streams.count(stream) != 0;
+}
+
+static void run_until(mq_shim_stream *stream, size_t place)
+{
+    while (stream->done < place && !stream->queue.empty()) {
+        const auto work = stream->queue.front();
+        stream->queue.pop_front();
+        stream->done++;
+        const cudaError_t status = work();
+        if (stream->error == cudaSuccess) stream->error = status;
+    }
+}
+
+static void drain_all()
+{
+    for (auto *stream : streams) run_until(stream, SIZE_MAX);
+}
+
+/* Any stream does some of its work, or none does. */
+static void run_some()
+{
+    static uint64_t state = 0x9e3779b97f4a7c15u;
+    if (running) return;        /* work that waits for work of others */
+    running = true;
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    size_t chosen = (size_t)(state >> 33) % (2 * streams.size());
+    for (auto *stream : streams)
+        if (chosen-- == 0) run_until(stream, stream->done + 1 + (size_t)(state >> 40) % 16);
+    running = false;
+}
+
+cudaError_t mq_shim_drain(cudaStream_t stream)
+{
+    const std::lock_guard<std::recursive_mutex> held(lock);
+    if (is_ours(stream)) run_until(stream, SIZE_MAX);
+    else drain_all();
+    return cudaSuccess;
+}
+
+cudaError_t mq_shim_do(cudaStream_t stream, const std::function<cudaError_t()> &work)
+{
+    const std::lock_guard<std::recursive_mutex> held(lock);
+    if (is_ours(stream) && is_late()) {
+        stream->queue.push_back(work);
+        if (is_random()) run_some();
+        return cudaSuccess;
+    }
+    mq_shim_drain(stream);
+    return work();
+}
+
+/* ---- devices and their memory ---- */
 
 static size_t number(const char *name, size_t otherwise)
 {
@@ -75,7 +164,7 @@ cudaError_t cudaSetDevice(int device)
 
 cudaError_t cudaMemGetInfo(size_t *free_nbytes, size_t *total)
 {
-    const std::lock_guard<std::mutex> held(lock);
+    const std::lock_guard<std::recursive_mutex> held(lock);
     *total = number("MODELQ_SHIM_MEMORY", (size_t)1 << 34);
     *free_nbytes = *total > used ? *total - used : 0;
     return cudaSuccess;
@@ -83,20 +172,21 @@ cudaError_t cudaMemGetInfo(size_t *free_nbytes, size_t *total)
 
 cudaError_t cudaMalloc(void **out, size_t nbytes)
 {
-    const std::lock_guard<std::mutex> held(lock);
+    const std::lock_guard<std::recursive_mutex> held(lock);
     if (used + nbytes > number("MODELQ_SHIM_MEMORY", (size_t)1 << 34)) return cudaErrorMemoryAllocation;
     *out = mq_shim_alloc(nbytes);
     if (*out == NULL) return cudaErrorMemoryAllocation;
-    sizes[*out] = nbytes;
+    sizes[(char *)*out] = nbytes;
     used += nbytes;
     return cudaSuccess;
 }
 
 cudaError_t cudaFree(void *memory)
 {
-    const std::lock_guard<std::mutex> held(lock);
-    const auto found = sizes.find(memory);
+    const std::lock_guard<std::recursive_mutex> held(lock);
+    const auto found = sizes.find((char *)memory);
     if (found == sizes.end()) return cudaErrorInvalidValue;
+    drain_all();
     used -= found->second;
     sizes.erase(found);
     mq_shim_free(memory);
@@ -105,52 +195,84 @@ cudaError_t cudaFree(void *memory)
 
 cudaError_t cudaMallocHost(void **out, size_t nbytes)
 {
+    const std::lock_guard<std::recursive_mutex> held(lock);
     *out = malloc(nbytes);
-    return *out != NULL ? cudaSuccess : cudaErrorMemoryAllocation;
+    if (*out == NULL) return cudaErrorMemoryAllocation;
+    pinned[(char *)*out] = nbytes;
+    return cudaSuccess;
 }
 
 cudaError_t cudaFreeHost(void *memory)
 {
+    const std::lock_guard<std::recursive_mutex> held(lock);
+    drain_all();
+    pinned.erase((char *)memory);
     free(memory);
     return cudaSuccess;
 }
 
-cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t nbytes, cudaMemcpyKind, cudaStream_t)
+/* Memory of the host that is not pinned is read before the call returns, and written before it returns (CUDA Runtime
+ * API, "API synchronization behavior"). */
+cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t nbytes, cudaMemcpyKind, cudaStream_t stream)
 {
-    mq_shim_copy(to, from, nbytes);
-    return cudaSuccess;
+    const std::lock_guard<std::recursive_mutex> held(lock);
+    const auto copy = [=]() {
+        mq_shim_copy(to, from, nbytes);
+        return cudaSuccess;
+    };
+    if (!lies_in(sizes, to) && !lies_in(pinned, to)) {
+        mq_shim_drain(stream);
+        return copy();
+    }
+    if (lies_in(sizes, from) || lies_in(pinned, from) || !is_late()) return mq_shim_do(stream, copy);
+    const std::vector<char> held_back((const char *)from, (const char *)from + nbytes);
+    return mq_shim_do(stream, [=]() {
+        mq_shim_copy(to, held_back.data(), nbytes);
+        return cudaSuccess;
+    });
 }
 
-cudaError_t cudaMemsetAsync(void *memory, int byte, size_t nbytes, cudaStream_t)
+cudaError_t cudaMemsetAsync(void *memory, int byte, size_t nbytes, cudaStream_t stream)
 {
-    void *filled = malloc(nbytes);
-    if (filled == NULL) return cudaErrorMemoryAllocation;
-    memset(filled, byte, nbytes);
-    mq_shim_copy(memory, filled, nbytes);
-    free(filled);
-    return cudaSuccess;
+    return mq_shim_do(stream, [=]() {
+        const std::vector<char> filled(nbytes, (char)byte);
+        mq_shim_copy(memory, filled.data(), nbytes);
+        return cudaSuccess;
+    });
 }
+
+/* ---- streams and events ---- */
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t *out, unsigned)
 {
-    *out = new mq_shim_stream{current_device};
+    const std::lock_guard<std::recursive_mutex> held(lock);
+    *out = new mq_shim_stream{{}, 0, cudaSuccess};
+    streams.insert(*out);
     return cudaSuccess;
 }
 
 cudaError_t cudaStreamDestroy(cudaStream_t stream)
 {
+    const std::lock_guard<std::recursive_mutex> held(lock);
+    mq_shim_drain(stream);
+    streams.erase(stream);
     delete stream;
     return cudaSuccess;
 }
 
-cudaError_t cudaStreamSynchronize(cudaStream_t)
+cudaError_t cudaStreamSynchronize(cudaStream_t stream)
 {
-    return cudaSuccess;
+    const std::lock_guard<std::recursive_mutex> held(lock);
+    mq_shim_drain(stream);
+    if (!is_ours(stream)) return cudaSuccess;
+    const cudaError_t error = stream->error;
+    stream->error = cudaSuccess;
+    return error;
 }
 
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *out, unsigned)
 {
-    *out = new mq_shim_event{current_device};
+    *out = new mq_shim_event{NULL, 0};
     return cudaSuccess;
 }
 
@@ -160,17 +282,26 @@ cudaError_t cudaEventDestroy(cudaEvent_t event)
     return cudaSuccess;
 }
 
-cudaError_t cudaEventSynchronize(cudaEvent_t)
+cudaError_t cudaEventSynchronize(cudaEvent_t event)
 {
+    const std::lock_guard<std::recursive_mutex> held(lock);
+    if (is_ours(event->stream)) run_until(event->stream, event->place);
     return cudaSuccess;
 }
 
-cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t)
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream)
 {
+    const std::lock_guard<std::recursive_mutex> held(lock);
+    *event = {is_ours(stream) ? stream : NULL, is_ours(stream) ? stream->done + stream->queue.size() : 0};
     return cudaSuccess;
 }
 
-cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned)
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned)
 {
-    return cudaSuccess;
+    const std::lock_guard<std::recursive_mutex> held(lock);
+    const mq_shim_event now = *event;
+    return mq_shim_do(stream, [=]() {
+        if (is_ours(now.stream)) run_until(now.stream, now.place);
+        return cudaSuccess;
+    });
 }

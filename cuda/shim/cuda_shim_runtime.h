@@ -1,11 +1,15 @@
-/* The calls of the CUDA runtime that device.cu makes, on a machine that is all host: one device, whose memory crashes
- * whoever touches it while no kernel runs, and streams that do everything at once. Tests say by the environment what
- * the machine is like: MODELQ_SHIM_DRIVER (the driver's CUDA version, 0 = there is no driver), MODELQ_SHIM_DEVICES,
- * MODELQ_SHIM_MEMORY (bytes of a device). */
+/* The calls of the CUDA runtime that device.cu makes, on a machine that is all host: devices whose memory crashes
+ * whoever touches it while no kernel runs, and streams. Tests say by the environment what the machine is like:
+ * MODELQ_SHIM_DRIVER (the driver's CUDA version, 0 = there is no driver), MODELQ_SHIM_DEVICES, MODELQ_SHIM_MEMORY
+ * (bytes of a device), and MODELQ_SHIM_STREAMS: "late" has streams do nothing before somebody waits for it, so that an
+ * order that nobody asked for is not there; "random" has them do some now and then; else they do everything at once.
+ * The default stream does everything at once, after all others. */
 #ifndef MODELQ_CUDA_SHIM_RUNTIME_H
 #define MODELQ_CUDA_SHIM_RUNTIME_H
 
 #include <stddef.h>
+
+#include <functional>
 
 #define CUDART_VERSION 13000
 
@@ -19,6 +23,11 @@ typedef struct cudaDeviceProp {
 enum { cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2, cudaMemcpyDeviceToDevice = 3,
                       cudaMemcpyDefault = 4 };
+
+/* Work for a stream. Errors of late work come when it is waited for. */
+cudaError_t mq_shim_do(cudaStream_t stream, const std::function<cudaError_t()> &work);
+/* All that the stream was asked for. */
+cudaError_t mq_shim_drain(cudaStream_t stream);
 
 cudaError_t cudaGetLastError();
 cudaError_t cudaDriverGetVersion(int *version);

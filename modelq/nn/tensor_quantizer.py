@@ -250,7 +250,7 @@ class TensorQuantizer(OnDevice):
         core = self.core if x is not None else without_rounding(self.core)
         if x is None and core.pre_quant_scale is None and not core.rotate:
             return gradient
-        library = self._library_for(gradient) if not core.rotate else None
+        library = self._library_for(gradient)
         if library is not None:
             return self._gradient_there(library, core, gradient, x)
         array = take(gradient, self.name)

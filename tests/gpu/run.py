@@ -90,6 +90,14 @@ def sanitizer(table: Table, environment: dict) -> None:
         run_tests(table, "sanitizer", name, command, environment)
 
 
+def products(table: Table, environment: dict, is_emulated: bool) -> None:
+    """bench_gemm.py has a table of its own."""
+    command = [sys.executable, str(ROOT / "tests/gpu/bench_gemm.py"), *(["--emulated"] if is_emulated else [])]
+    done = subprocess.run(command, cwd=ROOT / "tests", env=environment, capture_output=True, text=True)
+    table.add("bench", "bench_gemm.py", "below" if done.returncode == 0 else f"exit code {done.returncode}", done.returncode != 0)
+    print(done.stdout, done.stderr[-3000:] if done.returncode else "", sep="\n")
+
+
 def benches(table: Table, environment: dict, is_emulated: bool) -> None:
     command = [sys.executable, str(ROOT / "tests/gpu/bench.py"), *(["--smoke"] if is_emulated else [])]
     done = subprocess.run(command, cwd=ROOT / "tests", env=environment, capture_output=True, text=True)
@@ -149,6 +157,8 @@ def main() -> int:
             sanitizer(table, environment)
         if "bench" in given.only:
             benches(table, environment, given.emulated)
+            if (ROOT / "tests/gpu/bench_gemm.py").exists() and not given.emulated:
+                products(table, environment, given.emulated)
     return int(table.is_bad)
 
 
