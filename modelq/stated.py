@@ -118,6 +118,7 @@ def _weight_amax(model: Any, row: dict[str, Any], own: bool = False) -> dict[str
     if kept is not None and has_static_levels(stages[0]) and stages[0].amax is None:
         return {name: np.asarray(kept.whole), name + BLOCKS: kept}
     found: list[Any] = [own_part(model, name, stage.amax) for stage in stages]
+    found = [of_stack(model, row, stage, amax) for stage, amax in enumerate(found)]
     restated = not own and is_restated(model, row)
     if restated:
         tensor = stated_weight(model, row, as_loaded(model, model.checkpoint.read(row["weight"])))
@@ -129,6 +130,27 @@ def _weight_amax(model: Any, row: dict[str, Any], own: bool = False) -> dict[str
         whole = None if restated else stages[0].global_amax
         stated[name] = np.float32(stated[name].max(initial=0)) if whole is None else _checked(name, whole)
     return stated
+
+
+def stacks_of(model: Any) -> str | None:
+    """How the experts of a native model's checkpoint are stacked (modelq.checkpoint.stacked), if they are."""
+    from modelq.checkpoint.stacked import layout_of
+    return None if getattr(model, "runtime", None) is None else layout_of(model.config)
+
+
+def as_divided(model: Any, row: dict[str, Any], weight: np.ndarray) -> np.ndarray:
+    """A weight as it meets its scale: the reference divides stacks of experts in float32, and rounds once, other weights in their own
+    dtype."""
+    return weight.astype(np.float32) if row.get("expert") is not None and stacks_of(model) is not None else weight
+
+
+def of_stack(model: Any, row: dict[str, Any], stage: int, amax: Any) -> Any:
+    """The amax of a stage of a weight's quantizer, or that of all experts: experts in one tensor have one number for all."""
+    if amax is None or np.ndim(amax) or row.get("expert") is None or stacks_of(model) is None:
+        return amax
+    matrix = place_of(model, f"{row['name']}.weight_quantizer").name.rpartition(".")[0]
+    return np.max([stage_quantizers(model.quantizers[f"{matrix}.{expert}"])[stage].amax
+                   for expert in range(model.runtime.experts(row["layer"]))])
 
 
 def _checked(name: str, amax: Any) -> np.ndarray:

@@ -18,7 +18,7 @@ from modelq.progress import progress
 from modelq.quantizers import Found, block_extents, found_values, make_quantizer, set_found_values, stage_quantizers
 from modelq.rules import stages
 from modelq.smoothing import as_loaded, norm_scales, own_scale, own_weight, stated_weight, times_norm
-from modelq.stated import stated_weight_amax
+from modelq.stated import as_divided, of_stack, stacks_of, stated_weight_amax
 
 if TYPE_CHECKING:
     from modelq.model import Model
@@ -142,11 +142,14 @@ def head_tensors(model: Model) -> dict[str, np.ndarray]:
 
 
 def read(model: Model, names: Iterable[str], modules: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
-    """Arrays by tensor name; the weights of `modules` smoothed, and as their quantizers make them if the model simulates that."""
+    """Arrays by tensor name; weights smoothed, and as their quantizers make them if the model simulates that. modules: all of the part that
+    the names are of, since norms take up what smooths the linears behind them."""
+    names = list(names)
+    wanted = [module for module in modules if module["weight"] in names]
     if model.simulate:
-        made = {module["weight"]: simulated(model, module) for module in modules if _is_simulated(model, module)}
+        made = {module["weight"]: simulated(model, module) for module in wanted if _is_simulated(model, module)}
     else:
-        made = {module["weight"]: smoothed(model, module) for module in modules if is_smoothed(model, module)}
+        made = {module["weight"]: smoothed(model, module) for module in wanted if is_smoothed(model, module)}
     tensors = {name: made[name] if name in made else model.checkpoint.read(name) for name in names}
     if not model.float32_weights:
         for name, scale in norm_scales(model, modules).items():
@@ -158,7 +161,7 @@ def read_stored(model: Model, names: Iterable[str], modules: Sequence[dict[str, 
     """As `read`, but weights that are packed in memory or in the checkpoint come as (parts, scheme, dtype, block_size): the runtime
     multiplies with the codes, and has the results of what they stand for. pack: so do fake-quantized ones."""
     made = {module["weight"]: found for module in modules if (found := stored(model, module, pack)) is not None}
-    return read(model, [name for name in names if name not in made], [m for m in modules if m["weight"] not in made]) | made
+    return read(model, [name for name in names if name not in made], modules) | made
 
 
 def stored(model: Model, module: dict[str, Any], pack: bool = False) -> Any:
@@ -210,8 +213,9 @@ def fake_quantize(model: Model, module: dict[str, Any], tensor: np.ndarray) -> n
     name = f"{module['name']}.weight_quantizer"
     quantizer, setting = quantizer_of(model, name), model.settings[place_of(model, name).name]
     if model.float32_weights and module["name"] not in getattr(model, "kept_blocks", {}):
-        if place_of(model, name).parts > 1:
-            found = [Found(own_part(model, name, stage.amax), global_amax=stage.global_amax) for stage in stage_quantizers(quantizer)]
+        if place_of(model, name).parts > 1 or (module["expert"] is not None and stacks_of(model) is not None):
+            found = [Found(of_stack(model, module, index, own_part(model, name, stage.amax)), global_amax=stage.global_amax)
+                     for index, stage in enumerate(stage_quantizers(quantizer))]
             quantizer = make_quantizer(setting)
             set_found_values(quantizer, found)
         branch = model.low_rank.get(module["name"])
@@ -226,7 +230,8 @@ def fake_quantize(model: Model, module: dict[str, Any], tensor: np.ndarray) -> n
         set_found_values(plain, [Found(stated.amax) for stated in stated_weight_amax(model, module)])
         return plain(tensor)
     schemes = [pair.weight] + [stage.scheme for stage in stage_quantizers(quantizer)[1:]]
+    dtype, tensor = tensor.dtype, as_divided(model, module, tensor)
     for scheme, attributes, stated in zip(schemes, stages(setting), stated_weight_amax(model, module)):
         size = block_extents(attributes).get(-1)
         tensor = _core.fake_quantize(tensor, scheme, block_size=size, name=module["weight"], **stated.arguments())
-    return tensor
+    return tensor.astype(dtype, copy=False)

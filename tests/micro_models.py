@@ -46,6 +46,16 @@ MODELS = {
     "qwen2_moe windows": ("Qwen2MoeConfig", BASE | {
         "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "shared_expert_intermediate_size": 28,
         "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 3, "qkv_bias": False, "norm_topk_prob": True}),
+    "gpt_oss": ("GptOssConfig", BASE | HEAD | {
+        "sliding_window": 6, "num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": YARN | {"truncate": False}}),
+    "llama4": ("Llama4TextConfig", BASE | HEAD | {
+        "intermediate_size": 32, "intermediate_size_mlp": 48, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "interleave_moe_layer_step": 2, "no_rope_layer_interval": 4, "attention_chunk_size": 7, "floor_scale": 4, "attn_scale": 0.4,
+        "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                            "original_max_position_embeddings": 16}}),
+    "llama4 without norms": ("Llama4TextConfig", BASE | HEAD | {
+        "intermediate_size": 32, "intermediate_size_mlp": 48, "num_local_experts": 4, "num_experts_per_tok": 1, "use_qk_norm": False,
+        "attn_temperature_tuning": False, "no_rope_layer_interval": 2, "attention_chunk_size": 8}),
     "deepseek_v3": ("DeepseekV3Config", LATENT | {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.2}}),
     "deepseek_v3 without q_lora": ("DeepseekV3Config", LATENT | {
         "q_lora_rank": None, "n_group": 1, "topk_group": 1, "norm_topk_prob": False, "rope_interleave": False, "attention_bias": True}),

@@ -58,7 +58,8 @@ def weights(blocks, seed=0):
                 inner = INNER[ffn["ffn_mult"]]
                 shapes |= {f"{root}mlp.gate_proj": (inner, HIDDEN), f"{root}mlp.up_proj": (inner, HIDDEN),
                            f"{root}mlp.down_proj": (HIDDEN, inner)}
-    return {f"{name}.weight": (random.standard_normal(shape) * 0.15 + (len(shape) == 1)).astype(np.float32) for name, shape in shapes.items()}
+    return {f"{name}.weight": (random.standard_normal(shape) * 0.15 + (len(shape) == 1)).astype(np.float32)
+            for name, shape in shapes.items()}
 
 
 def save(folder, blocks, tensors, **changes):

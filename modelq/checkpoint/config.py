@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from modelq.checkpoint.config_families import blocks, family_config, latent_experts
+from modelq.checkpoint.config_families import blocks, family_config, gpt_oss, latent_experts, llama4
 from modelq.checkpoint.config_layers import expert_config, layer_windows
 from modelq.checkpoint.config_rope import rope_config
 from modelq.checkpoint.config_values import Config
@@ -35,16 +35,24 @@ _ABSENT: dict[str, dict[str, Any]] = {
     "phi3": {"sliding_window": None, "rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096, "max_position_embeddings": 4096},
     "gemma2": _GEMMA | {"vocab_size": 256000, "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0},
     "gemma3_text": _GEMMA | {"vocab_size": 262208},
+    "gpt_oss": {"num_key_value_heads": 8, "head_dim": 64, "sliding_window": 128, "rms_norm_eps": 1e-5, "attention_bias": True,
+                "num_local_experts": 128, "num_experts_per_tok": 4, "rope_theta": 150000.0, "rope_parameters": {
+                    "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+                    "original_max_position_embeddings": 4096}},
+    "llama4_text": {"num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 8192, "intermediate_size_mlp": 16384,
+                    "num_local_experts": 16, "num_experts_per_tok": 1, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
+                    "attention_chunk_size": 8192},
     "deepseek_v3": {"num_key_value_heads": 128, "q_lora_rank": 1536, "first_k_dense_replace": 3, "n_routed_experts": 256, "n_group": 8,
                     "topk_group": 4, "n_shared_experts": 1, "num_experts_per_tok": 8, "routed_scaling_factor": 2.5, "kv_lora_rank": 512,
                     "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128, "moe_intermediate_size": 2048},
 }
 _HAS_BIAS_KEYS = {"llama": ("attention_bias", "mlp_bias"), "qwen3": ("attention_bias",), "qwen3_moe": ("attention_bias",),
                   "granite": ("attention_bias", "mlp_bias"), "olmo2": ("attention_bias",), "gemma2": ("attention_bias",),
-                  "gemma3": ("attention_bias",), "deepseek_v3": ("attention_bias",),
+                  "gemma3": ("attention_bias",), "deepseek_v3": ("attention_bias",), "gpt_oss": ("attention_bias",),
+                  "llama4_text": ("attention_bias",),
                   "nemotron-nas": ("attention_bias", "mlp_bias"), "deci": ("attention_bias", "mlp_bias")}
 # Checkpoints of several models: the language model's config is inside, and its tensors' names begin with one of these.
-_NESTED = {"gemma3": "gemma3_text"}
+_NESTED = {"gemma3": "gemma3_text", "llama4": "llama4_text"}
 
 
 class UnknownFamily(ValueError):
@@ -78,7 +86,12 @@ def runtime_config(hf_config: Mapping[str, Any], tensors: Iterable[str] = ()) ->
         flat[key] = key in _HAS_BIAS_KEYS.get(family if family == "gemma3" else model_type, ()) and config.boolean(key, False)
     flat["hidden_act"] = _activation(config, family)
     flat.update(rope_config(config, family, flat["head_dim"]))
-    layer_experts = latent_experts(config, flat) if "latent" in row["flags"] else expert_config(config, row, flat)
+    if family == "llama4":
+        layer_experts, found = llama4(config, flat)
+        per_layer |= found
+    else:
+        layer_experts = gpt_oss(config, flat) if family == "gpt_oss" else latent_experts(config, flat) if "latent" in row["flags"] else \
+            expert_config(config, row, flat)
     windows = layer_windows(config, model_type, flat["num_hidden_layers"])
     config.refuse_unknown(family)
     flat["sliding_window"] = windows[0] if len(set(windows)) == 1 else 0

@@ -24,6 +24,41 @@ def family_config(config: Config, row: Mapping[str, Any], flat: dict[str, Any]) 
     return {}
 
 
+def gpt_oss(config: Config, flat: dict[str, Any]) -> list[bool]:
+    """Every layer has experts; what config.json calls silu is gpt-oss's own activation, with the limit that transformers has too."""
+    config.only("swiglu_limit", 7.0)
+    for key in ("experts_per_token", "initial_context_length"):     # what num_experts_per_tok and rope say too
+        config.get(key)
+    flat |= {"hidden_act": "swiglu_clamped", "swiglu_limit": 7.0, "num_experts": config.integer("num_local_experts"),
+             "num_experts_per_tok": config.integer("num_experts_per_tok"), "norm_topk_prob": True}
+    return [True] * flat["num_hidden_layers"]
+
+
+def llama4(config: Config, flat: dict[str, Any]) -> tuple[list[bool], dict[str, list[int]]]:
+    """Which layers have experts; and each layer's rope and chunks of attention. The MLP of the others has a size of its own."""
+    layers = flat["num_hidden_layers"]
+    step, interval = config.integer("interleave_moe_layer_step", 1), config.integer("no_rope_layer_interval", 4)
+    experts = config.get("moe_layers", list(range(step - 1, layers, step)))
+    roped = config.get("no_rope_layers") or [int((layer + 1) % interval != 0) for layer in range(layers)]
+    types = config.get("layer_types", ["chunked_attention" if rope else "full_attention" for rope in roped])
+    if not isinstance(experts, list) or not all(type(layer) is int and 0 <= layer < layers for layer in experts):
+        raise ValueError(f"config.json: moe_layers {experts!r}: expected numbers of layers, of {layers}")
+    if not isinstance(roped, list) or len(roped) != layers or not set(roped) <= {0, 1}:
+        raise ValueError(f"config.json: no_rope_layers {roped!r}: expected 0 or 1 for each of {layers}")
+    if not isinstance(types, list) or len(types) != layers or not {str(kind) for kind in types} <= {"chunked_attention", "full_attention"}:
+        raise ValueError(f"config.json: layer_types {types!r}: expected full_attention or chunked_attention for each of {layers}")
+    chunk = config.integer("attention_chunk_size", None) or 0
+    tuned = config.boolean("attn_temperature_tuning", True)
+    floor, scale = config.integer("floor_scale", 8192), config.real("attn_scale", 0.1)
+    inner = flat["intermediate_size"]
+    flat |= {"num_experts": config.integer("num_local_experts"), "num_experts_per_tok": config.integer("num_experts_per_tok"),
+             "moe_intermediate_size": inner, "shared_intermediate_size": inner, "routing": "sigmoid", "rope_interleaved": True,
+             "qk_unit_norm": config.boolean("use_qk_norm", True), "attention_floor": floor if tuned else 0, "attention_scale": scale,
+             "intermediate_size": config.integer("intermediate_size_mlp")}
+    return [layer in experts for layer in range(layers)], {
+        "layer_ropes": list(roped), "layer_chunks": [chunk if kind == "chunked_attention" else 0 for kind in types]}
+
+
 def _gemma(config: Config, flat: dict[str, Any]) -> dict[str, Any]:
     config.only("use_bidirectional_attention", None, False)
     caps = {key: config.real(key) for key in ("final_logit_softcapping", "attn_logit_softcapping") if config.get(key) is not None}

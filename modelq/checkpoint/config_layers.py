@@ -32,7 +32,9 @@ def layer_windows(config: Config, model_type: str, layers: int) -> list[int]:
 
 def _layer_types(config: Config, model_type: str, windowed: bool, layers: int) -> list[str]:
     """Where config.json does not say: what the config classes of transformers fill in."""
-    if model_type.startswith("gemma"):
+    if model_type == "gpt_oss":
+        sliding = [(i + 1) % 2 == 1 for i in range(layers)]
+    elif model_type.startswith("gemma"):
         default = 2 if model_type == "gemma2" else 6
         pattern = config.integer("sliding_window_pattern", None) or config.integer("_sliding_window_pattern", default)
         sliding = [bool((i + 1) % pattern) for i in range(layers)]

@@ -22,6 +22,7 @@ from modelq.checkpoint.quantization_config import find_quantization
 from modelq.checkpoint.quantized_layers import QuantizedLayer, find_layers, model_dtype, module_of
 from modelq.checkpoint.said import AGAIN, Said
 from modelq.checkpoint.spelling import amax_of
+from modelq.checkpoint.stacked import StackedExperts, unstacked
 
 if TYPE_CHECKING:
     from modelq.checkpoint.tokenizer import Tokenizer
@@ -29,10 +30,11 @@ if TYPE_CHECKING:
 
 def open_quantized(checkpoint: Checkpoint) -> Checkpoint:
     """`checkpoint` itself if it is not quantized (or wrapped already), else what dequantizes it around it."""
-    if isinstance(checkpoint, (QuantizedCheckpoint, Mxfp4Checkpoint)):
+    if isinstance(checkpoint, (QuantizedCheckpoint, Mxfp4Checkpoint, StackedExperts)):
         return checkpoint
     if is_mxfp4(checkpoint.config):
-        return Mxfp4Checkpoint(checkpoint)
+        return unstacked(Mxfp4Checkpoint(checkpoint))
+    checkpoint = unstacked(checkpoint)
     quantization = find_quantization(checkpoint.path, checkpoint.config)
     return checkpoint if quantization is None else QuantizedCheckpoint(checkpoint, *quantization)
 

@@ -60,11 +60,15 @@ def export_hf_checkpoint(model: Any, export_dir: str | os.PathLike[str] | None =
 
     model, plan = plan_export(model, dtype, dialect, engine)
     files = WRITERS[plan.dialect](plan)
+    from modelq.checkpoint.stacked import StackingWriter, stacked_plan
     from modelq.checkpoint.writer import ShardedWriter, atomic_directory
+    from modelq.stated import stacks_of
 
+    layout = stacks_of(model)
+    tensors = plan.tensors if layout is None else stacked_plan(plan.tensors, layout)
     with atomic_directory(Path(export_dir), overwrite=overwrite) as folder:
-        with ShardedWriter(folder, plan.tensors, max_shard_size=max_shard_size) as writer:
-            _write_tensors(model, plan, writer)
+        with ShardedWriter(folder, tensors, max_shard_size=max_shard_size) as writer:
+            _write_tensors(model, plan, writer if layout is None else StackingWriter(writer, plan.tensors, layout))
         copy_side_files(model.checkpoint, folder)
         for name, content in files.others.items():
             write_json(folder / name, content)
@@ -107,13 +111,15 @@ def export_dtype(dtype: Any, config: dict[str, Any], tensors: Mapping[str, Tenso
 def _write_tensors(model: Any, plan: Plan, writer: Any) -> None:
     from modelq.progress import progress
     from modelq.smoothing import as_loaded, stated_weight, times_norm
+    from modelq.stated import as_divided
 
     checkpoint = model.checkpoint
     for name in progress(plan.order, "export", unit="tensor"):
         array = checkpoint.read(plan.linears[name].weight if name in plan.linears else name)
         if name in plan.linears:
             linear = plan.linears[name]
-            _write_linear(linear, stated_weight(model, linear.row, as_loaded(model, array)), writer, plan.dialect)
+            weight = stated_weight(model, linear.row, as_loaded(model, array))
+            _write_linear(linear, as_divided(model, linear.row, weight), writer, plan.dialect)
         elif name in plan.norms:
             writer.write(name, _cast(times_norm(model, name, array, plan.norms[name]), plan.copies[name].dtype))
         else:

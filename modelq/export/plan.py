@@ -16,13 +16,14 @@ from modelq.checkpoint.base import TensorInfo
 from modelq.checkpoint.dialects import Form, Pair
 from modelq.export.copies import LINEAR_LIKE, planned_copies, tensor_info
 from modelq.export.kv_cache import Cache, plan_cache
+from modelq.checkpoint.stacked import FORMATS, container_of
 from modelq.experts import place_of, quantizer_of
 from modelq.foreign import OWN_QUANTIZERS, others_of
 from modelq.groups import pair_of, siblings
 from modelq.quantizers import stage_quantizers
 from modelq.rules import stages
 from modelq.smoothing import folding_norm, folds_all, is_stored, norm_scales, stated_scale
-from modelq.stated import StatedAmax, scaling, stated_amax
+from modelq.stated import StatedAmax, scaling, stacks_of, stated_amax
 from modelq.supported import partial_block
 from modelq.tables import listed
 
@@ -111,7 +112,21 @@ def make_plan(model: Any, dtype: str, dialect: str, share_all: bool = False, smo
     plan.unquantized.extend(row["name"] for row in others if row["weight"].endswith(".weight") or row["kind"] == "stacked experts")
     plan.unquantized_linears.extend(row["name"] for row in model.modules if row["name"] not in names and row["kind"] == "linear")
     plan.unquantized_linears.extend(row["name"] for row in others if row["kind"] in LINEAR_LIKE)
+    if stacks_of(model) is not None:
+        _check_stacks(plan)
+        for names in (plan.unquantized, plan.unquantized_linears):
+            names[:] = dict.fromkeys(container_of(name) for name in names)
     return plan
+
+
+def _check_stacks(plan: Plan) -> None:
+    """Experts in one tensor are quantized all alike, in a format whose parts have a place beside it."""
+    experts = [linear for linear in plan.linears.values() if linear.row.get("expert") is not None]
+    wrong = next((linear for linear in experts if linear.pair.weight not in FORMATS or plan.dialect != "modelopt"), None)
+    if wrong is not None:
+        raise ValueError(f"{wrong.module}: {wrong.pair.weight} in the {plan.dialect} dialect: experts in one tensor have "
+                         f"{' and '.join(FORMATS)} in the modelopt dialect; leave them out with "
+                         f"{{'quantizer_name': '{container_of(wrong.module)}', 'enable': False}}")
 
 
 def _warn_of_outputs(model: Any) -> None:

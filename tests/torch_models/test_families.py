@@ -5,12 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 import modelq
 import modelq._core as core
 import modelq.quantization as mtq
 from micro_models import LENGTH, MODELS, build, inputs, save
+from modelq.checkpoint import open_checkpoint
 from modelq.export import export_hf_checkpoint
 from modelq.gradients import backward
 
@@ -87,14 +89,14 @@ def test_gradients(case, tmp_path):
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
-    wanted = load_file(save(theirs, tmp_path / "gradients") / "model.safetensors")
+    wanted = open_checkpoint(save(theirs, tmp_path / "gradients")).read      # experts that are stacked as linears
     model = modelq.load(folder, compute="float32")
     names = dict.fromkeys(module[kind] for module in model.modules for kind in ("weight", "bias")
                           if module[kind] is not None and module["kind"] != "vector")
     found = backward(model, [{"input_ids": ids, "attention_mask": right, "labels": labels}], names)
     np.testing.assert_allclose(found.losses, loss.item(), rtol=1e-5)
     for name, gradient in found.weights.items():
-        assert np.linalg.norm(gradient - wanted[name]) <= GRADIENTS * np.linalg.norm(wanted[name]) + 1e-7, name
+        assert np.linalg.norm(gradient - wanted(name)) <= GRADIENTS * np.linalg.norm(wanted(name)) + 1e-7, name
 
 
 def test_all_tensors_are_known(case):
@@ -105,14 +107,19 @@ def test_all_tensors_are_known(case):
     assert used == set(model.checkpoint.tensors)
 
 
-@pytest.mark.parametrize("preset", ["FP8_DEFAULT_CFG", "INT8_SMOOTHQUANT_CFG", "INT4_AWQ_CFG"])
+@pytest.mark.parametrize("preset", ["FP8_DEFAULT_CFG", "NVFP4_DEFAULT_CFG", "INT8_SMOOTHQUANT_CFG", "INT4_AWQ_CFG"])
 def test_export_computes_what_was_simulated(case, preset, tmp_path):
     _, theirs, folder = case
     model = modelq.load(folder, compute="bfloat16")
     ids, _, right = inputs()
-    mtq.quantize(model, with_small_blocks(getattr(mtq, preset)), lambda model: model(ids, attention_mask=right))
+    config = with_small_blocks(getattr(mtq, preset))
+    if preset == "NVFP4_DEFAULT_CFG" and case[0].startswith(("qwen2_moe", "deepseek")):
+        pytest.skip("sizes of these are no multiples of 16")
+    if case[0].startswith(("gpt_oss", "llama4")) and preset[:3] == "INT":       # a stack of experts has no place for these
+        config["quant_cfg"].append({"quantizer_name": "*experts*", "enable": False})
+    mtq.quantize(model, config, lambda model: model(ids, attention_mask=right))
     simulated = model(ids).logits
-    assert 0 < np.linalg.norm(simulated - logits_of(theirs, ids)) < 0.5 * np.linalg.norm(simulated)
+    assert 0 < np.linalg.norm(simulated - logits_of(theirs, ids)) < 0.7 * np.linalg.norm(simulated)
     export_hf_checkpoint(model, export_dir=tmp_path / "export")
     again = modelq.load(tmp_path / "export", compute="bfloat16")
     assert np.linalg.norm(again(ids).logits - simulated) < 0.03 * np.linalg.norm(simulated)
@@ -121,6 +128,13 @@ def test_export_computes_what_was_simulated(case, preset, tmp_path):
     assert {key: written[key] for key in source} == source
     stems = {name.rpartition(".")[0] for name in model.checkpoint.tensors}
     assert {name.rpartition(".")[0] for name in again.checkpoint.tensors} == stems
+    with safe_open(folder / "model.safetensors", "np") as source, safe_open(tmp_path / "export" / "model.safetensors", "np") as file:
+        assert set(source.keys()) <= set(file.keys()) | {"lm_head.weight"}
+        stacks = [name for name in source.keys() if name.endswith((".experts.gate_up_proj", ".experts.down_proj"))]
+        assert bool(stacks) == case[0].startswith(("gpt_oss", "llama4"))
+        for name in stacks if preset == "FP8_DEFAULT_CFG" else ():
+            assert file.get_slice(name).get_shape() == source.get_slice(name).get_shape() and file.get_slice(name).get_dtype() == "F8_E4M3"
+            assert file.get_slice(f"{name}_weight_scale").get_shape() == file.get_slice(f"{name}_input_scale").get_shape() == []
 
 
 def with_small_blocks(config):
@@ -128,13 +142,15 @@ def with_small_blocks(config):
     config = copy.deepcopy(config)
     for rule in config["quant_cfg"]:
         for part in rule.get("cfg") if isinstance(rule.get("cfg"), list) else [rule.get("cfg")]:
-            if isinstance(part, dict) and -1 in (part.get("block_sizes") or {}):
+            if isinstance(part, dict) and (part.get("block_sizes") or {}).get(-1, 0) > 16:
                 part["block_sizes"][-1] = 4
     return config
 
 
 def test_every_family_is_here():
-    assert {row["family"] for row in core.archs()} - {name.split()[0] for name in MODELS} <= {"qwen2", "qwen3", "qwen3_moe", "mixtral"}
+    """Others than these have tests of their own, with golden files or in NumPy."""
+    elsewhere = {"qwen2", "qwen3", "qwen3_moe", "mixtral", "nemotron_nas"}
+    assert {row["family"] for row in core.archs()} - {name.split()[0] for name in MODELS} == elsewhere
 
 
 def test_folded_norms_multiply_by_what_they_did(tmp_path):
@@ -170,9 +186,11 @@ def test_language_model_inside_another(tmp_path):
     """Gemma 3's checkpoints hold a vision tower too: it is copied to the bit, and names stay those of the Hub."""
     import transformers as tf
     text = {**MODELS["gemma3"][1], "vocab_size": 64}
-    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+              "patch_size": 14}
     torch.manual_seed(0)
-    theirs = tf.Gemma3ForConditionalGeneration(tf.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)).eval().float()
+    config = tf.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    theirs = tf.Gemma3ForConditionalGeneration(config).eval().float()
     folder = save(theirs, tmp_path / "source")
     model = modelq.load(folder, compute="float32")
     ids, left, _ = inputs()
@@ -181,6 +199,7 @@ def test_language_model_inside_another(tmp_path):
                         token_type_ids=torch.zeros(ids.shape, dtype=torch.long)).logits.numpy()
     seen = left.astype(bool)
     np.testing.assert_allclose(model(ids, attention_mask=left).logits[seen], wanted[seen], rtol=0, atol=LOGITS)
+    model = modelq.load(folder, compute="bfloat16")
     mtq.quantize(model, mtq.FP8_DEFAULT_CFG, lambda model: model(ids))
     export_hf_checkpoint(model, export_dir=tmp_path / "export")
     before, after = (load_raw(path / "model.safetensors") for path in (folder, tmp_path / "export"))
@@ -189,7 +208,7 @@ def test_language_model_inside_another(tmp_path):
     assert len(towers) > 10 and all(np.array_equal(before[name], after[name]) for name in towers)
     quantized = [name for name in after if name.endswith("weight_scale")]
     assert len(quantized) == 7 * 4 and all(".layers." in name and "language_model" in name for name in quantized)
-    again = modelq.load(tmp_path / "export", compute="float32")
+    again = modelq.load(tmp_path / "export", compute="bfloat16")
     assert np.linalg.norm(again(ids).logits - model(ids).logits) < 0.03 * np.linalg.norm(model(ids).logits)
 
 
@@ -200,7 +219,8 @@ def load_raw(path):
 
 # Keys whose value is a shape, or a spelling, that other keys repeat.
 REPEATED = {"layer_types", "_sliding_window_pattern", "sliding_window_pattern", "sliding_window", "use_sliding_window", "max_window_layers",
-            "head_dim", "qk_head_dim", "num_local_experts", "partial_rotary_factor", "original_max_position_embeddings"}
+            "head_dim", "qk_head_dim", "num_local_experts", "partial_rotary_factor", "original_max_position_embeddings",
+            "interleave_moe_layer_step", "no_rope_layer_interval"}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -214,14 +234,15 @@ def test_every_key_counts_or_is_refused(name):
     config["architectures"] = [next(row["architectures"][0] for row in core.archs() if row["family"] == name.split()[0])]
     plain, silent = runtime_config(config), []
     for key, value in config.items():
-        if key in HARMLESS | REPEATED:
+        if key in HARMLESS | REPEATED or (key == "floor_scale" and not config["attn_temperature_tuning"]):
             continue
         for other in changed(value):
             try:
                 if runtime_config({**config, key: other}) == plain:
                     silent.append((key, value, other))
             except ValueError as error:
-                assert any(word in str(error) for word in (key, "num_attention_heads", "groups", "layer_types")), (key, error)
+                words = (key, "num_attention_heads", "groups", "layer_types", "no_rope_layers")
+                assert any(word in str(error) for word in words), (key, error)
     assert not silent
     with pytest.raises(ValueError, match="query_scale is 2.0, which is not known"):
         runtime_config(config | {"query_scale": 2.0})
@@ -241,3 +262,72 @@ def changed(value):
     if isinstance(value, list):
         return [[*value[:-1], value[-1] + 1]] if value and isinstance(value[-1], int) else [["another"]]
     return [3.0]
+
+
+def test_language_model_and_stacks_inside_another(tmp_path):
+    """Llama 4's checkpoints: names with a prefix, experts in stacks, a vision tower."""
+    import transformers as tf
+    text = {key: value for key, value in MODELS["llama4"][1].items()}
+    vision = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+              "patch_size": 14, "vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16}
+    torch.manual_seed(0)
+    theirs = tf.Llama4ForConditionalGeneration(tf.Llama4Config(text_config=text, vision_config=vision)).eval().float()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.copy_(torch.randn(parameter.shape) * 0.15 if parameter.ndim >= 2 else parameter + torch.randn(parameter.shape) * 0.2)
+    folder = save(theirs, tmp_path / "source")
+    model = modelq.load(folder, compute="float32")
+    ids, left, _ = inputs()
+    with torch.no_grad():
+        wanted = theirs(input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(left)).logits.numpy()
+    seen = left.astype(bool)
+    np.testing.assert_allclose(model(ids, attention_mask=left).logits[seen], wanted[seen], rtol=0, atol=LOGITS)
+    model = modelq.load(folder, compute="bfloat16")
+    mtq.quantize(model, mtq.FP8_DEFAULT_CFG, lambda model: model(ids))
+    export_hf_checkpoint(model, export_dir=tmp_path / "export")
+    before, after = (load_raw(path / "model.safetensors") for path in (folder, tmp_path / "export"))
+    assert set(before) <= set(after)
+    towers = [name for name in before if "vision_model" in name or "multi_modal" in name]
+    assert len(towers) > 10 and all(np.array_equal(before[name], after[name]) for name in towers)
+    assert "language_model.model.layers.1.feed_forward.experts.gate_up_proj_weight_scale" in after
+    again = modelq.load(tmp_path / "export", compute="bfloat16")
+    assert np.linalg.norm(again(ids).logits - model(ids).logits) < 0.03 * np.linalg.norm(model(ids).logits)
+
+
+@pytest.mark.parametrize("target", ["NVFP4_DEFAULT_CFG", "FP8_DEFAULT_CFG"])
+def test_experts_stored_in_mxfp4(target, tmp_path):
+    """gpt-oss as it is published: what MXFP4 stands for is computed, and quantized anew."""
+    arguments = MODELS["gpt_oss"][1] | {"hidden_size": 64, "intermediate_size": 32}
+    MODELS["gpt_oss, stored"] = ("GptOssConfig", arguments)
+    try:
+        theirs = build("gpt_oss, stored")
+    finally:
+        del MODELS["gpt_oss, stored"]
+    stored = {}
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if name.endswith(("gate_up_proj", "down_proj")):
+                parts = [core.quantize(np.ascontiguousarray(one.numpy().T), "mxfp4") for one in parameter]
+                parameter.copy_(torch.stack([torch.from_numpy(core.dequantize(part, "mxfp4", "float32").T.copy()) for part in parts]))
+                rows, columns = parameter.shape[2], parameter.shape[1]
+                stored[f"{name}_blocks"] = np.stack([part["weight"].reshape(rows, columns // 32, 16) for part in parts])
+                stored[f"{name}_scales"] = np.stack([part["weight_scale"].reshape(rows, columns // 32) for part in parts])
+    folder = save(theirs, tmp_path / "source")
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(("gate_up_proj", "down_proj"))}
+    save_file(kept | stored, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
+    model = modelq.load(folder, compute="float32")
+    ids, _, _ = inputs()
+    np.testing.assert_allclose(model(ids).logits, logits_of(theirs, ids), rtol=0, atol=LOGITS)
+    model = modelq.load(folder, compute="bfloat16")
+    mtq.quantize(model, getattr(mtq, target), lambda model: model(ids))
+    export_hf_checkpoint(model, export_dir=tmp_path / "export")
+    again = modelq.load(tmp_path / "export", compute="bfloat16")
+    assert np.linalg.norm(again(ids).logits - model(ids).logits) < 0.05 * np.linalg.norm(model(ids).logits)
+    if target == "NVFP4_DEFAULT_CFG":       # whose blocks hold what MXFP4's did
+        names = [name for name in again.checkpoint.tensors if ".experts." in name and name.endswith("proj.weight")]
+        assert len(names) == 4 * 4 * 3
+        for name in names:
+            np.testing.assert_array_equal(again.checkpoint.read(name).astype(np.float32), model.checkpoint.read(name).astype(np.float32))

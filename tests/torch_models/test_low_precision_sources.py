@@ -70,9 +70,12 @@ def test_a_published_gpt_oss_folder_as_transformers_loads_it(tmp_path):
     loaded = transformers.GptOssForCausalLM.from_pretrained(folder, quantization_config=transformers.Mxfp4Config(dequantize=True))
     state = loaded.state_dict()
     with open_checkpoint(folder) as checkpoint:
-        assert "model.layers.0.mlp.experts.gate_up_proj" in checkpoint.tensors
-        for name in checkpoint.tensors:
-            assert np.array_equal(floats(checkpoint.read(name)), state[name].float().numpy()), name
+        stacks = checkpoint.inner      # around it, experts are linears
+        assert "model.layers.0.mlp.experts.gate_up_proj" in stacks.tensors
+        for name in stacks.tensors:
+            assert np.array_equal(floats(stacks.read(name)), state[name].float().numpy()), name
+        up = floats(checkpoint.read("model.layers.0.mlp.experts.2.up_proj.weight"))
+        assert np.array_equal(up, state["model.layers.0.mlp.experts.gate_up_proj"][2, :, 1::2].T.float().numpy())
 
 
 CT = {
