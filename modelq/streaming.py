@@ -142,11 +142,14 @@ def head_tensors(model: Model) -> dict[str, np.ndarray]:
 
 
 def read(model: Model, names: Iterable[str], modules: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
-    """Arrays by tensor name; the weights of `modules` smoothed, and as their quantizers make them if the model simulates that."""
+    """Arrays by tensor name; weights smoothed, and as their quantizers make them if the model simulates that. modules: all of the part that
+    the names are of, since norms take up what smooths the linears behind them."""
+    names = list(names)
+    wanted = [module for module in modules if module["weight"] in names]
     if model.simulate:
-        made = {module["weight"]: simulated(model, module) for module in modules if _is_simulated(model, module)}
+        made = {module["weight"]: simulated(model, module) for module in wanted if _is_simulated(model, module)}
     else:
-        made = {module["weight"]: smoothed(model, module) for module in modules if is_smoothed(model, module)}
+        made = {module["weight"]: smoothed(model, module) for module in wanted if is_smoothed(model, module)}
     tensors = {name: made[name] if name in made else model.checkpoint.read(name) for name in names}
     if not model.float32_weights:
         for name, scale in norm_scales(model, modules).items():
@@ -158,7 +161,7 @@ def read_stored(model: Model, names: Iterable[str], modules: Sequence[dict[str, 
     """As `read`, but weights that are packed in memory or in the checkpoint come as (parts, scheme, dtype, block_size): the runtime
     multiplies with the codes, and has the results of what they stand for. pack: so do fake-quantized ones."""
     made = {module["weight"]: found for module in modules if (found := stored(model, module, pack)) is not None}
-    return read(model, [name for name in names if name not in made], [m for m in modules if m["weight"] not in made]) | made
+    return read(model, [name for name in names if name not in made], modules) | made
 
 
 def stored(model: Model, module: dict[str, Any], pack: bool = False) -> Any:

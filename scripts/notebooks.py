@@ -41,7 +41,7 @@ PROMISED = {
         "summary": r"q_proj.input_quantizer +TensorQuantizer\(disabled pre_quant_scale.*In high precision:.*smoothed by .*: 210 linears",
         "block-sizes": r"bfloat16 +\d.*max, blocks of 64 +\d.*AWQ, blocks of 64 +\d.*AWQ, blocks of 192 +\d",
         "export": r"MB of weights", "engine": r"vLLM: nothing found; perplexity \d",
-        "reopen": r"reopened export: (\S+), simulated: \1\n\n\w+",
+        "reopen": r"reopened export: \d+\.\d+, simulated: \d+\.\d+\n\n\w+",
         "torch": r"not installed|windows? before: .*TensorQuantizer.*with AWQ: .*reopened export: \d"},
     "3_PTQ_AutoQuantization": {
         "load": r"llama, 30 layers.*TokenBatches\(", "before": r"perplexity before: \d+\.\d+\n\n\w+", "formats": r"\[kv\]_bmm_quantizer",
@@ -120,6 +120,9 @@ def mistakes(book: Any, name: str) -> list[str]:
         elif not re.search(pattern, printed(named[wanted]), flags=re.S):
             found.append(f"{wanted}: {pattern!r} is not in {printed(named[wanted])!r}")
     for cell in cells:
+        for reopened, simulated in re.findall(r"reopened export: ([\d.]+), simulated: ([\d.]+)", printed(cell)):
+            if abs(float(reopened) / float(simulated) - 1) > 0.01:
+                found.append(f"{name_of(cell)}: the export is not what was simulated: {reopened}, {simulated}")
         pictures = sum("image/png" in output.get("data", {}) for output in cell.outputs)
         if pictures != ("figure" in cell.metadata.get("tags", [])):
             found.append(f"{name_of(cell)}: {pictures} pictures")

@@ -457,3 +457,16 @@ def test_text_comes_in_whole_characters(tiny_checkpoint):
     assert pieces == list(text)
     assert "".join(text_pieces(tokenizer, ids[:-2])) == text[:-2] + "\ufffd"
     assert list(text_pieces(tokenizer, [])) == []
+
+
+@pytest.mark.parametrize("config", ["INT4_AWQ_CFG", "NVFP4_AWQ_LITE_CFG", "INT8_SMOOTHQUANT_CFG", "INT4_GPTQ_CFG", "W4A8_AWQ_BETA_CFG"])
+@pytest.mark.parametrize("compressed", [False, True])
+def test_smoothed_models_answer_as_they_compute(golden, config, compressed):
+    """What norms take up is there as well where weights stay codes."""
+    model, ids = modelq.load(golden["llama"].source, compute="bfloat16"), golden["llama"].calib[:1, :20]
+    mtq.quantize(model, getattr(mtq, config), lambda model: model(golden["llama"].calib))
+    expected = model(ids).logits[0, -1]
+    if compressed:
+        mtq.compress(model)
+        np.testing.assert_array_equal(model(ids).logits[0, -1], expected)
+    np.testing.assert_allclose(model.decoding().begin([ids[0].tolist()])[0], expected, atol=0.02 * np.abs(expected).max())
