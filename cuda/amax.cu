@@ -1,6 +1,6 @@
 /* The largest magnitude of every block of a matrix. Two shapes of work: tiles of wide blocks, reduced by a thread
- * block; and blocks of at most a warp's columns, where a thread walks down a column. Both end in an atomic maximum,
- * which is exact in any order. */
+ * block; and blocks of at most a warp's columns, where a thread walks down eight columns. Both end in an atomic
+ * maximum, which is exact in any order. */
 #include "amax.cuh"
 
 enum { TILE_ROWS = 64, TILE_COLS = 4096, STRIP_ROWS = 64 };
@@ -11,9 +11,9 @@ typedef struct amax_args {
     const void *x;
     int64_t rows, cols, ld;
     mq_blocks blocks;
-    int64_t row_pieces, col_pieces;    /* of a block */
+    int64_t row_pieces, col_pieces;    /* of a block; narrow: col_pieces are groups of columns, of a row */
     int64_t piece_rows, piece_cols;
-    int width;                         /* threads side by side along a row: a power of two */
+    int width;                         /* threads side by side along a row: a power of two; narrow: of a block, or 0 */
     bool aligned;                      /* groups of MQ_GROUP columns may be loaded as one */
     uint32_t *out;
 } amax_args;
@@ -47,23 +47,45 @@ static __global__ void amax_tile(amax_args a)
     if (threadIdx.x == 0) atomicMax(&a.out[down.row * a.blocks.cols + across.row], largest);
 }
 
-/* Thread: some rows of one column. Blocks of a power of two of columns lie within a warp, which merges them first. */
+/* The largest magnitude of each run of a thread's columns that lies in one block. */
+MQ_DEVICE void amax_runs(const amax_args &a, const uint32_t *largest, int64_t above, int64_t col, int count)
+{
+    mq_walk walk = mq_walk_from(col, &a.blocks);
+    uint32_t run = 0;
+    for (int i = 0; i < MQ_GROUP; i++) {
+        if (i >= count) continue;
+        run = MQ_MAX(run, largest[i]);
+        const int64_t block = walk.block;
+        mq_walk_step(&walk, &a.blocks);
+        if (walk.within != 0 && i + 1 < count) continue;
+        atomicMax(&a.out[above + block], run);
+        run = 0;
+    }
+}
+
+/* Thread: eight neighbouring columns, some rows of them. Blocks of 8, 16 or 32 columns are `width` threads of a warp,
+ * which merge them first. */
 template <mq_dtype D>
 static __global__ void amax_narrow(amax_args a)
 {
-    typedef typename mq_word<D>::type word;
-    const mq_place place = mq_place_of((int64_t)blockIdx.x, a.col_pieces), down = mq_place_of(place.row, a.row_pieces);
-    const int64_t c = place.group * MQ_THREADS + threadIdx.x;
-    const int64_t row = down.row * a.blocks.block_rows + down.group * a.piece_rows;
+    const mq_place place = mq_place_of(mq_thread_index(), a.col_pieces), down = mq_place_of(place.row, a.row_pieces);
+    const int64_t row = down.row * a.blocks.block_rows + down.group * a.piece_rows, col = place.group * MQ_GROUP;
     const int64_t row_end = MQ_MIN(MQ_MIN(row + a.piece_rows, (down.row + 1) * a.blocks.block_rows), a.rows);
-    uint32_t largest = 0;
-    for (int64_t r = row; r < row_end && c < a.cols; r++) {
-        const uint32_t magnitude = mq_magnitude(mq_widen<D>(((const word *)a.x)[r * a.ld + c]));
-        largest = MQ_MAX(largest, magnitude);
+    const int count = down.row < a.blocks.rows ? (int)MQ_MIN(a.cols - col, (int64_t)MQ_GROUP) : 0;
+    uint32_t largest[MQ_GROUP] = {}, all = 0;
+    for (int64_t r = row; r < row_end && count > 0; r++) {
+        float x[MQ_GROUP];
+        mq_load_group<D>(a.x, r * a.ld + col, count, a.aligned, x);
+        for (int i = 0; i < MQ_GROUP; i++) largest[i] = MQ_MAX(largest[i], mq_magnitude(x[i]));
     }
-    largest = mq_lanes_max(largest, a.width);
-    const bool leads = threadIdx.x % (unsigned)a.width == 0;
-    if (leads && c < a.cols) atomicMax(&a.out[down.row * a.blocks.cols + c / a.blocks.block_cols], largest);
+    if (a.width == 0) {
+        amax_runs(a, largest, down.row * a.blocks.cols, col, count);
+        return;
+    }
+    for (int i = 0; i < MQ_GROUP; i++) all = MQ_MAX(all, largest[i]);
+    all = mq_lanes_max(all, a.width);
+    if (threadIdx.x % (unsigned)a.width == 0 && count > 0)
+        atomicMax(&a.out[down.row * a.blocks.cols + col / a.blocks.block_cols], all);
 }
 
 typedef struct fill_args {
@@ -92,13 +114,13 @@ static const amax_kernel narrow_kernels[MQ_FLOAT_DTYPES] = {amax_narrow<MQ_F32>,
 
 static int launch_narrow(amax_args *a, mq_dtype dtype, void *stream, mq_error *err)
 {
-    const bool is_power = (a->blocks.block_cols & (a->blocks.block_cols - 1)) == 0;
+    const int64_t block = a->blocks.block_cols;
     a->piece_rows = MQ_MIN(a->blocks.block_rows, (int64_t)STRIP_ROWS);
     a->row_pieces = MQ_CEIL_DIV(a->blocks.block_rows, a->piece_rows);
-    a->col_pieces = MQ_CEIL_DIV(a->cols, (int64_t)MQ_THREADS);
-    a->width = is_power ? (int)a->blocks.block_cols : 1;
+    a->width = block % MQ_GROUP == 0 && (block & (block - 1)) == 0 ? (int)(block / MQ_GROUP) : 0;
+    a->col_pieces = MQ_ROUND_UP(MQ_CEIL_DIV(a->cols, (int64_t)MQ_GROUP), MQ_MAX((int64_t)a->width, (int64_t)1));
     const int64_t count = a->blocks.rows * a->row_pieces * a->col_pieces;
-    const mq_launch launch = {"amax_narrow", dim3((unsigned)MQ_MIN(count, (int64_t)UINT32_MAX)), stream, err};
+    const mq_launch launch = {"amax_narrow", mq_grid_for(count), stream, err};
     return mq_launch_kernel(&launch, narrow_kernels[dtype], *a);
 }
 

@@ -56,7 +56,7 @@ class Gemm:
         self.c.mq_cuda_gemm_workspace.restype = C.c_size_t
         self.place, err = C.c_void_p(), Error()
         path = path or (self.c._name if library.is_emulated else None)
-        given = Options(path.encode() if path else None, **{"capability": 90, "workspace_nbytes": 1 << 22, **options})
+        given = Options(path.encode() if path else None, **{"capability": 90 if library.is_emulated else 0, "workspace_nbytes": 1 << 22, **options})
         code = self.c.mq_cuda_gemm_open(C.byref(given), C.byref(self.place), C.byref(err))
         if code:
             raise CudaError(code, err.text.decode())
