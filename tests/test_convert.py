@@ -137,7 +137,7 @@ def test_command(exported, tmp_path, capsys):  # noqa: F811
     assert main(["convert", str(source), "--engine", "vllm", "--out", str(tmp_path / "vllm"), "--json"]) == 0
     assert said(tmp_path / "vllm")["quant_method"] == "compressed-tensors"
     capsys.readouterr()
-    for arguments, words in ((["--out", str(tmp_path / "x")], "give --dialect or --engine"),
+    for arguments, words in ((["--out", str(tmp_path / "x")], "a Hugging Face folder already"),
                              (["--engine", "llama.cpp", "--out", str(tmp_path / "x")], "invalid choice: 'llama.cpp'"),
                              (["--dialect", "gptq", "--out", str(tmp_path / "gptq")], "overwrite")):
         assert main(["convert", str(source), *arguments]) == 2
