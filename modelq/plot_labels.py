@@ -21,7 +21,7 @@ def place_labels(axes: Any, points: Sequence[tuple[float, float]], names: Sequen
     frame = axes.get_window_extent(renderer).extents
     for place in sorted(range(len(points)), key=lambda index: (screen[index][1], screen[index][0])):
         text = axes.annotate(names[place], points[place], xytext=(0, 0), textcoords="offset points", fontsize=size, ha="center",
-                             va="center")
+                             va="center", bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 0.5})
         box = text.get_window_extent(renderer)
         half = (box.width / 2 + 2, box.height / 2 + 1)
         offset, chosen = _best(screen[place], half, [one for index, one in enumerate(taken) if index != place], frame, scale)
