@@ -340,6 +340,7 @@ def test_staging_is_used(gemm):
     here.finish()
 
 
+@pytest.mark.skipif(SANITIZED, reason="a process without the sanitizers' runtime")
 def test_the_bench_runs_up_to_where_it_needs_a_gpu(tmp_path):
     """tests/gpu/bench_gemm.py: with the emulated library all of it, and what is missing is said."""
     import sys
