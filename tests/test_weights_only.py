@@ -176,6 +176,7 @@ print(peak_memory() - before)
 """
 
 
+@pytest.mark.measures
 def test_memory_stays_at_a_few_matrices(tmp_path):
     """Twenty-four experts of one layer, 8 MB each, beside an embedding of 32 MB."""
     tensors = {f"model.layers.0.experts.{i}.w1.weight": weight(1024, 4096) for i in range(24)}
