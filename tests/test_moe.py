@@ -382,6 +382,7 @@ def wide(tmp_path_factory):
 
 
 @pytest.mark.parametrize("config", ["NVFP4_DEFAULT_CFG", "INT4_AWQ_CFG"])
+@pytest.mark.measures
 def test_a_layer_of_256_experts_calibrates_in_the_memory_of_a_few(wide, config):
     done = subprocess.run([sys.executable, "-c", MEASURED, str(wide), config], capture_output=True, text=True, cwd=wide)
     assert done.returncode == 0, done.stderr
