@@ -14,14 +14,19 @@ mq_gate mq_gate_of(const mq_config *config)
     return (mq_gate){.activation = (mq_activation)config->hidden_act, .limit = (float)config->swiglu_limit};
 }
 
+static float gelu_tanh(float x)
+{
+    return tanhf(0.7978845608028654f * (x + 0.044715f * x * x * x));
+}
+
 static float gelu(float x)
 {
-    return 0.5f * x * (1.0f + tanhf(0.7978845608028654f * (x + 0.044715f * x * x * x)));
+    return 0.5f * x * (1.0f + gelu_tanh(x));
 }
 
 static float gelu_slope(float x)
 {
-    const float t = tanhf(0.7978845608028654f * (x + 0.044715f * x * x * x));
+    const float t = gelu_tanh(x);
     return 0.5f * (1.0f + t) + 0.5f * x * (1.0f - t * t) * 0.7978845608028654f * (1.0f + 3.0f * 0.044715f * x * x);
 }
 
@@ -64,29 +69,6 @@ static void gate_columns(const gate_job *job, float *gate, float *up, int64_t n)
     for (int64_t i = 0; i < n; i++) gate[i] *= up[i];
 }
 
-static void gate_rows(void *argument, int64_t begin, int64_t end, int worker)
-{
-    const gate_job *job = argument;
-    const mq_typed_row_ops *kernels = mq_row_ops_of(job->dtype);
-    const size_t size = mq_dtype_size(job->dtype);
-    float gate[COLUMNS], up[COLUMNS];
-    (void)worker;
-    for (int64_t at = begin * job->width; at < end * job->width; at += COLUMNS) {
-        const int64_t n = MQ_MIN((int64_t)COLUMNS, end * job->width - at);
-        kernels->to_f32(gate, job->gate + (size_t)at * size, n);
-        kernels->to_f32(up, job->up + (size_t)at * size, n);
-        gate_columns(job, gate, up, n);
-        kernels->from_f32(job->gate + (size_t)at * size, gate, n);
-    }
-}
-
-void mq_gate_forward(void *gate, const void *up, const mq_gate *kind, const mq_row_sizes *sizes)
-{
-    gate_job job = {.gate = gate, .up = up, .kind = kind, .dtype = sizes->dtype, .width = sizes->width};
-    if (kind->activation == MQ_ACT_SILU) mq_swiglu_forward(gate, up, sizes);
-    else mq_parallel_for(sizes->rows, mq_row_grain(sizes->width), gate_rows, &job);
-}
-
 /* d_gate is by the product at first. A number that was clamped has no gradient. */
 static void slope_columns(const gate_job *job, const float *gate, const float *up, int64_t at, int64_t n)
 {
@@ -105,7 +87,8 @@ static void slope_columns(const gate_job *job, const float *gate, const float *u
     }
 }
 
-static void slope_rows(void *argument, int64_t begin, int64_t end, int worker)
+/* Forward, or backward where there is a gradient. */
+static void gate_rows(void *argument, int64_t begin, int64_t end, int worker)
 {
     const gate_job *job = argument;
     const mq_typed_row_ops *kernels = mq_row_ops_of(job->dtype);
@@ -116,8 +99,20 @@ static void slope_rows(void *argument, int64_t begin, int64_t end, int worker)
         const int64_t n = MQ_MIN((int64_t)COLUMNS, end * job->width - at);
         kernels->to_f32(gate, job->gate + (size_t)at * size, n);
         kernels->to_f32(up, job->up + (size_t)at * size, n);
-        slope_columns(job, gate, up, at, n);
+        if (job->d_gate != NULL) {
+            slope_columns(job, gate, up, at, n);
+            continue;
+        }
+        gate_columns(job, gate, up, n);
+        kernels->from_f32(job->gate + (size_t)at * size, gate, n);
     }
+}
+
+void mq_gate_forward(void *gate, const void *up, const mq_gate *kind, const mq_row_sizes *sizes)
+{
+    gate_job job = {.gate = gate, .up = up, .kind = kind, .dtype = sizes->dtype, .width = sizes->width};
+    if (kind->activation == MQ_ACT_SILU) mq_swiglu_forward(gate, up, sizes);
+    else mq_parallel_for(sizes->rows, mq_row_grain(sizes->width), gate_rows, &job);
 }
 
 void mq_gate_backward(float *d_gate, float *d_up, const void *gate, const void *up, const mq_gate *kind,
@@ -130,7 +125,7 @@ void mq_gate_backward(float *d_gate, float *d_up, const void *gate, const void *
         return;
     }
     job.gate = (char *)(uintptr_t)gate;     /* is only read */
-    mq_parallel_for(sizes->rows, mq_row_grain(sizes->width), slope_rows, &job);
+    mq_parallel_for(sizes->rows, mq_row_grain(sizes->width), gate_rows, &job);
 }
 
 typedef struct scale_job {

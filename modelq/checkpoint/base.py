@@ -93,6 +93,24 @@ class Checkpoint:
             raise KeyError(missing_tensor(name, self.tensors, self.path)) from None
 
 
+class WrappedCheckpoint(Checkpoint):
+    """A checkpoint whose tensors are made of another's, and the rest is that one's. inner: the other one, which it closes with itself."""
+
+    def __init__(self, inner: Checkpoint, config: dict[str, Any], tensors: dict[str, TensorInfo]):
+        super().__init__(inner.path, config, tensors)
+        self.inner = inner
+        self.side_files = inner.side_files
+
+    def tokenizer(self) -> Tokenizer:
+        return self.inner.tokenizer()
+
+    def save_tokenizer(self, directory: Path | str) -> list[Path]:
+        return self.inner.save_tokenizer(directory)
+
+    def close(self) -> None:
+        self.inner.close()
+
+
 def missing_tensor(name: str, names: Iterable[str], where: Path) -> str:
     """The text of the error for a tensor that is not there, with the nearest names."""
     import difflib

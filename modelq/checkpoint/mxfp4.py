@@ -8,17 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from modelq.checkpoint.base import Checkpoint, TensorInfo
+from modelq.checkpoint.base import Checkpoint, TensorInfo, WrappedCheckpoint
 from modelq.checkpoint.config import stated_dtype
 from modelq.checkpoint.said import AGAIN
-
-if TYPE_CHECKING:
-    from modelq.checkpoint.tokenizer import Tokenizer
 
 METHOD = "mxfp4"
 BLOCKS, SCALES, BLOCK = "_blocks", "_scales", 32
@@ -32,7 +28,7 @@ class Stack:
     scales: str
 
 
-class Mxfp4Checkpoint(Checkpoint):
+class Mxfp4Checkpoint(WrappedCheckpoint):
     """A folder whose stacked experts dequantize as they are read, one expert at a time. stacks: name to Stack."""
 
     is_source = True
@@ -52,8 +48,7 @@ class Mxfp4Checkpoint(Checkpoint):
                 tensors[whole] = TensorInfo(whole, self.dtype, (experts, columns, rows), nbytes, info.file)
             elif name not in hidden:
                 tensors[name] = info
-        super().__init__(inner.path, {k: v for k, v in inner.config.items() if k != "quantization_config"}, tensors)
-        self.side_files = inner.side_files
+        super().__init__(inner, {k: v for k, v in inner.config.items() if k != "quantization_config"}, tensors)
 
     def read(self, name: str) -> np.ndarray:
         stack = self.stacks.get(name)
@@ -93,15 +88,6 @@ class Mxfp4Checkpoint(Checkpoint):
         for name in names:
             stack = self.stacks.get(name)
             self.inner.release([name] if stack is None else [stack.blocks, stack.scales])
-
-    def tokenizer(self) -> Tokenizer:
-        return self.inner.tokenizer()
-
-    def save_tokenizer(self, directory: Path | str) -> list[Path]:
-        return self.inner.save_tokenizer(directory)
-
-    def close(self) -> None:
-        self.inner.close()
 
 
 def is_mxfp4(config: dict[str, Any]) -> bool:

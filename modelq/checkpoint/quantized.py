@@ -8,13 +8,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from modelq.checkpoint import dialects
-from modelq.checkpoint.base import Checkpoint, TensorInfo
+from modelq.checkpoint.base import Checkpoint, TensorInfo, WrappedCheckpoint
 from modelq.checkpoint.dialects import Form
 from modelq.checkpoint.kv_cache import names_of, read_cache
 from modelq.checkpoint.mxfp4 import Mxfp4Checkpoint, is_mxfp4
@@ -24,13 +23,10 @@ from modelq.checkpoint.said import AGAIN, Said
 from modelq.checkpoint.spelling import amax_of
 from modelq.checkpoint.stacked import StackedExperts, unstacked
 
-if TYPE_CHECKING:
-    from modelq.checkpoint.tokenizer import Tokenizer
-
 
 def open_quantized(checkpoint: Checkpoint) -> Checkpoint:
     """`checkpoint` itself if it is not quantized (or wrapped already), else what dequantizes it around it."""
-    if isinstance(checkpoint, (QuantizedCheckpoint, Mxfp4Checkpoint, StackedExperts)):
+    if isinstance(checkpoint, WrappedCheckpoint):
         return checkpoint
     if is_mxfp4(checkpoint.config):
         return unstacked(Mxfp4Checkpoint(checkpoint))
@@ -39,7 +35,7 @@ def open_quantized(checkpoint: Checkpoint) -> Checkpoint:
     return checkpoint if quantization is None else QuantizedCheckpoint(checkpoint, *quantization)
 
 
-class QuantizedCheckpoint(Checkpoint):
+class QuantizedCheckpoint(WrappedCheckpoint):
     """A quantized folder that reads as the model it stands for: `read` dequantizes. Everything is checked on opening.
 
     layers: module name -> QuantizedLayer. quantization: what the folder's config says. cache: its KV cache, or None. ValueError names
@@ -64,8 +60,7 @@ class QuantizedCheckpoint(Checkpoint):
                 tensors[f"{module}.weight"] = TensorInfo(f"{module}.weight", dtype, (rows, cols), nbytes, info.file)
             elif name not in hidden:
                 tensors[name] = info
-        super().__init__(inner.path, {k: v for k, v in inner.config.items() if k != "quantization_config"}, tensors)
-        self.side_files = inner.side_files
+        super().__init__(inner, {k: v for k, v in inner.config.items() if k != "quantization_config"}, tensors)
 
     @property
     def is_source(self) -> bool:
@@ -145,15 +140,6 @@ class QuantizedCheckpoint(Checkpoint):
         for name in names:
             layer = self.layers.get(name.removesuffix(".weight"))
             self.inner.release([name] if layer is None else layer.tensors.values())
-
-    def tokenizer(self) -> Tokenizer:
-        return self.inner.tokenizer()
-
-    def save_tokenizer(self, directory: Path | str) -> list[Path]:
-        return self.inner.save_tokenizer(directory)
-
-    def close(self) -> None:
-        self.inner.close()
 
     def _part(self, layer: QuantizedLayer, role: str) -> Any:
         array = self.inner.read(layer.tensors[role])

@@ -9,16 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from modelq.checkpoint.base import Checkpoint, TensorInfo
+from modelq.checkpoint.base import Checkpoint, TensorInfo, WrappedCheckpoint
 from modelq.checkpoint.mxfp4 import Mxfp4Checkpoint
-
-if TYPE_CHECKING:
-    from modelq.checkpoint.tokenizer import Tokenizer
 
 BY_TURNS, HALVES = "by turns", "halves"
 LAYOUTS = {"gpt_oss": BY_TURNS, "llama4": HALVES, "llama4_text": HALVES}
@@ -63,7 +59,7 @@ def container_of(module: str) -> str:
     return module if match is None else f"{match[1]}*"
 
 
-class StackedExperts(Checkpoint):
+class StackedExperts(WrappedCheckpoint):
     """See the module. Everything else is the inner checkpoint's. in_mxfp4: the linears that are stored so."""
 
     def __init__(self, inner: Checkpoint, layout: str):
@@ -79,8 +75,7 @@ class StackedExperts(Checkpoint):
                 continue
             for made in self._linears(name, info, counts[match[1]]):
                 tensors[made.name] = made
-        super().__init__(inner.path, inner.config, tensors)
-        self.side_files = inner.side_files
+        super().__init__(inner, inner.config, tensors)
 
         stacks = inner.stacks if isinstance(inner, Mxfp4Checkpoint) else {}
         self.in_mxfp4 = {name.removesuffix(".weight") for name, place in self._places.items() if place.stack in stacks}
@@ -132,15 +127,6 @@ class StackedExperts(Checkpoint):
         if names is not None:
             names = list(dict.fromkeys(self._places[name].stack if name in self._places else name for name in names))
         self.inner.release(names)
-
-    def tokenizer(self) -> Tokenizer:
-        return self.inner.tokenizer()
-
-    def save_tokenizer(self, directory: Path | str) -> list[Path]:
-        return self.inner.save_tokenizer(directory)
-
-    def close(self) -> None:
-        self.inner.close()
 
 
 class StackingWriter:

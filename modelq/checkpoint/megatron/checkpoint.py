@@ -16,9 +16,8 @@ from modelq.checkpoint.base import Checkpoint
 from modelq.checkpoint.folder import copy_files, side_files_of
 from modelq.checkpoint.megatron.distributed import METADATA, DistributedFolder
 from modelq.checkpoint.megatron.names import Entry, Piece, entries_of_folder, entries_of_shards, pieces_of
-from modelq.checkpoint.megatron.pickles import Opaque
 from modelq.checkpoint.megatron.places import Archive, Folder, Place
-from modelq.checkpoint.megatron.ranks import WEIGHT_FILES, Shards, rank_files
+from modelq.checkpoint.megatron.ranks import WEIGHT_FILES, Shards, rank_files, settings_of
 from modelq.checkpoint.megatron.settings import Settings, config_of
 from modelq.checkpoint.megatron.torch_file import TorchFile
 
@@ -66,8 +65,7 @@ class MegatronCheckpoint(Checkpoint):
             raise ValueError(f"{self.path}: the checkpoint is closed; open it again to read tensor {name!r}")
         piece = self._pieces[name]
         array = np.ascontiguousarray(piece.take(piece.entry.read()))
-        if array.base is not None or array.flags.owndata:
-            array.flags.writeable = False
+        array.flags.writeable = False
         return array
 
     def release(self, names: Iterable[str] | None = None) -> None:
@@ -154,9 +152,8 @@ def _common_settings(place: Place, prefix: str) -> Settings:
     if prefix + COMMON not in place.names:
         raise FileNotFoundError(f"{place.path / prefix / COMMON}: it is missing, and holds the settings of the model; copy it too")
     file = TorchFile(place.region(prefix + COMMON))
-    args = file.value.get("args") if isinstance(file.value, dict) else None
-    state = args.state if isinstance(args, Opaque) else args
-    if not isinstance(state, dict):
+    state = settings_of(file.value)
+    if not state:
         raise ValueError(f"{file.region.path}: no settings of Megatron-LM (args) in it")
     return Settings(state, f"{file.region.path}: args")
 

@@ -40,7 +40,7 @@ class Shards:
     """
 
     def __init__(self, path: Path, opened: dict[Rank, TorchFile]):
-        self.settings = _settings(next(iter(opened.values())).value)
+        self.settings = settings_of(next(iter(opened.values())).value)
         self.opened = _without_pipeline(opened) if self.settings.get("pipeline_model_parallel_size") == 1 else opened
         self.pieces: dict[str, dict[int, Piece]] = {}
         ranks = list(self.opened)
@@ -125,7 +125,8 @@ def _renumber(name: str, pattern: re.Pattern[str], shift: int) -> str:
     return f"{found[1]}{int(found[2]) + shift}{found[3]}" if found else name
 
 
-def _settings(value: Any) -> dict[str, Any]:
+def settings_of(value: Any) -> dict[str, Any]:
+    """The settings of the training run in what a file of Megatron-LM holds; none if there are none."""
     args = value.get("args") if isinstance(value, dict) else None
     state = args.state if isinstance(args, Opaque) else args
     return state if isinstance(state, dict) else {}

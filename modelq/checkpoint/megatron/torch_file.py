@@ -165,10 +165,6 @@ def _encode(text: str, coding: str = "latin1") -> bytes:
     return text.encode("latin1")
 
 
-def _dictionary(*arguments: Any) -> dict[Any, Any]:
-    return dict(*arguments)
-
-
 def _of_bytes(kind: Callable[..., Any]) -> Callable[..., Any]:
     """bytes and bytearray of what is there; a number would ask for so much memory."""
     def build(*arguments: Any) -> Any:
@@ -176,10 +172,6 @@ def _of_bytes(kind: Callable[..., Any]) -> Callable[..., Any]:
             raise ValueError(f"{kind.__name__} of a {type(arguments[0]).__name__}")
         return kind(*arguments)
     return build
-
-
-def _collection(kind: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *arguments: kind(*arguments)
 
 
 _DTYPE_OF_STORAGE = {f"torch.{kind}Storage": dtype for dtype, kind in _STORAGES.items()} | {"torch.storage.UntypedStorage": ""}
@@ -212,9 +204,9 @@ TORCH_NAMES: dict[str, Callable[..., Any] | None] = {
     **dict.fromkeys(_OPAQUE),
     **dict.fromkeys(_DTYPE_OF_STORAGE),
     **dict.fromkeys(f"torch.{dtype}" for dtype in (*_STORAGES, *_MORE_DTYPES, "complex64", "strided", "contiguous_format")),
-    **{f"{module}.{name}": _collection(kind) for module in ("builtins", "__builtin__") for name, kind in _BUILTINS.items()},
+    **{f"{module}.{name}": kind for module in ("builtins", "__builtin__") for name, kind in _BUILTINS.items()},
     **{f"{module}.{kind.__name__}": _of_bytes(kind) for module in ("builtins", "__builtin__") for kind in (bytes, bytearray)},
-    "collections.OrderedDict": _dictionary, "_codecs.encode": _encode, "torch.Size": _collection(tuple),
+    "collections.OrderedDict": dict, "_codecs.encode": _encode, "torch.Size": tuple,
     "torch._utils._rebuild_tensor": _tensor, "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_tensor_v3": _tensor_of_dtype, "torch._utils._rebuild_parameter": _first,
     "torch._utils._rebuild_parameter_with_state": _first, "torch._tensor._rebuild_from_type_v2": _of_type,
