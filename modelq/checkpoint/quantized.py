@@ -21,7 +21,7 @@ from modelq.checkpoint.quantization_config import find_quantization
 from modelq.checkpoint.quantized_layers import QuantizedLayer, find_layers, model_dtype, module_of
 from modelq.checkpoint.said import AGAIN, Said
 from modelq.checkpoint.spelling import amax_of
-from modelq.checkpoint.stacked import StackedExperts, unstacked
+from modelq.checkpoint.stacked import unstacked
 
 
 def open_quantized(checkpoint: Checkpoint) -> Checkpoint:
