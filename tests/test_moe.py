@@ -377,8 +377,9 @@ def wide(tmp_path_factory):
     """One layer of 256 experts, 144 MB of them."""
     from bench.make_moe import make
 
-    make(tmp_path_factory.mktemp("wide") / "moe", "qwen3_moe", 0.14, layers=1, experts=256)
-    return tmp_path_factory.getbasetemp() / "wide0" / "moe"
+    folder = tmp_path_factory.mktemp("wide") / "moe"
+    make(folder, "qwen3_moe", 0.14, layers=1, experts=256)
+    return folder
 
 
 @pytest.mark.parametrize("config", ["NVFP4_DEFAULT_CFG", "INT4_AWQ_CFG"])
