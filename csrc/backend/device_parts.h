@@ -1,6 +1,6 @@
-/* The inside of a mq_device, which its files share: memory, weights (device.c), findings (device_findings.c), layers
- * (device_layer.c and, behind device_pass.h, its parts; device_chunks.c), experts (device_experts.c), the head
- * (device_head.c). */
+/* The inside of a mq_device, which its files share: memory (device.c), weights (device_weights.c), findings
+ * (device_findings.c), layers (device_layer.c and, behind device_pass.h, its parts; device_chunks.c), experts
+ * (device_experts.c), the head (device_head.c). */
 #ifndef MQ_DEVICE_PARTS_H
 #define MQ_DEVICE_PARTS_H
 
@@ -107,8 +107,18 @@ void *mq_arena_take(mq_arena *arena, size_t nbytes);    /* of a reserved one; ar
 int mq_device_take(mq_device *device, void **out, size_t nbytes, const char *purpose, mq_error *err);
 void mq_device_give(mq_device *device, void **memory, size_t nbytes);
 size_t mq_device_available(const mq_device *device, const mq_arena *arena); /* what arena could hold */
+
+/* ---- device_weights.c ---- */
+
 /* to = w (rows of w, columns), converted to to's dtype, on the copy stream. */
 int mq_device_upload(mq_device *device, const mq_tensor *w, const mq_cuda_matrix *to, mq_error *err);
+/* Calls of mq_elsewhere. */
+int mq_device_load(mq_elsewhere *self, const mq_runtime *runtime, const mq_module *module, const mq_tensor *weight,
+                   const float *vector, mq_error *err);
+int mq_device_load_low_rank(mq_elsewhere *self, const mq_module *module, const mq_tensor *down, const mq_tensor *up,
+                            mq_error *err);
+void mq_device_drop_layer(mq_elsewhere *self, int64_t layer);
+void mq_device_drop_expert(mq_elsewhere *self);
 
 /* ---- device_findings.c ---- */
 
