@@ -1,6 +1,6 @@
 /* The inside of a mq_device, which its files share: memory (device.c), weights (device_weights.c), findings
- * (device_findings.c), layers (device_layer.c, device_chunks.c), experts (device_experts.c), the head
- * (device_head.c). */
+ * (device_findings.c), layers (device_layer.c and, behind device_pass.h, its parts; device_chunks.c), experts
+ * (device_experts.c), the head (device_head.c). */
 #ifndef MQ_DEVICE_PARTS_H
 #define MQ_DEVICE_PARTS_H
 
