@@ -51,7 +51,8 @@ void mq_gate_backward(float *d_gate, float *d_up, const void *gate, const void *
  * they are rounded to dtype. sigmoid: of each logit, in the place of the softmax. correction (experts): added where
  * experts are chosen, not to shares. groups: only experts of the groups_kept best are chosen, by each group's best
  * (groups_best 1; DeepSeek-AI 2024, "DeepSeek-V2") or the sum of its two best ("DeepSeek-V3"); 0 = all. factor: of the
- * shares, in the end. kept: so many of the top_k are chosen so; the others are the next best of all groups, who see the row and have no share; 0 = all. */
+ * shares, in the end. kept: so many of the top_k are chosen so; the others are the next best of all groups, who see
+ * the row and have no share; 0 = all. */
 typedef struct mq_routes {
     int32_t *experts;   /* (N, top_k) */
     float *shares;      /* (N, top_k) */
