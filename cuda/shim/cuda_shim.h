@@ -128,8 +128,8 @@ extern "C" {
 /* 0: thread 0 first, 1: the last first, 2: any order, from seed, anew at every barrier. Blocks come in that order
  * too. */
 void mq_shim_set_order(int order, uint64_t seed);
-/* The n-th launch from now (1 = the next) fails with that error instead of running; 0 = none does. With late streams that
- * is an error which comes when somebody waits. */
+/* The n-th launch from now (1 = the next) fails with that error instead of running; 0 = none does. With late streams
+ * that is an error which comes when somebody waits. */
 void mq_shim_fail_launch(int n, int error);
 /* The n-th call from now that may fail (memory, streams, events, copies, launches, cuBLASLt's) does, and with persistent
  * each one behind it; 0 = none does. Returns how many there were since the last call that had n > 0. */
