@@ -131,8 +131,8 @@ void mq_shim_set_order(int order, uint64_t seed);
 /* The n-th launch from now (1 = the next) fails with that error instead of running; 0 = none does. With late streams
  * that is an error which comes when somebody waits. */
 void mq_shim_fail_launch(int n, int error);
-/* The n-th call from now that may fail (memory, streams, events, copies, launches, cuBLASLt's) does, and with persistent
- * each one behind it; 0 = none does. Returns how many there were since the last call that had n > 0. */
+/* The n-th call from now that may fail (memory, streams, events, copies, launches, cuBLASLt's) does, and with
+ * persistent each one behind it; 0 = none does. Returns how many there were since the last call that had n > 0. */
 uint64_t mq_shim_fail_at(uint64_t n, int persistent);
 /* Pieces of device and pinned memory, streams and events that are there. */
 size_t mq_shim_live(void);
