@@ -101,8 +101,8 @@ int mq_ropes_check(const mq_config *config, int64_t positions, mq_error *err)
 {
     if (config->rope_longest == 0 || positions <= config->rope_longest) return MQ_OK;
     return mq_fail(err, MQ_ERR_VALUE, "%lld tokens: rope_scaling of type dynamic is computed up to "
-                   "max_position_embeddings, %lld tokens; beyond, frequencies depend on the lengths of this call and of "
-                   "calls before it, and engines do not agree on them", (long long)positions,
+                   "max_position_embeddings, %lld tokens; beyond, frequencies depend on the lengths of this call and "
+                   "of calls before it, and engines do not agree on them", (long long)positions,
                    (long long)config->rope_longest);
 }
 
