@@ -31,6 +31,7 @@ struct alignas(16) uint4 {
 enum cudaError_t {
     cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2, cudaErrorInvalidConfiguration = 9,
     cudaErrorInsufficientDriver = 35, cudaErrorNoDevice = 100, cudaErrorInvalidDevice = 101,
+    cudaErrorNotReady = 600, cudaErrorHostMemoryAlreadyRegistered = 712, cudaErrorHostMemoryNotRegistered = 713,
     cudaErrorLaunchFailure = 719
 };
 const char *cudaGetErrorName(cudaError_t error);
@@ -129,6 +130,10 @@ extern "C" {
 void mq_shim_set_order(int order, uint64_t seed);
 /* The n-th launch from now (1 = the next) fails with that error instead of running; 0 = none does. */
 void mq_shim_fail_launch(int n, int error);
+/* on: notes from now on, in the order of asking, what is asked of which stream, a line "what number nbytes" each, what
+ * being stream (a new one), work, send, fetch, after (an event), wait (the host, for all) or event (the host, for an
+ * event). Returns what was noted, which stays there until notes are begun anew. */
+const char *mq_shim_trace(int on);
 /* Device memory. Only kernels may touch it: it is opened when one starts and closed when it ends, and the page behind
  * it is never open. (Under the address sanitizer it is ordinary memory, whose ends are watched to the byte.) */
 void *mq_shim_alloc(size_t nbytes);
