@@ -1,5 +1,5 @@
 """Types of the C core. Each function here has its documentation in C (help(modelq._core.<name>))."""
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
 
 import numpy as np

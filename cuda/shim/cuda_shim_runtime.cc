@@ -29,7 +29,7 @@ struct mq_shim_event {
 static std::recursive_mutex lock;
 static std::map<char *, size_t> sizes, pinned;      /* of what cudaMalloc and cudaMallocHost gave */
 static std::set<mq_shim_stream *> streams;
-static size_t used;
+static size_t used, events;
 static bool running;                                /* run_some */
 static bool tracing;
 static std::string traced;
@@ -41,6 +41,39 @@ static bool lies_in(const std::map<char *, size_t> &arrays, const void *memory)
     --after;
     return (const char *)memory < after->first + after->second;
 }
+
+/* ---- faults ---- */
+
+static struct {
+    uint64_t calls, at;     /* since mq_shim_fail_at, and the one that fails; 0 = none */
+    bool persistent;
+} faults;
+
+bool mq_shim_fails()
+{
+    const std::lock_guard<std::recursive_mutex> held(lock);
+    faults.calls++;
+    return faults.at != 0 && (faults.persistent ? faults.calls >= faults.at : faults.calls == faults.at);
+}
+
+uint64_t mq_shim_fail_at(uint64_t n, int persistent)
+{
+    const std::lock_guard<std::recursive_mutex> held(lock);
+    const uint64_t seen = faults.calls;
+    faults.at = n;
+    faults.persistent = persistent != 0;
+    if (n > 0) faults.calls = 0;
+    return seen;
+}
+
+size_t mq_shim_live(void)
+{
+    const std::lock_guard<std::recursive_mutex> held(lock);
+    return sizes.size() + pinned.size() + streams.size() + events;
+}
+
+#define MQ_MAY_FAIL(error) \
+    if (mq_shim_fails()) return error
 
 /* ---- streams ---- */
 
@@ -174,12 +207,14 @@ static thread_local int current_device;
 
 cudaError_t cudaGetDevice(int *device)
 {
+    MQ_MAY_FAIL(cudaErrorUnknown);
     *device = current_device;
     return cudaSuccess;
 }
 
 cudaError_t cudaSetDevice(int device)
 {
+    MQ_MAY_FAIL(cudaErrorUnknown);
     int count;
     const cudaError_t status = cudaGetDeviceCount(&count);
     if (status != cudaSuccess) return status;
@@ -190,6 +225,7 @@ cudaError_t cudaSetDevice(int device)
 
 cudaError_t cudaMemGetInfo(size_t *free_nbytes, size_t *total)
 {
+    MQ_MAY_FAIL(cudaErrorUnknown);
     const std::lock_guard<std::recursive_mutex> held(lock);
     *total = number("MODELQ_SHIM_MEMORY", (size_t)1 << 34);
     *free_nbytes = *total > used ? *total - used : 0;
@@ -198,6 +234,7 @@ cudaError_t cudaMemGetInfo(size_t *free_nbytes, size_t *total)
 
 cudaError_t cudaMalloc(void **out, size_t nbytes)
 {
+    MQ_MAY_FAIL(cudaErrorMemoryAllocation);
     const std::lock_guard<std::recursive_mutex> held(lock);
     if (used + nbytes > number("MODELQ_SHIM_MEMORY", (size_t)1 << 34)) return cudaErrorMemoryAllocation;
     *out = mq_shim_alloc(nbytes);
@@ -221,6 +258,7 @@ cudaError_t cudaFree(void *memory)
 
 cudaError_t cudaMallocHost(void **out, size_t nbytes)
 {
+    MQ_MAY_FAIL(cudaErrorMemoryAllocation);
     const std::lock_guard<std::recursive_mutex> held(lock);
     *out = malloc(nbytes);
     if (*out == NULL) return cudaErrorMemoryAllocation;
@@ -240,6 +278,7 @@ cudaError_t cudaFreeHost(void *memory)
 /* What is pinned already may not be pinned again, page by page (CUDA Driver API, cuMemHostRegister). */
 cudaError_t cudaHostRegister(void *memory, size_t nbytes, unsigned)
 {
+    MQ_MAY_FAIL(cudaErrorMemoryAllocation);
     const std::lock_guard<std::recursive_mutex> held(lock);
     if (memory == NULL || nbytes == 0) return cudaErrorInvalidValue;
     if (number("MODELQ_SHIM_PINNED", SIZE_MAX) < nbytes) return cudaErrorMemoryAllocation;
@@ -261,6 +300,7 @@ cudaError_t cudaHostUnregister(void *memory)
  * API, "API synchronization behavior"). */
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t nbytes, cudaMemcpyKind, cudaStream_t stream)
 {
+    MQ_MAY_FAIL(cudaErrorUnknown);
     const std::lock_guard<std::recursive_mutex> held(lock);
     note(lies_in(sizes, to) ? "send" : "fetch", stream, nbytes);
     const auto copy = [=]() {
@@ -281,6 +321,7 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t nbytes, cudaMemcp
 
 cudaError_t cudaMemsetAsync(void *memory, int byte, size_t nbytes, cudaStream_t stream)
 {
+    MQ_MAY_FAIL(cudaErrorUnknown);
     return mq_shim_do(stream, [=]() {
         const std::vector<char> filled(nbytes, (char)byte);
         mq_shim_copy(memory, filled.data(), nbytes);
@@ -292,6 +333,7 @@ cudaError_t cudaMemsetAsync(void *memory, int byte, size_t nbytes, cudaStream_t 
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t *out, unsigned)
 {
+    MQ_MAY_FAIL(cudaErrorUnknown);
     const std::lock_guard<std::recursive_mutex> held(lock);
     static int made;
     *out = new mq_shim_stream{{}, 0, cudaSuccess, made++};
@@ -311,6 +353,7 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream)
 
 cudaError_t cudaStreamSynchronize(cudaStream_t stream)
 {
+    MQ_MAY_FAIL(cudaErrorUnknown);
     const std::lock_guard<std::recursive_mutex> held(lock);
     note("wait", stream);
     mq_shim_drain(stream);
@@ -322,18 +365,24 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream)
 
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *out, unsigned)
 {
+    MQ_MAY_FAIL(cudaErrorUnknown);
+    const std::lock_guard<std::recursive_mutex> held(lock);
     *out = new mq_shim_event{NULL, 0};
+    events++;
     return cudaSuccess;
 }
 
 cudaError_t cudaEventDestroy(cudaEvent_t event)
 {
+    const std::lock_guard<std::recursive_mutex> held(lock);
     delete event;
+    events--;
     return cudaSuccess;
 }
 
 cudaError_t cudaEventSynchronize(cudaEvent_t event)
 {
+    MQ_MAY_FAIL(cudaErrorUnknown);
     const std::lock_guard<std::recursive_mutex> held(lock);
     note("event", event->stream);
     if (is_ours(event->stream)) run_until(event->stream, event->place);
@@ -342,6 +391,7 @@ cudaError_t cudaEventSynchronize(cudaEvent_t event)
 
 cudaError_t cudaEventQuery(cudaEvent_t event)
 {
+    MQ_MAY_FAIL(cudaErrorUnknown);
     const std::lock_guard<std::recursive_mutex> held(lock);
     if (!is_ours(event->stream)) return cudaSuccess;
     if (is_late() && is_random()) run_some();
@@ -350,6 +400,7 @@ cudaError_t cudaEventQuery(cudaEvent_t event)
 
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream)
 {
+    MQ_MAY_FAIL(cudaErrorUnknown);
     const std::lock_guard<std::recursive_mutex> held(lock);
     *event = {is_ours(stream) ? stream : NULL, is_ours(stream) ? stream->done + stream->queue.size() : 0};
     return cudaSuccess;
@@ -357,6 +408,7 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream)
 
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned)
 {
+    MQ_MAY_FAIL(cudaErrorUnknown);
     const std::lock_guard<std::recursive_mutex> held(lock);
     const mq_shim_event now = *event;
     note("after", stream);
