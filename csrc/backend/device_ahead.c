@@ -108,8 +108,8 @@ int mq_device_load_ahead(mq_elsewhere *self, const mq_runtime *runtime, const mq
     if (bias != NULL && vector == NULL) return err->code;
     int rc = mq_device_enter(device, &before, err);
     if (rc == MQ_OK) {
-        rc = mq_device_put_linear(device, &device->spare[module->expert >= 0], runtime, module, &weight->tensor,
-                                  weight->stored, vector, &linear, err);
+        const mq_given_linear given = {module, &weight->tensor, weight->stored, vector};
+        rc = mq_device_put_linear(device, &device->spare[module->expert >= 0], runtime->dtype, &given, &linear, err);
         mq_device_leave(device, before);
     }
     mq_free(vector);

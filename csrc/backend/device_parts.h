@@ -169,9 +169,15 @@ void mq_device_drop_expert(mq_elsewhere *self);
 /* Bytes of the modules of one layer, or of one of its experts, on the device. */
 size_t mq_device_weights_nbytes(const mq_runtime *runtime, int64_t layer, int64_t expert,
                                 const mq_named_tensor *tensors, size_t count);
-/* A linear's weight and bias, into memory of the arena; *linear says where. */
-int mq_device_put_linear(mq_device *device, mq_arena *arena, const mq_runtime *runtime, const mq_module *module,
-                         const mq_tensor *weight, const mq_stored_weight *stored, const float *bias,
+/* A linear as mq_elsewhere.load has it. */
+typedef struct mq_given_linear {
+    const mq_module *module;
+    const mq_tensor *weight;
+    const mq_stored_weight *stored;
+    const float *bias;
+} mq_given_linear;
+/* It comes into memory of the arena; *linear says where. */
+int mq_device_put_linear(mq_device *device, mq_arena *arena, mq_dtype dtype, const mq_given_linear *given,
                          mq_device_linear *linear, mq_error *err);
 
 /* ---- device_ahead.c ---- */

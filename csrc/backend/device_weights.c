@@ -83,14 +83,14 @@ static int put_vector(mq_device *device, mq_arena *arena, void **out, const void
 }
 
 /* The bias in the activations' dtype, through which it was rounded before. */
-static int put_bias(mq_device *device, mq_arena *arena, const mq_runtime *runtime, const float *bias, int64_t count,
-                    void **out, mq_error *err)
+static int put_bias(mq_device *device, mq_arena *arena, mq_dtype dtype, const float *bias, int64_t count, void **out,
+                    mq_error *err)
 {
     mq_tensor view = mq_tensor_make((void *)(uintptr_t)bias, MQ_F32, 1, &count);
-    const size_t nbytes = (size_t)count * mq_dtype_size(runtime->dtype);
+    const size_t nbytes = (size_t)count * mq_dtype_size(dtype);
     void *made = mq_alloc(nbytes);
     if (made == NULL) return mq_fail_memory(err, "a bias", nbytes);
-    mq_read_row(made, runtime->dtype, &view, 0);
+    mq_read_row(made, dtype, &view, 0);
     const int rc = put_vector(device, arena, out, made, nbytes, err);
     mq_free(made);
     return rc;
@@ -137,13 +137,13 @@ static int put_weight(mq_device *device, mq_arena *arena, const mq_module *modul
     return rc;
 }
 
-int mq_device_put_linear(mq_device *device, mq_arena *arena, const mq_runtime *runtime, const mq_module *module,
-                         const mq_tensor *weight, const mq_stored_weight *stored, const float *bias,
+int mq_device_put_linear(mq_device *device, mq_arena *arena, mq_dtype dtype, const mq_given_linear *given,
                          mq_device_linear *linear, mq_error *err)
 {
-    const int rc = put_weight(device, arena, module, weight, stored, runtime->dtype, linear, err);
-    if (rc != MQ_OK || bias == NULL) return rc;
-    return put_bias(device, arena, runtime, bias, module->shape[0], &linear->bias, err);
+    const mq_module *module = given->module;
+    const int rc = put_weight(device, arena, module, given->weight, given->stored, dtype, linear, err);
+    if (rc != MQ_OK || given->bias == NULL) return rc;
+    return put_bias(device, arena, dtype, given->bias, module->shape[0], &linear->bias, err);
 }
 
 int mq_device_load(mq_elsewhere *self, const mq_runtime *runtime, const mq_module *module, const mq_tensor *weight,
@@ -160,8 +160,9 @@ int mq_device_load(mq_elsewhere *self, const mq_runtime *runtime, const mq_modul
         void **norm = (void **)&device->norms[module->role];
         rc = put_vector(device, arena, norm, vector, (size_t)rows * sizeof *vector, err);
     } else {
+        const mq_given_linear given = {module, weight, stored, vector};
         *linear = (mq_device_linear){0};
-        rc = mq_device_put_linear(device, arena, runtime, module, weight, stored, vector, linear, err);
+        rc = mq_device_put_linear(device, arena, runtime->dtype, &given, linear, err);
     }
     if (rc == MQ_OK) rc = device->backend->event_record(device->loaded, device->copies, err);
     mq_device_leave(device, before);

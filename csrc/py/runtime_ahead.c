@@ -5,8 +5,8 @@
 
 const char mq_runtime_begin_ahead_doc[] =
 "begin_ahead($self, layer, expert, tensors, /)\n--\n\n"
-"Weights of a layer (expert None), or of one of its experts, that will be loaded after what is at work now, in whatever\n"
-"order layers come. They are sent to the device by go_ahead, or while Run.layer or Run.expert waits (see there).\n"
+"Weights of a layer (expert None), or of one of its experts, that will be loaded after what is at work now, in\n"
+"whatever order layers come. They are sent to the device by go_ahead, or while Run.layer or Run.expert waits.\n"
 "load_layer and Run.expert then find there what they are given as the same arrays; anything else is loaded anew, so\n"
 "arrays must not be written to until then.\n\n"
 "tensors: {name: array}, some of layer_tensors(layer) or expert_tensors(layer, expert), each linear's bias with its\n"
