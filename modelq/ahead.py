@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from modelq import streaming
-
 if TYPE_CHECKING:
     from modelq.model import Model
 
@@ -25,6 +23,8 @@ def ahead_of(model: Model, layer: int | None, expert: int | None, parts: bool) -
 
 
 def _begin(model: Model, layer: int, expert: int | None, parts: bool) -> None:
+    from modelq import streaming
+
     forget_arrays(model)
     tensors: dict[str, Any] = {}
     for module in model.modules_of(layer, expert):

@@ -65,7 +65,8 @@ class Visitor(Protocol):
 def run_layer(model: Model, run: Any, layer: int, visitor: Visitor | None = None,
               following: int | None = None) -> np.ndarray | None:
     """All batches through one layer, expert by expert where it has any. Without a visitor, experts that no token reaches are not read.
-    following: the layer that will be run next, if any, whose weights may come to a device meanwhile. Returns how many tokens went to each expert: int64 [experts, 2], all of them and those that are no padding."""
+    following: the layer that will be run next, if any, whose weights may come to a device meanwhile. Returns how many tokens went to each
+    expert: int64 [experts, 2], all of them and those that are no padding."""
     names = model.runtime.layer_tensors(layer)
     try:
         reader = read if visitor is not None else read_stored
