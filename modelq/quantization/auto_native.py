@@ -56,8 +56,8 @@ class NativeSubject:
         for name, setting in settings.items():
             if setting.enable and setting.slot.parent == PARENT and setting.slot.role == "weight" \
                     and (scheme := make_quantizer(setting).scheme) not in FORMATS:
-                warnings.warn(f"{name}: a checkpoint of this family has a layer's experts in one tensor, with a place for {' and '.join(FORMATS)} "
-                              f"only: where {scheme} is chosen for them, the model computes but cannot be exported; "
+                warnings.warn(f"{name}: a checkpoint of this family has a layer's experts in one tensor, with a place for "
+                              f"{' and '.join(FORMATS)} only: where {scheme} is chosen for them, the model computes but cannot be exported; "
                               "disabled_layers='*experts*' leaves them as they are", UserWarning, stacklevel=4)
                 return
 

@@ -35,7 +35,8 @@ def case(request, tmp_path_factory):
 
 def search(model, bits, formats, **options):
     ids, _, right = inputs()
-    batches = [{"input_ids": ids, "attention_mask": right, "labels": np.where(right == 1, ids, -100)}, {"input_ids": ids[:1], "labels": ids[:1]}]
+    batches = [{"input_ids": ids, "attention_mask": right, "labels": np.where(right == 1, ids, -100)},
+               {"input_ids": ids[:1], "labels": ids[:1]}]
     return mtq.auto_quantize(model, {"effective_bits": bits}, formats, batches, lambda model, batch: model(**batch),
                              loss_func=lambda output, batch: output.loss, **options), batches
 
@@ -83,8 +84,8 @@ def expected_scores(theirs, batches):
     scores = {}
     with torch.no_grad():
         for name, one in seen.items():
-            views = [matrix(one.module, stack, expert) for stack in ("gate_up_proj", "down_proj") for expert in range(one.module.num_experts)] \
-                if holds_experts(one.module) else [one.module.weight]
+            views = [matrix(one.module, stack, expert) for stack in ("gate_up_proj", "down_proj")
+                     for expert in range(one.module.num_experts)] if holds_experts(one.module) else [one.module.weight]
             for view in views:
                 view.copy_(rounded(view))
             scores[name] = sum(float((summed(one.module, output.grad)[0] * summed(one.module, one.module(*args) - was).sum(0))
@@ -97,8 +98,8 @@ def test_scores_are_torch_s(case):
     sinks, norms of every place, multipliers."""
     name, folder = case
     model = modelq.load(folder, compute="float32")
-    with pytest.warns(UserWarning, match="experts.*: a checkpoint of this family has a layer's experts in one tensor") if name.startswith(STACKED) \
-            else nullcontext():
+    warned = pytest.warns(UserWarning, match="experts.*: a checkpoint of this family has a layer's experts in one tensor")
+    with warned if name.startswith(STACKED) else nullcontext():
         (_, state), batches = search(model, 9.0, [mtq.INT8_WEIGHT_ONLY_CFG, mtq.FP8_DEFAULT_CFG], disabled_layers=[])
     wanted = expected_scores(made(name), batches)
     for stats in state["candidate_stats"].values():
