@@ -57,8 +57,8 @@ class NativeSubject:
             if setting.enable and setting.slot.parent == PARENT and setting.slot.role == "weight" \
                     and (scheme := make_quantizer(setting).scheme) not in FORMATS:
                 warnings.warn(f"{name}: a checkpoint of this family has a layer's experts in one tensor, with a place for "
-                              f"{' and '.join(FORMATS)} only: where {scheme} is chosen for them, the model computes but cannot be exported; "
-                              "disabled_layers='*experts*' leaves them as they are", UserWarning, stacklevel=4)
+                              f"{' and '.join(FORMATS)} only: where {scheme} is chosen for them, the model computes but cannot be "
+                              "exported; disabled_layers='*experts*' leaves them as they are", UserWarning, stacklevel=4)
                 return
 
     def agree(self, value: Any) -> bool:
