@@ -1,4 +1,4 @@
-#include "backend/device_parts.h"
+#include "backend/device_backward.h"
 
 #include "core/alloc.h"
 
@@ -128,6 +128,8 @@ int mq_device_new(const mq_backend *backend, const mq_device_options *options, m
         .begin = mq_device_begin, .load = mq_device_load, .load_low_rank = mq_device_load_low_rank,
         .drop_layer = mq_device_drop_layer, .drop_expert = mq_device_drop_expert,
         .layer = mq_device_run_layer, .expert = mq_device_run_expert, .head = mq_device_run_head,
+        .goes_back = mq_device_goes_back, .back_head = mq_device_back_head, .back_layer = mq_device_back_layer,
+        .back_expert = mq_device_back_expert,
     };
     int rc = mq_device_enter(device, &before, err);
     if (rc == MQ_OK) {
