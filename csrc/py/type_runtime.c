@@ -571,7 +571,8 @@ static PyGetSetDef properties[] = {
     {"layers", runtime_layers, NULL, "Number of decoder layers.", NULL},
     {"config", runtime_config, NULL, "The numbers in use, defaults filled in.", NULL},
     {"device", mq_runtime_device, NULL,
-     "None, or {'memory', 'peak', 'backward'} of the device that computes layers: bytes, and whether gradients are too.",
+     "None, or {'memory', 'peak', 'backward'} of the device that computes layers: bytes, and whether gradients go back "
+     "there.",
      NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
