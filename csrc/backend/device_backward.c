@@ -228,7 +228,7 @@ typedef struct back_chunks {
 static int send_rows(const mq_device_back *it, void *to, const void *from, size_t stride)
 {
     const char *at = (const char *)from + (size_t)it->chunk->first * stride;
-    return it->device->backend->copy(to, at, (size_t)it->chunk->rows * stride, it->device->copies, it->err);
+    return it->device->backend->copy(to, at, (size_t)it->chunk->rows * stride, it->device->rows, it->err);
 }
 
 static int send_chunk(const back_chunks *all, mq_device_chunk *chunk)
@@ -239,7 +239,7 @@ static int send_chunk(const back_chunks *all, mq_device_chunk *chunk)
     const mq_routes *routes = it->context->routes;
     const size_t width = (size_t)it->context->config->hidden_size, size = mq_dtype_size(it->context->dtype);
     const int slot = it->slot;
-    int rc = mq_device_send_indices(it->device, back->run, chunk, scratch->indices[slot], it->err);
+    int rc = mq_device_send_indices(it->device, back->run, chunk, scratch->indices[slot], it->device->rows, it->err);
     chunk->hidden = scratch->input[slot];
     if (rc == MQ_OK) rc = send_rows(it, chunk->hidden, all->input, width * size);
     if (rc == MQ_OK) rc = send_rows(it, scratch->gradient[slot], back->gradient, width * sizeof(float));
@@ -259,7 +259,7 @@ static int start_chunk(back_chunks *all, int slot)
     it->chunk = &all->chunks[slot];
     it->gradient = it->scratch->gradient[slot];
     if (rc == MQ_OK) rc = send_chunk(all, &all->chunks[slot]);
-    if (rc == MQ_OK) rc = backend->event_record(it->device->arrived[slot], it->device->copies, it->err);
+    if (rc == MQ_OK) rc = backend->event_record(it->device->arrived[slot], it->device->rows, it->err);
     if (rc == MQ_OK) rc = backend->event_after(it->device->arrived[slot], it->device->compute, it->err);
     if (rc == MQ_OK) rc = mq_device_attention_again(it);
     if (rc == MQ_OK) rc = mq_device_other_half(it);
@@ -267,16 +267,17 @@ static int start_chunk(back_chunks *all, int slot)
     return rc == MQ_OK ? backend->event_record(it->device->computed[slot], it->device->compute, it->err) : rc;
 }
 
-/* The gradients of a chunk go back to the host: the next chunk is under way by then. */
+/* The gradients of a chunk go back to the host. Where these are not pinned this waits for them: the next chunk is under
+ * way by then. */
 static int fetch_chunk(const back_chunks *all, int slot)
 {
     const mq_device_back *it = &all->it;
     const mq_device_chunk *chunk = &all->chunks[slot];
     const int64_t width = it->context->config->hidden_size;
-    const int rc = it->device->backend->event_after(it->device->computed[slot], it->device->copies, it->err);
+    const int rc = it->device->backend->event_after(it->device->computed[slot], it->device->rows, it->err);
     if (rc != MQ_OK) return rc;
     return it->device->backend->copy(it->back->gradient + chunk->first * width, it->scratch->gradient[slot],
-                                     (size_t)(chunk->rows * width) * sizeof(float), it->device->copies, it->err);
+                                     (size_t)(chunk->rows * width) * sizeof(float), it->device->rows, it->err);
 }
 
 static int run_chunks(back_chunks *all)
@@ -295,7 +296,40 @@ static int run_chunks(back_chunks *all)
         if (rc == MQ_OK) rc = fetch_chunk(all, slot);
         if (!more) break;
     }
-    return rc;
+    return rc == MQ_OK ? all->it.device->backend->stream_wait(all->it.device->rows, all->it.err) : rc;
+}
+
+/* Gradients of hidden states, for as long as they last. */
+static void pin(mq_device *device, const mq_backward *back)
+{
+    const size_t nbytes = (size_t)(back->run->rows * back->run->runtime->config.hidden_size) * sizeof(float);
+    mq_device_pin(device, back->gradient, nbytes);
+    if (back->d_experts != NULL) mq_device_pin(device, back->d_experts, nbytes);
+}
+
+void mq_device_forget_backward(mq_elsewhere *self, const mq_backward *back)
+{
+    mq_device *device = (mq_device *)(void *)self;
+    mq_error err;
+    int before;
+    if (mq_device_enter(device, &before, &err) != MQ_OK) return;
+    mq_device_unpin(device, back->gradient);
+    mq_device_unpin(device, back->d_experts);
+    mq_device_leave(device, before);
+}
+
+int mq_device_back_ready(mq_device *device, mq_error *err)
+{
+    const int rc = device->backend->event_record(device->loaded, device->copies, err);
+    return rc == MQ_OK ? device->backend->event_after(device->loaded, device->compute, err) : rc;
+}
+
+int mq_device_back_end(mq_device *device, int rc, mq_error *err)
+{
+    mq_error after;
+    if (rc != MQ_OK) mq_device_settle(device);
+    const int taken = mq_findings_take(device, rc == MQ_OK ? err : &after);
+    return rc == MQ_OK ? taken : rc;
 }
 
 static int begin(const mq_device_back_room *room, mq_device_back *it)
@@ -308,7 +342,7 @@ static int begin(const mq_device_back_room *room, mq_device_back *it)
     int rc = mq_device_back_reserve(room, run->rows, run->longest, it);
     if (rc == MQ_OK && table != NULL) rc = backend->copy(it->scratch->cosine, table->cosine, nbytes, stream, it->err);
     if (rc == MQ_OK && table != NULL) rc = backend->copy(it->scratch->sine, table->sine, nbytes, stream, it->err);
-    return rc == MQ_OK ? backend->event_after(it->device->loaded, stream, it->err) : rc;
+    return rc == MQ_OK ? mq_device_back_ready(it->device, it->err) : rc;
 }
 
 int mq_device_back_layer(mq_elsewhere *self, mq_backward *back, int64_t layer, const void *input, mq_error *err)
@@ -321,16 +355,16 @@ int mq_device_back_layer(mq_elsewhere *self, mq_backward *back, int64_t layer, c
         .input = input, .it = {.device = device, .back = back, .layer = &back->run->runtime->layers[layer],
                                .context = &context, .scratch = &scratch, .expert = -1, .err = err},
     };
-    mq_error after;
     int before;
     if (device->layer != layer)
         return mq_fail(err, MQ_ERR_STATE, "layer %lld is not loaded on the device", (long long)layer);
     int rc = mq_device_enter(device, &before, err);
     if (rc != MQ_OK) return rc;
+    pin(device, back);
     rc = begin(&room, &all.it);
     if (rc == MQ_OK) rc = run_chunks(&all);
-    const int taken = mq_findings_take(device, rc == MQ_OK ? err : &after);     /* waits for both streams */
+    rc = mq_device_back_end(device, rc, err);
     mq_free(all.it.fetched);
     mq_device_leave(device, before);
-    return rc == MQ_OK ? taken : rc;
+    return rc;
 }

@@ -107,7 +107,13 @@ typedef struct mq_device_back_room {
 } mq_device_back_room;
 int mq_device_back_reserve(const mq_device_back_room *room, int64_t rows, int64_t longest, mq_device_back *out);
 
+/* Computing waits for weights. */
+int mq_device_back_ready(mq_device *device, mq_error *err);
+/* The end of what rc became of: nothing is under way any more. */
+int mq_device_back_end(mq_device *device, int rc, mq_error *err);
+
 /* mq_elsewhere's. */
+void mq_device_forget_backward(mq_elsewhere *self, const mq_backward *back);
 int mq_device_goes_back(const mq_runtime *runtime);
 int mq_device_back_layer(mq_elsewhere *self, mq_backward *back, int64_t layer, const void *input, mq_error *err);
 int mq_device_back_expert(mq_elsewhere *self, mq_backward *back, const mq_back_expert_rows *rows, mq_error *err);

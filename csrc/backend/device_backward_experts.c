@@ -141,16 +141,15 @@ int mq_device_back_expert(mq_elsewhere *self, mq_backward *back, const mq_back_e
     mq_device_back it = {.device = device, .back = back, .layer = &back->run->runtime->layers[rows->layer],
                          .context = &context, .scratch = &scratch, .expert = rows->expert, .err = err};
     expert_work work = {.back = back, .rows = rows};
-    mq_error after;
     int before, rc = mq_device_enter(device, &before, err);
     if (rc != MQ_OK) return rc;
     rc = mq_device_back_reserve(&room, rows->count, 1, &it);
-    if (rc == MQ_OK) rc = device->backend->event_after(device->loaded, device->compute, err);
+    if (rc == MQ_OK) rc = mq_device_back_ready(device, err);
     if (rc == MQ_OK) rc = allocate(&work, scratch.rows, err);
     if (rc == MQ_OK) rc = run_rows(&it, &work);
-    const int taken = mq_findings_take(device, rc == MQ_OK ? err : &after);
+    rc = mq_device_back_end(device, rc, err);
     deallocate(&work);
     mq_free(it.fetched);
     mq_device_leave(device, before);
-    return rc == MQ_OK ? taken : rc;
+    return rc;
 }

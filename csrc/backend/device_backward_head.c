@@ -242,13 +242,12 @@ int mq_device_back_head(mq_elsewhere *self, mq_backward *back, const mq_back_hea
     const mq_layer_context context = mq_run_context(back->run);
     head it = {.request = request, .it = {.device = device, .back = back, .context = &context, .expert = -1,
                                           .err = err}};
-    mq_error after;
     int before, rc = mq_device_enter(device, &before, err);
     if (rc != MQ_OK) return rc;
     it.it.scratch = &it.scratch;
     rc = run_head(&it);
-    const int taken = mq_findings_take(device, rc == MQ_OK ? err : &after);
+    rc = mq_device_back_end(device, rc, err);
     mq_free(it.it.fetched);
     mq_device_leave(device, before);
-    return rc == MQ_OK ? taken : rc;
+    return rc;
 }

@@ -40,6 +40,8 @@ void mq_backward_drop(mq_backward *back)
 
 void mq_backward_free(mq_backward *back)
 {
+    mq_elsewhere *there = back->run != NULL ? back->run->runtime->elsewhere : NULL;
+    if (there != NULL) there->forget_backward(there, back);
     mq_backward_drop(back);
     mq_free(back->gradient);
     mq_free(back->d_experts);
