@@ -13,7 +13,9 @@ typedef struct mq_arena {
 } mq_arena;
 
 typedef struct mq_device_linear {
-    mq_cuda_matrix weight;
+    mq_cuda_matrix weight;      /* data NULL: it stays codes, in packed */
+    mq_cuda_linear packed;      /* codes NULL: it is numbers */
+    mq_cuda_path prepared_for;  /* the only path that reads what packed.prepared is */
     void *bias;                 /* of the activations' dtype, or NULL */
     mq_cuda_matrix down, up;    /* the branch of low rank; data NULL = none */
     void *branch;               /* their memory */
@@ -67,6 +69,7 @@ struct mq_device {
     int64_t finding_count, maxima_used;
     mq_device_gram grams[MQ_GRAMS];
     mq_device_quantizer quantizers[MQ_QUANTIZERS];
+    int64_t products[MQ_CUDA_PATHS];    /* of weights that stay codes, by the path that they took */
 };
 
 /* Rows on their way through a layer: a chunk of whole sequences, or rows gathered for an expert. */
@@ -121,6 +124,15 @@ int mq_device_load_low_rank(mq_elsewhere *self, const mq_module *module, const m
                             mq_error *err);
 void mq_device_drop_layer(mq_elsewhere *self, int64_t layer);
 void mq_device_drop_expert(mq_elsewhere *self);
+
+/* ---- device_packed.c ---- */
+
+/* Whether a weight stays codes there (stored NULL: it does not), and then how many bytes it takes. */
+int mq_device_can_pack(const mq_device *device, const mq_module *module, const mq_stored_weight *stored);
+size_t mq_device_packed_nbytes(const mq_device *device, const mq_stored_weight *stored);
+/* *out = the weight in memory of so many bytes; dtype: of activations. On the copy stream. */
+int mq_device_put_packed(mq_device *device, char *memory, const mq_module *module, const mq_stored_weight *stored,
+                         mq_dtype dtype, mq_device_linear *out, mq_error *err);
 
 /* ---- device_findings.c ---- */
 

@@ -60,19 +60,33 @@ static size_t rounded(int64_t count, size_t size)
     return MQ_ROUND_UP((size_t)count * size, (size_t)MQ_ALIGN_DEVICE);
 }
 
+static const mq_stored_weight *find(const mq_named_tensor *tensors, size_t count, const char *name)
+{
+    for (size_t i = 0; i < count; i++)
+        if (strcmp(tensors[i].name, name) == 0) return tensors[i].stored;
+    return NULL;
+}
+
+/* Of a linear's weight and bias; size: of a number. */
+static size_t weight_nbytes(const mq_device *device, const mq_module *module, size_t size,
+                            const mq_stored_weight *stored)
+{
+    const size_t bias = rounded(module->shape[0], size);
+    if (mq_device_can_pack(device, module, stored)) return bias + mq_device_packed_nbytes(device, stored);
+    return bias + rounded(module->shape[0] * module->shape[1], size);
+}
+
 /* Bytes of the modules of one layer, or of one of its experts, on the device. */
-static size_t weights_nbytes(const mq_runtime *runtime, int64_t layer, int64_t expert, const mq_named_tensor *tensors,
-                             size_t count)
+static size_t weights_nbytes(const mq_device *device, const mq_runtime *runtime, int64_t layer, int64_t expert,
+                             const mq_named_tensor *tensors, size_t count)
 {
     const size_t size = mq_dtype_size(runtime->dtype);
     size_t total = 0;
-    (void)tensors;
-    (void)count;
     for (size_t i = runtime->layer_start[layer]; i < runtime->layer_start[layer + 1]; i++) {
         const mq_module *module = &runtime->modules[i];
         if (module->expert != expert || module->weight[0] == '\0') continue;
         if (module->ndim == 1) total += rounded(module->shape[0], sizeof(float));
-        else total += rounded(module->shape[0] * module->shape[1], size) + rounded(module->shape[0], size);
+        else total += weight_nbytes(device, module, size, find(tensors, count, module->weight));
     }
     return total;
 }
@@ -106,8 +120,8 @@ int mq_device_begin(mq_elsewhere *self, const mq_runtime *runtime, int64_t layer
     if (rc != MQ_OK) return rc;
     if (expert < 0) mq_device_drop_layer(self, device->layer);
     else mq_device_drop_expert(self);
-    rc = mq_arena_reserve(device, arena, weights_nbytes(runtime, layer, expert, tensors, count),
-                          "the weights of a layer", err);
+    const size_t nbytes = weights_nbytes(device, runtime, layer, expert, tensors, count);
+    rc = mq_arena_reserve(device, arena, nbytes, "the weights of a layer", err);
     if (rc == MQ_OK && expert < 0) device->layer = layer;
     mq_device_leave(device, before);
     return rc;
@@ -119,6 +133,7 @@ static int put_numbers(mq_device *device, mq_arena *arena, const mq_module *modu
 {
     const int64_t rows = module->shape[0], columns = module->shape[1];
     const size_t nbytes = (size_t)(rows * columns) * mq_dtype_size(dtype);
+    linear->packed.codes = NULL;
     linear->weight = (mq_cuda_matrix){mq_arena_take(arena, nbytes), dtype, rows, columns, columns};
     const int rc = mq_device_upload(device, weight, &linear->weight, err);
     return rc == MQ_OK ? mq_finding_weight(device, &linear->weight, module->weight, err) : rc;
@@ -129,6 +144,10 @@ static int put_weight(mq_device *device, mq_arena *arena, const mq_module *modul
 {
     mq_tensor numbers;
     if (stored == NULL) return put_numbers(device, arena, module, weight, dtype, linear, err);
+    if (mq_device_can_pack(device, module, stored)) {
+        void *memory = mq_arena_take(arena, mq_device_packed_nbytes(device, stored));
+        return mq_device_put_packed(device, memory, module, stored, dtype, linear, err);
+    }
     int rc = mq_stored_numbers(stored, &numbers, module->weight, err);
     if (rc == MQ_OK) rc = put_numbers(device, arena, module, &numbers, dtype, linear, err);
     mq_free(numbers.data);

@@ -44,7 +44,7 @@ int mq_block_dequantize(const mq_block_job *job, const mq_parts *parts, mq_tenso
 typedef struct mq_stored_weight {
     mq_block_job job;
     mq_parts parts;         /* without data where they are yet to be made of: */
-    mq_tensor numbers;      /* float32, bfloat16 or float16, any strides; without data where there are parts */
+    mq_tensor numbers;      /* float32 or of dtype, any strides; without data where there are parts */
     mq_dtype dtype;
     int64_t shape[2];
 } mq_stored_weight;
