@@ -107,3 +107,21 @@ int mq_device_multiply(mq_device_pass *pass, const mq_linear *at, const mq_devic
     if (packed) return run(pass, &weights->packed, out, in, weights->bias, accumulate);
     return mq_device_product(pass, out, in, &weights->weight, weights->bias, accumulate);
 }
+
+/* ---- for reports ---- */
+
+int64_t mq_device_products(const mq_device *device, int path)
+{
+    return device->products[path];
+}
+
+const char *mq_device_path_name(int path)
+{
+    static const char *const names[MQ_CUDA_PATHS] = {
+        [MQ_CUDA_PATH_NVFP4] = "nvfp4", [MQ_CUDA_PATH_MXFP8] = "mxfp8", [MQ_CUDA_PATH_FP8_BLOCK] = "fp8_block",
+        [MQ_CUDA_PATH_FP8_OUTER] = "fp8_outer", [MQ_CUDA_PATH_FP8_TENSOR] = "fp8_tensor",
+        [MQ_CUDA_PATH_FP8_SCALED] = "fp8_scaled", [MQ_CUDA_PATH_INT8] = "int8",
+        [MQ_CUDA_PATH_DEQUANTIZE] = "dequantize",
+    };
+    return path < MQ_CUDA_PATHS ? names[path] : NULL;
+}
