@@ -184,12 +184,16 @@ def unquantized(model: Model, module: dict[str, Any]) -> Any:
         return None
     name = f"{module['name']}.weight_quantizer"
     quantizer, pair = quantizer_of(model, name), pair_of(model, module["name"])
-    if quantizer is None or not quantizer.enabled or pair is None or pair.weight is None or len(stage_quantizers(quantizer)) > 1:
+    if quantizer is None or not quantizer.enabled or pair is None or pair.weight is None:
         return None
     tensor = stated_weight(model, module, model.checkpoint.read(module["weight"]))
-    size = block_extents(stages(model.settings[place_of(model, name).name])[0]).get(-1)
-    by = stated_weight_amax(model, module)[0].arguments()
-    return (as_divided(model, module, tensor), pair.weight, str(tensor.dtype), size, (by["amax"], by["block_amax"], by["second_divisor"]))
+    *before, (scheme, size, by) = weight_stages(model, module)
+    if scheme is None:
+        return None
+    numbers = as_divided(model, module, tensor)
+    for first, first_size, arguments in before:         # all but the last of several quantizers in a row
+        numbers = _core.fake_quantize(numbers, first, block_size=first_size, name=module["weight"], **arguments)
+    return numbers, scheme, str(tensor.dtype), size, (by["amax"], by["block_amax"], by["second_divisor"])
 
 
 def stored(model: Model, module: dict[str, Any], pack: bool = False) -> Any:
@@ -257,9 +261,16 @@ def fake_quantize(model: Model, module: dict[str, Any], tensor: np.ndarray) -> n
         plain = make_quantizer(setting)
         set_found_values(plain, [Found(stated.amax) for stated in stated_weight_amax(model, module)])
         return plain(tensor)
-    schemes = [pair.weight] + [stage.scheme for stage in stage_quantizers(quantizer)[1:]]
     dtype, tensor = tensor.dtype, as_divided(model, module, tensor)
-    for scheme, attributes, stated in zip(schemes, stages(setting), stated_weight_amax(model, module)):
-        size = block_extents(attributes).get(-1)
-        tensor = _core.fake_quantize(tensor, scheme, block_size=size, name=module["weight"], **stated.arguments())
+    for scheme, size, arguments in weight_stages(model, module):
+        tensor = _core.fake_quantize(tensor, scheme, block_size=size, name=module["weight"], **arguments)
     return tensor.astype(dtype, copy=False)
+
+
+def weight_stages(model: Model, module: dict[str, Any]) -> list[tuple[Any, int | None, dict[str, Any]]]:
+    """(scheme, block size, arguments of `_core.quantize`) of each of the quantizers in a row of a weight whose first has a scheme."""
+    name, pair = f"{module['name']}.weight_quantizer", pair_of(model, module["name"])
+    assert pair is not None
+    schemes = [pair.weight] + [stage.scheme for stage in stage_quantizers(quantizer_of(model, name))[1:]]
+    sizes = [block_extents(attributes).get(-1) for attributes in stages(model.settings[place_of(model, name).name])]
+    return [(scheme, size, stated.arguments()) for scheme, size, stated in zip(schemes, sizes, stated_weight_amax(model, module))]

@@ -63,12 +63,6 @@ typedef struct piece {
     size_t amax, block_amax, workspace, workspace_nbytes, nbytes;
 } piece;
 
-/* Rows that share a scale or bytes. */
-static int64_t unit_of(const mq_scheme_row *scheme)
-{
-    return MQ_MAX((int64_t)scheme->block_rows, scheme->packing == MQ_PACK_ROW_PAIRS ? (int64_t)2 : (int64_t)1);
-}
-
 static mq_cuda_block_job job_of(const mq_stored_weight *stored, int64_t rows)
 {
     const mq_tensor *numbers = &stored->numbers;
@@ -104,7 +98,7 @@ static piece piece_of(const mq_device *device, const mq_stored_weight *stored, i
 /* As many rows as a piece of weights has room for, whole units of them; 0: not even one. */
 static int64_t rows_of_piece(const mq_device *device, const mq_stored_weight *stored)
 {
-    const int64_t unit = unit_of(mq_scheme_get(stored->job.scheme));
+    const int64_t unit = mq_block_unit(stored->job.scheme);
     int64_t rows = MQ_ROUND_UP(stored->shape[0], unit);
     while (rows > 0 && piece_of(device, stored, MQ_MIN(rows, stored->shape[0])).nbytes > (size_t)device->piece_nbytes)
         rows = rows / 2 / unit * unit;
@@ -126,10 +120,10 @@ static int can_quantize(const mq_device *device, const mq_stored_weight *stored)
 }
 
 /* Routers choose experts by numbers: no product of codes. */
-int mq_device_can_pack(const mq_device *device, const mq_module *module, const mq_stored_weight *stored)
+int mq_device_can_pack(const mq_device *device, mq_role role, const mq_stored_weight *stored)
 {
     if (stored == NULL || stored->shape[0] == 0 || stored->shape[1] == 0) return 0;
-    if (module->role == MQ_ROLE_ROUTER || module->role == MQ_ROLE_SHARED_ROUTER) return 0;
+    if (role == MQ_ROLE_ROUTER || role == MQ_ROLE_SHARED_ROUTER) return 0;
     return stored->numbers.data == NULL || can_quantize(device, stored);
 }
 
@@ -196,7 +190,7 @@ static int check_finite(const mq_stored_weight *stored, mq_dtype dtype, int spec
 }
 
 static int put_parts(mq_device *device, const mq_stored_weight *stored, const places *at, char *memory,
-                     const mq_module *module, mq_dtype dtype, mq_error *err)
+                     const char *name, mq_dtype dtype, mq_error *err)
 {
     const mq_scheme_row *scheme = mq_scheme_get(stored->job.scheme);
     const mq_parts *parts = &stored->parts;
@@ -209,46 +203,46 @@ static int put_parts(mq_device *device, const mq_stored_weight *stored, const pl
         rc = send_bytes(device, memory + at->scales, parts->scale.data, part_nbytes(&parts->scale), 0, NULL, err);
     if (rc == MQ_OK && parts->has_scale_2)
         rc = send_bytes(device, memory + at->scale_2, parts->scale_2.data, sizeof(float), 0, NULL, err);
-    return rc == MQ_OK ? check_finite(stored, dtype, special, module->weight, err) : rc;
+    return rc == MQ_OK ? check_finite(stored, dtype, special, name, err) : rc;
 }
 
 /* ---- parts that are made there ---- */
 
-static void fill(char *pinned, const piece *at, const mq_stored_weight *stored, int64_t row, int64_t rows)
+static void fill(char *pinned, const piece *at, const mq_stored_weight *part)
 {
-    const mq_tensor *numbers = &stored->numbers;
-    const mq_grid grid = grid_of(stored);
-    const int64_t first = row / grid.block_rows * grid.cols;
-    const int one = stored->job.amax_count == 1;
+    const mq_tensor *numbers = &part->numbers;
     const size_t row_nbytes = (size_t)numbers->shape[1] * mq_dtype_size(numbers->dtype);
-    const size_t blocks = (size_t)blocks_in(stored, rows) * sizeof(float);
-    for (int64_t i = 0; i < rows; i++) mq_read_row(pinned + (size_t)i * row_nbytes, numbers->dtype, numbers, row + i);
-    if (stored->job.amax != NULL)
-        memcpy(pinned + at->amax, stored->job.amax + (one ? 0 : first), one ? sizeof(float) : blocks);
-    if (stored->job.block_amax != NULL) memcpy(pinned + at->block_amax, stored->job.block_amax + first, blocks);
+    const mq_block_job *job = &part->job;
+    for (int64_t i = 0; i < part->shape[0]; i++)
+        mq_read_row(pinned + (size_t)i * row_nbytes, numbers->dtype, numbers, i);
+    if (job->amax != NULL) memcpy(pinned + at->amax, job->amax, (size_t)job->amax_count * sizeof(float));
+    if (job->block_amax != NULL)
+        memcpy(pinned + at->block_amax, job->block_amax, (size_t)job->block_amax_count * sizeof(float));
 }
 
-static int quantize_piece(mq_device *device, const mq_stored_weight *stored, const mq_cuda_linear *linear, int64_t row,
-                          int64_t rows, const char *name, mq_error *err)
+/* Rows from `row` on, which part is. */
+static int quantize_piece(mq_device *device, const mq_stored_weight *part, const mq_cuda_linear *linear, int64_t row,
+                          const char *name, mq_error *err)
 {
     const mq_backend *backend = device->backend;
-    const mq_grid grid = grid_of(stored);
-    const piece at = piece_of(device, stored, rows);
-    const int64_t pairs = mq_scheme_get(stored->job.scheme)->packing == MQ_PACK_ROW_PAIRS ? 2 : 1;
+    const mq_scheme_row *scheme = mq_scheme_get(linear->scheme);
+    const piece at = piece_of(device, part, part->shape[0]);
+    const int64_t pairs = scheme->packing == MQ_PACK_ROW_PAIRS ? 2 : 1;
+    const int64_t block_row = scheme->block_rows > 0 ? row / scheme->block_rows : 0;
     const int slot = device->next_piece;
     char *staged = device->staged[slot];
-    mq_cuda_block_job job = job_of(stored, rows);
+    mq_cuda_block_job job = job_of(part, part->shape[0]);
     device->next_piece = 1 - slot;
     int rc = backend->event_wait(device->sent[slot], err);
     if (rc != MQ_OK) return rc;
-    fill(device->pinned[slot], &at, stored, row, rows);
+    fill(device->pinned[slot], &at, part);
     rc = backend->copy(staged, device->pinned[slot], at.workspace, device->copies, err);
     job.x.data = staged;
     if (job.amax != NULL) job.amax = (const float *)(const void *)(staged + at.amax);
     if (job.block_amax != NULL) job.block_amax = (const float *)(const void *)(staged + at.block_amax);
-    job.codes = (uint8_t *)(uintptr_t)linear->codes + row / pairs * stored->parts.weight.shape[1];
+    job.codes = (uint8_t *)(uintptr_t)linear->codes + row / pairs * part->parts.weight.shape[1];
     job.scales = (char *)(uintptr_t)linear->scales +
-                 (size_t)(row / grid.block_rows * grid.cols) * mq_dtype_size(stored->parts.scale.dtype);
+                 (size_t)(block_row * grid_of(part).cols) * mq_dtype_size(part->parts.scale.dtype);
     job.scale_2 = (float *)(uintptr_t)linear->scale_2;
     job.workspace = staged + at.workspace;
     job.workspace_nbytes = at.workspace_nbytes;
@@ -257,19 +251,21 @@ static int quantize_piece(mq_device *device, const mq_stored_weight *stored, con
     return rc == MQ_OK ? backend->event_record(device->sent[slot], device->copies, err) : rc;
 }
 
-static int make_parts(mq_device *device, const mq_stored_weight *stored, const mq_cuda_linear *linear,
-                      const mq_module *module, mq_error *err)
+static int make_parts(mq_device *device, const mq_stored_weight *stored, const mq_cuda_linear *linear, const char *name,
+                      mq_error *err)
 {
     const int64_t step = rows_of_piece(device, stored);
     int rc = MQ_OK;
-    for (int64_t row = 0; rc == MQ_OK && row < stored->shape[0]; row += step)
-        rc = quantize_piece(device, stored, linear, row, MQ_MIN(step, stored->shape[0] - row), module->weight, err);
+    for (int64_t row = 0; rc == MQ_OK && row < stored->shape[0]; row += step) {
+        const mq_stored_weight part = mq_stored_rows(stored, row, MQ_MIN(step, stored->shape[0] - row));
+        rc = quantize_piece(device, &part, linear, row, name, err);
+    }
     return rc;
 }
 
 /* ---- a weight ---- */
 
-int mq_device_put_packed(mq_device *device, char *memory, const mq_module *module, const mq_stored_weight *stored,
+int mq_device_put_packed(mq_device *device, char *memory, const char *name, const mq_stored_weight *stored,
                          mq_dtype dtype, mq_device_linear *out, mq_error *err)
 {
     const mq_backend *backend = device->backend;
@@ -279,8 +275,8 @@ int mq_device_put_packed(mq_device *device, char *memory, const mq_module *modul
     linear.scales = memory + at.scales;
     linear.scale_2 = stored->parts.has_scale_2 ? (float *)(void *)(memory + at.scale_2) : NULL;
     out->weight = (mq_cuda_matrix){NULL, dtype, linear.rows, linear.cols, linear.cols};
-    int rc = stored->numbers.data != NULL ? make_parts(device, stored, &linear, module, err)
-                                          : put_parts(device, stored, &at, memory, module, dtype, err);
+    int rc = stored->numbers.data != NULL ? make_parts(device, stored, &linear, name, err)
+                                          : put_parts(device, stored, &at, memory, name, dtype, err);
     if (rc == MQ_OK && at.nbytes > at.prepared)
         rc = backend->linear_prepare(device->gemm, &linear, memory + at.prepared, device->copies, err);
     out->prepared_for = backend->linear_path(device->gemm, &linear);

@@ -128,11 +128,21 @@ void mq_device_drop_expert(mq_elsewhere *self);
 /* ---- device_packed.c ---- */
 
 /* Whether a weight stays codes there (stored NULL: it does not), and then how many bytes it takes. */
-int mq_device_can_pack(const mq_device *device, const mq_module *module, const mq_stored_weight *stored);
+int mq_device_can_pack(const mq_device *device, mq_role role, const mq_stored_weight *stored);
 size_t mq_device_packed_nbytes(const mq_device *device, const mq_stored_weight *stored);
 /* *out = the weight in memory of so many bytes; dtype: of activations. On the copy stream. */
-int mq_device_put_packed(mq_device *device, char *memory, const mq_module *module, const mq_stored_weight *stored,
+int mq_device_put_packed(mq_device *device, char *memory, const char *name, const mq_stored_weight *stored,
                          mq_dtype dtype, mq_device_linear *out, mq_error *err);
+
+/* ---- device_products.c ---- */
+
+/* *linear: a weight that stays codes, and the quantizer of its input (may be NULL) as part of the product; whether a
+ * product of such codes there is. has_amax: then it needs that number (input_amax). */
+int mq_device_is_narrow(const mq_device *device, mq_dtype dtype, const mq_device_linear *weights,
+                        const mq_quantizer *quantizer, mq_cuda_linear *linear);
+int mq_device_has_amax(const mq_quantizer *quantizer, const mq_cuda_linear *linear);
+/* A product with codes, which is counted. */
+int mq_device_run_packed(mq_device *device, const mq_cuda_linear_job *job, mq_error *err);
 
 /* ---- device_findings.c ---- */
 

@@ -41,7 +41,7 @@ static int says(const mq_quantizer *quantizer, mq_cuda_linear *linear)
     return quantizer->spec.scale != MQ_FMT_FP32 ? says_blocks(quantizer, linear) : says_scaled(quantizer, linear);
 }
 
-static int has_amax(const mq_quantizer *quantizer, const mq_cuda_linear *linear)
+int mq_device_has_amax(const mq_quantizer *quantizer, const mq_cuda_linear *linear)
 {
     if (quantizer->amax == NULL || linear->inputs == MQ_CUDA_INPUTS_TOKEN || linear->inputs == MQ_CUDA_INPUTS_GROUP)
         return 0;
@@ -49,14 +49,12 @@ static int has_amax(const mq_quantizer *quantizer, const mq_cuda_linear *linear)
     return mq_scheme_get(linear->input_scheme)->second_divisor != 0.0f;
 }
 
-/* *linear: the weight with the quantizer's inputs, if they are multiplied as codes. Numbers that were rounded to less
- * than the activations' float32 are no codes times scales. */
-static int is_narrow(const mq_device_pass *pass, const mq_device_linear *weights, const mq_quantizer *quantizer,
-                     mq_cuda_linear *linear)
+/* Numbers that were rounded to less than the activations' float32 are no codes times scales. */
+int mq_device_is_narrow(const mq_device *device, mq_dtype dtype, const mq_device_linear *weights,
+                        const mq_quantizer *quantizer, mq_cuda_linear *linear)
 {
-    const mq_device *device = pass->device;
     *linear = weights->packed;
-    if (pass->context->dtype == MQ_F32 && linear->dtype != MQ_F32) return 0;
+    if (dtype == MQ_F32 && linear->dtype != MQ_F32) return 0;
     if (!says(quantizer, linear)) return 0;
     const mq_cuda_path path = device->backend->linear_path(device->gemm, linear);
     if (path != weights->prepared_for) linear->prepared = NULL;
@@ -65,19 +63,23 @@ static int is_narrow(const mq_device_pass *pass, const mq_device_linear *weights
 
 /* ---- products ---- */
 
+int mq_device_run_packed(mq_device *device, const mq_cuda_linear_job *job, mq_error *err)
+{
+    mq_cuda_path taken = MQ_CUDA_PATH_DEQUANTIZE;
+    const int rc = device->backend->linear_run(device->gemm, job, &taken, device->compute, err);
+    if (rc == MQ_OK) device->products[taken]++;
+    return rc;
+}
+
 static int run(mq_device_pass *pass, const mq_cuda_linear *linear, void *out, const void *in, const void *bias,
                int accumulate)
 {
-    mq_device *device = pass->device;
-    mq_cuda_path taken = MQ_CUDA_PATH_DEQUANTIZE;
     const mq_cuda_linear_job job = {
         .linear = *linear, .in = mq_device_matrix(pass, (void *)(uintptr_t)in, linear->cols),
         .out = mq_device_matrix(pass, out, linear->rows), .bias = bias, .accumulate = accumulate,
-        .workspace = device->workspace,
+        .workspace = pass->device->workspace,
     };
-    const int rc = device->backend->linear_run(device->gemm, &job, &taken, device->compute, pass->err);
-    if (rc == MQ_OK) device->products[taken]++;
-    return rc;
+    return mq_device_run_packed(pass->device, &job, pass->err);
 }
 
 /* Quantized as part of the product; what comes before rounding is done here. */
@@ -91,7 +93,8 @@ static int run_narrow(mq_device_pass *pass, const mq_linear *at, const mq_device
         pass->applied = NULL;
         in = pass->scratch->quantized;
     }
-    if (rc == MQ_OK && has_amax(quantizer, linear)) rc = mq_device_amax(pass, &at->input, &linear->input_amax);
+    if (rc == MQ_OK && mq_device_has_amax(quantizer, linear))
+        rc = mq_device_amax(pass, &at->input, &linear->input_amax);
     return rc == MQ_OK ? run(pass, linear, out, in, weights->bias, accumulate) : rc;
 }
 
@@ -99,8 +102,9 @@ int mq_device_multiply(mq_device_pass *pass, const mq_linear *at, const mq_devic
                        const void *in, int accumulate)
 {
     mq_cuda_linear linear;
+    const mq_quantizer *quantizer = at->input.quantizer;
     const int packed = weights->packed.codes != NULL;
-    if (packed && is_narrow(pass, weights, at->input.quantizer, &linear))
+    if (packed && mq_device_is_narrow(pass->device, pass->context->dtype, weights, quantizer, &linear))
         return run_narrow(pass, at, weights, &linear, out, in, accumulate);
     const int rc = mq_device_quantized(pass, at, in, &in);
     if (rc != MQ_OK) return rc;

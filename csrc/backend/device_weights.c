@@ -72,7 +72,7 @@ static size_t weight_nbytes(const mq_device *device, const mq_module *module, si
                             const mq_stored_weight *stored)
 {
     const size_t bias = rounded(module->shape[0], size);
-    if (mq_device_can_pack(device, module, stored)) return bias + mq_device_packed_nbytes(device, stored);
+    if (mq_device_can_pack(device, module->role, stored)) return bias + mq_device_packed_nbytes(device, stored);
     return bias + rounded(module->shape[0] * module->shape[1], size);
 }
 
@@ -144,9 +144,9 @@ static int put_weight(mq_device *device, mq_arena *arena, const mq_module *modul
 {
     mq_tensor numbers;
     if (stored == NULL) return put_numbers(device, arena, module, weight, dtype, linear, err);
-    if (mq_device_can_pack(device, module, stored)) {
+    if (mq_device_can_pack(device, module->role, stored)) {
         void *memory = mq_arena_take(arena, mq_device_packed_nbytes(device, stored));
-        return mq_device_put_packed(device, memory, module, stored, dtype, linear, err);
+        return mq_device_put_packed(device, memory, module->weight, stored, dtype, linear, err);
     }
     int rc = mq_stored_numbers(stored, &numbers, module->weight, err);
     if (rc == MQ_OK) rc = put_numbers(device, arena, module, &numbers, dtype, linear, err);

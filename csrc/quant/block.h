@@ -49,6 +49,11 @@ typedef struct mq_stored_weight {
     int64_t shape[2];
 } mq_stored_weight;
 
+/* Rows first to first + rows of it: where they begin and end, whole blocks and pairs do (mq_block_unit), or it does. */
+mq_stored_weight mq_stored_rows(const mq_stored_weight *weight, int64_t first, int64_t rows);
+/* Rows that share a scale, or bytes. */
+int64_t mq_block_unit(mq_scheme scheme);
+
 /* The same as an operand of products that stays codes (mq_gemm_can_code says whether it may). */
 mq_coded_matrix mq_stored_codes(const mq_stored_weight *weight);
 
