@@ -1,5 +1,6 @@
 """Weights that stay codes on a GPU (modelq.load(device="cuda") of a compressed, reopened or simulated model): they travel packed, are
-multiplied by the path that the device has for them, and the model computes what it computes on the CPU. The GPU is the emulated library's."""
+multiplied by the path that the device has for them, and the model computes what it computes on the CPU. The GPU is the emulated
+library's."""
 import ctypes
 import gc
 import json
@@ -92,7 +93,7 @@ def there(model, memory=ENOUGH):
 
 
 def on_device(model, memory=ENOUGH):
-    """(logits, how many products took which path, the most memory that was used) of a model on a device, and then it is on the CPU again."""
+    """(logits, how many products took which path, the most memory in use) of a model on a device, which is on the CPU again then."""
     there(model, memory)
     found, device = logits(model), model.runtime.device
     model.runtime.use_device(None)
@@ -183,10 +184,10 @@ def test_simulated_models_are_quantized_there(llama, emulated, name):
 
 def test_experts(golden, emulated):
     source = golden["qwen3moe"].source
-    for name in ("fp8", "nvfp4", "fp8 channels, tokens", "int4"):
+    for name in ("fp8", "nvfp4", "int4"):
         model = mtq.compress(quantized(source, FORMATS[name][0]))
         expected = logits(model)
-        for capability in (80, 90, 100):
+        for capability in (80, 100):
             emulated(capability)
             found, products, _ = on_device(model)
             assert list(products) == [path_of(name, capability)] and products[path_of(name, capability)] > 40
@@ -204,20 +205,22 @@ def test_a_packed_head(golden, llama, emulated, tmp_path):
         tensors[name] = (np.random.default_rng(1).standard_normal((6004, said["hidden_size"])) * 0.05).astype(tensors[name].dtype)
     write_safetensors(folder / "model.safetensors", tensors)
     (folder / "config.json").write_text(json.dumps({**said, "vocab_size": 6004}))
-    for weight, side, path in (({"num_bits": E4M3}, {"num_bits": E4M3}, "fp8_tensor"), ({"num_bits": 4, "block_sizes": {-1: 32}}, None, "dequantize"),
-                               ({"num_bits": E4M3, "block_sizes": {-1: 128, -2: 128}}, TOKEN, "dequantize"), (NVFP4, NVFP4, "nvfp4")):
+    for weight, side, path in (({"num_bits": E4M3}, {"num_bits": E4M3}, "fp8_tensor"), (NVFP4, NVFP4, "nvfp4"),
+                               ({"num_bits": 4, "block_sizes": {-1: 32}}, None, "dequantize"),
+                               ({"num_bits": E4M3, "block_sizes": {-1: 128, -2: 128}}, TOKEN, "dequantize")):
         rules = [{"quantizer_name": "*", "enable": False}, {"quantizer_name": "*lm_head.weight_quantizer", "cfg": weight, "enable": True}]
         rules += [{"quantizer_name": "*lm_head.input_quantizer", "cfg": side, "enable": True}] if side else []
-        model = mtq.compress(quantized(folder, {"quant_cfg": rules, "algorithm": "max"}))
-        expected, loss = logits(model), model.loss(IDS)
+        model, ids = mtq.compress(quantized(folder, {"quant_cfg": rules, "algorithm": "max"})), IDS[0][:, :5]
+        expected, loss = np.asarray(model(ids).logits), model.loss([ids])
         emulated(100)
         counts = []
-        for memory in (ENOUGH, 3_400_000):
-            found, products, _ = on_device(model, memory)
+        for memory in (ENOUGH, 2_600_000):
+            found = np.asarray(there(model, memory)(ids).logits)
+            assert model.loss([ids]) == pytest.approx(loss, rel=1e-6)
+            products = model.runtime.device["products"]
             assert list(products) == [path]
             counts.append(products[path])
-            check_rows(found, expected)
-            assert there(model, memory).loss(IDS) == pytest.approx(loss, rel=1e-6)
+            check_rows(found.reshape(10, -1), expected.reshape(10, -1))
             model.runtime.use_device(None)
         assert counts[0] == 2 < counts[1]
 
@@ -236,7 +239,7 @@ def test_what_has_no_packed_form_is_simulated_on_the_cpu(llama, emulated):
 def test_quantizers_that_products_have_no_words_for(llama, emulated):
     """An affine input, four bits, or unsigned ones: rounded before the product."""
     emulated(100)
-    for side in ({"num_bits": 4}, {"num_bits": 8, "unsigned": True}, {"num_bits": E4M3, "block_sizes": {-1: 64, "type": "dynamic"}, "type": "dynamic"}):
+    for side in ({"num_bits": 4}, {"num_bits": 8, "unsigned": True}, {"num_bits": E4M3, "block_sizes": {-1: 64}, "type": "dynamic"}):
         model = mtq.compress(quantized(llama, config({"num_bits": E4M3}, side)))
         expected = logits(model)
         found, products, _ = on_device(model)
