@@ -105,12 +105,15 @@ int mq_device_begin(mq_elsewhere *self, const mq_runtime *runtime, int64_t layer
     if (rc != MQ_OK) return rc;
     if (expert < 0) mq_device_drop_layer(self, device->layer);
     else mq_device_drop_expert(self);
+    if (expert < 0) device->layer = layer;      /* and dropped where anything fails */
     int came = 0;
     rc = mq_device_take_ahead(device, runtime, layer, expert, tensors, count, &came, err);
     if (rc == MQ_OK && !came)
         rc = mq_arena_reserve(device, arena, mq_device_weights_nbytes(runtime, layer, expert, tensors, count),
                               "the weights of a layer", err);
-    if (rc == MQ_OK && expert < 0) device->layer = layer;
+    if (rc == MQ_OK && expert < 0 && runtime->layers[layer].experts > 0)     /* before rows have what is left */
+        rc = mq_arena_reserve(device, &device->expert_weights, mq_device_weights_nbytes(runtime, layer, 0, NULL, 0),
+                              "the weights of an expert", err);
     mq_device_leave(device, before);
     return rc;
 }
