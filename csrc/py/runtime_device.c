@@ -74,6 +74,7 @@ PyObject *mq_runtime_device(PyObject *object, void *unused)
     const RuntimeObject *self = (RuntimeObject *)object;
     (void)unused;
     if (self->device == NULL) Py_RETURN_NONE;
-    return Py_BuildValue("{s:n,s:n}", "memory", (Py_ssize_t)mq_device_budget(self->device), "peak",
-                         (Py_ssize_t)mq_device_peak(self->device));
+    const int goes_back = self->runtime.elsewhere->goes_back(&self->runtime);
+    return Py_BuildValue("{s:n,s:n,s:O}", "memory", (Py_ssize_t)mq_device_budget(self->device), "peak",
+                         (Py_ssize_t)mq_device_peak(self->device), "backward", goes_back ? Py_True : Py_False);
 }
