@@ -60,8 +60,8 @@ class Layer:
 
 @dataclass
 class Export:
-    """flat: config.json's quantization_config; nested: hf_quant_config.json's "quantization"; None if not there. checkpoint: experts in stacks
-    are linears of their own, as engines take them apart."""
+    """flat: config.json's quantization_config; nested: hf_quant_config.json's "quantization"; None if not there. checkpoint: experts in
+    stacks are linears of their own, as engines take them apart."""
     checkpoint: Checkpoint
     engine_name: str
     flat: dict[str, Any] | None = None
