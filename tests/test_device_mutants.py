@@ -14,7 +14,8 @@ SAMPLE = "1" if os.environ.get("MODELQ_EVERY_WAIT") == "1" else "8"
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None or SANITIZED or "MODELQ_CUDA_LIBRARY" in os.environ, reason="needs g++ and the emulated library")
+@pytest.mark.emulated
+@pytest.mark.skipif(shutil.which("g++") is None or SANITIZED, reason="needs g++, and processes without sanitizers")
 def test_no_wait_is_missed():
     environment = {**os.environ, "MODELQ_CUDA_EMULATED": str(library_to_test())}
     done = subprocess.run([sys.executable, str(ROOT / "scripts/wait_mutants.py"), "--sample", SAMPLE], capture_output=True, text=True,

@@ -16,6 +16,7 @@ IDS = [RNG.integers(0, 200, (5, 14)) for _ in range(2)]
 MASK = np.array([[1] * 14] * 2 + [[1] * 9 + [0] * 5] * 3)
 SMALL, ENOUGH = 2_700_000, "64MiB"
 STREAMS = ("at once", "late", "random")
+pytestmark = pytest.mark.emulated
 
 
 @pytest.fixture(autouse=True)
