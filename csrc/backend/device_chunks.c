@@ -52,7 +52,7 @@ static size_t cut(mq_arena *arena, const mq_layer_context *context, int64_t rows
     out->temporary = mq_arena_take(arena, (size_t)(rows * hidden) * size);
     out->prepared = mq_arena_take(arena, (size_t)(prepared * rows * widest) * size);
     out->low = mq_arena_take(arena, (size_t)(rows * context->rank) * size);
-    out->counted = mq_arena_take(arena, masked ? (size_t)(rows * widest) * size : 0);
+    out->counted = mq_arena_take(arena, masked ? (size_t)(rows * MQ_MAX(widest, joined)) * size : 0);
     out->router = mq_arena_take(arena, (size_t)(rows * config->num_experts) * size);
     out->experts = mq_arena_take(arena, (size_t)routes * sizeof *out->experts);
     out->shares = mq_arena_take(arena, (size_t)routes * sizeof *out->shares);
@@ -123,6 +123,8 @@ static mq_device_chunk chunk_from(const mq_run *run, int64_t first_sequence, int
         chunk.longest = MQ_MAX(chunk.longest, sequences[i].tokens);
     }
     chunk.position = chunk.first;
+    chunk.units = run->units;
+    chunk.unit_count = run->unit_count;
     chunk.mask = mask != NULL ? mask + chunk.first : NULL;
     return chunk;
 }

@@ -570,8 +570,9 @@ static PyGetSetDef properties[] = {
     {"compute", runtime_compute, NULL, "'bfloat16' or 'float32'.", NULL},
     {"layers", runtime_layers, NULL, "Number of decoder layers.", NULL},
     {"config", runtime_config, NULL, "The numbers in use, defaults filled in.", NULL},
-    {"device", mq_runtime_device, NULL, "None, or {'memory', 'peak'} of the device that computes layers, in bytes.",
-     NULL},
+    {"device", mq_runtime_device, NULL,
+     "None, or {'memory', 'peak', 'copied'} of the device that computes layers: bytes that may be used, and that were; "
+     "and how many tensors came to the CPU for statistics, for want of room.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 
