@@ -18,7 +18,7 @@ static size_t table_nbytes(const mq_rope_table *table)
     return (size_t)(table->positions * table->rotary) / 2 * sizeof(float);
 }
 
-static size_t meta_nbytes(int64_t rows)
+size_t mq_device_indices_nbytes(int64_t rows)
 {
     return (size_t)(2 * rows + 1) * sizeof(int64_t) + (size_t)rows * (sizeof(int32_t) + 1);
 }
@@ -39,7 +39,7 @@ static size_t cut(mq_arena *arena, const mq_layer_context *context, int64_t rows
     const int64_t routes = config->num_experts > 0 ? rows * config->num_experts_per_tok : 0;
     arena->used = 0;
     out->rows = rows;
-    out->meta_nbytes = meta_nbytes(rows);
+    out->meta_nbytes = mq_device_indices_nbytes(rows);
     for (int i = 0; i < 2; i++) {
         out->hidden[i] = mq_arena_take(arena, (size_t)(rows * hidden) * size);
         out->meta[i] = mq_arena_take(arena, out->meta_nbytes);
@@ -68,27 +68,44 @@ static size_t cut(mq_arena *arena, const mq_layer_context *context, int64_t rows
     return arena->used = MQ_MAX(arena->used, attention);
 }
 
-static size_t needed(const mq_device *device, const mq_run *run, int64_t rows, int64_t longest,
-                     mq_device_scratch *out)
+typedef struct forward_need {
+    const mq_device *device;
+    const mq_run *run;
+} forward_need;
+
+static size_t forward_nbytes(const void *context, int64_t rows, int64_t longest)
 {
-    const mq_layer_context context = mq_run_context(run);
-    const mq_cuda_attention_job job = mq_device_attention(&context, NULL, rows, rows, longest);
+    const forward_need *need = context;
+    const mq_run *run = need->run;
+    const mq_layer_context layer = mq_run_context(run);
+    const mq_cuda_attention_job job = mq_device_attention(&layer, NULL, rows, rows, longest);
+    mq_device_scratch scratch = {.attention_nbytes = need->device->backend->attention_workspace(&job)};
     mq_arena none = {0};
-    out->attention_nbytes = device->backend->attention_workspace(&job);
-    return cut(&none, &context, rows, longest, run->mask != NULL && !run->count_padding, out);
+    return cut(&none, &layer, rows, longest, run->mask != NULL && !run->count_padding, &scratch);
 }
 
-static int too_long(const mq_device *device, const mq_run *run, int64_t longest, size_t room, mq_error *err)
+static int too_long(const mq_device *device, const mq_device_need *need, int64_t longest, size_t room, mq_error *err)
 {
-    mq_device_scratch scratch = {0};
     int64_t fits = longest;
-    while (fits > 0 && needed(device, run, fits, fits, &scratch) > room) fits = fits > 16 ? fits / 8 * 7 : fits - 1;
+    while (fits > 0 && need->nbytes(need->context, fits, fits) > room) fits = fits > 16 ? fits / 8 * 7 : fits - 1;
     return mq_fail(err, MQ_ERR_MEMORY,
                    "out of device memory: a sequence of %lld tokens needs %.1f MB beside the weights of a layer, but "
                    "only %.1f of %.1f MB are left for it; sequences of %lld tokens fit (batches of any size do: they "
                    "go through the device in pieces). Allow more by load(..., device_memory=) or MODELQ_CUDA_MEMORY",
-                   (long long)longest, (double)needed(device, run, longest, longest, &scratch) / 1e6,
+                   (long long)longest, (double)need->nbytes(need->context, longest, longest) / 1e6,
                    (double)room / 1e6, (double)device->budget / 1e6, (long long)fits);
+}
+
+int mq_device_fit(mq_device *device, const mq_device_need *need, int64_t *rows, int64_t longest, mq_error *err)
+{
+    const size_t room = mq_device_available(device, &device->work);
+    int64_t fit = MQ_MIN(MQ_MAX(*rows, longest), MQ_MAX((int64_t)MQ_CHUNK_ROWS, longest));
+    size_t nbytes;
+    while ((nbytes = need->nbytes(need->context, fit, longest)) > room && fit > longest)
+        fit = MQ_MAX(fit / 4 * 3, longest);
+    *rows = fit;
+    if (nbytes > room) return too_long(device, need, longest, room, err);
+    return mq_arena_reserve(device, &device->work, nbytes, "the rows of a layer", err);
 }
 
 int mq_device_reserve(mq_device *device, mq_run *run, int64_t rows, int64_t longest, mq_device_scratch *out,
@@ -96,23 +113,20 @@ int mq_device_reserve(mq_device *device, mq_run *run, int64_t rows, int64_t long
 {
     const mq_layer_context context = mq_run_context(run);
     const mq_rope_table *table = table_of(&context, longest);
-    const size_t room = mq_device_available(device, &device->work);
-    int64_t fit = MQ_MIN(MQ_MAX(rows, longest), MQ_MAX((int64_t)MQ_CHUNK_ROWS, longest));
-    size_t nbytes;
-    while ((nbytes = needed(device, run, fit, longest, out)) > room && fit > longest)
-        fit = MQ_MAX(fit / 4 * 3, longest);
-    if (nbytes > room) return too_long(device, run, longest, room, err);
-    int rc = mq_arena_reserve(device, &device->work, nbytes, "the rows of a layer", err);
+    const forward_need forward = {device, run};
+    const mq_device_need need = {forward_nbytes, &forward};
+    int rc = mq_device_fit(device, &need, &rows, longest, err);
     if (rc != MQ_OK) return rc;
-    cut(&device->work, &context, fit, longest, run->mask != NULL && !run->count_padding, out);
+    const mq_cuda_attention_job job = mq_device_attention(&context, NULL, rows, rows, longest);
+    out->attention_nbytes = device->backend->attention_workspace(&job);
+    cut(&device->work, &context, rows, longest, run->mask != NULL && !run->count_padding, out);
     rc = device->backend->copy(out->cosine, table->cosine, table_nbytes(table), device->compute, err);
     return rc == MQ_OK ? device->backend->copy(out->sine, table->sine, table_nbytes(table), device->compute, err) : rc;
 }
 
 /* ---- chunks ---- */
 
-/* As many whole sequences from `first_sequence` on as there is room for. */
-static mq_device_chunk chunk_from(const mq_run *run, int64_t first_sequence, int64_t most)
+mq_device_chunk mq_device_chunk_from(const mq_run *run, int64_t first_sequence, int64_t most)
 {
     const mq_sequence *sequences = run->sequences;
     const uint8_t *mask = run->count_padding ? NULL : run->mask;
@@ -156,24 +170,29 @@ static void fill_meta(const mq_run *run, mq_device_chunk *chunk, void *memory)
     else memset(here.key_mask, 1, (size_t)chunk->rows);
 }
 
+int mq_device_send_indices(mq_device *device, const mq_run *run, mq_device_chunk *chunk, void *to, mq_error *err)
+{
+    const size_t nbytes = mq_device_indices_nbytes(chunk->rows);
+    void *meta = mq_alloc(nbytes);
+    if (meta == NULL) return mq_fail_memory(err, "indices of a chunk", nbytes);
+    fill_meta(run, chunk, meta);
+    place_meta(chunk, to);
+    if (run->mask == NULL) chunk->key_mask = NULL;
+    const int rc = device->backend->copy(to, meta, nbytes, device->copies, err);
+    mq_free(meta);
+    return rc;
+}
+
 /* Rows and indices of a chunk to their place, on the copy stream. */
 static int send_chunk(mq_device *device, const mq_run *run, const mq_device_scratch *scratch, int slot,
                       mq_device_chunk *chunk, mq_error *err)
 {
     const size_t stride = (size_t)run->runtime->config.hidden_size * mq_dtype_size(run->runtime->dtype);
-    const size_t nbytes = meta_nbytes(chunk->rows);
-    void *meta = mq_alloc(nbytes);
-    if (meta == NULL) return mq_fail_memory(err, "indices of a chunk", nbytes);
-    fill_meta(run, chunk, meta);
-    place_meta(chunk, scratch->meta[slot]);
-    if (run->mask == NULL) chunk->key_mask = NULL;
     chunk->hidden = scratch->hidden[slot];
-    int rc = device->backend->copy(scratch->meta[slot], meta, nbytes, device->copies, err);
-    if (rc == MQ_OK)
-        rc = device->backend->copy(chunk->hidden, run->hidden + (size_t)chunk->first * stride,
-                                   (size_t)chunk->rows * stride, device->copies, err);
-    mq_free(meta);
-    return rc;
+    const int rc = mq_device_send_indices(device, run, chunk, scratch->meta[slot], err);
+    if (rc != MQ_OK) return rc;
+    return device->backend->copy(chunk->hidden, run->hidden + (size_t)chunk->first * stride,
+                                 (size_t)chunk->rows * stride, device->copies, err);
 }
 
 /* Hands a chunk to the streams: it comes on one, and is computed on the other when it is there. */
@@ -209,13 +228,13 @@ static int run_chunks(mq_device *device, mq_run *run, mq_layer *layer, const voi
     (void)unused;
     int rc = mq_device_reserve(device, run, run->rows, run->longest, &scratch, err);
     if (rc != MQ_OK) return rc;
-    chunks[0] = chunk_from(run, 0, scratch.rows);
+    chunks[0] = mq_device_chunk_from(run, 0, scratch.rows);
     rc = start_chunk(&pass, run, 0, &chunks[0]);
     for (int slot = 0; rc == MQ_OK; slot = 1 - slot) {
         const int64_t next = chunks[slot].first_sequence + chunks[slot].sequences;
         const int more = next < run->sequence_count;
         if (more) {
-            chunks[1 - slot] = chunk_from(run, next, scratch.rows);
+            chunks[1 - slot] = mq_device_chunk_from(run, next, scratch.rows);
             rc = start_chunk(&pass, run, 1 - slot, &chunks[1 - slot]);
         }
         if (rc == MQ_OK) rc = fetch_chunk(device, run, slot, &chunks[slot], err);

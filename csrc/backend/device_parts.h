@@ -1,6 +1,6 @@
 /* The inside of a mq_device, which its files share: memory (device.c), weights (device_weights.c), findings
- * (device_findings.c), layers (device_layer.c, device_chunks.c), experts (device_experts.c), the head
- * (device_head.c). */
+ * (device_findings.c), layers (device_layer.c and, behind device_pass.h, its parts; device_chunks.c), experts
+ * (device_experts.c), the head (device_head.c). */
 #ifndef MQ_DEVICE_PARTS_H
 #define MQ_DEVICE_PARTS_H
 
@@ -124,8 +124,10 @@ size_t mq_device_available(const mq_device *device, const mq_arena *arena); /* w
 /* to = w (rows of w, columns), converted to to's dtype, on the copy stream. */
 int mq_device_upload(mq_device *device, const mq_tensor *w, const mq_cuda_matrix *to, mq_error *err);
 /* Calls of mq_elsewhere. */
+int mq_device_begin(mq_elsewhere *self, const mq_runtime *runtime, int64_t layer, int64_t expert,
+                    const mq_named_tensor *tensors, size_t count, mq_error *err);
 int mq_device_load(mq_elsewhere *self, const mq_runtime *runtime, const mq_module *module, const mq_tensor *weight,
-                   const float *vector, mq_error *err);
+                   const mq_stored_weight *stored, const float *vector, mq_error *err);
 int mq_device_load_low_rank(mq_elsewhere *self, const mq_module *module, const mq_tensor *down, const mq_tensor *up,
                             mq_error *err);
 void mq_device_drop_layer(mq_elsewhere *self, int64_t layer);
@@ -185,9 +187,22 @@ mq_cuda_attention_job mq_device_attention(const mq_layer_context *context, const
 
 /* ---- device_chunks.c ---- */
 
+/* Bytes that chunks of so many rows need, of sequences of up to `longest` tokens. */
+typedef struct mq_device_need {
+    size_t (*nbytes)(const void *context, int64_t rows, int64_t longest);
+    const void *context;
+} mq_device_need;
+/* device->work becomes as large as chunks of as many of *rows as the budget lets need; *rows says how many those are.
+ * MQ_ERR_MEMORY: not one sequence fits; says how long one may be. */
+int mq_device_fit(mq_device *device, const mq_device_need *need, int64_t *rows, int64_t longest, mq_error *err);
 /* Room for chunks of as many rows as the budget lets, whole sequences. rows: no more are needed. */
 int mq_device_reserve(mq_device *device, mq_run *run, int64_t rows, int64_t longest, mq_device_scratch *out,
                       mq_error *err);
+/* As many whole sequences from `first_sequence` on as there is room for in `most` rows. */
+mq_device_chunk mq_device_chunk_from(const mq_run *run, int64_t first_sequence, int64_t most);
+/* The indices of a chunk to device memory, of so many bytes, on the copy stream. */
+size_t mq_device_indices_nbytes(int64_t rows);
+int mq_device_send_indices(mq_device *device, const mq_run *run, mq_device_chunk *chunk, void *to, mq_error *err);
 /* work with the calibrators of the layer's points looking on, as mq_run_steps. */
 typedef int (*mq_device_work)(mq_device *device, mq_run *run, mq_layer *layer, const void *context, mq_error *err);
 int mq_device_watched(mq_device *device, mq_run *run, int64_t layer, mq_device_work work, const void *context,
