@@ -100,17 +100,46 @@ int mq_finding_rows(mq_device *device, mq_calib *watch, const mq_cuda_matrix *x,
 
 /* ---- on the host ---- */
 
-int64_t mq_device_batch(const mq_device_look *look, int64_t i)
+/* The index of the last of count numbers, each `size` bytes behind the one before, that is at most row. */
+static int64_t last_from(const void *first, size_t size, int64_t count, int64_t row)
 {
-    const int64_t row = look->chunk->tokens != NULL ? look->chunk->tokens[i] : look->chunk->first + i;
-    const mq_sequence *sequences = look->context->sequences;
-    int64_t low = 0, high = look->context->sequence_count;
+    int64_t low = 0, high = count;
     while (high - low > 1) {
         const int64_t middle = (low + high) / 2;
-        if (sequences[middle].first <= row) low = middle;
+        int64_t value;
+        memcpy(&value, (const char *)first + (size_t)middle * size, sizeof value);
+        if (value <= row) low = middle;
         else high = middle;
     }
-    return sequences[low].batch;
+    return low;
+}
+
+int64_t mq_device_batch(const mq_device_look *look, int64_t i)
+{
+    const mq_sequence *all = look->context->sequences;
+    const int64_t row = look->chunk->tokens != NULL ? look->chunk->tokens[i] : look->chunk->first + i;
+    return all[last_from(&all->first, sizeof *all, look->context->sequence_count, row)].batch;
+}
+
+int64_t mq_device_piece(const mq_device_look *look, int64_t begin, int64_t *key)
+{
+    const mq_device_chunk *chunk = look->chunk;
+    const int64_t row = chunk->position + begin;
+    int64_t rows;
+    if (look->by_sequence) {
+        const mq_sequence *all = look->context->sequences;
+        const mq_sequence *one = &all[last_from(&all->first, sizeof *all, look->context->sequence_count, row)];
+        *key = one->first;
+        rows = one->tokens;
+    } else if (chunk->units != NULL) {
+        const mq_unit *unit = &chunk->units[last_from(&chunk->units->first, sizeof *unit, chunk->unit_count, row)];
+        *key = unit->first;
+        rows = unit->rows;
+    } else {
+        *key = row - (row - chunk->piece_first) % chunk->piece_rows;
+        rows = chunk->piece_rows;
+    }
+    return MQ_MIN(*key + rows - chunk->position, look->x.rows);
 }
 
 /* As layer.c's collect. */
@@ -129,9 +158,10 @@ static int collect_copy(mq_calib *const *others, const char *x, const mq_device_
     const mq_device_chunk *chunk = look->chunk;
     const size_t stride = (size_t)look->x.cols * mq_dtype_size(look->x.dtype);
     int rc = MQ_OK;
-    for (int64_t begin = 0, end; rc == MQ_OK && begin < look->x.rows; begin = end) {
-        const int64_t batch = mq_device_batch(look, begin);
-        for (end = begin + 1; end < look->x.rows && mq_device_batch(look, end) == batch; end++) {
+    for (int64_t begin = 0, end, key; rc == MQ_OK && begin < look->x.rows; begin = end) {
+        const int64_t batch = look->by_batch ? mq_device_batch(look, begin) : 0;
+        const int64_t whole = mq_device_piece(look, begin, &key);
+        for (end = look->by_batch ? begin + 1 : whole; end < whole && mq_device_batch(look, end) == batch; end++) {
         }
         const mq_calib_rows rows = {
             .x = x + (size_t)begin * stride, .dtype = look->x.dtype, .rows = end - begin, .width = look->x.cols,
@@ -184,7 +214,7 @@ int mq_device_collect(mq_device *device, mq_point *point, const mq_device_look *
         others[i] = done ? NULL : watch;
         any |= !done;
     }
-    return rc == MQ_OK && any ? collect_on_host(device, others, look, err) : rc;
+    return rc != MQ_OK || !any ? rc : collect_on_host(device, others, look, err);
 }
 
 int64_t mq_device_copied(const mq_device *device)

@@ -77,44 +77,6 @@ static size_t histogram_nbytes(const mq_calib *watch, int64_t width)
     return sizeof(mq_cuda_histogram) + ((size_t)1 << mq_histogram_bits(watch)) * sizeof(int64_t);
 }
 
-/* The index of the last of count numbers, each `size` bytes behind the one before, that is at most row. */
-static int64_t last_from(const void *first, size_t size, int64_t count, int64_t row)
-{
-    int64_t low = 0, high = count;
-    while (high - low > 1) {
-        const int64_t middle = (low + high) / 2;
-        int64_t value;
-        memcpy(&value, (const char *)first + (size_t)middle * size, sizeof value);
-        if (value <= row) low = middle;
-        else high = middle;
-    }
-    return low;
-}
-
-/* The rows from `begin` on that the host's threads would look at in one call end there; key: where those begin, in the
- * order of the data. */
-static int64_t piece_end(const sums_call *call, int64_t begin, int64_t *key)
-{
-    const mq_device_look *look = call->look;
-    const mq_device_chunk *chunk = look->chunk;
-    const int64_t row = chunk->position + begin;
-    int64_t rows;
-    if (look->by_sequence) {
-        const mq_sequence *all = look->context->sequences;
-        const mq_sequence *one = &all[last_from(&all->first, sizeof *all, look->context->sequence_count, row)];
-        *key = one->first;
-        rows = one->tokens;
-    } else if (chunk->units != NULL) {
-        const mq_unit *unit = &chunk->units[last_from(&chunk->units->first, sizeof *unit, chunk->unit_count, row)];
-        *key = unit->first;
-        rows = unit->rows;
-    } else {
-        *key = row - (row - chunk->piece_first) % chunk->piece_rows;
-        rows = chunk->piece_rows;
-    }
-    return MQ_MIN(*key + rows - chunk->position, look->x.rows);
-}
-
 static int histogram_count(const sums_call *call, const mq_cuda_matrix *x, int64_t key)
 {
     mq_device *device = call->device;
@@ -134,7 +96,7 @@ static int histogram_add(const sums_call *call)
     int64_t counted = 0, key = 0;
     int rc = MQ_OK;
     for (int64_t begin = 0, end; rc == MQ_OK && begin < rows; begin = end) {
-        end = piece_end(call, begin, &key);
+        end = mq_device_piece(call->look, begin, &key);
         if (!is_first && key != sums->first) end = rows;
         const mq_cuda_matrix part = rows_of(call, counted, begin, end);
         if (part.rows == 0) continue;
@@ -248,12 +210,12 @@ static int columns_sum(const sums_call *call, const mq_cuda_matrix *x)
     return device->backend->column_sums(&job, device->compute, call->err);
 }
 
-/* One entry for all rows, or one for each batch of a chunk. */
+/* One entry for all rows, or one for each batch in a chunk. */
 static int columns_add(const sums_call *call)
 {
     mq_device_sums *sums = call->sums;
     const mq_device_chunk *chunk = call->look->chunk;
-    const int apart = wants_batches(sums->watch);
+    const int apart = call->look->by_batch && wants_batches(sums->watch);
     int64_t counted = 0, batch = 0;
     int rc = MQ_OK;
     for (int64_t begin = 0, end; rc == MQ_OK && begin < call->look->x.rows; begin = end) {
