@@ -66,7 +66,8 @@ static __global__ void histogram(histogram_args a)
     const int64_t first = (int64_t)blockIdx.x * (MQ_THREADS * ROUNDS) + threadIdx.x;
     const int64_t bins = (int64_t)1 << a.bits;
     const int exponent = a.numbers->above + MQ_CUDA_LOWEST_EXPONENT;
-    const float scale = mq_float_of((uint32_t)(127 - exponent) << 23);   /* multiplying is exact, the cast rounds down */
+    /* multiplying is exact, the cast rounds down */
+    const float scale = mq_float_of((uint32_t)(127 - exponent) << 23);
     unsigned int zeros = 0;
     if (a.numbers->latest >= INFINITY_BITS) return;
     for (int i = (int)threadIdx.x; i < NEAR_BINS; i += MQ_THREADS) near_counts[i] = 0;

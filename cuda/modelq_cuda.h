@@ -128,7 +128,7 @@ typedef struct mq_cuda_histogram {
 /* Bins become wider as larger values come. What holds NaN or an infinity is not counted; worst tells of it. */
 typedef struct mq_cuda_histogram_job {
     mq_cuda_matrix x;
-    int64_t piece;             /* of which piece of the data the rows are; those of one piece come one after the other */
+    int64_t piece;             /* of which piece of the data the rows are; one piece's come one after the other */
     int bits;                  /* 2^bits bins */
     mq_cuda_histogram *numbers;
     unsigned long long *counts;/* [2^bits], added to */

@@ -86,3 +86,89 @@ def test_calibrators(source, what, compute):
     assert copied == 0 and (looked_at > 0 or what == "maxima")
     for name in here:
         compare(there[name], here[name], what, compute)
+
+
+def test_chunks_smaller_than_what_the_cpu_looks_at_in_one_call(golden):
+    """A histogram's bins are as wide as the first 512 rows' values let them be, however many pieces these come in; and more batches pass than
+    sums of single calls are kept on the device."""
+    few = [{"input_ids": ids} for ids in RNG.integers(0, 200, (20, 10, 10))]
+    for what in ("few bins", "mean of calls", "affine"):
+        (small, copied), (large, _) = (seen(golden["llama"].source, CALIBRATORS[what], "float32", False, memory, few)
+                                       for memory in (2_600_000, ENOUGH))
+        assert copied == 0
+        for name in large:
+            compare(small[name], large[name], what, "float32")
+
+
+def test_little_room_on_the_device(golden):
+    """Then it is the CPU that looks at a copy, with the same result."""
+    (small, copied), (large, _) = (seen(golden["llama"].source, CALIBRATORS["histogram"], "float32", False, memory)
+                                   for memory in (2_600_000, ENOUGH))
+    assert copied > 0
+    for name in large:
+        compare(small[name], large[name], "histogram", "float32")
+
+
+# ---- whole calibrations ----
+
+def config_of(preset, algorithm=None, *rules):
+    config = getattr(mtq, preset)
+    return {"quant_cfg": [*config["quant_cfg"], *rules], "algorithm": algorithm or config["algorithm"]}
+
+
+CALIBRATIONS = {
+    "entropy": config_of("INT8_DEFAULT_CFG", "entropy"),
+    "percentile": config_of("FP8_DEFAULT_CFG", {"method": "percentile", "percentile": 99.5, "num_bins": 512, "skip_zeros": True}),
+    "mse of histograms": config_of("FP8_DEFAULT_CFG", {"method": "histogram", "range_method": "mse"}),
+    "one histogram": config_of("INT8_DEFAULT_CFG", None, {"quantizer_name": "*down_proj*input_quantizer", "cfg": {
+        "num_bits": 8, "axis": None, "calibrator": "histogram"}}),
+    "smoothquant": config_of("INT8_SMOOTHQUANT_CFG"),
+    "awq_lite": config_of("INT4_AWQ_CFG"), "awq_full": config_of("NVFP4_AWQ_FULL_CFG"), "awq_clip": config_of("NVFP4_AWQ_CLIP_CFG"),
+    "svdquant": config_of("NVFP4_SVDQUANT_DEFAULT_CFG"),
+    "local_hessian": config_of("NVFP4_W4A4_WEIGHT_LOCAL_HESSIAN_CFG"), "mse": config_of("NVFP4_W4A4_WEIGHT_MSE_FP8_SWEEP_CFG"),
+    "gptq": config_of("INT4_GPTQ_CFG"),
+    "affine": config_of("FP8_DEFAULT_CFG", None, *mtq.FP8_AFFINE_KV_CFG["quant_cfg"]),
+    "rotate": config_of("NVFP4_DEFAULT_CFG", ["rotate", "max"]),
+}
+
+
+def calibrated(source, config, device, compat=None, compute="float32"):
+    model = modelq.load(source, compute=compute, **({"device": "cuda", "device_memory": ENOUGH} if device else {}))
+    mtq.quantize(model, config, lambda model: [model(**batch) for batch in BATCHES[:3]], compat=compat)
+    if device:
+        assert model.runtime.device["copied"] == 0          # nothing was looked at on the CPU
+    return model
+
+
+def numbers_of(model):
+    found = {}
+    for name, quantizer in model.quantizers.items():
+        for kind in ("amax", "bias", "pre_quant_scale"):
+            if (value := getattr(quantizer, kind, None)) is not None:
+                found[f"{name}.{kind}"] = np.asarray(value, np.float32)
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:smoothquant, awq or", "ignore:smoothquant", "ignore:svdquant", "ignore:awq", "ignore:gptq",
+                            "ignore:local_hessian", "ignore:experts that saw no token")
+@pytest.mark.parametrize("what", CALIBRATIONS)
+def test_calibrations(source, what):
+    """Maxima, biases and smoothing are the CPU's, so searches chose what they choose there: an exponent of AWQ beside it would be tenths
+    away. A histogram's range may be a bin away, of 2048 or 512, as a value at an edge may be."""
+    here, there = (calibrated(source, CALIBRATIONS[what], device) for device in (False, True))
+    found, expected = numbers_of(there), numbers_of(here)
+    assert found.keys() == expected.keys() and found
+    for name, value in expected.items():
+        bins = what in ("entropy", "percentile", "mse of histograms", "one histogram") and "input_quantizer" in name
+        np.testing.assert_allclose(found[name], value, rtol=1e-2 if bins else 1e-5, atol=1e-6 if name.endswith("bias") else 0, err_msg=name)
+    for name, losses in here.search_losses.items():
+        np.testing.assert_allclose(there.search_losses[name], losses, rtol=2e-3, atol=1e-6, err_msg=name)
+        if np.ndim(losses):
+            assert np.argmin(there.search_losses[name]) == np.argmin(losses), name
+    assert there.loss(IDS[1:]) == pytest.approx(here.loss(IDS[1:]), rel=1e-3)
+
+
+def test_awq_that_weighs_calls(golden):
+    one, other = (numbers_of(calibrated(golden["llama"].source, mtq.INT4_AWQ_CFG, device, "modelopt")) for device in (False, True))
+    for name, value in one.items():
+        np.testing.assert_allclose(other[name], value, rtol=1e-5, err_msg=name)

@@ -140,8 +140,8 @@ int mq_finding_rows(mq_device *device, mq_calib *watch, const mq_cuda_matrix *x,
 /* Waits, and gives everybody what was found; a weight that is not finite is an error. */
 int mq_findings_take(mq_device *device, mq_error *err);
 void mq_findings_drop(mq_device *device);
-/* Rows that reach a point. by_sequence, by_batch: the host looks at them sequence by sequence, and no two batches at once
- * (pass.c), which decides what the first data of a histogram are, and what averages are made of. */
+/* Rows that reach a point. by_sequence, by_batch: the host looks at them sequence by sequence, and at no two batches at
+ * once (pass.c), which decides what the first data of a histogram are, and what averages are made of. */
 typedef struct mq_device_look {
     mq_cuda_matrix x;
     const mq_device_chunk *chunk;
@@ -151,8 +151,8 @@ typedef struct mq_device_look {
 
 /* Statistics at a point, on the device, or where there is no room for them from a copy on the host. room: for rows. */
 int mq_device_collect(mq_device *device, mq_point *point, const mq_device_look *look, void *room, mq_error *err);
-/* The rows of the chunk from `begin` on that the host's threads would look at in one call end there (pass.c); key: where
- * those begin, in the order of the data. */
+/* Where the rows of the chunk end that the host's threads would look at in one call (pass.c) with row `begin`; key:
+ * where those begin, in the order of the data. */
 int64_t mq_device_piece(const mq_device_look *look, int64_t begin, int64_t *key);
 /* The recorded batch that row i of the chunk is of. */
 int64_t mq_device_batch(const mq_device_look *look, int64_t i);

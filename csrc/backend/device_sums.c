@@ -10,7 +10,7 @@
 
 enum { ENTRIES_NBYTES = 4 << 20 };      /* of columns that wait to be taken */
 
-_Static_assert((int)MQ_CUDA_LOWEST_EXPONENT == (int)MQ_HISTOGRAM_LOWEST, "bins are the same on the device and the host");
+_Static_assert((int)MQ_CUDA_LOWEST_EXPONENT == (int)MQ_HISTOGRAM_LOWEST, "bins are as the host's");
 _Static_assert(sizeof(unsigned long long) == sizeof(int64_t), "and so are counts");
 
 typedef struct sums_call {
@@ -189,8 +189,8 @@ static int new_entry(const sums_call *call, const mq_calib_sums *entry)
     char *memory = (char *)sums->memory + (size_t)sums->entry_count * nbytes;
     sums->entries[sums->entry_count++] = *entry;
     rc = backend->fill(memory, 0, rest, call->device->compute, call->err);
-    return rc == MQ_OK && nbytes > rest ? backend->fill(memory + rest, 0xff, nbytes - rest, call->device->compute, call->err)
-                                        : rc;
+    if (rc != MQ_OK || nbytes == rest) return rc;
+    return backend->fill(memory + rest, 0xff, nbytes - rest, call->device->compute, call->err);
 }
 
 static int columns_sum(const sums_call *call, const mq_cuda_matrix *x)

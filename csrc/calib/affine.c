@@ -322,7 +322,8 @@ static int affine_load(mq_calib *calib, const void *bytes, size_t nbytes, mq_err
 }
 
 #define AFFINE(kind_name) \
-    .name = kind_name, .needs = MQ_NEEDS_SUMS_AND_BOUNDS, .add = affine_add, .collect = affine_collect, .merge = affine_merge, .finish = affine_finish, .bias = affine_bias, \
+    .name = kind_name, .needs = MQ_NEEDS_SUMS_AND_BOUNDS, .add = affine_add, .collect = affine_collect, \
+    .merge = affine_merge, .finish = affine_finish, .bias = affine_bias, \
     .reset = affine_reset, .state_nbytes = affine_state_nbytes, .save = affine_save, .load = affine_load
 
 /* The bias is the average of the batches' means, or half-way between the smallest and the largest value so far. */

@@ -8,6 +8,7 @@
 #include "kernels/row_ops.h"
 
 #define INFINITY_BITS 0x7f800000u
+#define BY_HAND (INT64_MAX - 1)
 enum { FINER_BITS = 6 };
 
 /* counts[i] are the values in [i, i + 1) * 2^exponent. */
@@ -131,11 +132,13 @@ static void count_rows(share *part, const mq_calib_rows *rows)
     }
 }
 
+/* The first data may come in parts with one key, but for calls by hand, each of which is data of its own. */
 static void note_first(fine *state, int64_t key, uint32_t amax)
 {
-    if (amax == 0 || amax >= INFINITY_BITS || key >= state->first_key) return;
+    if (amax == 0 || amax >= INFINITY_BITS || key > state->first_key) return;
+    if (key < state->first_key) state->first_amax = amax;
+    else if (key != BY_HAND) state->first_amax = MQ_MAX(state->first_amax, amax);
     state->first_key = key;
-    state->first_amax = amax;
 }
 
 /* Called with the mutex held. */
@@ -143,7 +146,7 @@ static void fold_share(mq_calib *calib, const share *part, const mq_calib_rows *
 {
     fine *state = calib->state;
     state->worst = MQ_MAX(state->worst, part->amax);
-    note_first(state, rows->group < 0 ? INT64_MAX - 1 : rows->chunk, part->amax);
+    note_first(state, rows->group < 0 ? BY_HAND : rows->chunk, part->amax);
     if (part->counts == NULL) return;
     widen(calib, part->exponent);
     const int64_t shift = state->exponent - part->exponent, bins = (int64_t)1 << mq_histogram_bits(calib);

@@ -198,7 +198,7 @@ static int mean_load(mq_calib *calib, const void *bytes, size_t nbytes, mq_error
 }
 
 const mq_calib_kind mq_calib_mean_abs = {
-    .name = "mean_abs", .by_group = 1, .needs = MQ_NEEDS_MAGNITUDES, .add = mean_add, .collect = mean_collect, .merge = mean_merge, .settle = mean_settle,
-    .finish = mean_finish, .reset = mean_reset, .state_nbytes = mean_state_nbytes, .save = mean_save,
-    .load = mean_load,
+    .name = "mean_abs", .by_group = 1, .needs = MQ_NEEDS_MAGNITUDES, .add = mean_add, .collect = mean_collect,
+    .merge = mean_merge, .settle = mean_settle, .finish = mean_finish, .reset = mean_reset,
+    .state_nbytes = mean_state_nbytes, .save = mean_save, .load = mean_load,
 };

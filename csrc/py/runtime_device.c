@@ -7,8 +7,8 @@ const char mq_runtime_use_device_doc[] =
 "Compute layers, logits and losses on a CUDA device from now on, by a CudaLibrary; None: on the CPU again.\n\n"
 "memory: bytes of the device that may be used, 0 = nine tenths of what is free. cublas: the path of cuBLASLt; None:\n"
 "as the loader finds it. host_statistics: those other than maxima are made on the CPU, from copies of what passes, as\n"
-"where there is no room for them. Weights that are loaded are dropped. ValueError: the family needs what a device does\n"
-"not compute; MemoryError: not even workspace fits; RuntimeError: something else is missing.";
+"where there is no room for them. Weights that are loaded are dropped. ValueError: the family needs what a device\n"
+"does not compute; MemoryError: not even workspace fits; RuntimeError: something else is missing.";
 
 static int drop_layers(RuntimeObject *self)
 {
