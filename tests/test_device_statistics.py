@@ -6,10 +6,8 @@ import pytest
 import modelq
 import modelq.quantization as mtq
 from cuda_library import library_to_test
-from golden_data import read_safetensors
-from modelq import _core, calib, cuda
-from modelq.calibration.gptq import Gptq
-from modelq.export import export_hf_checkpoint
+from modelq import calib, cuda, streaming
+from modelq.inputs import make_batch
 
 ENOUGH = "64MiB"
 RNG = np.random.default_rng(3)
@@ -18,18 +16,16 @@ IDS = [RNG.integers(0, 200, (30, 20)), RNG.integers(0, 200, (2, 12)), RNG.intege
 MASKS = [np.r_[[[0] * 20] * 3, [[1] * 20] * 24, [[0] * 5 + [1] * 15] * 3], np.array([[1] * 12, [1] * 7 + [0] * 5]), np.ones((3, 33), int),
          np.zeros((1, 20), int)]
 BATCHES = [{"input_ids": ids, "attention_mask": mask} for ids, mask in zip(IDS, MASKS)]
-CALIBRATORS = {"histogram": lambda: calib.HistogramCalibrator(), "few bins": lambda: calib.HistogramCalibrator(num_bins=16),
-               "mean": lambda: calib.MeanCalibrator(), "mean of calls": lambda: calib.MeanCalibrator("modelopt"),
-               "maxima": lambda: calib.MaxCalibrator(axis=-1), "gram": lambda: calib.GramCalibrator(),
-               "blocks": lambda: calib.GramCalibrator(16)}
 
 
 class Affine(calib._Calibrator):
-    pass
+    """What a KV cache's bias is found by, which has no name of its own outside."""
 
 
-for kind in ("affine", "affine_max_min"):
-    CALIBRATORS[kind] = lambda kind=kind: Affine(kind)
+CALIBRATORS = {"histogram": calib.HistogramCalibrator, "few bins": lambda: calib.HistogramCalibrator(num_bins=16),
+               "mean": calib.MeanCalibrator, "gram": calib.GramCalibrator, "mean of calls": lambda: calib.MeanCalibrator("modelopt"),
+               "affine": lambda: Affine("affine"), "affine_max_min": lambda: Affine("affine_max_min"), "blocks": lambda: calib.GramCalibrator(16)}
+TOGETHER = [["histogram", "few bins", "mean", "gram"], ["mean of calls", "affine", "affine_max_min", "blocks"]]     # what looks at batches apart
 
 
 @pytest.fixture(autouse=True)
@@ -52,61 +48,62 @@ def places_of(model):
     return [name for name in model.slots if any(part in name for part in wanted)]
 
 
-def seen(source, make, compute, host, memory=ENOUGH, batches=BATCHES):
+def seen(source, kinds, compute, host, memory=ENOUGH, batches=BATCHES):
+    """({(place, kind): calibrator}, how many tensors were copied) of all batches."""
     model = modelq.load(source, compute=compute, device="cuda", device_memory=memory)
     if host:
         library = cuda.library()
         model.runtime.use_device(library, memory=model.placement.memory, cublas=cuda.cublas_path(library), host_statistics=True)
-    found = {name: make() for name in places_of(model)}
-    assert len(found) >= 8
-    calib.observe(model, batches, found)
+    places = places_of(model)
+    assert len(places) >= 8
+    found = {(place, kind): CALIBRATORS[kind]() for place in places for kind in kinds}
+    for place in places:
+        model.runtime.set_calibrator(place, [found[place, kind].statistics for kind in kinds])
+    streaming.forward(model, [make_batch(model.vocab_size, batch) for batch in batches], "look")
     return found, model.runtime.device["copied"]
 
 
-def compare(found, expected, what, dtype):
-    assert found.count == expected.count > 0
-    if what == "maxima" or isinstance(found, calib.HistogramCalibrator):
-        assert found.save() == expected.save()
-    elif isinstance(found, calib.GramCalibrator):
-        one, other = found.compute_gram(), expected.compute_gram()
-        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * np.abs(other).max())
-    elif isinstance(found, calib.MeanCalibrator):       # sums are float64: it is the last rounding that may differ
-        np.testing.assert_allclose(found.compute_mean(), expected.compute_mean(), rtol=2.0**-23, atol=0)
-    else:
-        step = 2.0**-7 if dtype == "bfloat16" else 2.0**-22
-        np.testing.assert_allclose(found.statistics.compute_bias(), expected.statistics.compute_bias(), rtol=step, atol=1e-7)
-        np.testing.assert_allclose(found.statistics.compute_amax(), expected.statistics.compute_amax(), rtol=step)
+def compare(found, expected, dtype):
+    assert found.keys() == expected.keys() and found
+    for (place, kind), one in found.items():
+        other, said = expected[place, kind], f"{place}: {kind}"
+        assert one.count == other.count > 0, said
+        if isinstance(one, calib.HistogramCalibrator):
+            assert one.save() == other.save(), said
+        elif isinstance(one, calib.GramCalibrator):
+            gram = other.compute_gram()
+            np.testing.assert_allclose(one.compute_gram(), gram, rtol=0, atol=1e-5 * np.abs(gram).max(), err_msg=said)
+        elif isinstance(one, calib.MeanCalibrator):       # sums are float64: it is the last rounding that may differ
+            np.testing.assert_allclose(one.compute_mean(), other.compute_mean(), rtol=2.0**-23, atol=0, err_msg=said)
+        else:
+            step = 2.0**-7 if dtype == "bfloat16" else 2.0**-22
+            np.testing.assert_allclose(one.statistics.compute_bias(), other.statistics.compute_bias(), rtol=step, atol=1e-7, err_msg=said)
+            np.testing.assert_allclose(one.statistics.compute_amax(), other.statistics.compute_amax(), rtol=step, err_msg=said)
 
 
+@pytest.mark.parametrize("kinds", TOGETHER)
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
-@pytest.mark.parametrize("what", CALIBRATORS)
-def test_calibrators(source, what, compute):
-    make = CALIBRATORS[what]
-    (there, copied), (here, looked_at) = seen(source, make, compute, False), seen(source, make, compute, True)
-    assert copied == 0 and (looked_at > 0 or what == "maxima")
-    for name in here:
-        compare(there[name], here[name], what, compute)
+def test_calibrators(source, kinds, compute):
+    (there, copied), (here, looked_at) = (seen(source, kinds, compute, host) for host in (False, True))
+    assert copied == 0 < looked_at
+    compare(there, here, compute)
 
 
 def test_chunks_smaller_than_what_the_cpu_looks_at_in_one_call(golden):
     """A histogram's bins are as wide as the first 512 rows' values let them be, however many pieces these come in; and more batches pass than
     sums of single calls are kept on the device."""
-    few = [{"input_ids": ids} for ids in RNG.integers(0, 200, (20, 10, 10))]
-    for what in ("few bins", "mean of calls", "affine"):
-        (small, copied), (large, _) = (seen(golden["llama"].source, CALIBRATORS[what], "float32", False, memory, few)
-                                       for memory in (2_600_000, ENOUGH))
+    few = [{"input_ids": ids} for ids in RNG.integers(0, 200, (18, 4, 10))]
+    for kinds in (["few bins"], ["mean of calls", "affine"]):
+        (small, copied), (large, _) = (seen(golden["llama"].source, kinds, "float32", False, memory, few) for memory in (2_600_000, ENOUGH))
         assert copied == 0
-        for name in large:
-            compare(small[name], large[name], what, "float32")
+        compare(small, large, "float32")
 
 
 def test_little_room_on_the_device(golden):
     """Then it is the CPU that looks at a copy, with the same result."""
-    (small, copied), (large, _) = (seen(golden["llama"].source, CALIBRATORS["histogram"], "float32", False, memory)
-                                   for memory in (2_600_000, ENOUGH))
+    (small, copied), (large, _) = (seen(golden["llama"].source, ["histogram"], "float32", False, memory) for memory in (2_600_000, ENOUGH))
     assert copied > 0
-    for name in large:
-        compare(small[name], large[name], "histogram", "float32")
+    compare(small, large, "float32")
 
 
 # ---- whole calibrations ----
@@ -124,7 +121,6 @@ CALIBRATIONS = {
         "num_bits": 8, "axis": None, "calibrator": "histogram"}}),
     "smoothquant": config_of("INT8_SMOOTHQUANT_CFG"),
     "awq_lite": config_of("INT4_AWQ_CFG"), "awq_full": config_of("NVFP4_AWQ_FULL_CFG"), "awq_clip": config_of("NVFP4_AWQ_CLIP_CFG"),
-    "svdquant": config_of("NVFP4_SVDQUANT_DEFAULT_CFG"),
     "local_hessian": config_of("NVFP4_W4A4_WEIGHT_LOCAL_HESSIAN_CFG"), "mse": config_of("NVFP4_W4A4_WEIGHT_MSE_FP8_SWEEP_CFG"),
     "gptq": config_of("INT4_GPTQ_CFG"),
     "affine": config_of("FP8_DEFAULT_CFG", None, *mtq.FP8_AFFINE_KV_CFG["quant_cfg"]),
@@ -149,18 +145,22 @@ def numbers_of(model):
     return found
 
 
-@pytest.mark.filterwarnings("ignore:smoothquant, awq or", "ignore:smoothquant", "ignore:svdquant", "ignore:awq", "ignore:gptq",
-                            "ignore:local_hessian", "ignore:experts that saw no token")
-@pytest.mark.parametrize("what", CALIBRATIONS)
-def test_calibrations(source, what):
+@pytest.mark.filterwarnings("ignore:gptq", "ignore:experts that saw no token")
+@pytest.mark.parametrize("name, what", [*(("llama", what) for what in CALIBRATIONS), ("qwen3moe", "entropy"), ("qwen3moe", "awq_clip"),
+                                        ("qwen3moe", "gptq"), ("qwen3moe", "affine")])
+def test_calibrations(golden, name, what):
     """Maxima, biases and smoothing are the CPU's, so searches chose what they choose there: an exponent of AWQ beside it would be tenths
-    away. A histogram's range may be a bin away, of 2048 or 512, as a value at an edge may be."""
-    here, there = (calibrated(source, CALIBRATIONS[what], device) for device in (False, True))
+    away. A histogram's range may be a bin away, of 2048 or 512, as a value at an edge may be; and of two scales that lose the same to six
+    digits, a block may get the other."""
+    if name not in golden:
+        pytest.skip("not in this folder")
+    here, there = (calibrated(golden[name].source, CALIBRATIONS[what], device) for device in (False, True))
     found, expected = numbers_of(there), numbers_of(here)
     assert found.keys() == expected.keys() and found
     for name, value in expected.items():
         bins = what in ("entropy", "percentile", "mse of histograms", "one histogram") and "input_quantizer" in name
-        np.testing.assert_allclose(found[name], value, rtol=1e-2 if bins else 1e-5, atol=1e-6 if name.endswith("bias") else 0, err_msg=name)
+        near = np.isclose(found[name], value, rtol=1e-2 if bins else 1e-5, atol=1e-6 if name.endswith("bias") else 0)
+        assert near.mean() >= (0.995 if what in ("local_hessian", "mse", "awq_clip", "awq_full") and "weight" in name else 1), name
     for name, losses in here.search_losses.items():
         np.testing.assert_allclose(there.search_losses[name], losses, rtol=2e-3, atol=1e-6, err_msg=name)
         if np.ndim(losses):

@@ -165,8 +165,8 @@ static int collect_copy(mq_calib *const *others, const char *x, const mq_device_
         }
         const mq_calib_rows rows = {
             .x = x + (size_t)begin * stride, .dtype = look->x.dtype, .rows = end - begin, .width = look->x.cols,
-            .ld = look->x.cols, .mask = chunk->mask ? chunk->mask + begin : NULL, .chunk = look->by_batch ? chunk->position + begin : key,
-            .group = batch,
+            .ld = look->x.cols, .mask = chunk->mask ? chunk->mask + begin : NULL,
+            .chunk = look->by_batch ? chunk->position + begin : key, .group = batch,
         };
         rc = collect_here(others, &rows, err);
     }

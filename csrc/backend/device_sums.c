@@ -256,29 +256,30 @@ static void drop(mq_device *device, mq_device_sums *sums)
     *sums = (mq_device_sums){0};
 }
 
-/* Whether columns of chunks like x can be added up in the workspace. */
-static int has_workspace(const mq_device *device, const mq_calib *watch, const mq_cuda_matrix *x)
+/* Whether columns of chunks can be added up in the workspace. */
+static int has_workspace(const mq_device *device, const mq_calib *watch, int64_t width, mq_dtype dtype)
 {
     float bounds = 0.0f;
-    mq_cuda_columns_job job = {.x = *x, .lows = has_bounds(watch) ? &bounds : NULL};
-    job.x.rows = MQ_CHUNK_ROWS;
+    const mq_cuda_columns_job job = {.x = {.dtype = dtype, .rows = MQ_CHUNK_ROWS, .cols = width, .ld = width},
+                                     .lows = has_bounds(watch) ? &bounds : NULL};
     return watch->kind->needs == MQ_NEEDS_NO_SUMS ||
            device->backend->columns_workspace(&job) <= device->workspace.nbytes;
 }
 
 /* The one of that watch, made if there is room; NULL: there is none. */
-static mq_device_sums *find(mq_device *device, mq_calib *watch, const mq_cuda_matrix *x)
+static mq_device_sums *find(mq_device *device, mq_calib *watch, int64_t width, mq_dtype dtype)
 {
-    mq_device_sums *free_one = NULL, made = {.watch = watch, .width = x->cols, .dtype = x->dtype};
+    mq_device_sums *free_one = NULL, made = {.watch = watch, .width = width, .dtype = dtype};
     mq_error err;
     for (int i = 0; i < MQ_SUMS; i++) {
         if (device->sums[i].watch == watch) return &device->sums[i];
         if (device->sums[i].watch == NULL && free_one == NULL) free_one = &device->sums[i];
     }
     const sums_kind *kind = kind_of(watch);
-    if (device->host_statistics || free_one == NULL || kind == NULL || !has_workspace(device, watch, x)) return NULL;
-    made.nbytes = kind->nbytes(watch, x->cols);
-    made.entry_room = kind->add == columns_add ? entry_room(watch, x->cols) : 0;
+    if (device->host_statistics || free_one == NULL || kind == NULL) return NULL;
+    if (!has_workspace(device, watch, width, dtype)) return NULL;
+    made.nbytes = kind->nbytes(watch, width);
+    made.entry_room = kind->add == columns_add ? entry_room(watch, width) : 0;
     if (mq_device_take(device, &made.memory, made.nbytes, "statistics", &err) != MQ_OK) return NULL;
     *free_one = made;
     if (device->backend->fill(made.memory, 0, made.nbytes, device->compute, &err) == MQ_OK) return free_one;
@@ -286,10 +287,37 @@ static mq_device_sums *find(mq_device *device, mq_calib *watch, const mq_cuda_ma
     return NULL;
 }
 
+/* 0: of no width that is known here. */
+static int64_t width_of(const mq_run *run, const mq_layer *layer, const mq_point *point)
+{
+    const mq_config *config = &run->runtime->config;
+    if (point == &layer->q) return mq_dim_of(config, &layer->kind, MQ_DIM_Q);
+    if (point == &layer->k) return mq_dim_of(config, &layer->kind, MQ_DIM_KV);
+    if (point == &layer->v) return mq_dim_of(config, &layer->kind, MQ_DIM_V);
+    for (int role = 0; role < MQ_ROLE_COUNT; role++) {
+        if (point == &layer->linears[role].input) return layer->linears[role].cols;
+        if (point == &layer->linears[role].output) return layer->linears[role].rows;
+    }
+    return 0;
+}
+
+void mq_sums_begin(mq_device *device, const mq_run *run, const mq_layer *layer, mq_point *const *points, size_t count)
+{
+    for (size_t i = 0; i < count * MQ_POINT_WATCHERS; i++) {
+        const mq_point *point = points[i / MQ_POINT_WATCHERS];
+        mq_calib *watch = point->watchers[i % MQ_POINT_WATCHERS].watch;
+        const int64_t width = watch != NULL && kind_of(watch) != NULL ? width_of(run, layer, point) : 0;
+        if (width == 0 || find(device, watch, width, run->runtime->dtype) != NULL) continue;
+        mq_arena_drop(device, &device->work);       /* the rows of the layer before have most of what there is */
+        find(device, watch, width, run->runtime->dtype);
+    }
+}
+
 int mq_sums_collect(mq_device *device, mq_calib *watch, const mq_device_look *look, const mq_cuda_matrix *x, int *done,
                     mq_error *err)
 {
-    sums_call call = {.device = device, .sums = find(device, watch, x), .look = look, .x = x, .err = err};
+    sums_call call = {.device = device, .look = look, .x = x, .err = err};
+    call.sums = find(device, watch, x->cols, x->dtype);
     *done = call.sums != NULL;
     if (call.sums == NULL) return MQ_OK;
     const int rc = kind_of(watch)->add(&call);
