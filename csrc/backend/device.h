@@ -30,4 +30,8 @@ size_t mq_device_peak(const mq_device *device);         /* bytes of device memor
 /* Tensors that came to the host for statistics, where there was no room for these on the device. */
 int64_t mq_device_copied(const mq_device *device);
 
+/* How many products of weights that stay codes took that path so far, a mq_cuda_path; and its name. */
+int64_t mq_device_products(const mq_device *device, int path);
+const char *mq_device_path_name(int path);      /* NULL: there are no more */
+
 #endif
