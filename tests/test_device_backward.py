@@ -1,6 +1,7 @@
 """Gradients on a device (csrc/backend/device_backward*.c): transformers', and the CPU's. The device is the emulated library's, as in
 test_device.py."""
 import ctypes
+import json
 
 import numpy as np
 import pytest
@@ -11,8 +12,11 @@ import modelq.gradients
 import modelq.quantization as mtq
 from cuda_library import library_to_test
 from modelq import _core, cuda
+from modelq.checkpoint.config import runtime_config
 from modelq.gradients import backward
 from test_backward import NAMES, RELATIVE, SCORES, Golden, gradients_of, quantized_model, score
+from test_nemotron import BLOCKS
+from test_nemotron import config as nemotron
 
 PLACE = {"device": "cuda", "device_memory": "64MiB"}
 SMALL = {"device": "cuda", "device_memory": 3_000_000}      # rows come in several chunks
@@ -61,6 +65,44 @@ def test_gradients_in_bfloat16_are_the_cpus(name):
     (found, there), (expected, here) = gradients_of(case, "bfloat16", PLACE), gradients_of(case, "bfloat16")
     np.testing.assert_allclose(there.losses, here.losses, rtol=2e-3)
     check({key: found[key] for key in found if key in case.names}, {key: expected[key] for key in expected if key in case.names}, 0.05)
+
+
+BASE = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-5, "rope_theta": 1e4, "max_position_embeddings": 64, "tie_word_embeddings": False, "hidden_act": "silu",
+        "dtype": "float32"}
+FAMILIES = {        # norms behind the halves; linears fused into one, with a window; layers that lack a half, or have a linear there
+    "olmo2": BASE | {"model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"], "attention_bias": False},
+    "phi3": BASE | {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "sliding_window": 6, "partial_rotary_factor": 0.5},
+    "nemotron": nemotron(BLOCKS),
+}
+
+
+def random_model(folder, config):
+    """A checkpoint of random weights."""
+    rng, tensors = np.random.default_rng(1), {}
+    for module in _core.Runtime(*runtime_config(config), "float32").modules:
+        for name, shape in ((module["weight"], module["shape"]), (module["bias"], module["shape"][:1])):
+            if name is not None:
+                tensors[name] = (rng.standard_normal(shape) * 0.2 + (len(shape) == 1)).astype(np.float32)
+    (folder / "config.json").write_text(json.dumps(config))
+    golden_data.write_safetensors(folder / "model.safetensors", tensors)
+    return folder
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_have_the_cpus_gradients(name, tmp_path):
+    """Padded on either side; what each linear puts out is looked at, too."""
+    folder, results = random_model(tmp_path, FAMILIES[name]), []
+    ids = RNG.integers(0, FAMILIES[name]["vocab_size"], (2, 3, 14))
+    masks = np.stack([np.arange(14) >= np.array([[0], [3], [6]]), np.arange(14) < np.array([[14], [11], [5]])])
+    for place in ({}, PLACE):
+        model, looks = modelq.load(folder, compute="float32", **place), {}
+        observers = {module["name"]: _core.OutputGradient(84, module["shape"][0]) for module in model.modules if module["kind"] == "linear"}
+        found = backward(model, [{"input_ids": batch, "attention_mask": mask} for batch, mask in zip(ids, masks)],
+                         [module[kind] for module in model.modules for kind in ("weight", "bias") if module[kind] is not None],
+                         observers, look=lambda layer, back: looks.update({f"{layer} {i}": back.gradient(i) for i in range(2)}))
+        results.append(found.weights | looks | {name: observer.array for name, observer in observers.items()})
+    check(results[1], results[0], RELATIVE)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3moe"])
