@@ -40,6 +40,11 @@ static size_t cut(head *it, mq_arena *arena, int64_t rows)
     const int apart = runtime_of(it)->head_observer != NULL || mq_logits_change(&runtime_of(it)->config);
     const mq_cuda_norm_job norm = {.x = {NULL, runtime_of(it)->dtype, rows, hidden, hidden}, .heads = 1,
                                    .d_weight = (float *)&size};
+    const mq_output_score *score = mq_output_score_of(runtime_of(it)->head_observer);
+    const mq_device_score_sizes scores = {
+        .rows = rows, .columns = hidden, .outputs = slice, .candidates = score != NULL ? (int64_t)score->count : 0,
+        .nbytes = (size_t)(slice * hidden) * size, .size = size, .output_size = sizeof(float),
+    };
     mq_device_back_scratch *scratch = &it->scratch;
     arena->used = 0;
     it->norm = mq_arena_take(arena, (size_t)hidden * sizeof *it->norm);
@@ -58,6 +63,8 @@ static size_t cut(head *it, mq_arena *arena, int64_t rows)
     scratch->piece = mq_arena_take(arena, (size_t)scratch->piece_count * sizeof(float));
     scratch->sums_nbytes = wanted ? it->it.device->backend->rmsnorm_workspace(&norm) : 0;
     scratch->sums = mq_arena_take(arena, scratch->sums_nbytes);
+    scratch->scores = (mq_device_scores){0};
+    if (scores.candidates > 0) mq_device_cut_scores(arena, &scores, &scratch->scores);
     return arena->used;
 }
 
