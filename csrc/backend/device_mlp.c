@@ -42,15 +42,12 @@ int mq_device_expert(mq_device_pass *pass)
     mq_linear *gate = &pass->layer->linears[MQ_ROLE_GATE];
     const mq_device_scratch *scratch = pass->scratch;
     const mq_device_linear *weights = pass->device->linears;
-    const void *in = pass->chunk->hidden, *rounded;
+    const void *in = pass->chunk->hidden;
     pass->applied = NULL;
     int rc = mq_device_normed(pass, MQ_ROLE_POST_NORM, scratch->normed, &in);
     if (rc == MQ_OK) rc = mq_device_watch_input(pass, gate, in);
-    if (rc == MQ_OK) rc = mq_device_quantized(pass, gate, in, &rounded);
-    if (rc == MQ_OK) rc = mq_device_product(pass, scratch->gate, rounded, &weights[MQ_ROLE_GATE].weight,
-                                            weights[MQ_ROLE_GATE].bias, 0);
-    if (rc == MQ_OK) rc = mq_device_product(pass, scratch->up, rounded, &weights[MQ_ROLE_UP].weight,
-                                            weights[MQ_ROLE_UP].bias, 0);
+    if (rc == MQ_OK) rc = mq_device_multiply(pass, gate, &weights[MQ_ROLE_GATE], scratch->gate, in, 0);
+    if (rc == MQ_OK) rc = mq_device_multiply(pass, gate, &weights[MQ_ROLE_UP], scratch->up, in, 0);
     if (rc == MQ_OK) rc = swiglu(pass, gate->rows);
     pass->applied = NULL;
     return rc == MQ_OK ? mq_device_linear_of(pass, MQ_ROLE_DOWN, scratch->temporary, scratch->gate) : rc;

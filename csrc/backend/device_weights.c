@@ -60,18 +60,32 @@ static size_t rounded(int64_t count, size_t size)
     return MQ_ROUND_UP((size_t)count * size, (size_t)MQ_ALIGN_DEVICE);
 }
 
-size_t mq_device_weights_nbytes(const mq_runtime *runtime, int64_t layer, int64_t expert,
+static const mq_stored_weight *find(const mq_named_tensor *tensors, size_t count, const char *name)
+{
+    for (size_t i = 0; i < count; i++)
+        if (strcmp(tensors[i].name, name) == 0) return tensors[i].stored;
+    return NULL;
+}
+
+/* Of a linear's weight and bias; size: of a number. */
+static size_t weight_nbytes(const mq_device *device, const mq_module *module, size_t size,
+                            const mq_stored_weight *stored)
+{
+    const size_t bias = rounded(module->shape[0], size);
+    if (mq_device_can_pack(device, module->role, stored)) return bias + mq_device_packed_nbytes(device, stored);
+    return bias + rounded(module->shape[0] * module->shape[1], size);
+}
+
+size_t mq_device_weights_nbytes(const mq_device *device, const mq_runtime *runtime, int64_t layer, int64_t expert,
                                 const mq_named_tensor *tensors, size_t count)
 {
     const size_t size = mq_dtype_size(runtime->dtype);
     size_t total = 0;
-    (void)tensors;
-    (void)count;
     for (size_t i = runtime->layer_start[layer]; i < runtime->layer_start[layer + 1]; i++) {
         const mq_module *module = &runtime->modules[i];
         if (module->expert != expert || module->weight[0] == '\0') continue;
         if (module->ndim == 1) total += rounded(module->shape[0], sizeof(float));
-        else total += rounded(module->shape[0] * module->shape[1], size) + rounded(module->shape[0], size);
+        else total += weight_nbytes(device, module, size, find(tensors, count, module->weight));
     }
     return total;
 }
@@ -108,7 +122,8 @@ int mq_device_begin(mq_elsewhere *self, const mq_runtime *runtime, int64_t layer
     int came = 0;
     rc = mq_device_take_ahead(device, runtime, layer, expert, tensors, count, &came, err);
     if (rc == MQ_OK && !came)
-        rc = mq_arena_reserve(device, arena, mq_device_weights_nbytes(runtime, layer, expert, tensors, count),
+        rc = mq_arena_reserve(device, arena,
+                              mq_device_weights_nbytes(device, runtime, layer, expert, tensors, count),
                               "the weights of a layer", err);
     if (rc == MQ_OK && expert < 0) device->layer = layer;
     mq_device_leave(device, before);
@@ -131,6 +146,10 @@ static int put_weight(mq_device *device, mq_arena *arena, const mq_module *modul
 {
     mq_tensor numbers;
     if (stored == NULL) return put_numbers(device, arena, module, weight, dtype, linear, err);
+    if (mq_device_can_pack(device, module->role, stored)) {
+        void *memory = mq_arena_take(arena, mq_device_packed_nbytes(device, stored));
+        return mq_device_put_packed(device, memory, module->weight, stored, dtype, linear, err);
+    }
     int rc = mq_stored_numbers(stored, &numbers, module->weight, err);
     if (rc == MQ_OK) rc = put_numbers(device, arena, module, &numbers, dtype, linear, err);
     mq_free(numbers.data);
