@@ -149,8 +149,8 @@ def test_a_vocabulary_of_many_slices():
 
 # ---- observers ----
 
-@pytest.mark.parametrize("preset, compute, tolerance", [("INT4_AWQ_CFG", "float32", 1e-5), ("FP8_DEFAULT_CFG", "float32", 1e-3)])
-@pytest.mark.parametrize("name", ["llama", "qwen3moe"])
+@pytest.mark.parametrize("name, preset, compute, tolerance", [("llama", "INT4_AWQ_CFG", "float32", 1e-5),
+                                                              ("qwen3moe", "FP8_DEFAULT_CFG", "float32", 1e-3)])
 def test_scores_equal_model_optimizers(name, preset, compute, tolerance):
     """As test_backward.py has it for the CPU."""
     calib = golden_data.Model(name).calib
@@ -183,6 +183,24 @@ def test_a_search_on_the_device_chooses_what_the_cpus_does(name):
     assert str(states[0]["best"]["recipe"]) == str(states[1]["best"]["recipe"])
 
 
+def test_scores_are_made_on_the_device(emulated):
+    """A launch that fails says whose it was: among others, the kernel's that scores are made by."""
+    shim = ctypes.CDLL(str(emulated))
+    if not shim.mq_cuda_is_emulated():
+        pytest.skip("only the shim can make a launch fail")
+    model, failed = modelq.load(golden_data.Model("llama").source, compute="float32", **PLACE), set()
+    tensors = model.checkpoint.tensors
+    head = model.checkpoint.read("lm_head.weight" if "lm_head.weight" in tensors else "model.embed_tokens.weight")
+    for launch in range(70, 120):       # scores of lm_head come before all layers
+        shim.mq_shim_fail_launch(launch, 9)
+        with pytest.raises((ValueError, RuntimeError)) as error:
+            backward(model, [IDS[1]], observers={"lm_head": _core.OutputScore([head])})
+        failed.add(str(error.value).split("kernel ")[-1].split(",")[0])
+        if "score" in failed:
+            break
+    assert "score" in failed
+
+
 # ---- memory and errors ----
 
 def test_a_sequence_that_does_not_fit(tiny_checkpoint):
@@ -191,7 +209,12 @@ def test_a_sequence_that_does_not_fit(tiny_checkpoint):
     with pytest.raises(MemoryError, match=r"out of device memory: a sequence of 150 tokens needs .* sequences of (\d+) tokens fit") as error:
         backward(model, [RNG.integers(0, 200, (1, 150))])
     fits = int(str(error.value).split("sequences of ")[1].split(" tokens")[0])
-    assert 30 < fits < 150 and np.isfinite(backward(model, [RNG.integers(0, 200, (1, fits))]).losses[0])
+    name, ids = "model.layers.1.mlp.up_proj", [RNG.integers(0, 200, (1, fits))]
+    weight = np.zeros_like(model.checkpoint.read(f"{name}.weight"), np.float32)
+    here, there = _core.OutputScore([weight]), _core.OutputScore([weight])
+    backward(model, ids, observers={name: there})       # for whose candidate there is no room: it is the host's
+    backward(modelq.load(tiny_checkpoint, compute="float32"), ids, observers={name: here})
+    assert 30 < fits < 150 and there.scores[0] == pytest.approx(here.scores[0], rel=1e-4) and here.scores[0] > 0
 
 
 def test_a_kernel_that_fails_is_named_and_the_model_goes_on(emulated):
