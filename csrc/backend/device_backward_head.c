@@ -44,7 +44,8 @@ static size_t cut(head *it, mq_arena *arena, int64_t rows)
     const mq_output_score *score = mq_output_score_of(runtime_of(it)->head_observer);
     const mq_device_score_sizes scores = {
         .rows = rows, .columns = hidden, .outputs = slice,
-        .candidates = score != NULL && it->scores ? (int64_t)score->count : 0, .nbytes = (size_t)(slice * hidden) * size, .size = size, .output_size = sizeof(float),
+        .candidates = score != NULL && it->scores ? (int64_t)score->count : 0,
+        .nbytes = (size_t)(slice * hidden) * size, .size = size, .output_size = sizeof(float),
     };
     mq_device_back_scratch *scratch = &it->scratch;
     arena->used = 0;
