@@ -575,8 +575,8 @@ static PyGetSetDef properties[] = {
     {"layers", runtime_layers, NULL, "Number of decoder layers.", NULL},
     {"config", runtime_config, NULL, "The numbers in use, defaults filled in.", NULL},
     {"device", mq_runtime_device, NULL,
-     "None, or {'memory', 'peak', 'backward'} of the device that computes layers: bytes, and whether gradients go back "
-     "there.",
+     "None, or {'memory', 'peak', 'backward', 'products'} of the device that computes layers: bytes, whether gradients "
+     "go back there, and how many products with weights that stay codes took which path (docs/cuda.md).",
      NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
