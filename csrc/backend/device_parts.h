@@ -58,7 +58,8 @@ enum {
     MQ_FINDINGS = 256,          /* and how many numbers they may be: */
     MQ_MAXIMA = 1 << 16,
     MQ_PIECE_NBYTES = 16 << 20, /* of a weight on its way, at most */
-    MQ_CHUNK_ROWS = 8192,       /* rows of a chunk, at most */
+    MQ_CHUNK_ROWS = 8192,       /* rows of a chunk, at most; and as many that */
+    MQ_ENOUGH_ROWS = 2048,      /* weights that come ahead have room before there are more */
     MQ_QUANTIZERS = MQ_LAYER_MAX_POINTS + 1,    /* places of mq_device.quantizers; the last is lm_head's */
     MQ_PINS = 4,                /* pieces of others' memory that are pinned, at most, */
     MQ_PINNED_SHARE = 4,        /* which together are a fourth of the host's, at most */

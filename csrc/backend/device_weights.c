@@ -110,6 +110,15 @@ static int put_bias(mq_device *device, mq_arena *arena, mq_dtype dtype, const fl
     return rc;
 }
 
+/* Room for an expert before rows have all that is left; codes will need less. */
+static void reserve_for_experts(mq_device *device, const mq_runtime *runtime, int64_t layer)
+{
+    mq_error err;
+    if (runtime->layers[layer].experts == 0) return;
+    mq_arena_reserve(device, &device->expert_weights, mq_device_weights_nbytes(device, runtime, layer, 0, NULL, 0),
+                     "the weights of an expert", &err);
+}
+
 int mq_device_begin(mq_elsewhere *self, const mq_runtime *runtime, int64_t layer, int64_t expert,
                     const mq_named_tensor *tensors, size_t count, mq_error *err)
 {
@@ -119,13 +128,14 @@ int mq_device_begin(mq_elsewhere *self, const mq_runtime *runtime, int64_t layer
     if (rc != MQ_OK) return rc;
     if (expert < 0) mq_device_drop_layer(self, device->layer);
     else mq_device_drop_expert(self);
+    if (expert < 0) device->layer = layer;      /* and dropped where anything fails */
     int came = 0;
     rc = mq_device_take_ahead(device, runtime, layer, expert, tensors, count, &came, err);
     if (rc == MQ_OK && !came)
         rc = mq_arena_reserve(device, arena,
                               mq_device_weights_nbytes(device, runtime, layer, expert, tensors, count),
                               "the weights of a layer", err);
-    if (rc == MQ_OK && expert < 0) device->layer = layer;
+    if (rc == MQ_OK && expert < 0) reserve_for_experts(device, runtime, layer);
     mq_device_leave(device, before);
     return rc;
 }

@@ -72,6 +72,22 @@ def test_a_rotated_model_is_written(case, tmp_path):
     assert np.linalg.norm(again - simulated) < 0.03 * np.linalg.norm(simulated)
 
 
+@pytest.mark.parametrize("name", ["phi3", "granitemoe", "qwen2_moe", "deepseek_v2", "deepseek_v3"])
+def test_a_model_in_torch_is_rotated(name):
+    """Fused and latent linears, stacks of experts, a vector that corrects a router: in the user's process. One linear is INT8."""
+    import torch
+    theirs, ids = build(name), torch.from_numpy(inputs()[0])
+    with torch.no_grad():
+        plain = theirs(ids).logits
+    first = {"quantizer_name": "*layers.0.self_attn.o_proj.weight_quantizer", "cfg": {"num_bits": 8, "axis": 0}}
+    before = theirs.model.layers[1].self_attn.o_proj.weight.clone()
+    mtq.quantize(theirs, {"quant_cfg": [{"quantizer_name": "*", "enable": False}, first], "algorithm": ["rotate", "max"]},
+                 lambda model: model(ids))
+    with torch.no_grad():
+        assert (theirs(ids).logits - plain).norm() < 0.05 * plain.norm()
+    assert (theirs.model.layers[1].self_attn.o_proj.weight - before).norm() > 0.5 * before.norm()
+
+
 def test_smoothing_reaches_every_linear_outside_experts(case):
     """The product is the same while nothing is quantized; with INT8 it is near. Also behind the norms of latent vectors."""
     _, folder = case
