@@ -166,6 +166,12 @@ def test_branches_of_low_rank(llama):
     for model in (here, there):
         mtq.quantize(model, mtq.NVFP4_SVDQUANT_DEFAULT_CFG, passes)
     assert there.runtime.device["copied"] == 0 and there.low_rank and there.loss(IDS) == pytest.approx(here.loss(IDS), rel=1e-4)
+    assert here.low_rank.keys() == there.low_rank.keys()
+    for name, one in here.low_rank.items():
+        other, scale = there.low_rank[name], (lambda model: np.asarray(model.quantizers[f"{name}.weight_quantizer"].pre_quant_scale))
+        np.testing.assert_allclose(scale(there), scale(here), rtol=1e-5, err_msg=name)      # so AWQ's exponent is the same
+        product = np.float32(one.up) @ np.float32(one.down)
+        np.testing.assert_allclose(np.float32(other.up) @ np.float32(other.down), product, atol=0.01 * np.abs(product).max(), err_msg=name)
 
 
 def test_experts(golden):
