@@ -132,10 +132,17 @@ def _weight_amax(model: Any, row: dict[str, Any], own: bool = False) -> dict[str
     return stated
 
 
-def stacks_of(model: Any) -> str | None:
+def layout_of_stacks(model: Any) -> str | None:
     """How the experts of a native model's checkpoint are stacked (modelq.checkpoint.stacked), if they are."""
     from modelq.checkpoint.stacked import layout_of
     return None if getattr(model, "runtime", None) is None else layout_of(model.config)
+
+
+def stacks_of(model: Any) -> str | None:
+    """The same if quantized ones too are stacked."""
+    from modelq.checkpoint.stacked import ROWS
+    layout = layout_of_stacks(model)
+    return None if layout == ROWS else layout
 
 
 def as_divided(model: Any, row: dict[str, Any], weight: np.ndarray) -> np.ndarray:

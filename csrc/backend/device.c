@@ -125,7 +125,7 @@ int mq_device_new(const mq_backend *backend, const mq_device_options *options, m
     device->index = options->index;
     device->layer = -1;
     device->elsewhere = (mq_elsewhere){
-        .load = mq_device_load, .load_low_rank = mq_device_load_low_rank,
+        .begin = mq_device_begin, .load = mq_device_load, .load_low_rank = mq_device_load_low_rank,
         .drop_layer = mq_device_drop_layer, .drop_expert = mq_device_drop_expert,
         .layer = mq_device_run_layer, .expert = mq_device_run_expert, .head = mq_device_run_head,
     };

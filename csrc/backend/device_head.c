@@ -187,12 +187,19 @@ static int run_head(head *it, mq_error *err)
     return rc == MQ_OK ? end(it, err) : rc;
 }
 
-int mq_device_run_head(mq_elsewhere *self, const mq_head_request *request, mq_error *err)
+int mq_device_run_head(mq_elsewhere *self, const mq_head_request *given, mq_error *err)
 {
-    head it = {.device = (mq_device *)(void *)self, .request = request};
+    mq_head_request request = *given;
+    mq_tensor numbers = {0};
+    head it = {.device = (mq_device *)(void *)self, .request = &request};
     int before, rc = mq_device_enter(it.device, &before, err);
     if (rc != MQ_OK) return rc;
-    rc = run_head(&it, err);
+    if (request.stored != NULL) {
+        rc = mq_stored_numbers(request.stored, &numbers, request.name, err);
+        request.weight = &numbers;
+    }
+    if (rc == MQ_OK) rc = run_head(&it, err);
+    mq_free(numbers.data);
     mq_device_leave(it.device, before);
     return rc;
 }

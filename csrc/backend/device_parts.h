@@ -118,8 +118,10 @@ size_t mq_device_available(const mq_device *device, const mq_arena *arena); /* w
 /* to = w (rows of w, columns), converted to to's dtype, on the copy stream. */
 int mq_device_upload(mq_device *device, const mq_tensor *w, const mq_cuda_matrix *to, mq_error *err);
 /* Calls of mq_elsewhere. */
+int mq_device_begin(mq_elsewhere *self, const mq_runtime *runtime, int64_t layer, int64_t expert,
+                    const mq_named_tensor *tensors, size_t count, mq_error *err);
 int mq_device_load(mq_elsewhere *self, const mq_runtime *runtime, const mq_module *module, const mq_tensor *weight,
-                   const float *vector, mq_error *err);
+                   const mq_stored_weight *stored, const float *vector, mq_error *err);
 int mq_device_load_low_rank(mq_elsewhere *self, const mq_module *module, const mq_tensor *down, const mq_tensor *up,
                             mq_error *err);
 void mq_device_drop_layer(mq_elsewhere *self, int64_t layer);

@@ -61,10 +61,13 @@ static size_t rounded(int64_t count, size_t size)
 }
 
 /* Bytes of the modules of one layer, or of one of its experts, on the device. */
-static size_t weights_nbytes(const mq_runtime *runtime, int64_t layer, int64_t expert)
+static size_t weights_nbytes(const mq_runtime *runtime, int64_t layer, int64_t expert, const mq_named_tensor *tensors,
+                             size_t count)
 {
     const size_t size = mq_dtype_size(runtime->dtype);
     size_t total = 0;
+    (void)tensors;
+    (void)count;
     for (size_t i = runtime->layer_start[layer]; i < runtime->layer_start[layer + 1]; i++) {
         const mq_module *module = &runtime->modules[i];
         if (module->expert != expert || module->weight[0] == '\0') continue;
@@ -94,30 +97,59 @@ static int put_bias(mq_device *device, mq_arena *arena, const mq_runtime *runtim
     return rc;
 }
 
+int mq_device_begin(mq_elsewhere *self, const mq_runtime *runtime, int64_t layer, int64_t expert,
+                    const mq_named_tensor *tensors, size_t count, mq_error *err)
+{
+    mq_device *device = (mq_device *)(void *)self;
+    mq_arena *arena = expert >= 0 ? &device->expert_weights : &device->layer_weights;
+    int before, rc = mq_device_enter(device, &before, err);
+    if (rc != MQ_OK) return rc;
+    if (expert < 0) mq_device_drop_layer(self, device->layer);
+    else mq_device_drop_expert(self);
+    rc = mq_arena_reserve(device, arena, weights_nbytes(runtime, layer, expert, tensors, count),
+                          "the weights of a layer", err);
+    if (rc == MQ_OK && expert < 0) device->layer = layer;
+    mq_device_leave(device, before);
+    return rc;
+}
+
+/* The numbers of a weight, in the activations' dtype. */
+static int put_numbers(mq_device *device, mq_arena *arena, const mq_module *module, const mq_tensor *weight,
+                       mq_dtype dtype, mq_device_linear *linear, mq_error *err)
+{
+    const int64_t rows = module->shape[0], columns = module->shape[1];
+    const size_t nbytes = (size_t)(rows * columns) * mq_dtype_size(dtype);
+    linear->weight = (mq_cuda_matrix){mq_arena_take(arena, nbytes), dtype, rows, columns, columns};
+    const int rc = mq_device_upload(device, weight, &linear->weight, err);
+    return rc == MQ_OK ? mq_finding_weight(device, &linear->weight, module->weight, err) : rc;
+}
+
+static int put_weight(mq_device *device, mq_arena *arena, const mq_module *module, const mq_tensor *weight,
+                      const mq_stored_weight *stored, mq_dtype dtype, mq_device_linear *linear, mq_error *err)
+{
+    mq_tensor numbers;
+    if (stored == NULL) return put_numbers(device, arena, module, weight, dtype, linear, err);
+    int rc = mq_stored_numbers(stored, &numbers, module->weight, err);
+    if (rc == MQ_OK) rc = put_numbers(device, arena, module, &numbers, dtype, linear, err);
+    mq_free(numbers.data);
+    return rc;
+}
+
 int mq_device_load(mq_elsewhere *self, const mq_runtime *runtime, const mq_module *module, const mq_tensor *weight,
-                   const float *vector, mq_error *err)
+                   const mq_stored_weight *stored, const float *vector, mq_error *err)
 {
     mq_device *device = (mq_device *)(void *)self;
     mq_arena *arena = module->expert >= 0 ? &device->expert_weights : &device->layer_weights;
-    const int is_first = module->expert >= 0 ? arena->used == 0 : device->layer != module->layer;
-    const int64_t rows = module->shape[0], columns = module->shape[1];
+    const int64_t rows = module->shape[0];
     int before, rc = mq_device_enter(device, &before, err);
     if (rc != MQ_OK) return rc;
-    if (is_first && module->expert < 0) self->drop_layer(self, device->layer);
-    if (is_first)
-        rc = mq_arena_reserve(device, arena, weights_nbytes(runtime, module->layer, module->expert),
-                              "the weights of a layer", err);
-    if (rc == MQ_OK && module->expert < 0) device->layer = module->layer;
-    if (rc == MQ_OK && weight == NULL) {
+    if (weight == NULL) {
         void **norm = (void **)&device->norms[module->role];
         rc = put_vector(device, arena, norm, vector, (size_t)rows * sizeof *vector, err);
-    } else if (rc == MQ_OK) {
+    } else {
         mq_device_linear *linear = &device->linears[module->role];
-        const size_t nbytes = (size_t)(rows * columns) * mq_dtype_size(runtime->dtype);
-        linear->weight = (mq_cuda_matrix){mq_arena_take(arena, nbytes), runtime->dtype, rows, columns, columns};
         linear->bias = NULL;
-        rc = mq_device_upload(device, weight, &linear->weight, err);
-        if (rc == MQ_OK) rc = mq_finding_weight(device, &linear->weight, module->weight, err);
+        rc = put_weight(device, arena, module, weight, stored, runtime->dtype, linear, err);
         if (rc == MQ_OK && vector != NULL) rc = put_bias(device, arena, runtime, vector, rows, &linear->bias, err);
     }
     if (rc == MQ_OK) rc = device->backend->event_record(device->loaded, device->copies, err);

@@ -128,10 +128,17 @@ static int check_experts(const mq_config *config, mq_error *err)
     if (rc != MQ_OK || config->expert_groups == 0) return rc;
     rc = check_range("expert_groups", config->expert_groups, 1, config->num_experts, err);
     if (rc == MQ_OK) rc = check_range("expert_groups_kept", config->expert_groups_kept, 1, config->expert_groups, err);
-    if (rc == MQ_OK && config->num_experts % config->expert_groups != 0)
-        rc = mq_fail(err, MQ_ERR_VALUE, "config: num_experts %lld is not a multiple of expert_groups %lld",
-                     (long long)config->num_experts, (long long)config->expert_groups);
-    return rc;
+    if (rc == MQ_OK) rc = check_range("expert_groups_best", config->expert_groups_best, 1, 2, err);
+    if (rc != MQ_OK) return rc;
+    if (config->num_experts % config->expert_groups != 0)
+        return mq_fail(err, MQ_ERR_VALUE, "config: num_experts %lld is not a multiple of expert_groups %lld",
+                       (long long)config->num_experts, (long long)config->expert_groups);
+    const int64_t kept = config->num_experts / config->expert_groups * config->expert_groups_kept;
+    if (config->num_experts_per_tok > kept)
+        return mq_fail(err, MQ_ERR_VALUE, "config: num_experts_per_tok %lld is more than the %lld experts of "
+                       "expert_groups_kept %lld", (long long)config->num_experts_per_tok, (long long)kept,
+                       (long long)config->expert_groups_kept);
+    return MQ_OK;
 }
 
 int mq_config_finish(mq_config *config, mq_error *err)

@@ -10,12 +10,14 @@
 struct mq_run;
 struct mq_runtime;
 struct mq_module;
+struct mq_named_tensor;
 
 /* What is to be read off the last hidden states, rows first_row to first_row + rows of the run. */
 typedef struct mq_head_request {
     struct mq_run *run;
     const float *norm;              /* (C): weight of the final norm */
     const mq_tensor *weight;        /* (V, C) */
+    const mq_stored_weight *stored; /* not NULL: what stands for it, and weight is without data */
     const char *name;               /* of the weight */
     int64_t first_row, rows;
     float *logits;                  /* (rows, V), or NULL */
@@ -25,9 +27,13 @@ typedef struct mq_head_request {
 
 typedef struct mq_elsewhere mq_elsewhere;
 struct mq_elsewhere {
-    /* One module of a layer or of an expert: a linear's weight (O, I) and bias (O) or NULL, or (weight NULL) a norm. */
+    /* Room for a layer (expert -1) or for one of its experts, whose tensors these are; then they come one by one: a
+     * linear's weight (O, I), or what stands for it (stored; weight is without data then), and its bias (O) or NULL; or
+     * a norm (weight NULL). */
+    int (*begin)(mq_elsewhere *self, const struct mq_runtime *runtime, int64_t layer, int64_t expert,
+                 const struct mq_named_tensor *tensors, size_t count, mq_error *err);
     int (*load)(mq_elsewhere *self, const struct mq_runtime *runtime, const struct mq_module *module,
-                const mq_tensor *weight, const float *vector, mq_error *err);
+                const mq_tensor *weight, const mq_stored_weight *stored, const float *vector, mq_error *err);
     int (*load_low_rank)(mq_elsewhere *self, const struct mq_module *module, const mq_tensor *down,
                          const mq_tensor *up, mq_error *err);
     void (*drop_layer)(mq_elsewhere *self, int64_t layer);

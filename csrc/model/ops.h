@@ -49,9 +49,10 @@ void mq_gate_backward(float *d_gate, float *d_up, const void *gate, const void *
 /* The experts of each row and what share each has in the result: softmax over all experts, then the top_k largest
  * (the earlier one first where equal); Shazeer et al. 2017. normalize: the shares are divided by their sum. rounded:
  * they are rounded to dtype. sigmoid: of each logit, in the place of the softmax. correction (experts): added where
- * experts are chosen, not to shares. groups: only experts of the groups_kept best are chosen, by the sum of each
- * group's two best (DeepSeek-AI 2024, "DeepSeek-V3"); 0 = all. factor: of the shares, in the end. kept: so many of the
- * top_k are chosen so; the others are the next best of all groups, who see the row and have no share; 0 = all. */
+ * experts are chosen, not to shares. groups: only experts of the groups_kept best are chosen, by each group's best
+ * (groups_best 1; DeepSeek-AI 2024, "DeepSeek-V2") or the sum of its two best ("DeepSeek-V3"); 0 = all. factor: of the
+ * shares, in the end. kept: so many of the top_k are chosen so; the others are the next best of all groups, who see
+ * the row and have no share; 0 = all. */
 typedef struct mq_routes {
     int32_t *experts;   /* (N, top_k) */
     float *shares;      /* (N, top_k) */
@@ -62,7 +63,7 @@ typedef struct mq_route_sizes {
     mq_dtype dtype;
     int normalize, rounded, sigmoid;
     const float *correction;    /* NULL = none */
-    int64_t groups, groups_kept;
+    int64_t groups, groups_kept, groups_best;
     float factor;               /* 0 = 1 */
 } mq_route_sizes;
 mq_route_sizes mq_route_of(const mq_config *config);

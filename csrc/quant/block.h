@@ -39,10 +39,12 @@ int mq_block_quantize(const mq_block_job *job, const mq_tensor *weight, mq_parts
  * dtype. */
 int mq_block_dequantize(const mq_block_job *job, const mq_parts *parts, mq_tensor *out, mq_error *err);
 
-/* A weight [O, I] by its parts, and the dtype that its numbers are rounded to (MQ_F32, MQ_BF16 or MQ_F16). */
+/* A weight [O, I] by its parts, and the dtype that its numbers are rounded to (MQ_F32, MQ_BF16 or MQ_F16); or by the
+ * numbers that job is to make the parts of, as they are where products are computed. */
 typedef struct mq_stored_weight {
     mq_block_job job;
-    mq_parts parts;
+    mq_parts parts;         /* without data where they are yet to be made of: */
+    mq_tensor numbers;      /* float32, bfloat16 or float16, any strides; without data where there are parts */
     mq_dtype dtype;
     int64_t shape[2];
 } mq_stored_weight;

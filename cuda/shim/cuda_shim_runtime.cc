@@ -27,7 +27,7 @@ struct mq_shim_event {
 static std::recursive_mutex lock;
 static std::map<char *, size_t> sizes, pinned;      /* of what cudaMalloc and cudaMallocHost gave */
 static std::set<mq_shim_stream *> streams;
-static size_t used;
+static size_t used, events;
 static bool running;                                /* run_some */
 
 static bool lies_in(const std::map<char *, size_t> &arrays, const void *memory)
@@ -37,6 +37,39 @@ static bool lies_in(const std::map<char *, size_t> &arrays, const void *memory)
     --after;
     return (const char *)memory < after->first + after->second;
 }
+
+/* ---- faults ---- */
+
+static struct {
+    uint64_t calls, at;     /* since mq_shim_fail_at, and the one that fails; 0 = none */
+    bool persistent;
+} faults;
+
+bool mq_shim_fails()
+{
+    const std::lock_guard<std::recursive_mutex> held(lock);
+    faults.calls++;
+    return faults.at != 0 && (faults.persistent ? faults.calls >= faults.at : faults.calls == faults.at);
+}
+
+uint64_t mq_shim_fail_at(uint64_t n, int persistent)
+{
+    const std::lock_guard<std::recursive_mutex> held(lock);
+    const uint64_t seen = faults.calls;
+    faults.at = n;
+    faults.persistent = persistent != 0;
+    if (n > 0) faults.calls = 0;
+    return seen;
+}
+
+size_t mq_shim_live(void)
+{
+    const std::lock_guard<std::recursive_mutex> held(lock);
+    return sizes.size() + pinned.size() + streams.size() + events;
+}
+
+#define MQ_MAY_FAIL(error) \
+    if (mq_shim_fails()) return error
 
 /* ---- streams ---- */
 
@@ -148,12 +181,14 @@ static thread_local int current_device;
 
 cudaError_t cudaGetDevice(int *device)
 {
+    MQ_MAY_FAIL(cudaErrorUnknown);
     *device = current_device;
     return cudaSuccess;
 }
 
 cudaError_t cudaSetDevice(int device)
 {
+    MQ_MAY_FAIL(cudaErrorUnknown);
     int count;
     const cudaError_t status = cudaGetDeviceCount(&count);
     if (status != cudaSuccess) return status;
@@ -164,6 +199,7 @@ cudaError_t cudaSetDevice(int device)
 
 cudaError_t cudaMemGetInfo(size_t *free_nbytes, size_t *total)
 {
+    MQ_MAY_FAIL(cudaErrorUnknown);
     const std::lock_guard<std::recursive_mutex> held(lock);
     *total = number("MODELQ_SHIM_MEMORY", (size_t)1 << 34);
     *free_nbytes = *total > used ? *total - used : 0;
@@ -172,6 +208,7 @@ cudaError_t cudaMemGetInfo(size_t *free_nbytes, size_t *total)
 
 cudaError_t cudaMalloc(void **out, size_t nbytes)
 {
+    MQ_MAY_FAIL(cudaErrorMemoryAllocation);
     const std::lock_guard<std::recursive_mutex> held(lock);
     if (used + nbytes > number("MODELQ_SHIM_MEMORY", (size_t)1 << 34)) return cudaErrorMemoryAllocation;
     *out = mq_shim_alloc(nbytes);
@@ -195,6 +232,7 @@ cudaError_t cudaFree(void *memory)
 
 cudaError_t cudaMallocHost(void **out, size_t nbytes)
 {
+    MQ_MAY_FAIL(cudaErrorMemoryAllocation);
     const std::lock_guard<std::recursive_mutex> held(lock);
     *out = malloc(nbytes);
     if (*out == NULL) return cudaErrorMemoryAllocation;
@@ -215,6 +253,7 @@ cudaError_t cudaFreeHost(void *memory)
  * API, "API synchronization behavior"). */
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t nbytes, cudaMemcpyKind, cudaStream_t stream)
 {
+    MQ_MAY_FAIL(cudaErrorUnknown);
     const std::lock_guard<std::recursive_mutex> held(lock);
     const auto copy = [=]() {
         mq_shim_copy(to, from, nbytes);
@@ -234,6 +273,7 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t nbytes, cudaMemcp
 
 cudaError_t cudaMemsetAsync(void *memory, int byte, size_t nbytes, cudaStream_t stream)
 {
+    MQ_MAY_FAIL(cudaErrorUnknown);
     return mq_shim_do(stream, [=]() {
         const std::vector<char> filled(nbytes, (char)byte);
         mq_shim_copy(memory, filled.data(), nbytes);
@@ -245,6 +285,7 @@ cudaError_t cudaMemsetAsync(void *memory, int byte, size_t nbytes, cudaStream_t 
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t *out, unsigned)
 {
+    MQ_MAY_FAIL(cudaErrorUnknown);
     const std::lock_guard<std::recursive_mutex> held(lock);
     *out = new mq_shim_stream{{}, 0, cudaSuccess};
     streams.insert(*out);
@@ -262,6 +303,7 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream)
 
 cudaError_t cudaStreamSynchronize(cudaStream_t stream)
 {
+    MQ_MAY_FAIL(cudaErrorUnknown);
     const std::lock_guard<std::recursive_mutex> held(lock);
     mq_shim_drain(stream);
     if (!is_ours(stream)) return cudaSuccess;
@@ -272,18 +314,24 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream)
 
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *out, unsigned)
 {
+    MQ_MAY_FAIL(cudaErrorUnknown);
+    const std::lock_guard<std::recursive_mutex> held(lock);
     *out = new mq_shim_event{NULL, 0};
+    events++;
     return cudaSuccess;
 }
 
 cudaError_t cudaEventDestroy(cudaEvent_t event)
 {
+    const std::lock_guard<std::recursive_mutex> held(lock);
     delete event;
+    events--;
     return cudaSuccess;
 }
 
 cudaError_t cudaEventSynchronize(cudaEvent_t event)
 {
+    MQ_MAY_FAIL(cudaErrorUnknown);
     const std::lock_guard<std::recursive_mutex> held(lock);
     if (is_ours(event->stream)) run_until(event->stream, event->place);
     return cudaSuccess;
@@ -291,6 +339,7 @@ cudaError_t cudaEventSynchronize(cudaEvent_t event)
 
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream)
 {
+    MQ_MAY_FAIL(cudaErrorUnknown);
     const std::lock_guard<std::recursive_mutex> held(lock);
     *event = {is_ours(stream) ? stream : NULL, is_ours(stream) ? stream->done + stream->queue.size() : 0};
     return cudaSuccess;
@@ -298,6 +347,7 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream)
 
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned)
 {
+    MQ_MAY_FAIL(cudaErrorUnknown);
     const std::lock_guard<std::recursive_mutex> held(lock);
     const mq_shim_event now = *event;
     return mq_shim_do(stream, [=]() {

@@ -24,6 +24,8 @@ enum { cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2, cudaMemcpyDeviceToDevice = 3,
                       cudaMemcpyDefault = 4 };
 
+/* Whether the call that asks is the one that a test wants to fail (mq_shim_fail_at). */
+bool mq_shim_fails();
 /* Work for a stream. Errors of late work come when it is waited for. */
 cudaError_t mq_shim_do(cudaStream_t stream, const std::function<cudaError_t()> &work);
 /* All that the stream was asked for. */
