@@ -202,6 +202,7 @@ typedef struct mq_cuda_route_job {
     int sigmoid;                          /* of each logit, in the place of the softmax */
     const float *correction;              /* [experts], added where experts are chosen; NULL: none */
     int64_t groups, groups_kept;          /* only experts of the best groups are chosen; up to 32; 0: all */
+    int64_t groups_best;                  /* by the sum of so many of a group's best: 1, or 2 (0) */
     float factor;                         /* of the shares, in the end; 0 = 1 */
     int32_t *experts;                     /* [rows, top_k] */
     float *shares;                        /* the same */

@@ -44,7 +44,7 @@ size_t mq_device_available(const mq_device *device, const mq_arena *arena)
     return device->budget > others ? device->budget - others : 0;
 }
 
-static void drop_arena(mq_device *device, mq_arena *arena)
+void mq_arena_drop(mq_device *device, mq_arena *arena)
 {
     mq_device_give(device, (void **)&arena->memory, arena->nbytes);
     *arena = (mq_arena){0};
@@ -54,7 +54,7 @@ int mq_arena_reserve(mq_device *device, mq_arena *arena, size_t nbytes, const ch
 {
     arena->used = 0;
     if (nbytes <= arena->nbytes) return MQ_OK;
-    drop_arena(device, arena);
+    mq_arena_drop(device, arena);
     const int rc = mq_device_take(device, (void **)&arena->memory, nbytes, purpose, err);
     if (rc == MQ_OK) arena->nbytes = nbytes;
     return rc;
@@ -150,9 +150,9 @@ void mq_device_free(mq_device *device)
     if (device->copies != NULL) backend->stream_wait(device->copies, &err);
     mq_device_drop_layer(&device->elsewhere, device->layer);
     for (int i = 0; i < MQ_QUANTIZERS; i++) mq_device_quantizer_free(&device->quantizers[i]);
-    drop_arena(device, &device->layer_weights);
-    drop_arena(device, &device->expert_weights);
-    drop_arena(device, &device->work);
+    mq_arena_drop(device, &device->layer_weights);
+    mq_arena_drop(device, &device->expert_weights);
+    mq_arena_drop(device, &device->work);
     backend->memory_free(device->maxima);
     backend->memory_free(device->workspace_memory);
     if (device->gemm != NULL) backend->gemm_close(device->gemm);

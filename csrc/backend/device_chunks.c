@@ -348,6 +348,6 @@ int mq_device_run_layer(mq_elsewhere *self, mq_run *run, int64_t layer, mq_error
 {
     const mq_layer *it = &run->runtime->layers[layer];
     const int empty = it->kind.attention == MQ_BLOCK_NONE && it->kind.mlp == MQ_BLOCK_NONE && it->experts == 0;
-    if (empty) return MQ_OK;    /* it has no weights, and so is not loaded */
+    if (empty) return MQ_OK;    /* no rows need travel */
     return mq_device_watched((mq_device *)(void *)self, run, layer, run_chunks, NULL, err);
 }

@@ -102,7 +102,7 @@ static int route(mq_device_pass *pass, const void *in)
         .logits = mq_device_matrix(pass, scratch->router, pass->layer->experts), .top_k = routes->top_k,
         .kept = routes->kept, .normalize = sizes.normalize, .rounded = pass->context->round_routes,
         .sigmoid = sizes.sigmoid, .correction = pass->device->norms[MQ_ROLE_CORRECTION], .groups = sizes.groups,
-        .groups_kept = sizes.groups_kept, .factor = sizes.factor, .experts = scratch->experts, .shares = scratch->shares,
+        .groups_kept = sizes.groups_kept, .groups_best = sizes.groups_best, .factor = sizes.factor, .experts = scratch->experts, .shares = scratch->shares,
     };
     int rc = mq_device_product(pass, scratch->router, in, &router->weight, router->bias, 0);
     if (rc == MQ_OK) rc = backend->route(&job, pass->device->compute, pass->err);

@@ -107,6 +107,7 @@ int mq_device_enter(mq_device *device, int *before, mq_error *err);
 void mq_device_leave(mq_device *device, int before);
 /* Room for nbytes; what was in it is gone. MQ_ERR_MEMORY says what it was to be for, and what may be used. */
 int mq_arena_reserve(mq_device *device, mq_arena *arena, size_t nbytes, const char *purpose, mq_error *err);
+void mq_arena_drop(mq_device *device, mq_arena *arena);
 void *mq_arena_take(mq_arena *arena, size_t nbytes);    /* of a reserved one; arenas without memory only count */
 /* Memory that counts in the budget; MQ_ERR_MEMORY where there is no room, err may be NULL. */
 int mq_device_take(mq_device *device, void **out, size_t nbytes, const char *purpose, mq_error *err);
