@@ -97,6 +97,23 @@ def test_groups_must_hold_a_token_s_experts():
         core.Runtime(family, flat | {"expert_groups_best": 3}, "float32")
 
 
+def test_dynamic_rope_ends_where_frequencies_would_depend_on_calls(tmp_path):
+    """Up to max_position_embeddings it scales nothing (transformers' logits: tests/torch_models/test_families.py); no longer sequence is
+    computed, in one piece or token by token."""
+    changes = {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 12}
+    folder, plain = granite(tmp_path / "dynamic"), modelq.load(granite(tmp_path / "plain"), compute="float32")
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | changes))
+    model, ids = modelq.load(folder, compute="float32"), np.arange(26).reshape(2, 13)
+    np.testing.assert_array_equal(model(ids[:, :12]).logits, plain(ids[:, :12]).logits)
+    with pytest.raises(ValueError, match="13 tokens: rope_scaling of type dynamic is computed up to max_position_embeddings, 12 tokens"):
+        model(ids).logits
+    decoding = model.decoding()
+    decoding.begin([ids[0, :11].tolist()])
+    decoding.forward([0], [[1]])
+    with pytest.raises(ValueError, match="13 tokens: rope_scaling of type dynamic"):
+        decoding.forward([0], [[1]])
+
+
 def granite(folder: Path) -> Path:
     """Two layers with random weights, stored as the Hub's checkpoints are."""
     random, hidden, inner, experts = np.random.default_rng(0), 32, 48, 5

@@ -99,6 +99,8 @@ static int check_rope(const mq_config *config, mq_error *err)
     if (config->rope_interleaved && mq_config_rotary(config) > 2 * MQ_ROPE_FACTORS)
         return mq_fail(err, MQ_ERR_VALUE, "config: rope_interleaved turns %d numbers of a head at most",
                        2 * MQ_ROPE_FACTORS);
+    if (config->rope_longest < 0)
+        return mq_fail(err, MQ_ERR_VALUE, "config: rope_longest %lld is negative", (long long)config->rope_longest);
     if (!(config->rope_local_theta > 0.0))
         return mq_fail(err, MQ_ERR_VALUE, "config: rope_local_theta %g must be positive", config->rope_local_theta);
     if ((config->rope_type == MQ_ROPE_YARN || config->rope_type == MQ_ROPE_LONGROPE) &&

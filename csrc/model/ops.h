@@ -130,6 +130,8 @@ typedef struct mq_ropes {
     mq_rope_table tables[MQ_ROPE_KINDS];    /* empty where none is needed */
     int64_t original;                       /* 0 = sequences of all lengths are alike */
 } mq_ropes;
+/* Whether sequences of so many tokens have frequencies that do not depend on what else there is. */
+int mq_ropes_check(const mq_config *config, int64_t positions, mq_error *err);
 int mq_ropes_init(mq_ropes *ropes, const mq_config *config, unsigned layer_ropes, int64_t positions, mq_error *err);
 void mq_ropes_free(mq_ropes *ropes);
 size_t mq_ropes_nbytes(const mq_ropes *ropes);

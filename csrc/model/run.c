@@ -52,6 +52,8 @@ static int allocate(mq_run *run, int masked, mq_error *err)
         (masked && run->mask == NULL) || run->hidden == NULL)
         return mq_fail_memory(err, "the hidden states of the recorded batches", rows * width);
     if (run->cache != NULL) return MQ_OK;
+    const int rc = mq_ropes_check(&run->runtime->config, run->longest, err);
+    if (rc != MQ_OK) return rc;
     return mq_ropes_init(&run->ropes, &run->runtime->config, run->runtime->layer_ropes, run->longest, err);
 }
 

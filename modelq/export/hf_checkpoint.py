@@ -121,7 +121,7 @@ def _write_tensors(model: Any, plan: Plan, writer: Any) -> None:
             weight = stated_weight(model, linear.row, as_loaded(model, array))
             _write_linear(linear, as_divided(model, linear.row, weight), writer, plan.dialect)
         elif name in plan.norms:
-            writer.write(name, _cast(times_norm(model, name, array, plan.norms[name]), plan.copies[name].dtype))
+            writer.write(name, _cast(times_norm(model, name, as_loaded(model, array), plan.norms[name]), plan.copies[name].dtype))
         else:
             del array
             copy_tensor(checkpoint, name, plan.copies[name].dtype, writer)
