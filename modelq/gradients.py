@@ -100,7 +100,7 @@ def _round(model: Model, batches: Sequence[Batch], weights: dict[str, np.ndarray
     boundaries = Boundaries((sum(batch.ids.size for batch in batches), model.runtime.config["hidden_size"]), _dtype(model), keep_bytes)
     for layer in progress(range(model.num_layers), "forward"):
         boundaries.keep(run)
-        streaming.run_layer(model, run, layer)
+        streaming.run_layer(model, run, layer, following=layer + 1 if layer + 1 < model.num_layers else None)
     with on_cpu(model):
         back = run.backward(weights)
         losses = _head(model, back, [targets_of(batch) for batch in batches], visitor)

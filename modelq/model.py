@@ -71,6 +71,7 @@ class Model(Generates, PerhapsWeightsOnly):
         self.low_rank: dict[str, Any] = {}
         self.search_losses: dict[str, Any] = {}
         self.kept_blocks: dict[str, Any] = {}
+        self.read_ahead: dict[str, Any] = {}
         self.quantized = False
         self.simulate = self.simulate_inputs = True
         self.connected: dict[str, Any] = {}

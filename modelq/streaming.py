@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 
 from modelq import _core
+from modelq.ahead import ahead_of, forget_ahead, take_read
 from modelq.experts import own_part, place_of, quantizer_of
 from modelq.groups import pair_of
 from modelq.inputs import Batch
@@ -29,7 +30,7 @@ def forward(model: Model, batches: Sequence[Batch], description: str = "forward"
     and logits come from it together with `head_tensors(model)`."""
     run = start(model, batches)
     for layer in progress(range(model.num_layers), description):
-        run_layer(model, run, layer)
+        run_layer(model, run, layer, following=layer + 1 if layer + 1 < model.num_layers else None)
     return run
 
 
@@ -61,9 +62,11 @@ class Visitor(Protocol):
     def leave(self, part: Part) -> None: ...
 
 
-def run_layer(model: Model, run: Any, layer: int, visitor: Visitor | None = None) -> np.ndarray | None:
+def run_layer(model: Model, run: Any, layer: int, visitor: Visitor | None = None,
+              following: int | None = None) -> np.ndarray | None:
     """All batches through one layer, expert by expert where it has any. Without a visitor, experts that no token reaches are not read.
-    Returns how many tokens went to each expert: int64 [experts, 2], all of them and those that are no padding."""
+    following: the layer that will be run next, if any, whose weights may come to a device meanwhile. Returns how many tokens went to each
+    expert: int64 [experts, 2], all of them and those that are no padding."""
     names = model.runtime.layer_tensors(layer)
     try:
         reader = read if visitor is not None else read_stored
@@ -74,27 +77,35 @@ def run_layer(model: Model, run: Any, layer: int, visitor: Visitor | None = None
         load_low_rank(model, model.runtime, part.modules)
         if visitor is None:
             del part        # what was read is packed by now
-        tokens: np.ndarray | None = run.layer(layer)
+        first, has_experts = (layer, 0), model.runtime.experts(layer) > 0
+        tokens: np.ndarray | None = run.layer(layer, ahead_of(model, *(first if has_experts else (following, None)), visitor is None))
         if visitor is not None:
             visitor.leave(part)
-        for expert, (count, counted) in enumerate(() if tokens is None else tokens.tolist()):
+        counts = [] if tokens is None else tokens.tolist()
+        reached = [expert for expert, (count, _) in enumerate(counts) if count]
+        then = dict(zip(reached, [*((layer, expert) for expert in reached[1:]), (following, None)]))
+        for expert, (count, counted) in enumerate(counts):
             if count or visitor is not None:
-                _run_expert(model, run if count else None, layer, expert, counted, visitor)
+                _run_expert(model, run if count else None, layer, expert, counted, visitor, then.get(expert, (None, None)))
+    except BaseException:
+        forget_ahead(model)
+        raise
     finally:
         model.runtime.drop_layer(layer)
         model.checkpoint.release(names)
     return tokens
 
 
-def _run_expert(model: Model, run: Any, layer: int, expert: int, counted: int, visitor: Visitor | None) -> None:
-    """One expert's tokens; run None: there are none."""
+def _run_expert(model: Model, run: Any, layer: int, expert: int, counted: int, visitor: Visitor | None,
+                then: tuple[int | None, int | None]) -> None:
+    """One expert's tokens; run None: there are none. then: layer and expert of the part that is run next."""
     names, modules = model.runtime.expert_tensors(layer, expert), model.modules_of(layer, expert)
     try:
         part = Part(layer, expert, modules, (read if visitor is not None else read_stored)(model, names, modules), counted)
         if visitor is not None:
             visitor.enter(part)
         if run is not None:
-            run.expert(layer, expert, part.tensors)
+            run.expert(layer, expert, part.tensors, ahead_of(model, *then, visitor is None))
         if visitor is not None:
             visitor.leave(part)
     finally:
@@ -150,11 +161,22 @@ def read(model: Model, names: Iterable[str], modules: Sequence[dict[str, Any]]) 
         made = {module["weight"]: simulated(model, module) for module in wanted if _is_simulated(model, module)}
     else:
         made = {module["weight"]: smoothed(model, module) for module in wanted if is_smoothed(model, module)}
-    tensors = {name: made[name] if name in made else model.checkpoint.read(name) for name in names}
+    tensors = {name: made[name] if name in made else _plain(model, name) for name in names}
     if not model.float32_weights:
         for name, scale in norm_scales(model, modules).items():
             tensors[name] = times_norm(model, name, tensors[name], scale)
     return tensors
+
+
+def _plain(model: Model, name: str) -> np.ndarray:
+    """A tensor as the checkpoint has it."""
+    kept = take_read(model, name)
+    return model.checkpoint.read(name) if kept is None else kept
+
+
+def is_read_as_stored(model: Model, module: dict[str, Any]) -> bool:
+    """Whether `read` gives a linear's weight as the checkpoint has it."""
+    return not (_is_simulated(model, module) if model.simulate else is_smoothed(model, module))
 
 
 def read_stored(model: Model, names: Iterable[str], modules: Sequence[dict[str, Any]], pack: bool = False) -> dict[str, Any]:

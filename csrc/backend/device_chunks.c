@@ -241,29 +241,55 @@ static void fill_meta(const mq_run *run, mq_device_chunk *chunk, void *memory)
     else memset(here.key_mask, 1, (size_t)chunk->rows);
 }
 
-int mq_device_send_indices(mq_device *device, const mq_run *run, mq_device_chunk *chunk, void *to, mq_error *err)
+/* Pinned memory of that size, of two places that take turns, once its last copy is done. */
+static int next_indices(mq_device *device, size_t nbytes, mq_pinned_indices **out, mq_error *err)
 {
-    const size_t nbytes = mq_device_indices_nbytes(chunk->rows);
-    void *meta = mq_alloc(nbytes);
-    if (meta == NULL) return mq_fail_memory(err, "indices of a chunk", nbytes);
-    fill_meta(run, chunk, meta);
-    place_meta(chunk, to);
-    if (run->mask == NULL) chunk->key_mask = NULL;
-    const int rc = device->backend->copy(to, meta, nbytes, device->copies, err);
-    mq_free(meta);
+    mq_pinned_indices *it = *out = &device->indices[device->next_indices];
+    device->next_indices = 1 - device->next_indices;
+    int rc = device->backend->event_wait(it->sent, err);
+    if (rc != MQ_OK || nbytes <= it->nbytes) return rc;
+    device->backend->pinned_free(it->memory);
+    it->memory = NULL;
+    it->nbytes = 0;
+    rc = device->backend->pinned_new(&it->memory, nbytes, err);
+    if (rc == MQ_OK) it->nbytes = nbytes;
     return rc;
 }
 
-/* Rows and indices of a chunk to their place, on the copy stream. */
+int mq_device_send_indices(mq_device *device, const mq_run *run, mq_device_chunk *chunk, void *to, void *stream,
+                           mq_error *err)
+{
+    const size_t nbytes = mq_device_indices_nbytes(chunk->rows);
+    mq_pinned_indices *here;
+    int rc = next_indices(device, nbytes, &here, err);
+    if (rc != MQ_OK) return rc;
+    fill_meta(run, chunk, here->memory);
+    place_meta(chunk, to);
+    if (run->mask == NULL) chunk->key_mask = NULL;
+    rc = device->backend->copy(to, here->memory, nbytes, stream, err);
+    return rc == MQ_OK ? device->backend->event_record(here->sent, stream, err) : rc;
+}
+
+int mq_device_meanwhile(mq_device *device, mq_run *run, void *event, mq_error *err)
+{
+    int rc = MQ_OK, done = 0;
+    while (rc == MQ_OK && run->meanwhile != NULL && !done) {
+        if (event != NULL) rc = device->backend->event_done(event, &done, err);
+        if (rc == MQ_OK && !done) rc = mq_run_meanwhile(run, err);
+    }
+    return rc;
+}
+
+/* Rows and indices of a chunk to their place. */
 static int send_chunk(mq_device *device, const mq_run *run, const mq_device_scratch *scratch, int slot,
                       mq_device_chunk *chunk, mq_error *err)
 {
     const size_t stride = (size_t)run->runtime->config.hidden_size * mq_dtype_size(run->runtime->dtype);
     chunk->hidden = scratch->hidden[slot];
-    const int rc = mq_device_send_indices(device, run, chunk, scratch->meta[slot], err);
+    const int rc = mq_device_send_indices(device, run, chunk, scratch->meta[slot], device->rows, err);
     if (rc != MQ_OK) return rc;
     return device->backend->copy(chunk->hidden, run->hidden + (size_t)chunk->first * stride,
-                                 (size_t)chunk->rows * stride, device->copies, err);
+                                 (size_t)chunk->rows * stride, device->rows, err);
 }
 
 /* Hands a chunk to the streams: it comes on one, and is computed on the other when it is there. */
@@ -271,23 +297,24 @@ static int start_chunk(mq_device_pass *pass, const mq_run *run, int slot, mq_dev
 {
     mq_device *device = pass->device;
     const mq_backend *backend = device->backend;
-    int rc = run->poll != NULL ? run->poll(run->poll_context) : MQ_OK;
+    int rc = mq_run_poll(run, pass->err);
     if (rc == MQ_OK) rc = send_chunk(device, run, pass->scratch, slot, chunk, pass->err);
-    if (rc == MQ_OK) rc = backend->event_record(device->arrived[slot], device->copies, pass->err);
+    if (rc == MQ_OK) rc = backend->event_record(device->arrived[slot], device->rows, pass->err);
     if (rc == MQ_OK) rc = backend->event_after(device->arrived[slot], device->compute, pass->err);
     pass->chunk = chunk;
     if (rc == MQ_OK) rc = mq_device_run_chunk(pass);
     return rc == MQ_OK ? backend->event_record(device->computed[slot], device->compute, pass->err) : rc;
 }
 
-/* The rows of a chunk go back to the host. This may wait for them: the next chunk is under way by then. */
+/* The rows of a chunk go back to the host. Where these are not pinned this waits for them: the next chunk is under way
+ * by then. */
 static int fetch_chunk(mq_device *device, mq_run *run, int slot, const mq_device_chunk *chunk, mq_error *err)
 {
     const size_t stride = (size_t)run->runtime->config.hidden_size * mq_dtype_size(run->runtime->dtype);
-    const int rc = device->backend->event_after(device->computed[slot], device->copies, err);
+    const int rc = device->backend->event_after(device->computed[slot], device->rows, err);
     if (rc != MQ_OK) return rc;
     return device->backend->copy(run->hidden + (size_t)chunk->first * stride, chunk->hidden,
-                                 (size_t)chunk->rows * stride, device->copies, err);
+                                 (size_t)chunk->rows * stride, device->rows, err);
 }
 
 static int run_chunks(mq_device *device, mq_run *run, mq_layer *layer, const void *unused, mq_error *err)
@@ -297,6 +324,7 @@ static int run_chunks(mq_device *device, mq_run *run, mq_layer *layer, const voi
     mq_device_chunk chunks[2];
     mq_device_pass pass = {.device = device, .layer = layer, .context = &context, .scratch = &scratch, .err = err};
     (void)unused;
+    mq_device_pin(device, run->hidden, mq_run_state_nbytes(run));
     int rc = mq_device_reserve(device, run, run->rows, run->longest, &scratch, err);
     if (rc != MQ_OK) return rc;
     chunks[0] = mq_device_chunk_from(run, 0, scratch.rows);
@@ -308,9 +336,11 @@ static int run_chunks(mq_device *device, mq_run *run, mq_layer *layer, const voi
             chunks[1 - slot] = mq_device_chunk_from(run, next, scratch.rows);
             rc = start_chunk(&pass, run, 1 - slot, &chunks[1 - slot]);
         }
+        if (rc == MQ_OK) rc = mq_device_meanwhile(device, run, more ? device->computed[slot] : NULL, err);
         if (rc == MQ_OK) rc = fetch_chunk(device, run, slot, &chunks[slot], err);
         if (!more) break;
     }
+    if (rc == MQ_OK) rc = device->backend->stream_wait(device->rows, err);
     return rc;
 }
 
@@ -324,7 +354,10 @@ static int watched(mq_device *device, mq_run *run, mq_layer *layer, mq_device_wo
     const size_t count = mq_layer_points(layer, points);
     int rc = mq_points_begin(points, count, &run->spare, err);
     if (rc != MQ_OK) return rc;
-    rc = work(device, run, layer, context, err);
+    rc = device->backend->event_record(device->loaded, device->copies, err);
+    if (rc == MQ_OK) rc = device->backend->event_after(device->loaded, device->compute, err);
+    if (rc == MQ_OK) rc = work(device, run, layer, context, err);
+    if (rc != MQ_OK) mq_device_settle(device);
     const int taken = mq_findings_take(device, rc == MQ_OK ? err : &after);
     if (rc == MQ_OK) rc = taken;
     const int ended = mq_points_end(points, count, rc == MQ_OK, err);
@@ -346,8 +379,5 @@ int mq_device_watched(mq_device *device, mq_run *run, int64_t index, mq_device_w
 
 int mq_device_run_layer(mq_elsewhere *self, mq_run *run, int64_t layer, mq_error *err)
 {
-    const mq_layer *it = &run->runtime->layers[layer];
-    const int empty = it->kind.attention == MQ_BLOCK_NONE && it->kind.mlp == MQ_BLOCK_NONE && it->experts == 0;
-    if (empty) return MQ_OK;    /* no rows need travel */
     return mq_device_watched((mq_device *)(void *)self, run, layer, run_chunks, NULL, err);
 }

@@ -53,9 +53,10 @@ static int run_rows(mq_device *device, mq_run *run, mq_layer *layer, const exper
         const mq_row_sizes sizes = {.rows = chunk.rows, .width = context.config->hidden_size, .dtype = context.dtype};
         const size_t nbytes = (size_t)(sizes.rows * sizes.width) * mq_dtype_size(sizes.dtype);
         const float *shares = work->ones != NULL ? work->ones : it->shares + at;
-        if (run->poll != NULL) rc = run->poll(run->poll_context);
+        rc = mq_run_poll(run, err);
         if (rc == MQ_OK) rc = send_rows(device, run, work, scratch, &chunk, err);
         if (rc == MQ_OK) rc = mq_device_expert(&pass);
+        if (rc == MQ_OK && done + chunk.rows == work->count) rc = mq_device_meanwhile(device, run, NULL, err);
         if (rc == MQ_OK) rc = device->backend->copy(work->memory, scratch->temporary, nbytes, device->compute, err);
         if (rc == MQ_OK) rc = device->backend->stream_wait(device->compute, err);
         if (rc == MQ_OK) mq_scatter_forward(it->sums, work->memory, it->tokens + at, shares, &sizes);
@@ -76,7 +77,6 @@ static int run_expert(mq_device *device, mq_run *run, mq_layer *layer, const voi
     expert_work work = *(const expert_work *)context;
     mq_device_scratch scratch = {0};
     int rc = mq_device_reserve(device, run, work.count, 0, &scratch, err);
-    if (rc == MQ_OK) rc = device->backend->event_after(device->loaded, device->compute, err);
     if (rc != MQ_OK) return rc;
     const size_t width = (size_t)run->runtime->config.hidden_size * mq_dtype_size(run->runtime->dtype);
     work.memory = mq_alloc_array((size_t)scratch.rows, width);

@@ -180,7 +180,7 @@ static int run_head(head *it, mq_error *err)
         it->width = MQ_MIN(it->columns, vocabulary - it->first);
         rc = load_slice(it, err);
         for (int64_t first = 0; rc == MQ_OK && first < it->request->rows; first += it->rows) {
-            if (run->poll != NULL) rc = run->poll(run->poll_context);
+            rc = mq_run_poll(run, err);
             if (rc == MQ_OK) rc = step(it, first, err);
         }
     }

@@ -17,7 +17,23 @@ typedef struct mq_device_linear {
     void *bias;                 /* of the activations' dtype, or NULL */
     mq_cuda_matrix down, up;    /* the branch of low rank; data NULL = none */
     void *branch;               /* their memory */
+    int came_ahead;             /* while another part was at work */
 } mq_device_linear;
+
+/* What a weight was made of: the same again gives the same weight, as long as the memory is held and not written. */
+typedef struct mq_weight_source {
+    const void *memory[4];      /* of numbers or codes, scales, second scales, bias; [0] NULL = not known */
+    int64_t stride[MQ_MAX_NDIM];
+    int64_t block_cols;
+    int dtype, scheme;          /* scheme: 0 = none */
+} mq_weight_source;
+
+/* The part that is sent before it is wanted. */
+typedef struct mq_device_ahead {
+    int64_t layer, expert;      /* layer -1: there is none */
+    mq_device_linear linears[MQ_ROLE_COUNT];    /* of those that have a source */
+    mq_weight_source sources[MQ_ROLE_COUNT];
+} mq_device_ahead;
 
 /* Largest magnitudes that were found on the device and are to come to the host. */
 typedef struct mq_finding {
@@ -40,27 +56,47 @@ enum {
     MQ_PIECE_NBYTES = 16 << 20, /* of a weight on its way, at most */
     MQ_CHUNK_ROWS = 8192,       /* rows of a chunk, at most */
     MQ_QUANTIZERS = MQ_LAYER_MAX_POINTS + 1,    /* places of mq_device.quantizers; the last is lm_head's */
+    MQ_PINS = 4,                /* pieces of others' memory that are pinned, at most, */
+    MQ_PINNED_SHARE = 4,        /* which together are a fourth of the host's, at most */
     MQ_ALIGN_DEVICE = 256
 };
+
+/* Indices of a chunk on their way. */
+typedef struct mq_pinned_indices {
+    void *memory;
+    size_t nbytes;
+    void *sent;                 /* event: behind their copy */
+} mq_pinned_indices;
+
+/* Memory of others on the host that is pinned. */
+typedef struct mq_pin {
+    void *memory;
+    size_t nbytes;
+} mq_pin;
 
 struct mq_device {
     mq_elsewhere elsewhere;     /* first */
     const mq_backend *backend;
     int index;
     size_t budget, held, peak;
-    void *compute, *copies;     /* streams */
+    void *compute, *copies, *rows;      /* streams: copies is for weights, rows for activations */
     void *loaded;               /* event: behind the last weight */
     void *arrived[2], *computed[2];     /* events: behind a chunk's rows, and behind what was made of them */
     mq_cuda_gemm *gemm;
     mq_cuda_workspace workspace;
     void *workspace_memory;
     mq_arena layer_weights, expert_weights, work;
+    mq_arena spare[2];          /* for the weights of a layer, and of an expert, that come next */
+    mq_device_ahead ahead;
     int64_t layer;              /* whose weights are there; -1 = none */
     mq_device_linear linears[MQ_ROLE_COUNT];
     float *norms[MQ_ROLE_COUNT];
     char *pinned[2], *staged[2];/* pieces of weights: on the host, and on the device before conversion */
     void *sent[2];              /* events: behind the copy of that piece */
     int next_piece;
+    mq_pinned_indices indices[2];
+    int next_indices;
+    mq_pin pins[MQ_PINS];       /* the newest first */
     int64_t piece_nbytes;
     float *maxima;              /* [MQ_MAXIMA] on the device */
     mq_finding findings[MQ_FINDINGS];
@@ -109,10 +145,18 @@ void mq_device_leave(mq_device *device, int before);
 int mq_arena_reserve(mq_device *device, mq_arena *arena, size_t nbytes, const char *purpose, mq_error *err);
 void mq_arena_drop(mq_device *device, mq_arena *arena);
 void *mq_arena_take(mq_arena *arena, size_t nbytes);    /* of a reserved one; arenas without memory only count */
-/* Memory that counts in the budget; MQ_ERR_MEMORY where there is no room, err may be NULL. */
+/* Memory that counts in the budget, for which that of weights ahead is given up; MQ_ERR_MEMORY where there is no room,
+ * err may be NULL. */
 int mq_device_take(mq_device *device, void **out, size_t nbytes, const char *purpose, mq_error *err);
 void mq_device_give(mq_device *device, void **memory, size_t nbytes);
-size_t mq_device_available(const mq_device *device, const mq_arena *arena); /* what arena could hold */
+/* What arena could hold: one that is no spare. */
+size_t mq_device_available(const mq_device *device, const mq_arena *arena);
+/* Waits for all that was asked of the device, whatever becomes of it. */
+void mq_device_settle(mq_device *device);
+/* Has the device read and write this memory of the host while the host goes on, if it may be so and is not too much;
+ * until the memory is said to be gone, or others need the place. */
+void mq_device_pin(mq_device *device, void *memory, size_t nbytes);
+void mq_device_unpin(mq_device *device, const void *memory);
 
 /* ---- device_weights.c ---- */
 
@@ -127,6 +171,33 @@ int mq_device_load_low_rank(mq_elsewhere *self, const mq_module *module, const m
                             mq_error *err);
 void mq_device_drop_layer(mq_elsewhere *self, int64_t layer);
 void mq_device_drop_expert(mq_elsewhere *self);
+/* Bytes of the modules of one layer, or of one of its experts, on the device. */
+size_t mq_device_weights_nbytes(const mq_runtime *runtime, int64_t layer, int64_t expert,
+                                const mq_named_tensor *tensors, size_t count);
+/* A linear as mq_elsewhere.load has it. */
+typedef struct mq_given_linear {
+    const mq_module *module;
+    const mq_tensor *weight;
+    const mq_stored_weight *stored;
+    const float *bias;
+} mq_given_linear;
+/* It comes into memory of the arena; *linear says where. */
+int mq_device_put_linear(mq_device *device, mq_arena *arena, mq_dtype dtype, const mq_given_linear *given,
+                         mq_device_linear *linear, mq_error *err);
+
+/* ---- device_ahead.c ---- */
+
+int mq_device_begin_ahead(mq_elsewhere *self, const mq_runtime *runtime, int64_t layer, int64_t expert,
+                          const mq_named_tensor *tensors, size_t count, int *room, mq_error *err);
+int mq_device_load_ahead(mq_elsewhere *self, const mq_runtime *runtime, const mq_module *module,
+                         const mq_named_tensor *weight, const mq_tensor *bias, mq_error *err);
+void mq_device_forget_ahead(mq_elsewhere *self);
+/* What came ahead of that part is its weights now, if it was made of these tensors (*came is 1 then); if of others, it
+ * is forgotten. */
+int mq_device_take_ahead(mq_device *device, const mq_runtime *runtime, int64_t layer, int64_t expert,
+                         const mq_named_tensor *tensors, size_t count, int *came, mq_error *err);
+/* Frees the memory for what comes ahead, and forgets what did: whether there was any. */
+int mq_device_give_spare(mq_device *device);
 
 /* ---- device_findings.c ---- */
 
@@ -184,9 +255,12 @@ mq_device_chunk mq_device_chunk_from(const mq_run *run, int64_t first_sequence, 
 size_t mq_device_ropes_nbytes(const mq_ropes *ropes);
 int mq_device_send_ropes(mq_device *device, const mq_ropes *ropes, float *cosine, float *sine, mq_error *err);
 int64_t mq_device_rope_at(const mq_ropes *ropes, int layer_rope);
-/* The indices of a chunk to device memory, of so many bytes, on the copy stream. */
+/* The indices of a chunk to device memory, of so many bytes. */
 size_t mq_device_indices_nbytes(int64_t rows);
-int mq_device_send_indices(mq_device *device, const mq_run *run, mq_device_chunk *chunk, void *to, mq_error *err);
+int mq_device_send_indices(mq_device *device, const mq_run *run, mq_device_chunk *chunk, void *to, void *stream,
+                           mq_error *err);
+/* The run's work for meanwhile, as long as the host would have to wait for the event; all of it if that is NULL. */
+int mq_device_meanwhile(mq_device *device, mq_run *run, void *event, mq_error *err);
 /* work with the calibrators of the layer's points looking on, as mq_run_steps. */
 typedef int (*mq_device_work)(mq_device *device, mq_run *run, mq_layer *layer, const void *context, mq_error *err);
 int mq_device_watched(mq_device *device, mq_run *run, int64_t layer, mq_device_work work, const void *context,

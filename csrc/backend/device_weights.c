@@ -60,9 +60,8 @@ static size_t rounded(int64_t count, size_t size)
     return MQ_ROUND_UP((size_t)count * size, (size_t)MQ_ALIGN_DEVICE);
 }
 
-/* Bytes of the modules of one layer, or of one of its experts, on the device. */
-static size_t weights_nbytes(const mq_runtime *runtime, int64_t layer, int64_t expert, const mq_named_tensor *tensors,
-                             size_t count)
+size_t mq_device_weights_nbytes(const mq_runtime *runtime, int64_t layer, int64_t expert,
+                                const mq_named_tensor *tensors, size_t count)
 {
     const size_t size = mq_dtype_size(runtime->dtype);
     size_t total = 0;
@@ -84,14 +83,14 @@ static int put_vector(mq_device *device, mq_arena *arena, void **out, const void
 }
 
 /* The bias in the activations' dtype, through which it was rounded before. */
-static int put_bias(mq_device *device, mq_arena *arena, const mq_runtime *runtime, const float *bias, int64_t count,
-                    void **out, mq_error *err)
+static int put_bias(mq_device *device, mq_arena *arena, mq_dtype dtype, const float *bias, int64_t count, void **out,
+                    mq_error *err)
 {
     mq_tensor view = mq_tensor_make((void *)(uintptr_t)bias, MQ_F32, 1, &count);
-    const size_t nbytes = (size_t)count * mq_dtype_size(runtime->dtype);
+    const size_t nbytes = (size_t)count * mq_dtype_size(dtype);
     void *made = mq_alloc(nbytes);
     if (made == NULL) return mq_fail_memory(err, "a bias", nbytes);
-    mq_read_row(made, runtime->dtype, &view, 0);
+    mq_read_row(made, dtype, &view, 0);
     const int rc = put_vector(device, arena, out, made, nbytes, err);
     mq_free(made);
     return rc;
@@ -102,14 +101,16 @@ int mq_device_begin(mq_elsewhere *self, const mq_runtime *runtime, int64_t layer
 {
     mq_device *device = (mq_device *)(void *)self;
     mq_arena *arena = expert >= 0 ? &device->expert_weights : &device->layer_weights;
-    const size_t nbytes = weights_nbytes(runtime, layer, expert, tensors, count);
+    const size_t nbytes = mq_device_weights_nbytes(runtime, layer, expert, tensors, count);
     int before, rc = mq_device_enter(device, &before, err);
     if (rc != MQ_OK) return rc;
     if (expert < 0) mq_device_drop_layer(self, device->layer);
     else mq_device_drop_expert(self);
+    int came = 0;
+    rc = mq_device_take_ahead(device, runtime, layer, expert, tensors, count, &came, err);
     /* Rows may have taken all that layers before, which were smaller, left. */
-    if (nbytes > mq_device_available(device, arena)) mq_arena_drop(device, &device->work);
-    rc = mq_arena_reserve(device, arena, nbytes, "the weights of a layer", err);
+    if (rc == MQ_OK && !came && nbytes > mq_device_available(device, arena)) mq_arena_drop(device, &device->work);
+    if (rc == MQ_OK && !came) rc = mq_arena_reserve(device, arena, nbytes, "the weights of a layer", err);
     if (rc == MQ_OK && expert < 0) device->layer = layer;
     mq_device_leave(device, before);
     return rc;
@@ -137,22 +138,32 @@ static int put_weight(mq_device *device, mq_arena *arena, const mq_module *modul
     return rc;
 }
 
+int mq_device_put_linear(mq_device *device, mq_arena *arena, mq_dtype dtype, const mq_given_linear *given,
+                         mq_device_linear *linear, mq_error *err)
+{
+    const mq_module *module = given->module;
+    const int rc = put_weight(device, arena, module, given->weight, given->stored, dtype, linear, err);
+    if (rc != MQ_OK || given->bias == NULL) return rc;
+    return put_bias(device, arena, dtype, given->bias, module->shape[0], &linear->bias, err);
+}
+
 int mq_device_load(mq_elsewhere *self, const mq_runtime *runtime, const mq_module *module, const mq_tensor *weight,
                    const mq_stored_weight *stored, const float *vector, mq_error *err)
 {
     mq_device *device = (mq_device *)(void *)self;
     mq_arena *arena = module->expert >= 0 ? &device->expert_weights : &device->layer_weights;
     const int64_t rows = module->shape[0];
+    mq_device_linear *linear = &device->linears[module->role];
+    if (weight != NULL && linear->came_ahead) return MQ_OK;
     int before, rc = mq_device_enter(device, &before, err);
     if (rc != MQ_OK) return rc;
     if (weight == NULL) {
         void **norm = (void **)&device->norms[module->role];
         rc = put_vector(device, arena, norm, vector, (size_t)rows * sizeof *vector, err);
     } else {
-        mq_device_linear *linear = &device->linears[module->role];
-        linear->bias = NULL;
-        rc = put_weight(device, arena, module, weight, stored, runtime->dtype, linear, err);
-        if (rc == MQ_OK && vector != NULL) rc = put_bias(device, arena, runtime, vector, rows, &linear->bias, err);
+        const mq_given_linear given = {module, weight, stored, vector};
+        *linear = (mq_device_linear){0};
+        rc = mq_device_put_linear(device, arena, runtime->dtype, &given, linear, err);
     }
     if (rc == MQ_OK) rc = device->backend->event_record(device->loaded, device->copies, err);
     mq_device_leave(device, before);

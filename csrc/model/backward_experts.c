@@ -186,7 +186,7 @@ static int observe_end(const mq_backward *back, mq_observer *observer, mq_error 
     const mq_run *run = back->run;
     mq_observed observed = {
         .gradient = back->gradient, .dtype = run->runtime->dtype, .output_dtype = run->runtime->dtype,
-        .rows = run->rows, .total = run->rows, .expert = -1,
+        .rows = run->rows, .total = run->rows, .expert = -1, .factor = run->runtime->config.residual_multiplier,
         .columns = run->runtime->config.hidden_size, .width = run->runtime->config.hidden_size,
         .outputs = run->runtime->config.hidden_size,
     };

@@ -34,6 +34,15 @@ struct mq_elsewhere {
                  const struct mq_named_tensor *tensors, size_t count, mq_error *err);
     int (*load)(mq_elsewhere *self, const struct mq_runtime *runtime, const struct mq_module *module,
                 const mq_tensor *weight, const mq_stored_weight *stored, const float *vector, mq_error *err);
+    /* The same for a part that will be wanted next, whichever that is, while another is at work: begin finds there what
+     * came ahead if it is given the same tensors, at the same places. Until then, or until it is forgotten, these must
+     * stay where they are and as they are. One part at a time; *room: whether there is any, else nothing comes. Norms
+     * need not come ahead, nor need all linears. */
+    int (*begin_ahead)(mq_elsewhere *self, const struct mq_runtime *runtime, int64_t layer, int64_t expert,
+                       const struct mq_named_tensor *tensors, size_t count, int *room, mq_error *err);
+    int (*load_ahead)(mq_elsewhere *self, const struct mq_runtime *runtime, const struct mq_module *module,
+                      const struct mq_named_tensor *weight, const mq_tensor *bias, mq_error *err);
+    void (*forget_ahead)(mq_elsewhere *self);
     int (*load_low_rank)(mq_elsewhere *self, const struct mq_module *module, const mq_tensor *down,
                          const mq_tensor *up, mq_error *err);
     void (*drop_layer)(mq_elsewhere *self, int64_t layer);
@@ -43,6 +52,8 @@ struct mq_elsewhere {
     int (*layer)(mq_elsewhere *self, struct mq_run *run, int64_t layer, mq_error *err);
     int (*expert)(mq_elsewhere *self, struct mq_run *run, int64_t layer, int64_t first, int64_t count, mq_error *err);
     int (*head)(mq_elsewhere *self, const mq_head_request *request, mq_error *err);
+    /* The run's memory is about to be freed. */
+    void (*forget_run)(mq_elsewhere *self, const struct mq_run *run);
 };
 
 #endif

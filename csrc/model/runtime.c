@@ -204,6 +204,7 @@ int mq_runtime_init(mq_runtime *runtime, const mq_family *family, const mq_confi
 {
     size_t layers = (size_t)config->num_hidden_layers;
     memset(runtime, 0, sizeof *runtime);
+    runtime->ahead.layer = -1;
     runtime->family = family;
     runtime->config = *config;
     runtime->dtype = dtype;
@@ -391,10 +392,8 @@ static int has_tensor(const mq_module *module, int64_t expert, const char *name)
     return module->expert == expert && (strcmp(name, module->weight) == 0 || strcmp(name, module->bias) == 0);
 }
 
-/* Every given tensor must be one that the layer, or the expert, has: a surplus one is a mistake that would go
- * unnoticed. */
-static int check_names(const mq_runtime *runtime, int64_t layer, int64_t expert, const mq_named_tensor *tensors,
-                       size_t count, mq_error *err)
+int mq_runtime_check_names(const mq_runtime *runtime, int64_t layer, int64_t expert, const mq_named_tensor *tensors,
+                           size_t count, mq_error *err)
 {
     for (size_t i = 0; i < count; i++) {
         int known = 0;
@@ -421,7 +420,7 @@ int mq_runtime_load_layer(mq_runtime *runtime, int64_t index, const mq_named_ten
                           mq_error *err)
 {
     mq_elsewhere *there = runtime->elsewhere;
-    int rc = check_names(runtime, index, -1, tensors, count, err);
+    int rc = mq_runtime_check_names(runtime, index, -1, tensors, count, err);
     mq_runtime_drop_layer(runtime, index);
     if (rc == MQ_OK && there != NULL) rc = there->begin(there, runtime, index, -1, tensors, count, err);
     for (size_t i = runtime->layer_start[index]; rc == MQ_OK && i < runtime->layer_start[index + 1]; i++) {
@@ -444,7 +443,7 @@ const mq_module *mq_runtime_expert(const mq_runtime *runtime, int64_t layer, int
 int mq_runtime_load_expert(mq_runtime *runtime, int64_t layer, int64_t expert, const mq_named_tensor *tensors,
                            size_t count, mq_error *err)
 {
-    int rc = check_names(runtime, layer, expert, tensors, count, err);
+    int rc = mq_runtime_check_names(runtime, layer, expert, tensors, count, err);
     const mq_module *module = mq_runtime_expert(runtime, layer, expert);
     mq_elsewhere *there = runtime->elsewhere;
     mq_runtime_drop_expert(runtime, layer);

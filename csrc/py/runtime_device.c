@@ -22,6 +22,7 @@ static int drop_layers(RuntimeObject *self)
 
 void mq_runtime_leave_device(RuntimeObject *self)
 {
+    mq_runtime_drop_ahead(self);
     self->runtime.elsewhere = NULL;
     mq_device_free(self->device);
     self->device = NULL;

@@ -31,6 +31,7 @@ struct alignas(16) uint4 {
 enum cudaError_t {
     cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2, cudaErrorInvalidConfiguration = 9,
     cudaErrorInsufficientDriver = 35, cudaErrorNoDevice = 100, cudaErrorInvalidDevice = 101,
+    cudaErrorNotReady = 600, cudaErrorHostMemoryAlreadyRegistered = 712, cudaErrorHostMemoryNotRegistered = 713,
     cudaErrorLaunchFailure = 719, cudaErrorUnknown = 999
 };
 const char *cudaGetErrorName(cudaError_t error);
@@ -136,6 +137,10 @@ void mq_shim_fail_launch(int n, int error);
 uint64_t mq_shim_fail_at(uint64_t n, int persistent);
 /* Pieces of device and pinned memory, streams and events that are there. */
 size_t mq_shim_live(void);
+/* on: notes from now on, in the order of asking, what is asked of which stream, a line "what number nbytes" each, what
+ * being stream (a new one), work, send, fetch, after (an event), wait (the host, for all) or event (the host, for an
+ * event). Returns what was noted, which stays there until notes are begun anew. */
+const char *mq_shim_trace(int on);
 /* Device memory. Only kernels may touch it: it is opened when one starts and closed when it ends, and the page behind
  * it is never open. (Under the address sanitizer it is ordinary memory, whose ends are watched to the byte.) */
 void *mq_shim_alloc(size_t nbytes);

@@ -5,6 +5,7 @@
 #include <map>
 #include <mutex>
 #include <set>
+#include <string>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -16,6 +17,7 @@ struct mq_shim_stream {
     std::deque<std::function<cudaError_t()>> queue;
     size_t done;
     cudaError_t error;
+    int number;                 /* in the order in which they were made */
 };
 
 /* Behind the first `place` pieces of work of a stream. */
@@ -29,6 +31,8 @@ static std::map<char *, size_t> sizes, pinned;      /* of what cudaMalloc and cu
 static std::set<mq_shim_stream *> streams;
 static size_t used, events;
 static bool running;                                /* run_some */
+static bool tracing;
+static std::string traced;
 
 static bool lies_in(const std::map<char *, size_t> &arrays, const void *memory)
 {
@@ -90,6 +94,22 @@ static bool is_ours(cudaStream_t stream)
     return streams.count(stream) != 0;
 }
 
+/* What was asked for, in the order of asking: a line for each. */
+static void note(const char *what, mq_shim_stream *stream, size_t nbytes = 0)
+{
+    if (!tracing) return;
+    traced += what + std::string(" ") + std::to_string(is_ours(stream) ? stream->number : -1) + " " +
+              std::to_string(nbytes) + "\n";
+}
+
+const char *mq_shim_trace(int on)
+{
+    const std::lock_guard<std::recursive_mutex> held(lock);
+    tracing = on != 0;
+    if (tracing) traced.clear();
+    return traced.c_str();
+}
+
 static void run_until(mq_shim_stream *stream, size_t place)
 {
     while (stream->done < place && !stream->queue.empty()) {
@@ -127,9 +147,8 @@ cudaError_t mq_shim_drain(cudaStream_t stream)
     return cudaSuccess;
 }
 
-cudaError_t mq_shim_do(cudaStream_t stream, const std::function<cudaError_t()> &work)
+static cudaError_t ask(cudaStream_t stream, const std::function<cudaError_t()> &work)
 {
-    const std::lock_guard<std::recursive_mutex> held(lock);
     if (is_ours(stream) && is_late()) {
         stream->queue.push_back(work);
         if (is_random()) run_some();
@@ -137,6 +156,13 @@ cudaError_t mq_shim_do(cudaStream_t stream, const std::function<cudaError_t()> &
     }
     mq_shim_drain(stream);
     return work();
+}
+
+cudaError_t mq_shim_do(cudaStream_t stream, const std::function<cudaError_t()> &work)
+{
+    const std::lock_guard<std::recursive_mutex> held(lock);
+    note("work", stream);
+    return ask(stream, work);
 }
 
 /* ---- devices and their memory ---- */
@@ -249,12 +275,34 @@ cudaError_t cudaFreeHost(void *memory)
     return cudaSuccess;
 }
 
+/* What is pinned already may not be pinned again, page by page (CUDA Driver API, cuMemHostRegister). */
+cudaError_t cudaHostRegister(void *memory, size_t nbytes, unsigned)
+{
+    MQ_MAY_FAIL(cudaErrorMemoryAllocation);
+    const std::lock_guard<std::recursive_mutex> held(lock);
+    if (memory == NULL || nbytes == 0) return cudaErrorInvalidValue;
+    if (number("MODELQ_SHIM_PINNED", SIZE_MAX) < nbytes) return cudaErrorMemoryAllocation;
+    for (const auto &[begin, size] : pinned)
+        if (begin < (char *)memory + nbytes && (char *)memory < begin + size)
+            return cudaErrorHostMemoryAlreadyRegistered;
+    pinned[(char *)memory] = nbytes;
+    return cudaSuccess;
+}
+
+cudaError_t cudaHostUnregister(void *memory)
+{
+    const std::lock_guard<std::recursive_mutex> held(lock);
+    drain_all();
+    return pinned.erase((char *)memory) == 1 ? cudaSuccess : cudaErrorHostMemoryNotRegistered;
+}
+
 /* Memory of the host that is not pinned is read before the call returns, and written before it returns (CUDA Runtime
  * API, "API synchronization behavior"). */
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t nbytes, cudaMemcpyKind, cudaStream_t stream)
 {
     MQ_MAY_FAIL(cudaErrorUnknown);
     const std::lock_guard<std::recursive_mutex> held(lock);
+    note(lies_in(sizes, to) ? "send" : "fetch", stream, nbytes);
     const auto copy = [=]() {
         mq_shim_copy(to, from, nbytes);
         return cudaSuccess;
@@ -263,9 +311,9 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t nbytes, cudaMemcp
         mq_shim_drain(stream);
         return copy();
     }
-    if (lies_in(sizes, from) || lies_in(pinned, from) || !is_late()) return mq_shim_do(stream, copy);
+    if (lies_in(sizes, from) || lies_in(pinned, from) || !is_late()) return ask(stream, copy);
     const std::vector<char> held_back((const char *)from, (const char *)from + nbytes);
-    return mq_shim_do(stream, [=]() {
+    return ask(stream, [=]() {
         mq_shim_copy(to, held_back.data(), nbytes);
         return cudaSuccess;
     });
@@ -287,8 +335,10 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t *out, unsigned)
 {
     MQ_MAY_FAIL(cudaErrorUnknown);
     const std::lock_guard<std::recursive_mutex> held(lock);
-    *out = new mq_shim_stream{{}, 0, cudaSuccess};
+    static int made;
+    *out = new mq_shim_stream{{}, 0, cudaSuccess, made++};
     streams.insert(*out);
+    note("stream", *out);
     return cudaSuccess;
 }
 
@@ -305,6 +355,7 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream)
 {
     MQ_MAY_FAIL(cudaErrorUnknown);
     const std::lock_guard<std::recursive_mutex> held(lock);
+    note("wait", stream);
     mq_shim_drain(stream);
     if (!is_ours(stream)) return cudaSuccess;
     const cudaError_t error = stream->error;
@@ -333,8 +384,18 @@ cudaError_t cudaEventSynchronize(cudaEvent_t event)
 {
     MQ_MAY_FAIL(cudaErrorUnknown);
     const std::lock_guard<std::recursive_mutex> held(lock);
+    note("event", event->stream);
     if (is_ours(event->stream)) run_until(event->stream, event->place);
     return cudaSuccess;
+}
+
+cudaError_t cudaEventQuery(cudaEvent_t event)
+{
+    MQ_MAY_FAIL(cudaErrorUnknown);
+    const std::lock_guard<std::recursive_mutex> held(lock);
+    if (!is_ours(event->stream)) return cudaSuccess;
+    if (is_late() && is_random()) run_some();
+    return event->stream->done >= event->place ? cudaSuccess : cudaErrorNotReady;
 }
 
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream)
@@ -350,7 +411,8 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
     MQ_MAY_FAIL(cudaErrorUnknown);
     const std::lock_guard<std::recursive_mutex> held(lock);
     const mq_shim_event now = *event;
-    return mq_shim_do(stream, [=]() {
+    note("after", stream);
+    return ask(stream, [=]() {
         if (is_ours(now.stream)) run_until(now.stream, now.place);
         return cudaSuccess;
     });

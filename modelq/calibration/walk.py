@@ -163,7 +163,8 @@ class Walk:
         watch = _Watch(self.model, slots, method, self.method.histogram)
         with watch.attached():
             if layer < self.model.num_layers:
-                tokens = streaming.run_layer(self.model, self.run, layer, watch if method is not None else None)
+                tokens = streaming.run_layer(self.model, self.run, layer, watch if method is not None else None,
+                                             layer + 1 if layer < min(self.last, self.model.num_layers - 1) else None)
                 if method is not None:
                     _note_tokens(self.model, layer, tokens)
             else:

@@ -90,28 +90,38 @@ def sanitizer(table: Table, environment: dict) -> None:
         run_tests(table, "sanitizer", name, command, environment)
 
 
+def script(name: str, environment: dict, *options: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "tests/gpu" / name), *options]
+    return subprocess.run(command, cwd=ROOT / "tests", env=environment, capture_output=True, text=True)
+
+
 def products(table: Table, environment: dict, is_emulated: bool) -> None:
     """bench_gemm.py has a table of its own."""
-    command = [sys.executable, str(ROOT / "tests/gpu/bench_gemm.py"), *(["--emulated"] if is_emulated else [])]
-    done = subprocess.run(command, cwd=ROOT / "tests", env=environment, capture_output=True, text=True)
+    done = script("bench_gemm.py", environment, *(["--emulated"] if is_emulated else []))
     table.add("bench", "bench_gemm.py", "below" if done.returncode == 0 else f"exit code {done.returncode}", done.returncode != 0)
     print(done.stdout, done.stderr[-3000:] if done.returncode else "", sep="\n")
 
 
-def benches(table: Table, environment: dict, is_emulated: bool) -> None:
-    command = [sys.executable, str(ROOT / "tests/gpu/bench.py"), *(["--smoke"] if is_emulated else [])]
-    done = subprocess.run(command, cwd=ROOT / "tests", env=environment, capture_output=True, text=True)
-    if done.returncode:
-        table.add("bench", "bench.py", f"exit code {done.returncode}", True)
-        print(done.stdout, done.stderr[-3000:], sep="\n")
+def add_row(table: Table, row: dict, is_emulated: bool) -> None:
+    """Of a line of bench.py or bench_forward.py. Times by emulation have no goals."""
+    if "milliseconds" not in row:
+        table.add("bench", row["what"], row["note"], row.get("is_bad", False))
         return
-    for line in done.stdout.splitlines():
-        row = json.loads(line)
-        result = f"{row['milliseconds']:10.3f} ms {row['rate']:10.1f} {row['unit']}"
-        has_goal = row["has_goal"] and not is_emulated
-        if row.get("share") is not None:
-            result += f" {100 * row['share']:6.1f}% of a copy" + (f" (goal {100 * GOAL:.0f}%)" if has_goal else "")
-        table.add("bench", row["what"], result, has_goal and row["share"] < GOAL)
+    result = f"{row['milliseconds']:10.3f} ms {row['rate']:10.1f} {row['unit']}"
+    has_goal, goal = row.get("has_goal", False) and not is_emulated, row.get("goal", GOAL)
+    if row.get("share") is not None:
+        result += f" {100 * row['share']:6.1f}% of {row.get('of', 'a copy')}" + (f" (goal {100 * goal:.0f}%)" if has_goal else "")
+    table.add("bench", row["what"], result, has_goal and row["share"] < goal)
+
+
+def benches(table: Table, environment: dict, is_emulated: bool) -> None:
+    for name in ("bench.py", "bench_forward.py"):
+        done = script(name, environment, *(["--smoke"] if is_emulated else []))
+        for line in done.stdout.splitlines():
+            add_row(table, json.loads(line), is_emulated)
+        if done.returncode:
+            table.add("bench", name, f"exit code {done.returncode}", True)
+            print(done.stderr[-3000:])
 
 
 def prepare(is_emulated: bool, folder: Path) -> dict:
@@ -157,8 +167,7 @@ def main() -> int:
             sanitizer(table, environment)
         if "bench" in given.only:
             benches(table, environment, given.emulated)
-            if (ROOT / "tests/gpu/bench_gemm.py").exists() and not given.emulated:
-                products(table, environment, given.emulated)
+            products(table, environment, given.emulated)
     return int(table.is_bad)
 
 
