@@ -119,9 +119,9 @@ static const rows_kernel add_kernels[MQ_ACTIVATION_DTYPES][MQ_ACTIVATION_DTYPES]
 int mq_cuda_rows(const mq_cuda_rows_job *job, void *stream, mq_error *err)
 {
     const bool indexed = job->index != NULL || job->ids != NULL;
-    const int64_t repeat = MQ_MAX(job->repeat, (int64_t)1);
+    const int64_t repeat = MQ_MAX(job->repeat, (int64_t)1), rows = indexed ? job->y.rows : job->x.rows * repeat;
     int rc = mq_cuda_check_matrix(&job->x, "x", err);
-    if (rc == MQ_OK) rc = mq_cuda_check_shape(&job->y, indexed ? job->y.rows : job->x.rows * repeat, job->x.cols, "y", err);
+    if (rc == MQ_OK) rc = mq_cuda_check_shape(&job->y, rows, job->x.cols, "y", err);
     if (rc != MQ_OK || mq_is_empty(&job->y)) return rc;
     const rows_args a = {mq_view_of(&job->x), mq_view_of(&job->y), job->y.rows, job->y.cols,
                          mq_groups_of(job->y.cols), job->index, job->ids, NULL, 0, 1.0f, NULL, repeat};

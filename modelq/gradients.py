@@ -7,7 +7,7 @@ not kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -101,7 +101,7 @@ def _round(model: Model, batches: Sequence[Batch], weights: dict[str, np.ndarray
     for layer in progress(range(model.num_layers), "forward"):
         boundaries.keep(run)
         streaming.run_layer(model, run, layer, following=layer + 1 if layer + 1 < model.num_layers else None)
-    with on_cpu(model):
+    with _place(model):
         back = run.backward(weights)
         losses = _head(model, back, [targets_of(batch) for batch in batches], visitor)
         if look is not None:
@@ -112,6 +112,12 @@ def _round(model: Model, batches: Sequence[Batch], weights: dict[str, np.ndarray
                 look(layer, back)
         back.embed()
     return losses
+
+
+def _place(model: Model) -> AbstractContextManager[None]:
+    """Where gradients are computed: where layers are, or on the CPU if the device lacks what the family needs for them."""
+    device = model.runtime.device
+    return nullcontext() if device is None or device["backward"] else on_cpu(model)
 
 
 def _dtype(model: Model) -> np.dtype:

@@ -69,7 +69,7 @@ def run_layer(model: Model, run: Any, layer: int, visitor: Visitor | None = None
     expert: int64 [experts, 2], all of them and those that are no padding."""
     names = model.runtime.layer_tensors(layer)
     try:
-        reader = read if visitor is not None else read_stored
+        reader = read if visitor is not None else read_for_products
         part = Part(layer, None, model.modules_of(layer), reader(model, names, model.modules_of(layer)))
         if visitor is not None:
             visitor.enter(part)
@@ -101,7 +101,7 @@ def _run_expert(model: Model, run: Any, layer: int, expert: int, counted: int, v
     """One expert's tokens; run None: there are none. then: layer and expert of the part that is run next."""
     names, modules = model.runtime.expert_tensors(layer, expert), model.modules_of(layer, expert)
     try:
-        part = Part(layer, expert, modules, (read if visitor is not None else read_stored)(model, names, modules), counted)
+        part = Part(layer, expert, modules, (read if visitor is not None else read_for_products)(model, names, modules), counted)
         if visitor is not None:
             visitor.enter(part)
         if run is not None:
@@ -152,6 +152,11 @@ def head_tensors(model: Model) -> dict[str, np.ndarray]:
     return read(model, model.runtime.head_tensors(), model.head_modules)
 
 
+def head_for_products(model: Model) -> dict[str, Any]:
+    """The same for logits and losses, as `read_for_products` has it."""
+    return read_for_products(model, model.runtime.head_tensors(), model.head_modules)
+
+
 def read(model: Model, names: Iterable[str], modules: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
     """Arrays by tensor name; weights smoothed, and as their quantizers make them if the model simulates that. modules: all of the part that
     the names are of, since norms take up what smooths the linears behind them."""
@@ -184,6 +189,33 @@ def read_stored(model: Model, names: Iterable[str], modules: Sequence[dict[str, 
     multiplies with the codes, and has the results of what they stand for. pack: so do fake-quantized ones."""
     made = {module["weight"]: found for module in modules if (found := stored(model, module, pack)) is not None}
     return read(model, [name for name in names if name not in made], modules) | made
+
+
+def read_for_products(model: Model, names: Iterable[str], modules: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """As `read_stored`, for nothing but to be multiplied with. Where a GPU does that, it quantizes weights too: (numbers, scheme, dtype,
+    block_size, (amax, block_amax, second_divisor)) stands for what they become, bit for bit what `simulated` gives."""
+    names = list(names)
+    wanted = [module for module in modules if module["weight"] in names] if model.runtime.device is not None else []
+    there = {module["weight"]: found for module in wanted if (found := unquantized(model, module)) is not None}
+    return read_stored(model, [name for name in names if name not in there], modules) | there
+
+
+def unquantized(model: Model, module: dict[str, Any]) -> Any:
+    """A weight that is only simulated, as it is quantized, and by what; None: it is not, or `simulated` alone knows how."""
+    if module["kind"] != "linear" or not model.simulate or model.float32_weights or module["name"] in model.packed:
+        return None
+    name = f"{module['name']}.weight_quantizer"
+    quantizer, pair = quantizer_of(model, name), pair_of(model, module["name"])
+    if quantizer is None or not quantizer.enabled or pair is None or pair.weight is None:
+        return None
+    tensor = stated_weight(model, module, model.checkpoint.read(module["weight"]))
+    *before, (scheme, size, by) = weight_stages(model, module)
+    if scheme is None:
+        return None
+    numbers = as_divided(model, module, tensor)
+    for first, first_size, arguments in before:         # all but the last of several quantizers in a row
+        numbers = _core.fake_quantize(numbers, first, block_size=first_size, name=module["weight"], **arguments)
+    return numbers, scheme, str(tensor.dtype), size, (by["amax"], by["block_amax"], by["second_divisor"])
 
 
 def stored(model: Model, module: dict[str, Any], pack: bool = False) -> Any:
@@ -251,9 +283,16 @@ def fake_quantize(model: Model, module: dict[str, Any], tensor: np.ndarray) -> n
         plain = make_quantizer(setting)
         set_found_values(plain, [Found(stated.amax) for stated in stated_weight_amax(model, module)])
         return plain(tensor)
-    schemes = [pair.weight] + [stage.scheme for stage in stage_quantizers(quantizer)[1:]]
     dtype, tensor = tensor.dtype, as_divided(model, module, tensor)
-    for scheme, attributes, stated in zip(schemes, stages(setting), stated_weight_amax(model, module)):
-        size = block_extents(attributes).get(-1)
-        tensor = _core.fake_quantize(tensor, scheme, block_size=size, name=module["weight"], **stated.arguments())
+    for scheme, size, arguments in weight_stages(model, module):
+        tensor = _core.fake_quantize(tensor, scheme, block_size=size, name=module["weight"], **arguments)
     return tensor.astype(dtype, copy=False)
+
+
+def weight_stages(model: Model, module: dict[str, Any]) -> list[tuple[Any, int | None, dict[str, Any]]]:
+    """(scheme, block size, arguments of `_core.quantize`) of each of the quantizers in a row of a weight whose first has a scheme."""
+    name, pair = f"{module['name']}.weight_quantizer", pair_of(model, module["name"])
+    assert pair is not None
+    schemes = [pair.weight] + [stage.scheme for stage in stage_quantizers(quantizer_of(model, name))[1:]]
+    sizes = [block_extents(attributes).get(-1) for attributes in stages(model.settings[place_of(model, name).name])]
+    return [(scheme, size, stated.arguments()) for scheme, size, stated in zip(schemes, sizes, stated_weight_amax(model, module))]

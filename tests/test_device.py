@@ -16,7 +16,6 @@ from golden_data import read_safetensors, write_safetensors
 from modelq import cuda
 from modelq.devices import nbytes_of, placement_of
 from modelq.export import export_hf_checkpoint
-from modelq.gradients import backward
 
 FAMILIES = Path(__file__).parent / "data" / "families"
 RNG = np.random.default_rng(0)
@@ -327,12 +326,7 @@ def test_weights_that_are_not_finite(llama, monkeypatch, value, word):
 
 # ---- what stays on the CPU ----
 
-def test_gradients_and_generation_are_the_cpus(llama, tiny_checkpoint):
-    here, there = pair(llama)
-    name = "model.layers.0.mlp.up_proj.weight"
-    one, other = backward(here, [IDS[1]], [name]), backward(there, [IDS[1]], [name])
-    np.testing.assert_allclose(other.weights[name], one.weights[name], rtol=1e-3, atol=1e-7)
-    assert there.runtime.device is not None and there.loss(IDS) == pytest.approx(here.loss(IDS), rel=1e-6)
+def test_generation_is_the_cpus(tiny_checkpoint):
     here, there = pair(tiny_checkpoint)
     assert np.array_equal(here.generate(IDS[1], max_new_tokens=4), there.generate(IDS[1], max_new_tokens=4))
 

@@ -11,6 +11,7 @@ import modelq
 import modelq.quantization as mtq
 from modelq.export import export_hf_checkpoint
 from modelq.gradients import backward
+from modelq.rotation import RotatedCheckpoint
 
 HIDDEN, HEADS, HEAD, VOCABULARY, EPSILON, THETA = 32, 4, 8, 48, 1e-5, 1e4
 ATTENTION = {"n_heads_in_group": 2, "no_op": False, "replace_with_linear": False, "num_sink_tokens": None, "sparsify": None,
@@ -206,6 +207,16 @@ def test_a_search_keeps_to_its_budget_and_is_written(bits, tmp_path):
     export_hf_checkpoint(model, export_dir=tmp_path / "export")
     again = modelq.load(tmp_path / "export", compute="bfloat16")
     assert np.linalg.norm(again(IDS).logits - simulated) < 0.03 * np.linalg.norm(simulated)
+
+
+@pytest.mark.parametrize("options", [{}, {"residual": False}])
+def test_a_rotated_model_computes_what_it_did(model, options):
+    """Linears in the place of a half read the residual stream and write it."""
+    expected = model(IDS).logits
+    model.take(RotatedCheckpoint(model, **options), "float32")
+    np.testing.assert_allclose(model(IDS).logits, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+    name = "model.layers.3.mlp.linear_mlp.weight"
+    assert np.array_equal(model.checkpoint.read(name), weights(BLOCKS)[name]) == bool(options)
 
 
 REFUSED = {

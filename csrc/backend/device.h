@@ -27,4 +27,8 @@ mq_elsewhere *mq_device_elsewhere(mq_device *device);   /* for mq_runtime.elsewh
 size_t mq_device_budget(const mq_device *device);
 size_t mq_device_peak(const mq_device *device);         /* bytes of device memory that were in use at once, at most */
 
+/* How many products of weights that stay codes took that path so far, a mq_cuda_path; and its name. */
+int64_t mq_device_products(const mq_device *device, int path);
+const char *mq_device_path_name(int path);      /* NULL: there are no more */
+
 #endif

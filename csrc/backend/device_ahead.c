@@ -81,7 +81,7 @@ int mq_device_begin_ahead(mq_elsewhere *self, const mq_runtime *runtime, int64_t
     mq_device_forget_ahead(self);
     int before, rc = mq_device_enter(device, &before, err);
     if (rc != MQ_OK) return rc;
-    const size_t nbytes = mq_device_weights_nbytes(runtime, layer, expert, tensors, count);
+    const size_t nbytes = mq_device_weights_nbytes(device, runtime, layer, expert, tensors, count);
     *room = nbytes <= arena->nbytes || device->held - arena->nbytes + nbytes <= device->budget;
     if (*room) rc = mq_arena_reserve(device, arena, nbytes, "the weights of the next layer", err);
     if (rc == MQ_ERR_MEMORY) *room = 0;     /* others have the device's memory */
@@ -126,7 +126,7 @@ int mq_device_take_ahead(mq_device *device, const mq_runtime *runtime, int64_t l
     mq_arena *at_work = expert >= 0 ? &device->expert_weights : &device->layer_weights;
     mq_arena *spare = &device->spare[expert >= 0];
     if (ahead->layer != layer || ahead->expert != expert) return MQ_OK;
-    const int fits = spare->nbytes >= mq_device_weights_nbytes(runtime, layer, expert, tensors, count);
+    const int fits = spare->nbytes >= mq_device_weights_nbytes(device, runtime, layer, expert, tensors, count);
     int rc = MQ_OK;
     if (fits && is_of(device, runtime, layer, expert, tensors, count)) {
         const mq_arena there = *spare;

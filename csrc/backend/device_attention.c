@@ -6,8 +6,9 @@ static int expand(mq_device_pass *pass)
 {
     const mq_config *config = pass->context->config;
     const mq_device_scratch *scratch = pass->scratch;
-    const int64_t heads = config->num_attention_heads, turned = config->qk_rope_head_dim, all = pass->chunk->rows * heads;
+    const int64_t heads = config->num_attention_heads, turned = config->qk_rope_head_dim;
     const int64_t value = config->value_head_dim, head = config->head_dim, plain = head - turned;
+    const int64_t all = pass->chunk->rows * heads;
     const mq_device_part k = {.data = scratch->k, .rows = all, .ld = head};
     const mq_device_part v = {.data = scratch->v, .rows = all, .ld = value};
     const mq_device_part k_end = {.data = scratch->k, .first = plain, .rows = all, .ld = head};

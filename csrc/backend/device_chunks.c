@@ -152,14 +152,32 @@ static int too_long(const mq_device *device, const mq_device_need *need, int64_t
                    (double)room / 1e6, (double)device->budget / 1e6, (long long)fits);
 }
 
+/* As many of `rows` as there is room for, but no less than the longest sequence. */
+static int64_t most_rows(const mq_device_need *need, size_t room, int64_t rows, int64_t longest)
+{
+    while (rows > longest && need->nbytes(need->context, rows, longest) > room) rows = MQ_MAX(rows / 4 * 3, longest);
+    return rows;
+}
+
+/* What weights that come ahead have, or would: as much as those at work. */
+static size_t ahead_nbytes(const mq_device *device)
+{
+    return MQ_MAX(device->spare[0].nbytes, device->layer_weights.nbytes) +
+           MQ_MAX(device->spare[1].nbytes, device->expert_weights.nbytes);
+}
+
 int mq_device_fit(mq_device *device, const mq_device_need *need, int64_t *rows, int64_t longest, mq_error *err)
 {
-    const size_t room = mq_device_available(device, &device->work);
-    int64_t fit = MQ_MIN(MQ_MAX(*rows, longest), MQ_MAX((int64_t)MQ_CHUNK_ROWS, longest));
-    size_t nbytes;
-    while ((nbytes = need->nbytes(need->context, fit, longest)) > room && fit > longest)
-        fit = MQ_MAX(fit / 4 * 3, longest);
-    *rows = fit;
+    const size_t room = mq_device_available(device, &device->work), ahead = ahead_nbytes(device);
+    const int64_t wanted = MQ_MIN(MQ_MAX(*rows, longest), MQ_MAX((int64_t)MQ_CHUNK_ROWS, longest));
+    *rows = most_rows(need, room, wanted, longest);
+    if (ahead < room) {
+        const int64_t beside = most_rows(need, room - ahead, *rows, longest);
+        if (beside >= MQ_MIN(*rows, (int64_t)MQ_ENOUGH_ROWS) &&
+            need->nbytes(need->context, beside, longest) <= room - ahead)
+            *rows = beside;
+    }
+    const size_t nbytes = need->nbytes(need->context, *rows, longest);
     if (nbytes > room) return too_long(device, need, longest, room, err);
     return mq_arena_reserve(device, &device->work, nbytes, "the rows of a layer", err);
 }

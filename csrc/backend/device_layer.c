@@ -35,6 +35,13 @@ int mq_device_quantize(mq_device_pass *pass, const mq_point *point, void *y, con
                                      device->index, point->quantizer, &rows, device->compute, pass->err);
 }
 
+int mq_device_amax(mq_device_pass *pass, const mq_point *point, const float **out)
+{
+    mq_device *device = pass->device;
+    return mq_device_quantizer_amax(&device->quantizers[point_index(pass->layer, point)], device->backend,
+                                    device->index, point->quantizer, out, device->compute, pass->err);
+}
+
 int mq_device_watch(mq_device_pass *pass, mq_point *point, const void *x, int64_t width)
 {
     const mq_cuda_matrix matrix = mq_device_matrix(pass, (void *)(uintptr_t)x, width);
@@ -111,9 +118,7 @@ static int multiply(mq_device_pass *pass, mq_role role, void *out, const void *i
 {
     const mq_linear *linear = &pass->layer->linears[role];
     const mq_device_linear *weights = &pass->device->linears[role];
-    const void *rounded;
-    int rc = mq_device_quantized(pass, linear, in, &rounded);
-    if (rc == MQ_OK) rc = mq_device_product(pass, out, rounded, &weights->weight, weights->bias, accumulate);
+    const int rc = mq_device_multiply(pass, linear, weights, out, in, accumulate);
     return rc == MQ_OK && weights->down.data != NULL ? add_low_rank(pass, linear, weights, out, in) : rc;
 }
 

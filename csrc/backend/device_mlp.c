@@ -5,7 +5,8 @@ static int activate(mq_device_pass *pass, int64_t width)
 {
     const mq_gate gate = mq_gate_of(pass->context->config);
     const mq_cuda_swiglu_job job = {
-        .gate = mq_device_matrix(pass, pass->scratch->gate, width), .up = mq_device_matrix(pass, pass->scratch->up, width),
+        .gate = mq_device_matrix(pass, pass->scratch->gate, width),
+        .up = mq_device_matrix(pass, pass->scratch->up, width),
         .activation = (mq_cuda_activation)gate.activation, .limit = gate.limit,
     };
     return pass->device->backend->swiglu(&job, pass->device->compute, pass->err);
@@ -47,7 +48,7 @@ int mq_device_expert(mq_device_pass *pass)
     mq_linear *gate = &pass->layer->linears[MQ_ROLE_GATE];
     const mq_device_scratch *scratch = pass->scratch;
     const mq_device_linear *weights = pass->device->linears;
-    const void *in = pass->chunk->hidden, *rounded;
+    const void *in = pass->chunk->hidden;
     pass->applied = NULL;
     int rc = mq_device_normed(pass, MQ_ROLE_POST_NORM, scratch->normed, &in);
     if (rc == MQ_OK && pass->chunk->shares != NULL) {
@@ -56,11 +57,8 @@ int mq_device_expert(mq_device_pass *pass)
         rc = pass->device->backend->add(&scale, pass->device->compute, pass->err);
     }
     if (rc == MQ_OK) rc = mq_device_watch_input(pass, gate, in);
-    if (rc == MQ_OK) rc = mq_device_quantized(pass, gate, in, &rounded);
-    if (rc == MQ_OK) rc = mq_device_product(pass, scratch->gate, rounded, &weights[MQ_ROLE_GATE].weight,
-                                            weights[MQ_ROLE_GATE].bias, 0);
-    if (rc == MQ_OK) rc = mq_device_product(pass, scratch->up, rounded, &weights[MQ_ROLE_UP].weight,
-                                            weights[MQ_ROLE_UP].bias, 0);
+    if (rc == MQ_OK) rc = mq_device_multiply(pass, gate, &weights[MQ_ROLE_GATE], scratch->gate, in, 0);
+    if (rc == MQ_OK) rc = mq_device_multiply(pass, gate, &weights[MQ_ROLE_UP], scratch->up, in, 0);
     if (rc == MQ_OK) rc = activate(pass, gate->rows);
     pass->applied = NULL;
     return rc == MQ_OK ? mq_device_linear_of(pass, MQ_ROLE_DOWN, scratch->temporary, scratch->gate) : rc;
@@ -78,7 +76,8 @@ static int run_shared(mq_device_pass *pass, const void *in)
     int rc = run_gate(pass, &MQ_SHARED_ROLES, in);
     if (rc == MQ_OK) rc = mq_device_linear_of(pass, MQ_ROLE_SHARED_DOWN, scratch->temporary, scratch->gate);
     if (rc == MQ_OK && router->weight.data != NULL) {
-        const mq_cuda_sigmoid_job sigmoid = {.x = mq_device_matrix(pass, scratch->router, 1), .factors = scratch->factors};
+        const mq_cuda_sigmoid_job sigmoid = {.x = mq_device_matrix(pass, scratch->router, 1),
+                                             .factors = scratch->factors};
         const mq_cuda_add_job scale = {.x = made, .y = made, .row_scales = scratch->factors};
         rc = mq_device_product(pass, scratch->router, in, &router->weight, router->bias, 0);
         if (rc == MQ_OK) rc = backend->sigmoid(&sigmoid, pass->device->compute, pass->err);
@@ -102,7 +101,8 @@ static int route(mq_device_pass *pass, const void *in)
         .logits = mq_device_matrix(pass, scratch->router, pass->layer->experts), .top_k = routes->top_k,
         .kept = routes->kept, .normalize = sizes.normalize, .rounded = pass->context->round_routes,
         .sigmoid = sizes.sigmoid, .correction = pass->device->norms[MQ_ROLE_CORRECTION], .groups = sizes.groups,
-        .groups_kept = sizes.groups_kept, .groups_best = sizes.groups_best, .factor = sizes.factor, .experts = scratch->experts, .shares = scratch->shares,
+        .groups_kept = sizes.groups_kept, .groups_best = sizes.groups_best, .factor = sizes.factor,
+        .experts = scratch->experts, .shares = scratch->shares,
     };
     int rc = mq_device_product(pass, scratch->router, in, &router->weight, router->bias, 0);
     if (rc == MQ_OK) rc = backend->route(&job, pass->device->compute, pass->err);

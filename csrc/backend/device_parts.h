@@ -13,7 +13,9 @@ typedef struct mq_arena {
 } mq_arena;
 
 typedef struct mq_device_linear {
-    mq_cuda_matrix weight;
+    mq_cuda_matrix weight;      /* data NULL: it stays codes, in packed */
+    mq_cuda_linear packed;      /* codes NULL: it is numbers */
+    mq_cuda_path prepared_for;  /* the only path that reads what packed.prepared is */
     void *bias;                 /* of the activations' dtype, or NULL */
     mq_cuda_matrix down, up;    /* the branch of low rank; data NULL = none */
     void *branch;               /* their memory */
@@ -54,7 +56,8 @@ enum {
     MQ_FINDINGS = 256,          /* and how many numbers they may be: */
     MQ_MAXIMA = 1 << 16,
     MQ_PIECE_NBYTES = 16 << 20, /* of a weight on its way, at most */
-    MQ_CHUNK_ROWS = 8192,       /* rows of a chunk, at most */
+    MQ_CHUNK_ROWS = 8192,       /* rows of a chunk, at most; and as many that */
+    MQ_ENOUGH_ROWS = 2048,      /* weights that come ahead have room before there are more */
     MQ_QUANTIZERS = MQ_LAYER_MAX_POINTS + 1,    /* places of mq_device.quantizers; the last is lm_head's */
     MQ_PINS = 4,                /* pieces of others' memory that are pinned, at most, */
     MQ_PINNED_SHARE = 4,        /* which together are a fourth of the host's, at most */
@@ -103,6 +106,7 @@ struct mq_device {
     int64_t finding_count, maxima_used;
     mq_device_gram grams[MQ_GRAMS];
     mq_device_quantizer quantizers[MQ_QUANTIZERS];
+    int64_t products[MQ_CUDA_PATHS];    /* of weights that stay codes, by the path that they took */
 };
 
 /* Rows on their way through a layer: a chunk of whole sequences, or rows gathered for an expert. */
@@ -172,7 +176,7 @@ int mq_device_load_low_rank(mq_elsewhere *self, const mq_module *module, const m
 void mq_device_drop_layer(mq_elsewhere *self, int64_t layer);
 void mq_device_drop_expert(mq_elsewhere *self);
 /* Bytes of the modules of one layer, or of one of its experts, on the device. */
-size_t mq_device_weights_nbytes(const mq_runtime *runtime, int64_t layer, int64_t expert,
+size_t mq_device_weights_nbytes(const mq_device *device, const mq_runtime *runtime, int64_t layer, int64_t expert,
                                 const mq_named_tensor *tensors, size_t count);
 /* A linear as mq_elsewhere.load has it. */
 typedef struct mq_given_linear {
@@ -198,6 +202,25 @@ int mq_device_take_ahead(mq_device *device, const mq_runtime *runtime, int64_t l
                          const mq_named_tensor *tensors, size_t count, int *came, mq_error *err);
 /* Frees the memory for what comes ahead, and forgets what did: whether there was any. */
 int mq_device_give_spare(mq_device *device);
+
+/* ---- device_packed.c ---- */
+
+/* Whether a weight stays codes there (stored NULL: it does not), and then how many bytes it takes. */
+int mq_device_can_pack(const mq_device *device, mq_role role, const mq_stored_weight *stored);
+size_t mq_device_packed_nbytes(const mq_device *device, const mq_stored_weight *stored);
+/* *out = the weight in memory of so many bytes; dtype: of activations. On the copy stream. */
+int mq_device_put_packed(mq_device *device, char *memory, const char *name, const mq_stored_weight *stored,
+                         mq_dtype dtype, mq_device_linear *out, mq_error *err);
+
+/* ---- device_products.c ---- */
+
+/* *linear: a weight that stays codes, and the quantizer of its input (may be NULL) as part of the product; whether a
+ * product of such codes there is. has_amax: then it needs that number (input_amax). */
+int mq_device_is_narrow(const mq_device *device, mq_dtype dtype, const mq_device_linear *weights,
+                        const mq_quantizer *quantizer, mq_cuda_linear *linear);
+int mq_device_has_amax(const mq_quantizer *quantizer, const mq_cuda_linear *linear);
+/* A product with codes, which is counted. */
+int mq_device_run_packed(mq_device *device, const mq_cuda_linear_job *job, mq_error *err);
 
 /* ---- device_findings.c ---- */
 
@@ -244,8 +267,8 @@ typedef struct mq_device_need {
 /* device->work becomes as large as chunks of as many of *rows as the budget lets need; *rows says how many those are.
  * MQ_ERR_MEMORY: not one sequence fits; says how long one may be. */
 int mq_device_fit(mq_device *device, const mq_device_need *need, int64_t *rows, int64_t longest, mq_error *err);
-/* Room for chunks of as many rows as the budget lets, whole sequences. rows: no more are needed. longest 0: of rows that
- * are no sequences, with nothing for attention. */
+/* Room for chunks of as many rows as the budget lets, whole sequences. rows: no more are needed. longest 0: of rows
+ * that are no sequences, with nothing for attention. */
 int mq_device_reserve(mq_device *device, mq_run *run, int64_t rows, int64_t longest, mq_device_scratch *out,
                       mq_error *err);
 /* As many whole sequences from `first_sequence` on as there is room for in `most` rows. */

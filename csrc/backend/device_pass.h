@@ -19,6 +19,11 @@ int mq_device_quantized(mq_device_pass *pass, const mq_linear *linear, const voi
 /* out = in * weight^T + bias, or += . */
 int mq_device_product(mq_device_pass *pass, void *out, const void *in, const mq_cuda_matrix *weight, const void *bias,
                       int accumulate);
+/* The amax of a point's quantizer on the device, one number. */
+int mq_device_amax(mq_device_pass *pass, const mq_point *point, const float **out);
+/* out = quantized(in) * weight^T + bias, or += ; at: whose input's quantizer it is. */
+int mq_device_multiply(mq_device_pass *pass, const mq_linear *at, const mq_device_linear *weights, void *out,
+                       const void *in, int accumulate);
 /* out (rows, O) = linear(in (rows, I)). */
 int mq_device_linear_of(mq_device_pass *pass, mq_role role, void *out, const void *in);
 /* out = norm(in), part by part as wide as the norm is. */

@@ -60,18 +60,32 @@ static size_t rounded(int64_t count, size_t size)
     return MQ_ROUND_UP((size_t)count * size, (size_t)MQ_ALIGN_DEVICE);
 }
 
-size_t mq_device_weights_nbytes(const mq_runtime *runtime, int64_t layer, int64_t expert,
+static const mq_stored_weight *find(const mq_named_tensor *tensors, size_t count, const char *name)
+{
+    for (size_t i = 0; i < count; i++)
+        if (strcmp(tensors[i].name, name) == 0) return tensors[i].stored;
+    return NULL;
+}
+
+/* Of a linear's weight and bias; size: of a number. */
+static size_t weight_nbytes(const mq_device *device, const mq_module *module, size_t size,
+                            const mq_stored_weight *stored)
+{
+    const size_t bias = rounded(module->shape[0], size);
+    if (mq_device_can_pack(device, module->role, stored)) return bias + mq_device_packed_nbytes(device, stored);
+    return bias + rounded(module->shape[0] * module->shape[1], size);
+}
+
+size_t mq_device_weights_nbytes(const mq_device *device, const mq_runtime *runtime, int64_t layer, int64_t expert,
                                 const mq_named_tensor *tensors, size_t count)
 {
     const size_t size = mq_dtype_size(runtime->dtype);
     size_t total = 0;
-    (void)tensors;
-    (void)count;
     for (size_t i = runtime->layer_start[layer]; i < runtime->layer_start[layer + 1]; i++) {
         const mq_module *module = &runtime->modules[i];
         if (module->expert != expert || module->weight[0] == '\0') continue;
         if (module->ndim == 1) total += rounded(module->shape[0], sizeof(float));
-        else total += rounded(module->shape[0] * module->shape[1], size) + rounded(module->shape[0], size);
+        else total += weight_nbytes(device, module, size, find(tensors, count, module->weight));
     }
     return total;
 }
@@ -96,22 +110,32 @@ static int put_bias(mq_device *device, mq_arena *arena, mq_dtype dtype, const fl
     return rc;
 }
 
+/* Room for an expert before rows have all that is left; codes will need less. */
+static void reserve_for_experts(mq_device *device, const mq_runtime *runtime, int64_t layer)
+{
+    mq_error err;
+    if (runtime->layers[layer].experts == 0) return;
+    mq_arena_reserve(device, &device->expert_weights, mq_device_weights_nbytes(device, runtime, layer, 0, NULL, 0),
+                     "the weights of an expert", &err);
+}
+
 int mq_device_begin(mq_elsewhere *self, const mq_runtime *runtime, int64_t layer, int64_t expert,
                     const mq_named_tensor *tensors, size_t count, mq_error *err)
 {
     mq_device *device = (mq_device *)(void *)self;
     mq_arena *arena = expert >= 0 ? &device->expert_weights : &device->layer_weights;
-    const size_t nbytes = mq_device_weights_nbytes(runtime, layer, expert, tensors, count);
+    const size_t nbytes = mq_device_weights_nbytes(device, runtime, layer, expert, tensors, count);
     int before, rc = mq_device_enter(device, &before, err);
     if (rc != MQ_OK) return rc;
     if (expert < 0) mq_device_drop_layer(self, device->layer);
     else mq_device_drop_expert(self);
+    if (expert < 0) device->layer = layer;      /* and dropped where anything fails */
     int came = 0;
     rc = mq_device_take_ahead(device, runtime, layer, expert, tensors, count, &came, err);
     /* Rows may have taken all that layers before, which were smaller, left. */
     if (rc == MQ_OK && !came && nbytes > mq_device_available(device, arena)) mq_arena_drop(device, &device->work);
     if (rc == MQ_OK && !came) rc = mq_arena_reserve(device, arena, nbytes, "the weights of a layer", err);
-    if (rc == MQ_OK && expert < 0) device->layer = layer;
+    if (rc == MQ_OK && expert < 0) reserve_for_experts(device, runtime, layer);
     mq_device_leave(device, before);
     return rc;
 }
@@ -132,6 +156,10 @@ static int put_weight(mq_device *device, mq_arena *arena, const mq_module *modul
 {
     mq_tensor numbers;
     if (stored == NULL) return put_numbers(device, arena, module, weight, dtype, linear, err);
+    if (mq_device_can_pack(device, module->role, stored)) {
+        void *memory = mq_arena_take(arena, mq_device_packed_nbytes(device, stored));
+        return mq_device_put_packed(device, memory, module->weight, stored, dtype, linear, err);
+    }
     int rc = mq_stored_numbers(stored, &numbers, module->weight, err);
     if (rc == MQ_OK) rc = put_numbers(device, arena, module, &numbers, dtype, linear, err);
     mq_free(numbers.data);

@@ -11,6 +11,7 @@ struct mq_run;
 struct mq_runtime;
 struct mq_module;
 struct mq_named_tensor;
+struct mq_backward;
 
 /* What is to be read off the last hidden states, rows first_row to first_row + rows of the run. */
 typedef struct mq_head_request {
@@ -24,6 +25,22 @@ typedef struct mq_head_request {
     mq_loss_row *losses;            /* (rows), or NULL */
     const int32_t *labels;          /* (rows), < 0 = none */
 } mq_head_request;
+
+/* The same on the way back, of all rows of a run. */
+typedef struct mq_back_head_request {
+    const float *norm;              /* (C) */
+    const mq_tensor *weight;        /* (V, C) */
+    const char *name;               /* of the weight */
+    float *d_norm, *d_weight;       /* are added to; NULL = not wanted */
+    const mq_loss_row *losses;      /* (rows) each: as the forward left them; labels, < 0 = none; factors of losses */
+    const int32_t *targets;
+    const float *factors;
+} mq_back_head_request;
+
+/* Rows first to first + count of the dispatch, of one expert. */
+typedef struct mq_back_expert_rows {
+    int64_t layer, expert, first, count;
+} mq_back_expert_rows;
 
 typedef struct mq_elsewhere mq_elsewhere;
 struct mq_elsewhere {
@@ -52,8 +69,16 @@ struct mq_elsewhere {
     int (*layer)(mq_elsewhere *self, struct mq_run *run, int64_t layer, mq_error *err);
     int (*expert)(mq_elsewhere *self, struct mq_run *run, int64_t layer, int64_t first, int64_t count, mq_error *err);
     int (*head)(mq_elsewhere *self, const mq_head_request *request, mq_error *err);
-    /* The run's memory is about to be freed. */
+    /* The way back (backward.h), if it is computed there at all: goes_back is nonzero then. From losses to the last
+     * hidden states; through a layer that is loaded, whose experts, if it has any, have been gone through; through the
+     * expert that is loaded. */
+    int (*goes_back)(const struct mq_runtime *runtime);
+    int (*back_head)(mq_elsewhere *self, struct mq_backward *back, const mq_back_head_request *request, mq_error *err);
+    int (*back_layer)(mq_elsewhere *self, struct mq_backward *back, int64_t layer, const void *input, mq_error *err);
+    int (*back_expert)(mq_elsewhere *self, struct mq_backward *back, const mq_back_expert_rows *rows, mq_error *err);
+    /* The memory of a run, or of a way back, is about to be freed. */
     void (*forget_run)(mq_elsewhere *self, const struct mq_run *run);
+    void (*forget_backward)(mq_elsewhere *self, const struct mq_backward *back);
 };
 
 #endif

@@ -170,6 +170,8 @@ int mq_linear_load_stored(mq_linear_weight *weight, const mq_stored_weight *stor
                           mq_error *err);
 /* What a quantized weight's parts stand for: the caller frees out->data, after a failure too. */
 int mq_stored_numbers(const mq_stored_weight *stored, mq_tensor *out, const char *name, mq_error *err);
+/* MQ_ERR_VALUE: one of them is NaN or an infinity. */
+int mq_stored_check(const mq_stored_weight *stored, const char *name, mq_error *err);
 void mq_linear_free(mq_linear_weight *weight);
 
 /* out (N, O) = in (N, I) * weight^T + bias, or += if accumulate. dtype is of both. */

@@ -69,11 +69,29 @@ PyObject *mq_runtime_use_device(PyObject *object, PyObject *args, PyObject *kwar
     Py_RETURN_NONE;
 }
 
+/* {path: how many products of weights that stay codes took it}, of those that were taken. */
+static PyObject *products_of(const mq_device *device)
+{
+    PyObject *dict = PyDict_New();
+    const char *name;
+    for (int path = 0; dict != NULL && (name = mq_device_path_name(path)) != NULL; path++) {
+        const int64_t count = mq_device_products(device, path);
+        PyObject *number = count > 0 ? PyLong_FromLongLong(count) : NULL;
+        if (count > 0 && (number == NULL || PyDict_SetItemString(dict, name, number) < 0)) Py_CLEAR(dict);
+        Py_XDECREF(number);
+    }
+    return dict;
+}
+
 PyObject *mq_runtime_device(PyObject *object, void *unused)
 {
     const RuntimeObject *self = (RuntimeObject *)object;
     (void)unused;
     if (self->device == NULL) Py_RETURN_NONE;
-    return Py_BuildValue("{s:n,s:n}", "memory", (Py_ssize_t)mq_device_budget(self->device), "peak",
-                         (Py_ssize_t)mq_device_peak(self->device));
+    PyObject *products = products_of(self->device);
+    if (products == NULL) return NULL;
+    const int goes_back = self->runtime.elsewhere->goes_back(&self->runtime);
+    return Py_BuildValue("{s:n,s:n,s:O,s:N}", "memory", (Py_ssize_t)mq_device_budget(self->device), "peak",
+                         (Py_ssize_t)mq_device_peak(self->device), "backward", goes_back ? Py_True : Py_False,
+                         "products", products);
 }

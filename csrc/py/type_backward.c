@@ -19,8 +19,9 @@ const char mq_run_backward_doc[] =
 "backward($self, gradients=None)\n--\n\n"
 "A Backward, which takes the gradients of the losses back through the layers of this run: each batch's mean\n"
 "cross-entropy, added up over the batches. The run must be behind the last layer; if the model has experts, it has to\n"
-"start again afterwards.\n\n"
-"gradients: {name of a tensor of weights: float32 array of its shape}, which are added to. KeyError: no such tensor.";
+"start again afterwards. On a device if the run's runtime has one.\n\n"
+"gradients: {name of a tensor of weights: float32 array of its shape}, which are added to. KeyError: no such tensor.\n"
+"RuntimeError: the device does not compute the way back (Runtime.device['backward']).";
 
 static const mq_module *module_of_tensor(const mq_runtime *runtime, const char *name, int *bias)
 {

@@ -574,7 +574,9 @@ static PyGetSetDef properties[] = {
     {"compute", runtime_compute, NULL, "'bfloat16' or 'float32'.", NULL},
     {"layers", runtime_layers, NULL, "Number of decoder layers.", NULL},
     {"config", runtime_config, NULL, "The numbers in use, defaults filled in.", NULL},
-    {"device", mq_runtime_device, NULL, "None, or {'memory', 'peak'} of the device that computes layers, in bytes.",
+    {"device", mq_runtime_device, NULL,
+     "None, or {'memory', 'peak', 'backward'} of the device that computes layers: bytes, and whether gradients go back "
+     "there.",
      NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };

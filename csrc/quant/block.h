@@ -44,10 +44,15 @@ int mq_block_dequantize(const mq_block_job *job, const mq_parts *parts, mq_tenso
 typedef struct mq_stored_weight {
     mq_block_job job;
     mq_parts parts;         /* without data where they are yet to be made of: */
-    mq_tensor numbers;      /* float32, bfloat16 or float16, any strides; without data where there are parts */
+    mq_tensor numbers;      /* float32 or of dtype, any strides; without data where there are parts */
     mq_dtype dtype;
     int64_t shape[2];
 } mq_stored_weight;
+
+/* Rows first to first + rows of it: where they begin and end, whole blocks and pairs do (mq_block_unit), or it does. */
+mq_stored_weight mq_stored_rows(const mq_stored_weight *weight, int64_t first, int64_t rows);
+/* Rows that share a scale, or bytes. */
+int64_t mq_block_unit(mq_scheme scheme);
 
 /* The same as an operand of products that stays codes (mq_gemm_can_code says whether it may). */
 mq_coded_matrix mq_stored_codes(const mq_stored_weight *weight);

@@ -198,7 +198,9 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp *out, int device)
 {
     memset(out, 0, sizeof *out);
     snprintf(out->name, sizeof out->name, "emulated device %d", device);
-    out->major = 8;
+    const int capability = (int)number("MODELQ_SHIM_CAPABILITY", 80);
+    out->major = capability / 10;
+    out->minor = capability % 10;
     out->multiProcessorCount = 1;
     return cudaSuccess;
 }

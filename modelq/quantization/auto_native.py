@@ -14,7 +14,7 @@ from modelq.autoquantize.groups import Group
 from modelq.calibration import calibrate as run_calibration
 from modelq.checkpoint.stacked import FORMATS
 from modelq.experts import PARENT
-from modelq.quantization.api import check_model, check_source, take_original
+from modelq.quantization.api import check_model, take_original
 from modelq.quantization.native_scores import gradient_scores
 from modelq.quantizers import make_quantizer
 from modelq.rules import Setting, default_setting
@@ -30,7 +30,8 @@ class NativeSubject:
 
     def __init__(self, model: Any, compat: str | None = None):
         check_model(model)
-        check_source(model)
+        if model.stored_layers:
+            model.checkpoint.as_source()        # refuses what is not all in the weights, by name, before any work
         self.model, self.compat = model, compat
         self.slots, self.config = model.slots, model.config
         self.module_names = [row["name"] for row in model.modules]

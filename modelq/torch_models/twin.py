@@ -103,6 +103,16 @@ def _parameters(model: Any, packed: Mapping[str, QuantizedModule]) -> dict[str, 
             linears = ("down_proj",) if matrix == "down_proj" else ("gate_proj", "up_proj")
             names = [f"{container}.{expert}.{linear}.weight" for linear in linears for expert in range(experts[container].num_experts)]
         found.update(zip(names, views, strict=True))
+    return found | _buffers(model, modules)
+
+
+def _buffers(model: Any, modules: Mapping[str, torch.nn.Module]) -> dict[str, torch.Tensor]:
+    """Those that a checkpoint has (what corrects a router's scores), and no quantizer's."""
+    found = {}
+    for name, value in model.named_buffers():
+        owner, _, last = name.rpartition(".")
+        if last not in modules[owner]._non_persistent_buffers_set and "_quantizer" not in name:
+            found.update(zip(_names_on_disk(model, name, value), [live_value(modules[owner], last, owner)], strict=True))
     return found
 
 
