@@ -26,8 +26,11 @@ typedef struct mq_device_linear {
 typedef struct mq_weight_source {
     const void *memory[4];      /* of numbers or codes, scales, second scales, bias; [0] NULL = not known */
     int64_t stride[MQ_MAX_NDIM];
+    uint64_t scaling;           /* a digest of the values that numbers are quantized by */
     int64_t block_cols;
-    int dtype, scheme;          /* scheme: 0 = none */
+    float second_divisor;
+    int numbers;                /* their dtype + 1; 0 = there are codes */
+    int dtype, scheme;          /* scheme: 0 = none, dtype neither */
 } mq_weight_source;
 
 /* The part that is sent before it is wanted. */
