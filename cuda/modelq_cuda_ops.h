@@ -126,7 +126,8 @@ typedef struct mq_cuda_columns_job {
     const uint8_t *mask;       /* [rows]: rows that count; NULL: all */
     float *sums_f32;           /* [cols], one of both is given */
     double *sums_f64;
-    float *lows, *highs;       /* [cols], or NULL. A NaN passes by: it shows in the sum */
+    float *lows, *highs;       /* [cols], or NULL. A NaN of x passes by: it shows in the sum; one that is there
+                                * stands for nothing yet */
     void *workspace;           /* mq_cuda_columns_workspace */
     size_t workspace_nbytes;
 } mq_cuda_columns_job;

@@ -288,6 +288,10 @@ def test_columns(cuda, dtype):
                 cuda.run("column_sums", "columns", x=x, what=SUM, mask=mask, sums_f64=sums, lows=low, highs=high)
                 np.testing.assert_array_equal(low, np.minimum(kept.min(0, initial=np.inf), 0.5))
                 np.testing.assert_array_equal(high, np.maximum(kept.max(0, initial=-np.inf), -0.5))
+                low[:], high[:] = np.nan, np.nan         # nothing yet
+                cuda.run("column_sums", "columns", x=x, what=SUM, mask=mask, sums_f64=sums, lows=low, highs=high)
+                np.testing.assert_array_equal(low, kept.min(0, initial=np.inf))
+                np.testing.assert_array_equal(high, kept.max(0, initial=-np.inf))
 
 
 def test_columns_with_nan(cuda):

@@ -189,6 +189,7 @@ int mq_device_new(const mq_backend *backend, const mq_device_options *options, m
     if (device == NULL) return mq_fail_memory(err, "a device", sizeof *device);
     device->backend = backend;
     device->index = options->index;
+    device->host_statistics = options->host_statistics;
     device->layer = device->ahead.layer = -1;
     device->elsewhere = (mq_elsewhere){
         .begin = mq_device_begin, .load = mq_device_load, .load_low_rank = mq_device_load_low_rank,

@@ -52,7 +52,7 @@ static size_t cut(mq_arena *arena, const mq_layer_context *context, int64_t rows
     out->temporary = mq_arena_take(arena, (size_t)(rows * hidden) * size);
     out->prepared = mq_arena_take(arena, (size_t)(prepared * rows * widest) * size);
     out->low = mq_arena_take(arena, (size_t)(rows * context->rank) * size);
-    out->counted = mq_arena_take(arena, masked ? (size_t)(rows * widest) * size : 0);
+    out->counted = mq_arena_take(arena, masked ? (size_t)(rows * MQ_MAX(widest, joined)) * size : 0);
     out->router = mq_arena_take(arena, (size_t)(rows * config->num_experts) * size);
     out->experts = mq_arena_take(arena, (size_t)routes * sizeof *out->experts);
     out->shares = mq_arena_take(arena, (size_t)routes * sizeof *out->shares);
@@ -112,7 +112,10 @@ static size_t ahead_nbytes(const mq_device *device)
 
 int mq_device_fit(mq_device *device, const mq_device_need *need, int64_t *rows, int64_t longest, mq_error *err)
 {
-    const size_t room = mq_device_available(device, &device->work), ahead = ahead_nbytes(device);
+    const size_t ahead = ahead_nbytes(device);
+    if (need->nbytes(need->context, longest, longest) > mq_device_available(device, &device->work))
+        mq_sums_drop(device);       /* nothing is in them yet: statistics are made where there is room */
+    const size_t room = mq_device_available(device, &device->work);
     const int64_t wanted = MQ_MIN(MQ_MAX(*rows, longest), MQ_MAX((int64_t)MQ_CHUNK_ROWS, longest));
     *rows = most_rows(need, room, wanted, longest);
     if (ahead < room) {
@@ -155,6 +158,8 @@ mq_device_chunk mq_device_chunk_from(const mq_run *run, int64_t first_sequence, 
         chunk.longest = MQ_MAX(chunk.longest, sequences[i].tokens);
     }
     chunk.position = chunk.first;
+    chunk.units = run->units;
+    chunk.unit_count = run->unit_count;
     chunk.mask = mask != NULL ? mask + chunk.first : NULL;
     return chunk;
 }
@@ -299,6 +304,7 @@ static int watched(mq_device *device, mq_run *run, mq_layer *layer, mq_device_wo
     const size_t count = mq_layer_points(layer, points);
     int rc = mq_points_begin(points, count, &run->spare, err);
     if (rc != MQ_OK) return rc;
+    mq_sums_begin(device, run, layer, points, count);
     rc = device->backend->event_record(device->loaded, device->copies, err);
     if (rc == MQ_OK) rc = device->backend->event_after(device->loaded, device->compute, err);
     if (rc == MQ_OK) rc = work(device, run, layer, context, err);

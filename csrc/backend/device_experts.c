@@ -6,6 +6,7 @@
 
 typedef struct expert_work {
     int64_t first, count;       /* of the dispatch */
+    int64_t piece_rows;         /* that go through an expert at a time on the host */
     char *memory;               /* a chunk's rows */
     uint8_t *mask;
     int64_t *index;
@@ -41,7 +42,7 @@ static int run_rows(mq_device *device, mq_run *run, mq_layer *layer, const exper
     for (int64_t done = 0; rc == MQ_OK && done < work->count; done += scratch->rows) {
         const int64_t at = work->first + done;
         mq_device_chunk chunk = {.rows = MQ_MIN(scratch->rows, work->count - done), .tokens = it->tokens + at,
-                                 .position = at};
+                                 .position = at, .piece_rows = work->piece_rows, .piece_first = work->first};
         mq_device_pass pass = {.device = device, .layer = layer, .context = &context, .scratch = scratch,
                                .chunk = &chunk, .err = err};
         const mq_row_sizes sizes = {.rows = chunk.rows, .width = context.config->hidden_size, .dtype = context.dtype};
@@ -64,6 +65,10 @@ static int run_expert(mq_device *device, mq_run *run, mq_layer *layer, const voi
     int rc = mq_device_reserve(device, run, work.count, 1, &scratch, err);
     if (rc != MQ_OK) return rc;
     const size_t width = (size_t)run->runtime->config.hidden_size * mq_dtype_size(run->runtime->dtype);
+    const mq_layer_context layer_context = mq_run_context(run);
+    mq_scratch here = {0};
+    mq_scratch_init(&here, &layer_context, run->largest_unit, run->longest);
+    work.piece_rows = here.mlp_rows;
     work.memory = mq_alloc_array((size_t)scratch.rows, width);
     work.mask = mq_alloc((size_t)scratch.rows);
     work.index = mq_alloc_array((size_t)scratch.rows, sizeof *work.index);

@@ -46,8 +46,10 @@ int mq_device_watch(mq_device_pass *pass, mq_point *point, const void *x, int64_
 {
     const mq_cuda_matrix matrix = mq_device_matrix(pass, (void *)(uintptr_t)x, width);
     if (!mq_point_is_watched(point)) return MQ_OK;
-    return mq_device_collect(pass->device, point, &matrix, pass->chunk, pass->context, pass->scratch->counted,
-                             pass->err);
+    const int by_sequence = point_index(pass->layer, point) >= 2 * MQ_ROLE_COUNT;
+    const mq_device_look look = {.x = matrix, .chunk = pass->chunk, .context = pass->context,
+                                 .by_sequence = by_sequence, .by_batch = by_sequence || mq_point_by_group(point)};
+    return mq_device_collect(pass->device, point, &look, pass->scratch->counted, pass->err);
 }
 
 /* What reaches x: statistics, then the quantizer, in place. */

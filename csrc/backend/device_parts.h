@@ -47,15 +47,22 @@ typedef struct mq_finding {
     int64_t at, width, seen;    /* where they are; how many; rows that they are of */
 } mq_finding;
 
-/* A Gram matrix that is summed on the device. */
-typedef struct mq_device_gram {
+/* A statistic that is summed up on the device (device_sums.c). */
+enum { MQ_SUMS_ENTRIES = 16 };
+
+typedef struct mq_device_sums {
     mq_calib *watch;            /* NULL = free */
-    double *sums;
+    void *memory;
+    size_t nbytes;
     int64_t width, rows;
-} mq_device_gram;
+    mq_dtype dtype;
+    int64_t first;              /* of a histogram: the first piece that was counted */
+    int64_t entry_count, entry_room;    /* of columns: one after the other, and what each is of */
+    mq_calib_sums entries[MQ_SUMS_ENTRIES];
+} mq_device_sums;
 
 enum {
-    MQ_GRAMS = 32,
+    MQ_SUMS = 64,
     MQ_FINDINGS = 256,          /* and how many numbers they may be: */
     MQ_MAXIMA = 1 << 16,
     MQ_PIECE_NBYTES = 16 << 20, /* of a weight on its way, at most */
@@ -107,7 +114,9 @@ struct mq_device {
     float *maxima;              /* [MQ_MAXIMA] on the device */
     mq_finding findings[MQ_FINDINGS];
     int64_t finding_count, maxima_used;
-    mq_device_gram grams[MQ_GRAMS];
+    mq_device_sums sums[MQ_SUMS];
+    int host_statistics;        /* as in mq_device_options */
+    int64_t copied;             /* tensors that came to the host to be looked at there */
     mq_device_quantizer quantizers[MQ_QUANTIZERS];
     int64_t products[MQ_CUDA_PATHS];    /* of weights that stay codes, by the path that they took */
 };
@@ -119,6 +128,8 @@ typedef struct mq_device_chunk {
     const uint8_t *mask;        /* [rows] on the host: rows that count; NULL = all */
     int64_t counted;            /* how many count */
     int64_t position;           /* of the first row in the order of statistics */
+    const mq_unit *units;       /* of the run; NULL: of an expert's rows, pieces of so many from piece_first on */
+    int64_t unit_count, piece_rows, piece_first;
     void *hidden;               /* (rows, C) on the device */
     int64_t *starts, *index;    /* on the device: [sequences + 1]; [counted] rows that count */
     int32_t *positions;         /* [rows] */
@@ -227,9 +238,33 @@ int mq_finding_rows(mq_device *device, mq_calib *watch, const mq_cuda_matrix *x,
 /* Waits, and gives everybody what was found; a weight that is not finite is an error. */
 int mq_findings_take(mq_device *device, mq_error *err);
 void mq_findings_drop(mq_device *device);
-/* Statistics of x at a point: maxima and Gram matrices on the device, others from a copy on the host. */
-int mq_device_collect(mq_device *device, mq_point *point, const mq_cuda_matrix *x, const mq_device_chunk *chunk,
-                      const mq_layer_context *context, void *room, mq_error *err);
+/* Rows that reach a point. by_sequence, by_batch: the host looks at them sequence by sequence, and at no two batches at
+ * once (pass.c), which decides what the first data of a histogram are, and what averages are made of. */
+typedef struct mq_device_look {
+    mq_cuda_matrix x;
+    const mq_device_chunk *chunk;
+    const mq_layer_context *context;
+    int by_sequence, by_batch;
+} mq_device_look;
+
+/* Statistics at a point, on the device, or where there is no room for them from a copy on the host. room: for rows. */
+int mq_device_collect(mq_device *device, mq_point *point, const mq_device_look *look, void *room, mq_error *err);
+/* Where the rows of the chunk end that the host's threads would look at in one call (pass.c) with row `begin`; key:
+ * where those begin, in the order of the data. */
+int64_t mq_device_piece(const mq_device_look *look, int64_t begin, int64_t *key);
+/* The recorded batch that row i of the chunk is of. */
+int64_t mq_device_batch(const mq_device_look *look, int64_t i);
+
+/* ---- device_sums.c ---- */
+
+/* The rows that count, x, to what is summed up for a calibrator that is not of kind max; *done: there was room. */
+int mq_sums_collect(mq_device *device, mq_calib *watch, const mq_device_look *look, const mq_cuda_matrix *x, int *done,
+                    mq_error *err);
+/* Room for what will be summed up of a layer, before its rows take the rest. */
+void mq_sums_begin(mq_device *device, const mq_run *run, const mq_layer *layer, mq_point *const *points, size_t count);
+/* All sums to their calibrators. */
+int mq_sums_take(mq_device *device, mq_error *err);
+void mq_sums_drop(mq_device *device);
 
 /* ---- device_layer.c ---- */
 

@@ -575,8 +575,9 @@ static PyGetSetDef properties[] = {
     {"layers", runtime_layers, NULL, "Number of decoder layers.", NULL},
     {"config", runtime_config, NULL, "The numbers in use, defaults filled in.", NULL},
     {"device", mq_runtime_device, NULL,
-     "None, or {'memory', 'peak', 'backward'} of the device that computes layers: bytes, and whether gradients go back "
-     "there.",
+     "None, or what is known of the device that computes layers: 'memory' and 'peak', bytes that may be used and that "
+     "were; 'copied', how many tensors came to the CPU for statistics, for want of room; 'backward', whether gradients "
+     "go back there; 'products'.",
      NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
