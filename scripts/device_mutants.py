@@ -1,5 +1,5 @@
-"""Takes the waits between the streams of a device's runtime (csrc/backend/device_*.c) out, one at a time, and sees whether the tests notice,
-whose streams do nothing before they must. Prints a line for each; exit code 1 if one was not noticed.
+"""Takes the waits between the streams of a device's runtime (csrc/backend/device_*.c) out, one at a time, and sees whether the tests
+notice, whose streams do nothing before they must. Prints a line for each; exit code 1 if one was not noticed.
 
     python scripts/device_mutants.py [FILE ...]      of these files alone
 """
@@ -27,9 +27,9 @@ def function_of(text: str, place: int) -> str:
     return re.findall(r"^(?:static )?(?:\w+ \**)+(\w+)\(", text[:place], flags=re.M)[-1]
 
 
-def waits(files: list[str]) -> list[tuple[Path, re.Match[str]]]:
+def waits(tree: Path, files: list[str]) -> list[tuple[Path, re.Match[str]]]:
     found = []
-    for path in sorted((ROOT / "csrc/backend").glob("device*.c")):
+    for path in sorted((tree / "csrc/backend").glob("device*.c")):
         text = path.read_text()
         found += [(path, match) for match in WAIT.finditer(text)
                   if (not files or path.name in files) and function_of(text, match.start()) not in REDUNDANT]
@@ -37,8 +37,8 @@ def waits(files: list[str]) -> list[tuple[Path, re.Match[str]]]:
 
 
 def built(tree: Path) -> None:
-    environment = {**os.environ, "MODELQ_TESTING": "1"}
-    done = subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=tree, env=environment, capture_output=True, text=True)
+    command, environment = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], {**os.environ, "MODELQ_TESTING": "1"}
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(done.stderr)
 
@@ -62,14 +62,14 @@ def main() -> int:
         built(tree)
         if is_noticed(tree, library):
             raise RuntimeError("the tests fail as it is")
-        for path, match in waits(sys.argv[1:]):
-            text, copy = path.read_text(), tree / path.relative_to(ROOT)
-            copy.write_text(text[:match.start()] + "MQ_OK" + text[match.end():])
+        for path, match in waits(tree, sys.argv[1:]):
+            text = path.read_text()
+            path.write_text(text[:match.start()] + "MQ_OK" + text[match.end():])
             built(tree)
             noticed = is_noticed(tree, library)
-            copy.write_text(text)
+            path.write_text(text)
             missed += not noticed
-            where = f"{path.relative_to(ROOT)}:{text.count(chr(10), 0, match.start()) + 1} {function_of(text, match.start())}"
+            where = f"{path.relative_to(tree)}:{text.count(chr(10), 0, match.start()) + 1} {function_of(text, match.start())}"
             print(f"{where} {'noticed' if noticed else 'NOT NOTICED'}", flush=True)
     return int(missed > 0)
 
