@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def ahead_of(model: Model, layer: int | None, expert: int | None, parts: bool) -> Callable[[], None] | None:
     """What `Run.layer` and `Run.expert` are to call while they wait: it has the weights of a layer, or of one of its experts, come. None:
-    nothing comes, or there is no device. parts: weights will be loaded as `streaming.read_for_products` reads them, else as `read` does."""
+    nothing comes, or there is no device. parts: packed weights will be loaded by their parts, as `streaming.read_stored` reads them."""
     if layer is None or model.runtime.device is None:
         return None
     return lambda: _begin(model, layer, expert, parts)
@@ -30,7 +30,7 @@ def _begin(model: Model, layer: int, expert: int | None, parts: bool) -> None:
     for module in model.modules_of(layer, expert):
         if module["kind"] != "linear":
             continue
-        found = (_to_be_quantized(model, module) or streaming.stored(model, module)) if parts else None
+        found = _for_products(model, module) if parts else None
         if found is None and streaming.is_read_as_stored(model, module):
             found = _kept(model, module["weight"])
         if found is not None:
@@ -41,12 +41,19 @@ def _begin(model: Model, layer: int, expert: int | None, parts: bool) -> None:
         forget_arrays(model)
 
 
-def _to_be_quantized(model: Model, module: dict[str, Any]) -> Any:
-    """As `streaming.unquantized`, where the numbers are the checkpoint's own."""
+def _for_products(model: Model, module: dict[str, Any]) -> Any:
+    """A weight as `streaming.read_for_products` gives it, if what is sent is the checkpoint's memory, or what `compress` holds."""
     from modelq import streaming
 
-    found = streaming.unquantized(model, module)
-    return None if found is None or found[0].flags.writeable else found
+    name, weight = module["name"], module["weight"]
+    packed = model.packed.get(name) or getattr(model.checkpoint, "layers", {}).get(name)
+    if packed is not None and packed.form.fp8_stage:
+        return None
+    if streaming.is_quantized_there(model, module) and name not in model.kept_blocks:
+        raw = _kept(model, weight)
+        found = streaming.unquantized(model, module, raw)
+        return found if found is not None and found[0] is raw else None
+    return streaming.stored(model, module)
 
 
 def _kept(model: Model, name: str) -> np.ndarray:

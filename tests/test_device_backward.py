@@ -1,6 +1,7 @@
 """Gradients on a device (csrc/backend/device_backward*.c): transformers', and the CPU's. The device is the emulated library's, as in
 test_device.py."""
 import ctypes
+import json
 
 import numpy as np
 import pytest
@@ -11,8 +12,11 @@ import modelq.gradients
 import modelq.quantization as mtq
 from cuda_library import library_to_test
 from modelq import _core, cuda
+from modelq.checkpoint.config import runtime_config
 from modelq.gradients import backward
 from test_backward import NAMES, RELATIVE, SCORES, Golden, gradients_of, quantized_model, score
+from test_nemotron import BLOCKS
+from test_nemotron import config as nemotron
 
 PLACE = {"device": "cuda", "device_memory": "64MiB"}
 SMALL = {"device": "cuda", "device_memory": 3_000_000}      # rows come in several chunks
@@ -63,6 +67,44 @@ def test_gradients_in_bfloat16_are_the_cpus(name):
     check({key: found[key] for key in found if key in case.names}, {key: expected[key] for key in expected if key in case.names}, 0.05)
 
 
+BASE = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-5, "rope_theta": 1e4, "max_position_embeddings": 64, "tie_word_embeddings": False, "hidden_act": "silu",
+        "dtype": "float32"}
+FAMILIES = {        # norms behind the halves; linears fused into one, with a window; layers that lack a half, or have a linear there
+    "olmo2": BASE | {"model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"], "attention_bias": False},
+    "phi3": BASE | {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "sliding_window": 6, "partial_rotary_factor": 0.5},
+    "nemotron": nemotron(BLOCKS),
+}
+
+
+def random_model(folder, config):
+    """A checkpoint of random weights."""
+    rng, tensors = np.random.default_rng(1), {}
+    for module in _core.Runtime(*runtime_config(config), "float32").modules:
+        for name, shape in ((module["weight"], module["shape"]), (module["bias"], module["shape"][:1])):
+            if name is not None:
+                tensors[name] = (rng.standard_normal(shape) * 0.2 + (len(shape) == 1)).astype(np.float32)
+    (folder / "config.json").write_text(json.dumps(config))
+    golden_data.write_safetensors(folder / "model.safetensors", tensors)
+    return folder
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_have_the_cpus_gradients(name, tmp_path):
+    """Padded on either side; what each linear puts out is looked at, too."""
+    folder, results = random_model(tmp_path, FAMILIES[name]), []
+    ids = RNG.integers(0, FAMILIES[name]["vocab_size"], (2, 3, 14))
+    masks = np.stack([np.arange(14) >= np.array([[0], [3], [6]]), np.arange(14) < np.array([[14], [11], [5]])])
+    for place in ({}, PLACE):
+        model, looks = modelq.load(folder, compute="float32", **place), {}
+        observers = {module["name"]: _core.OutputGradient(84, module["shape"][0]) for module in model.modules if module["kind"] == "linear"}
+        found = backward(model, [{"input_ids": batch, "attention_mask": mask} for batch, mask in zip(ids, masks)],
+                         [module[kind] for module in model.modules for kind in ("weight", "bias") if module[kind] is not None],
+                         observers, look=lambda layer, back: looks.update({f"{layer} {i}": back.gradient(i) for i in range(2)}))
+        results.append(found.weights | looks | {name: observer.array for name, observer in observers.items()})
+    check(results[1], results[0], RELATIVE)
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen3moe"])
 @pytest.mark.parametrize("streams", ["at once", "late", "random"])
 def test_several_chunks_on_streams_that_are_late(name, streams, monkeypatch):
@@ -107,8 +149,8 @@ def test_a_vocabulary_of_many_slices():
 
 # ---- observers ----
 
-@pytest.mark.parametrize("preset, compute, tolerance", [("INT4_AWQ_CFG", "float32", 1e-5), ("FP8_DEFAULT_CFG", "float32", 1e-3)])
-@pytest.mark.parametrize("name", ["llama", "qwen3moe"])
+@pytest.mark.parametrize("name, preset, compute, tolerance", [("llama", "INT4_AWQ_CFG", "float32", 1e-5),
+                                                              ("qwen3moe", "FP8_DEFAULT_CFG", "float32", 1e-3)])
 def test_scores_equal_model_optimizers(name, preset, compute, tolerance):
     """As test_backward.py has it for the CPU."""
     calib = golden_data.Model(name).calib
@@ -141,6 +183,24 @@ def test_a_search_on_the_device_chooses_what_the_cpus_does(name):
     assert str(states[0]["best"]["recipe"]) == str(states[1]["best"]["recipe"])
 
 
+def test_scores_are_made_on_the_device(emulated):
+    """A launch that fails says whose it was: among others, the kernel's that scores are made by."""
+    shim = ctypes.CDLL(str(emulated))
+    if not shim.mq_cuda_is_emulated():
+        pytest.skip("only the shim can make a launch fail")
+    model, failed = modelq.load(golden_data.Model("llama").source, compute="float32", **PLACE), set()
+    tensors = model.checkpoint.tensors
+    head = model.checkpoint.read("lm_head.weight" if "lm_head.weight" in tensors else "model.embed_tokens.weight")
+    for launch in range(70, 120):       # scores of lm_head come before all layers
+        shim.mq_shim_fail_launch(launch, 9)
+        with pytest.raises((ValueError, RuntimeError)) as error:
+            backward(model, [IDS[1]], observers={"lm_head": _core.OutputScore([head])})
+        failed.add(str(error.value).split("kernel ")[-1].split(",")[0])
+        if "score" in failed:
+            break
+    assert "score" in failed
+
+
 # ---- memory and errors ----
 
 def test_a_sequence_that_does_not_fit(tiny_checkpoint):
@@ -149,7 +209,12 @@ def test_a_sequence_that_does_not_fit(tiny_checkpoint):
     with pytest.raises(MemoryError, match=r"out of device memory: a sequence of 150 tokens needs .* sequences of (\d+) tokens fit") as error:
         backward(model, [RNG.integers(0, 200, (1, 150))])
     fits = int(str(error.value).split("sequences of ")[1].split(" tokens")[0])
-    assert 30 < fits < 150 and np.isfinite(backward(model, [RNG.integers(0, 200, (1, fits))]).losses[0])
+    name, ids = "model.layers.1.mlp.up_proj", [RNG.integers(0, 200, (1, fits))]
+    weight = np.zeros_like(model.checkpoint.read(f"{name}.weight"), np.float32)
+    here, there = _core.OutputScore([weight]), _core.OutputScore([weight])
+    backward(model, ids, observers={name: there})       # for whose candidate there is no room: it is the host's
+    backward(modelq.load(tiny_checkpoint, compute="float32"), ids, observers={name: here})
+    assert 30 < fits < 150 and there.scores[0] == pytest.approx(here.scores[0], rel=1e-4) and here.scores[0] > 0
 
 
 def test_a_kernel_that_fails_is_named_and_the_model_goes_on(emulated):

@@ -18,8 +18,7 @@ from modelq.cuda import CudaUnavailable
 from modelq.nn import TensorQuantizer
 from test_oom import every_allocation_fails
 
-pytestmark = [pytest.mark.skipif("MODELQ_CUDA_LIBRARY" in os.environ, reason="only the shim can be told to fail"),
-              pytest.mark.filterwarnings("ignore:gptq. the Gram matrix")]
+pytestmark = [pytest.mark.emulated, pytest.mark.filterwarnings("ignore:gptq. the Gram matrix")]
 IDS = np.random.default_rng(0).integers(0, 200, (2, 6))
 EVERY = os.environ.get("MODELQ_EVERY_FAULT") == "1"
 SAID = (r"out of device memory: .* for |cuda[A-Z]\w+( of \d+ bytes from .*)?: |cublasLt\w+.*: |CUDA kernel \w+, grid .*: |"

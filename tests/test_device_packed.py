@@ -19,6 +19,7 @@ import modelq.quantization as mtq
 from modelq import cuda, streaming
 from modelq.devices import placement_of
 from modelq.export import export_hf_checkpoint
+from modelq.inputs import make_batch
 
 FAMILIES = Path(__file__).parent / "data" / "families"
 RNG = np.random.default_rng(0)
@@ -171,11 +172,11 @@ def test_simulated_models_are_quantized_there(llama, emulated, name):
     emulated(100)
     for memory in (ENOUGH, 3_500_000):      # in one piece or several
         there(model, memory)
-        unquantized = [streaming.unquantized(model, row) for row in model.modules]
+        there_too = [streaming.is_quantized_there(model, row) for row in model.modules]
         model.runtime.use_device(None)
         found, products, _ = on_device(model, memory)
         assert products == {path_of(name, 100) if name in FORMATS else next(iter(products)): products_of(model)}
-        assert sum(row is not None for row in unquantized) == products_of(model, 1)
+        assert sum(there_too) == products_of(model, 1)
         mtq.compress(model)
         expected, same, _ = on_device(model, memory)
         model.packed = {}
@@ -406,3 +407,49 @@ def test_what_is_said_of_numbers_is_checked(llama, emulated):
     model.runtime.use_device(None)      # the CPU makes the numbers itself
     model.runtime.load_layer(0, tensors)
     model.runtime.load_layer(0, {**tensors, name: (numbers.astype(np.float32), scheme, dtype, size, (amax, blocks, divisor))})
+
+
+# ---- what travels ----
+
+@pytest.fixture
+def trace(emulated):
+    shim = ctypes.CDLL(str(library_to_test()))
+    shim.mq_shim_trace.restype = ctypes.c_char_p
+
+    def sent(model, layer, following=None):
+        """Bytes of weights that were sent during a layer."""
+        shim.mq_shim_trace(1)
+        streaming.run_layer(model, model.run, layer, following=following)
+        calls = [line.split() for line in shim.mq_shim_trace(0).decode().splitlines()]
+        return sum(int(nbytes) for what, stream, nbytes in calls if what == "send" and int(stream) == model.copies)
+
+    def begin(model):
+        shim.mq_shim_trace(1)
+        there(model)
+        streams = [int(line.split()[1]) for line in shim.mq_shim_trace(0).decode().splitlines() if line.startswith("stream ")]
+        model.copies = streams[1]
+        model.run = streaming.start(model, [make_batch(model.vocab_size, IDS[0])])
+        return sent
+    yield begin
+    shim.mq_shim_trace(0)
+
+
+@pytest.mark.parametrize("name, bits", [("fp8", 8), ("nvfp4", 4.5), ("int4", 4.25), ("mxfp8", 8.25), ("int8", 8), ("w4a8", 16)])
+@pytest.mark.parametrize("compressed", [True, False])
+def test_what_travels(llama, emulated, trace, name, bits, compressed):
+    """The packed bytes of a compressed model; of a simulated one the checkpoint's. Both come ahead, where they are no new memory each time."""
+    emulated(100)
+    model = quantized(llama, FORMATS[name][0], "bfloat16")
+    linears = [row for row in model.modules_of(1) if row["kind"] == "linear"]
+    numbers = sum(row["shape"][0] * row["shape"][1] for row in linears)
+    if compressed:
+        mtq.compress(model)
+        bits = 8 if name == "w4a8" else bits        # INT4 that is FP8 afterwards travels as that
+    weights, sent = numbers * (bits if compressed else 16) / 8, trace(model)
+    scales = 4 * sum(row["shape"][0] * (4 if name == "int4" else 1) for row in linears) + 4096    # maxima, scales of rows, norms
+    first, second = sent(model, 0, following=1), sent(model, 1)
+    assert weights <= first + second - weights <= weights + 2 * scales
+    if name == "w4a8":                              # made anew at every reading
+        assert second >= weights
+    else:
+        assert second < weights / 4

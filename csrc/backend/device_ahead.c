@@ -5,48 +5,50 @@
 #include "backend/device_parts.h"
 #include "core/alloc.h"
 
-static void note_numbers(mq_weight_source *source, const mq_tensor *tensor)
+static void note_tensor(mq_weight_source *source, const mq_tensor *tensor)
 {
     source->memory[0] = tensor->data;
-    source->numbers = (int)tensor->dtype + 1;
+    source->dtype = (int)tensor->dtype;
     for (int i = 0; i < tensor->ndim; i++) source->stride[i] = tensor->stride[i];
 }
 
-/* FNV-1a (Fowler, Noll and Vo), by words: amax are others' memory, and few beside the weight's numbers. */
-static uint64_t digest_of(uint64_t digest, const float *values, int64_t count)
+/* FNV-1a, of 64 bits. */
+static uint64_t hash_of(uint64_t hash, const void *data, size_t nbytes)
 {
-    for (int64_t i = 0; values != NULL && i < count; i++) {
-        uint32_t bits;
-        memcpy(&bits, &values[i], sizeof bits);
-        digest = (digest ^ bits) * 0x100000001b3u;
-    }
-    return (digest ^ (uint64_t)count) * 0x100000001b3u;
+    const uint8_t *bytes = data;
+    for (size_t i = 0; i < nbytes; i++) hash = (hash ^ bytes[i]) * 0x100000001b3u;
+    return hash;
 }
 
-static void note_stored(mq_weight_source *source, const mq_stored_weight *stored)
+static uint64_t scaling_of(const mq_block_job *job)
 {
-    const mq_block_job *job = &stored->job;
-    if (stored->numbers.data != NULL) {
-        note_numbers(source, &stored->numbers);
-    } else {
-        source->memory[0] = stored->parts.weight.data;
-        source->memory[1] = stored->parts.scale.data;
-        source->memory[2] = stored->parts.has_scale_2 ? stored->parts.scale_2.data : NULL;
-    }
-    source->scheme = (int)job->scheme + 1;
-    source->dtype = (int)stored->dtype;
-    source->block_cols = job->block_cols;
-    source->second_divisor = job->second_divisor;
-    source->scaling = digest_of(0xcbf29ce484222325u, job->amax, job->amax != NULL ? job->amax_count : -1);
-    source->scaling = digest_of(source->scaling, job->block_amax, job->block_amax != NULL ? job->block_amax_count : -1);
+    uint64_t hash = hash_of(0xcbf29ce484222325u, &job->second_divisor, sizeof job->second_divisor);
+    if (job->amax != NULL) hash = hash_of(hash + 1, job->amax, (size_t)job->amax_count * sizeof(float));
+    if (job->block_amax != NULL)
+        hash = hash_of(hash + 2, job->block_amax, (size_t)job->block_amax_count * sizeof(float));
+    return hash;
 }
 
 static mq_weight_source source_of(const mq_named_tensor *weight, const mq_tensor *bias)
 {
     mq_weight_source source;
     memset(&source, 0, sizeof source);      /* they are compared byte by byte */
-    if (weight->stored == NULL) note_numbers(&source, &weight->tensor);
-    else note_stored(&source, weight->stored);
+    const mq_stored_weight *stored = weight->stored;
+    if (stored == NULL) {
+        note_tensor(&source, &weight->tensor);
+    } else {
+        source.scheme = (int)stored->job.scheme + 1;
+        source.block_cols = stored->job.block_cols;
+        source.rounded = (int)stored->dtype;
+    }
+    if (stored != NULL && stored->numbers.data != NULL) {
+        note_tensor(&source, &stored->numbers);
+        source.scaling = scaling_of(&stored->job);
+    } else if (stored != NULL) {
+        source.memory[0] = stored->parts.weight.data;
+        source.memory[1] = stored->parts.scale.data;
+        source.memory[2] = stored->parts.has_scale_2 ? stored->parts.scale_2.data : NULL;
+    }
     source.memory[3] = bias != NULL ? bias->data : NULL;
     return source;
 }

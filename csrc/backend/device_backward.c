@@ -105,6 +105,22 @@ static void cut_gradients_of_weights(mq_arena *arena, const mq_device_back_room 
     if (sizes->size < sizeof(float)) out->single = singles(arena, sizes, sizes->widest_in);
 }
 
+/* For the scores of the layer's linears. */
+static void cut_scores(mq_arena *arena, const mq_device_back_room *room, const back_sizes *sizes,
+                       mq_device_back_scratch *out)
+{
+    mq_device_score_sizes scores = {.rows = sizes->rows, .columns = sizes->widest_in, .outputs = sizes->widest_out,
+                                    .size = sizes->size, .output_size = sizes->size};
+    for (int role = 0; role < MQ_ROLE_COUNT && room->layer != NULL; role++) {
+        const mq_linear *linear = &room->layer->linears[role];
+        const mq_output_score *score = mq_output_score_of(linear->observer);
+        if (score == NULL) continue;
+        scores.candidates = MQ_MAX(scores.candidates, (int64_t)score->count);
+        scores.nbytes = MQ_MAX(scores.nbytes, (size_t)(linear->rows * linear->cols) * sizes->size);
+    }
+    if (scores.candidates > 0) mq_device_cut_scores(arena, &scores, &out->scores);
+}
+
 /* What both halves need, and the places of rows that come and go. */
 static void cut_rows(mq_arena *arena, const mq_device_back_room *room, const back_sizes *sizes, int64_t longest,
                      mq_device_back_scratch *out)
@@ -125,6 +141,7 @@ static void cut_rows(mq_arena *arena, const mq_device_back_room *room, const bac
     }
     if (sizes->size < sizeof(float)) out->rounded = activations(arena, sizes, sizes->widest_out);
     cut_gradients_of_weights(arena, room, sizes, out);
+    cut_scores(arena, room, sizes, out);
     if (room->experts_only) return;
     for (int64_t i = 0; i < run->runtime->config.num_hidden_layers; i++)
         table = MQ_MAX(table, table_nbytes(table_of(room, &run->runtime->layers[i], longest)));
@@ -205,11 +222,19 @@ static size_t needed(const void *context, int64_t rows, int64_t longest)
 
 int mq_device_back_reserve(const mq_device_back_room *room, int64_t rows, int64_t longest, mq_device_back *out)
 {
-    const mq_device_need need = {needed, room};
+    mq_device_back_room without = *room;        /* scores, which can be on the host */
+    const mq_device_need need = {needed, room}, least = {needed, &without};
     mq_device *device = room->device;
-    const int rc = mq_device_fit(device, &need, &rows, longest, out->err);
+    int64_t fit = rows;
+    int rc = mq_device_fit(device, &need, &fit, longest, out->err);
+    without.layer = NULL;
+    if (rc == MQ_ERR_MEMORY && room->layer != NULL) {
+        fit = rows;
+        rc = mq_device_fit(device, &least, &fit, longest, out->err);
+        room = &without;
+    }
     if (rc != MQ_OK) return rc;
-    cut(&device->work, room, rows, longest, out->scratch);
+    cut(&device->work, room, fit, longest, out->scratch);
     if (out->scratch->piece == NULL) return MQ_OK;
     const size_t nbytes = (size_t)out->scratch->piece_count * sizeof(float);
     out->fetched = mq_alloc(nbytes);
@@ -351,7 +376,7 @@ int mq_device_back_layer(mq_elsewhere *self, mq_backward *back, int64_t layer, c
 {
     mq_device *device = (mq_device *)(void *)self;
     const mq_layer_context context = mq_run_context(back->run);
-    const mq_device_back_room room = {.device = device, .back = back};
+    const mq_device_back_room room = {.device = device, .back = back, .layer = &back->run->runtime->layers[layer]};
     mq_device_back_scratch scratch = {0};
     back_chunks all = {
         .input = input, .it = {.device = device, .back = back, .layer = &back->run->runtime->layers[layer],

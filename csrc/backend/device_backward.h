@@ -8,6 +8,14 @@
 
 #include "backend/device_parts.h"
 #include "model/backward.h"
+#include "model/score.h"
+
+/* Room for what a candidate makes of a linear's input (model/score.h). */
+typedef struct mq_device_scores {
+    int64_t count;                              /* of candidates; 0 = there is no room */
+    void *weight, *bias, *input, *output;       /* (O, I), (O), (n, I), (n, O) */
+    double *sums;                               /* (count, n) */
+} mq_device_scores;
 
 /* The device's memory for one chunk, cut from mq_device.work. What only attention needs on its way back and what the
  * other half needs are in one place. n: rows; in dtype or (d_...) float32. */
@@ -25,6 +33,7 @@ typedef struct mq_device_back_scratch {
     int64_t piece_count;
     void *sums;                                 /* workspace of sums over rows */
     size_t sums_nbytes;
+    mq_device_scores scores;
     void *attention;
     size_t attention_nbytes;
     float *d_normed, *d_q, *d_k, *d_v, *d_joined, *d_mixed, *d_attended;
@@ -83,10 +92,18 @@ int mq_device_back_fetch(const mq_device_back *it, float *to, int64_t rows, int6
 int mq_device_back_weight(const mq_device_back *it, float *to, const float *d_out, int64_t rows, const void *in,
                           int64_t columns);
 
-/* ---- device_observe.c ---- */
+/* ---- device_observe.c, device_score.c ---- */
 
 /* observed: pointers are the device's. The observer is shown it where it is, or a copy on the host. */
 int mq_device_observe(const mq_device_back *it, mq_observer *observer, const mq_observed *observed);
+/* What OutputScores look at is scored on the device, if there is room: for linears up to [outputs, columns] of which
+ * nbytes are the largest weight. */
+typedef struct mq_device_score_sizes {
+    int64_t rows, columns, outputs, candidates;
+    size_t nbytes, size, output_size;           /* sizes: of an element of inputs and weights, and of outputs */
+} mq_device_score_sizes;
+void mq_device_cut_scores(mq_arena *arena, const mq_device_score_sizes *sizes, mq_device_scores *out);
+int mq_device_score(const mq_device_back *it, mq_output_score *score, const mq_observed *observed);
 
 /* ---- device_backward_attention.c, device_backward_mlp.c ---- */
 
@@ -99,10 +116,12 @@ int mq_device_other_half(const mq_device_back *it);
 
 /* ---- device_backward.c ---- */
 
-/* Room for chunks; experts_only: of rows of one expert, without attention. */
+/* Room for chunks; layer: whose observers need some, too, NULL = none; experts_only: of rows of one expert, without
+ * attention. */
 typedef struct mq_device_back_room {
     mq_device *device;
     const mq_backward *back;
+    mq_layer *layer;
     int experts_only;
 } mq_device_back_room;
 int mq_device_back_reserve(const mq_device_back_room *room, int64_t rows, int64_t longest, mq_device_back *out);

@@ -11,6 +11,7 @@ typedef struct head {
     const mq_back_head_request *request;
     mq_device_back_scratch scratch;
     int64_t most;                   /* rows that there is room for */
+    int scores;                     /* and whether for candidates' logits, if they are scored */
     mq_cuda_matrix weight;          /* (width, C): of the slice */
     int64_t first, width;           /* of the slice */
     float *norm;                    /* (C) */
@@ -40,6 +41,12 @@ static size_t cut(head *it, mq_arena *arena, int64_t rows)
     const int apart = runtime_of(it)->head_observer != NULL || mq_logits_change(&runtime_of(it)->config);
     const mq_cuda_norm_job norm = {.x = {NULL, runtime_of(it)->dtype, rows, hidden, hidden}, .heads = 1,
                                    .d_weight = (float *)&size};
+    const mq_output_score *score = mq_output_score_of(runtime_of(it)->head_observer);
+    const mq_device_score_sizes scores = {
+        .rows = rows, .columns = hidden, .outputs = slice,
+        .candidates = score != NULL && it->scores ? (int64_t)score->count : 0,
+        .nbytes = (size_t)(slice * hidden) * size, .size = size, .output_size = sizeof(float),
+    };
     mq_device_back_scratch *scratch = &it->scratch;
     arena->used = 0;
     it->norm = mq_arena_take(arena, (size_t)hidden * sizeof *it->norm);
@@ -58,7 +65,18 @@ static size_t cut(head *it, mq_arena *arena, int64_t rows)
     scratch->piece = mq_arena_take(arena, (size_t)scratch->piece_count * sizeof(float));
     scratch->sums_nbytes = wanted ? it->it.device->backend->rmsnorm_workspace(&norm) : 0;
     scratch->sums = mq_arena_take(arena, scratch->sums_nbytes);
+    scratch->scores = (mq_device_scores){0};
+    if (scores.candidates > 0) mq_device_cut_scores(arena, &scores, &scratch->scores);
     return arena->used;
+}
+
+/* As many rows as there is room for, if there is any for the fewest that are tried. */
+static int64_t fit(head *it, size_t room)
+{
+    mq_arena none = {0};
+    int64_t rows = MQ_MIN(it->it.back->run->rows, (int64_t)MQ_CHUNK_ROWS * 4);
+    while (rows > LEAST_ROWS && cut(it, &none, rows) > room) rows = rows / 4 * 3;
+    return rows;
 }
 
 static int reserve(head *it)
@@ -66,8 +84,12 @@ static int reserve(head *it)
     mq_device *device = it->it.device;
     const size_t room = mq_device_available(device, &device->work);
     mq_arena none = {0};
-    int64_t rows = MQ_MIN(it->it.back->run->rows, (int64_t)MQ_CHUNK_ROWS * 4);
-    while (rows > LEAST_ROWS && cut(it, &none, rows) > room) rows = rows / 4 * 3;
+    it->scores = 1;
+    int64_t rows = fit(it, room);
+    if (cut(it, &none, rows) > room) {
+        it->scores = 0;             /* they can be made on the host */
+        rows = fit(it, room);
+    }
     it->most = rows;
     const int rc = mq_arena_reserve(device, &device->work, cut(it, &none, rows), "rows on their way back from lm_head",
                                     it->it.err);

@@ -26,11 +26,10 @@ typedef struct mq_device_linear {
 typedef struct mq_weight_source {
     const void *memory[4];      /* of numbers or codes, scales, second scales, bias; [0] NULL = not known */
     int64_t stride[MQ_MAX_NDIM];
-    uint64_t scaling;           /* a digest of the values that numbers are quantized by */
     int64_t block_cols;
-    float second_divisor;
-    int numbers;                /* their dtype + 1; 0 = there are codes */
-    int dtype, scheme;          /* scheme: 0 = none, dtype neither */
+    int dtype, scheme;          /* scheme: 0 = none */
+    int rounded;                /* what a scheme's numbers are rounded to */
+    uint64_t scaling;           /* of numbers that are yet to be quantized: a hash of what scales them */
 } mq_weight_source;
 
 /* The part that is sent before it is wanted. */

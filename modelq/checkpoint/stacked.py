@@ -68,9 +68,9 @@ def stack_of(name: str, layout: str, width: int = 1) -> Place | None:
 
 
 def container_of(module: str) -> str:
-    """What an export's config calls an expert's linear."""
+    """What an export's config calls an expert's linear; and Granite's router, whose weight is a part of it on the Hub alone."""
     match = _LINEAR.fullmatch(module)
-    return module if match is None else f"{match[1]}*"
+    return module.removesuffix(".layer") if match is None else f"{match[1]}*"
 
 
 class StackedExperts(WrappedCheckpoint):

@@ -18,13 +18,15 @@ from micro_models import BASE, HEAD, MODELS, inputs      # noqa: E402
 
 WIDE = BASE | {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 128}
+LATENT = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16,
+          "moe_intermediate_size": 128, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
 # what micro_models' families have otherwise here
 OTHERWISE = {
     "granite": {}, "olmo2": {}, "phi3": {}, "gemma2": {}, "gemma3": {}, "gpt_oss": {"intermediate_size": 64},
     "qwen2_moe": EXPERTS | {"shared_expert_intermediate_size": 64, "num_experts": 4},
     "llama4": {"intermediate_size": 32, "intermediate_size_mlp": 64, "num_hidden_layers": 4},
-    "deepseek_v3": {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16,
-                    "moe_intermediate_size": 128, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1},
+    "granitemoe": {"num_local_experts": 4, "intermediate_size": 128, "residual_multiplier": 0.6},    # with 0.4 a token is between experts
+    "deepseek_v2": LATENT, "deepseek_v3": LATENT,
 }
 # family -> (config class, its arguments)
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -38,7 +40,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
                                 **other}) for name, other in OTHERWISE.items()},
 }
 STACKED = ("gpt_oss", "llama4")     # experts in one tensor
-WITH_EXPERTS = (*STACKED, "mixtral", "qwen3_moe", "qwen2_moe", "deepseek_v3")
+WITH_EXPERTS = (*STACKED, "mixtral", "qwen3_moe", "qwen2_moe", "granitemoe", "deepseek_v2", "deepseek_v3")
 
 # "A+B": with B's rules, for the KV cache, behind A's. EXACT: weights and their scales equal the reference's to the byte.
 EXACT = ("FP8_DEFAULT_CFG", "FP8_DEFAULT_CFG+FP8_KV_CFG", "NVFP4_DEFAULT_CFG", "NVFP4_DEFAULT_CFG+NVFP4_KV_CFG", "W4A16_NVFP4_CFG",
