@@ -27,7 +27,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc cuda modelq -name '*.c' -o 
 # Objects are kept between builds, what they were linked and copied into is not: a file that was removed must not stay in a wheel.
 INSTALL := rm -rf build/*/lib* && $(VENV)/bin/python -m pip install --quiet --no-build-isolation
 # Tests that no kernel takes part in.
-NOT_ISA := --ignore-glob='tests/test_cuda_*.py' $(patsubst %,--ignore=tests/test_%.py,bench_command cli cli_consistency cli_dry_run data dataset_utils device dlpack docstrings gguf import interrupted lint notebooks oom pickles progress readme report safetensors stubs threads unwritable writer)
+NOT_ISA := --ignore-glob='tests/test_cuda_*.py' --ignore-glob='tests/test_device_*.py' $(patsubst %,--ignore=tests/test_%.py,bench_command cli cli_consistency cli_dry_run data dataset_utils device dlpack docstrings gguf import interrupted lint notebooks oom pickles progress readme report safetensors stubs threads unwritable writer)
 TEST_ENV := $(if $(GOLDEN),MODELQ_GOLDEN=$(abspath $(GOLDEN)))
 
 # Everything but the demo is built with modelq._testing, and its tests then may not skip for want of it.

@@ -30,7 +30,7 @@ def _begin(model: Model, layer: int, expert: int | None, parts: bool) -> None:
     for module in model.modules_of(layer, expert):
         if module["kind"] != "linear":
             continue
-        found = streaming.stored(model, module) if parts else None
+        found = _for_products(model, module) if parts else None
         if found is None and streaming.is_read_as_stored(model, module):
             found = _kept(model, module["weight"])
         if found is not None:
@@ -39,6 +39,21 @@ def _begin(model: Model, layer: int, expert: int | None, parts: bool) -> None:
                 tensors[module["bias"]] = _kept(model, module["bias"])
     if not tensors or not model.runtime.begin_ahead(layer, expert, tensors):
         forget_arrays(model)
+
+
+def _for_products(model: Model, module: dict[str, Any]) -> Any:
+    """A weight as `streaming.read_for_products` gives it, if what is sent is the checkpoint's memory, or what `compress` holds."""
+    from modelq import streaming
+
+    name, weight = module["name"], module["weight"]
+    packed = model.packed.get(name) or getattr(model.checkpoint, "layers", {}).get(name)
+    if packed is not None and packed.form.fp8_stage:
+        return None
+    if streaming.is_quantized_there(model, module) and name not in model.kept_blocks:
+        raw = _kept(model, weight)
+        found = streaming.unquantized(model, module, raw)
+        return found if found is not None and found[0] is raw else None
+    return streaming.stored(model, module)
 
 
 def _kept(model: Model, name: str) -> np.ndarray:

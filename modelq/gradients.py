@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from modelq import streaming
+from modelq.ahead import ahead_of, forget_ahead
 from modelq.boundaries import Boundaries
 from modelq.devices import on_cpu
 from modelq.inputs import Batch, groups, make_batch
@@ -142,24 +143,31 @@ def _layer(model: Model, back: Any, layer: int, state: np.ndarray, visitor: Visi
         part = Part(layer, None, modules, streaming.read(model, names, modules))
         if visitor is not None:
             visitor.enter(part)
-        tokens: np.ndarray | None = back.layer(layer, state, part.tensors)
-        for expert, (count, counted) in enumerate(() if tokens is None else tokens.tolist()):
-            if count:
-                _expert(model, back, layer, expert, counted, visitor)
+        before = layer - 1 if layer > 0 else None
+        ahead = ahead_of(model, layer, 0, False) if model.runtime.experts(layer) else ahead_of(model, before, None, False)
+        tokens: np.ndarray | None = back.layer(layer, state, part.tensors, ahead)
+        counts = {} if tokens is None else {expert: counted for expert, (count, counted) in enumerate(tokens.tolist()) if count}
+        for (expert, counted), then in zip(counts.items(), [*list(counts)[1:], None]):
+            ahead = ahead_of(model, before, None, False) if then is None else ahead_of(model, layer, then, False)
+            _expert(model, back, layer, expert, counted, visitor, ahead)
         if visitor is not None:
             visitor.leave(part)
+    except BaseException:
+        forget_ahead(model)
+        raise
     finally:
         model.runtime.drop_layer(layer)
         model.checkpoint.release(names)
 
 
-def _expert(model: Model, back: Any, layer: int, expert: int, counted: int, visitor: Visitor | None) -> None:
+def _expert(model: Model, back: Any, layer: int, expert: int, counted: int, visitor: Visitor | None,
+            ahead: Callable[[], None] | None) -> None:
     names, modules = model.runtime.expert_tensors(layer, expert), model.modules_of(layer, expert)
     try:
         part = Part(layer, expert, modules, streaming.read(model, names, modules), counted)
         if visitor is not None:
             visitor.enter(part)
-        back.expert(layer, expert, part.tensors)
+        back.expert(layer, expert, part.tensors, ahead)
         if visitor is not None:
             visitor.leave(part)
     finally:

@@ -12,14 +12,13 @@ import numpy as np
 
 from modelq import _core
 from modelq.ahead import ahead_of, forget_ahead, take_read
-from modelq.experts import own_part, place_of, quantizer_of
+from modelq.experts import quantizer_of
 from modelq.groups import pair_of
 from modelq.inputs import Batch
 from modelq.progress import progress
-from modelq.quantizers import Found, block_extents, found_values, make_quantizer, set_found_values, stage_quantizers
-from modelq.rules import stages
+from modelq.simulation import fake_quantize, weight_stages
 from modelq.smoothing import as_loaded, norm_scales, own_scale, own_weight, stated_weight, times_norm
-from modelq.stated import as_divided, of_stack, stacks_of, stated_weight_amax
+from modelq.stated import as_divided
 
 if TYPE_CHECKING:
     from modelq.model import Model
@@ -195,20 +194,23 @@ def read_for_products(model: Model, names: Iterable[str], modules: Sequence[dict
     """As `read_stored`, for nothing but to be multiplied with. Where a GPU does that, it quantizes weights too: (numbers, scheme, dtype,
     block_size, (amax, block_amax, second_divisor)) stands for what they become, bit for bit what `simulated` gives."""
     names = list(names)
-    wanted = [module for module in modules if module["weight"] in names] if model.runtime.device is not None else []
+    wanted = [module for module in modules if module["weight"] in names and is_quantized_there(model, module)]
     there = {module["weight"]: found for module in wanted if (found := unquantized(model, module)) is not None}
     return read_stored(model, [name for name in names if name not in there], modules) | there
 
 
-def unquantized(model: Model, module: dict[str, Any]) -> Any:
-    """A weight that is only simulated, as it is quantized, and by what; None: it is not, or `simulated` alone knows how."""
-    if module["kind"] != "linear" or not model.simulate or model.float32_weights or module["name"] in model.packed:
-        return None
-    name = f"{module['name']}.weight_quantizer"
-    quantizer, pair = quantizer_of(model, name), pair_of(model, module["name"])
-    if quantizer is None or not quantizer.enabled or pair is None or pair.weight is None:
-        return None
-    tensor = stated_weight(model, module, model.checkpoint.read(module["weight"]))
+def is_quantized_there(model: Model, module: dict[str, Any]) -> bool:
+    """Whether a weight is only simulated, and what computes with it quantizes it: a GPU, which the reference's simulation of a float32
+    model is not for."""
+    if module["kind"] != "linear" or not model.simulate or model.float32_weights or model.runtime.device is None:
+        return False
+    pair = pair_of(model, module["name"])
+    return module["name"] not in model.packed and pair is not None and pair.weight is not None
+
+
+def unquantized(model: Model, module: dict[str, Any], tensor: np.ndarray | None = None) -> Any:
+    """Such a weight (as the checkpoint has it, if that is read already) as it is quantized, and by what; None: `simulated` alone knows."""
+    tensor = stated_weight(model, module, _plain(model, module["weight"]) if tensor is None else tensor)
     *before, (scheme, size, by) = weight_stages(model, module)
     if scheme is None:
         return None
@@ -231,7 +233,11 @@ def stored(model: Model, module: dict[str, Any], pack: bool = False) -> Any:
     if model.simulate and _is_simulated(model, module):     # a model of float32 weights is not what its export is, to within ties
         wanted = pack and not model.float32_weights and has_packed_form(model, module)
         return packed_weight(model, module).stored(dtype) if wanted else None
-    if not isinstance(model.checkpoint, QuantizedCheckpoint) or (not model.simulate and is_smoothed(model, module)):
+    if not model.simulate and is_smoothed(model, module):
+        return None
+    if name in getattr(model.checkpoint, "in_mxfp4", ()):
+        return model.checkpoint.parts(name), "mxfp4", dtype, None
+    if not isinstance(model.checkpoint, QuantizedCheckpoint):
         return None
     layer = model.checkpoint.layers.get(name)
     return None if layer is None else PackedWeight(layer.form, model.checkpoint.parts(name)).stored(dtype)
@@ -259,40 +265,3 @@ def simulated(model: Model, module: dict[str, Any]) -> np.ndarray:
         dtype = "float32" if model.float32_weights else model.checkpoint.tensors[module["weight"]].dtype
         return model.packed[module["name"]].read(dtype)
     return fake_quantize(model, module, model.checkpoint.read(module["weight"]))
-
-
-def fake_quantize(model: Model, module: dict[str, Any], tensor: np.ndarray) -> np.ndarray:
-    """The values that the exported weight will dequantize to. A model loaded as float32 follows the reference's simulation instead,
-    which multiplies by reciprocal scales where an export divides: one code apart on ties."""
-    name = f"{module['name']}.weight_quantizer"
-    quantizer, setting = quantizer_of(model, name), model.settings[place_of(model, name).name]
-    if model.float32_weights and module["name"] not in getattr(model, "kept_blocks", {}):
-        if place_of(model, name).parts > 1 or (module["expert"] is not None and stacks_of(model) is not None):
-            found = [Found(of_stack(model, module, index, own_part(model, name, stage.amax)), global_amax=stage.global_amax)
-                     for index, stage in enumerate(stage_quantizers(quantizer))]
-            quantizer = make_quantizer(setting)
-            set_found_values(quantizer, found)
-        branch = model.low_rank.get(module["name"])
-        if branch is None:
-            return quantizer(as_loaded(model, tensor))
-        plain = make_quantizer(setting)
-        set_found_values(plain, [found._replace(pre_quant_scale=None) for found in found_values(quantizer)])
-        return plain(own_weight(model, module, as_loaded(model, tensor)))
-    tensor, pair = stated_weight(model, module, tensor), pair_of(model, module["name"])
-    if pair is None or pair.weight is None:
-        plain = make_quantizer(setting)
-        set_found_values(plain, [Found(stated.amax) for stated in stated_weight_amax(model, module)])
-        return plain(tensor)
-    dtype, tensor = tensor.dtype, as_divided(model, module, tensor)
-    for scheme, size, arguments in weight_stages(model, module):
-        tensor = _core.fake_quantize(tensor, scheme, block_size=size, name=module["weight"], **arguments)
-    return tensor.astype(dtype, copy=False)
-
-
-def weight_stages(model: Model, module: dict[str, Any]) -> list[tuple[Any, int | None, dict[str, Any]]]:
-    """(scheme, block size, arguments of `_core.quantize`) of each of the quantizers in a row of a weight whose first has a scheme."""
-    name, pair = f"{module['name']}.weight_quantizer", pair_of(model, module["name"])
-    assert pair is not None
-    schemes = [pair.weight] + [stage.scheme for stage in stage_quantizers(quantizer_of(model, name))[1:]]
-    sizes = [block_extents(attributes).get(-1) for attributes in stages(model.settings[place_of(model, name).name])]
-    return [(scheme, size, stated.arguments()) for scheme, size, stated in zip(schemes, sizes, stated_weight_amax(model, module))]

@@ -37,6 +37,9 @@ class Device:
         self.call("copy", C.c_void_p(to), C.c_void_p(source), C.c_size_t(nbytes), C.c_void_p(DEFAULT))
         self.call("stream_wait", C.c_void_p(DEFAULT))
 
+    def place(self, address):
+        return C.c_void_p(address)
+
     def stream(self):
         place = C.c_void_p()
         self.call("stream_new", C.byref(place))

@@ -14,6 +14,7 @@ from modelq import cuda, device_arrays
 from modelq.nn import TensorQuantizer
 
 INT8, BY_CHANNEL = {"num_bits": 8}, {"num_bits": 8, "axis": -1}
+pytestmark = pytest.mark.emulated
 
 
 @pytest.fixture(autouse=True)

@@ -103,6 +103,11 @@ def test_a_compute_sanitizer_is_asked_for_all_its_tools(tmp_path, capsys, monkey
     assert told.count("NOT GOOD") == 1 and "racecheck" in told.split("NOT GOOD")[0].splitlines()[-1]
 
 
+def test_the_files_of_the_comparisons_are_there():
+    for name in gpu_run.PARITY:
+        assert (ROOT / f"tests/test_cuda_{name}.py").exists() or (ROOT / f"tests/test_{name}.py").exists(), name
+
+
 def test_every_script_is_run():
     """A script that nobody starts here would fall on a GPU."""
     text = (ROOT / "tests/gpu/run.py").read_text() + "".join(path.read_text() for path in (ROOT / "tests/gpu").glob("bench*.py"))

@@ -253,6 +253,7 @@ def test_weights_that_do_not_fit(llama):
         modelq.load(llama, device="cuda", device_memory=500_000)
 
 
+@pytest.mark.emulated
 def test_memory_of_the_device_is_given_back(llama):
     gc.collect()
     library = cuda.library()
@@ -268,6 +269,7 @@ def test_memory_of_the_device_is_given_back(llama):
     assert library.device(0)["free_nbytes"] == before
 
 
+@pytest.mark.emulated
 def test_the_device_itself_is_full(llama, monkeypatch):
     monkeypatch.setenv("MODELQ_SHIM_MEMORY", "3000000")
     with pytest.raises(MemoryError, match="out of device memory: .* MB for .*, but .* of 3.0 MB are free"):
@@ -289,6 +291,7 @@ def test_wrong_amounts_of_memory(text):
 
 # ---- what goes wrong ----
 
+@pytest.mark.emulated
 def test_devices_that_are_not_there(llama, monkeypatch):
     with pytest.raises(ValueError, match="device cuda:3: there are 1, from cuda:0 on"):
         modelq.load(llama, device="cuda:3")
@@ -337,6 +340,7 @@ def test_generation_is_the_cpus(tiny_checkpoint):
     assert np.array_equal(here.generate(IDS[1], max_new_tokens=4), there.generate(IDS[1], max_new_tokens=4))
 
 
+@pytest.mark.emulated
 def test_the_command_line(llama, tmp_path, capsys, monkeypatch):
     from modelq.cli import main
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 20)

@@ -18,12 +18,20 @@ from modelq.cuda import CudaUnavailable
 from modelq.nn import TensorQuantizer
 from test_oom import every_allocation_fails
 
-pytestmark = [pytest.mark.skipif("MODELQ_CUDA_LIBRARY" in os.environ, reason="only the shim can be told to fail"),
-              pytest.mark.filterwarnings("ignore:gptq. the Gram matrix")]
+pytestmark = [pytest.mark.emulated, pytest.mark.filterwarnings("ignore:gptq. the Gram matrix")]
 IDS = np.random.default_rng(0).integers(0, 200, (2, 6))
 EVERY = os.environ.get("MODELQ_EVERY_FAULT") == "1"
 SAID = (r"out of device memory: .* for |cuda[A-Z]\w+( of \d+ bytes from .*)?: |cublasLt\w+.*: |CUDA kernel \w+, grid .*: |"
         r"(pinned|host) memory")
+
+
+# Histograms, and sums and bounds of channels by the batch.
+STATISTICS = {"percentile": {**mtq.INT8_DEFAULT_CFG, "algorithm": "percentile"},
+              "affine": {**mtq.FP8_DEFAULT_CFG, "quant_cfg": [*mtq.FP8_DEFAULT_CFG["quant_cfg"], *mtq.FP8_AFFINE_KV_CFG["quant_cfg"]]}}
+
+
+def config_of(preset):
+    return STATISTICS.get(preset) or getattr(mtq, preset)
 
 
 class Shim:
@@ -82,7 +90,7 @@ def amax_of(model):
 
 @pytest.mark.parametrize("name, preset, streams, step", [
     ("llama", "FP8_DEFAULT_CFG", "late", 23), ("llama", "INT4_GPTQ_CFG", "at once", 47), ("llama", "NVFP4_SVDQUANT_DEFAULT_CFG", "late", 181),
-    ("qwen3moe", "FP8_DEFAULT_CFG", "late", 89)])
+    ("qwen3moe", "FP8_DEFAULT_CFG", "late", 89), ("llama", "percentile", "late", 97), ("llama", "affine", "at once", 97)])
 def test_load_calibrate_evaluate_and_drop(shim, golden, monkeypatch, name, preset, streams, step):
     monkeypatch.setenv("MODELQ_SHIM_STREAMS", streams)
     before, expected = shim.live(), None
@@ -90,7 +98,7 @@ def test_load_calibrate_evaluate_and_drop(shim, golden, monkeypatch, name, prese
     def operation():
         model = loaded(golden[name].source)
         try:
-            mtq.quantize(model, getattr(mtq, preset), lambda model: model(IDS))
+            mtq.quantize(model, config_of(preset), lambda model: model(IDS))
         except (MemoryError, RuntimeError):
             assert not model.quantized and not model.quantizers
             raise
@@ -154,14 +162,15 @@ def test_late_errors_are_said_when_somebody_waits(shim, golden, monkeypatch):
 
 # ---- allocations on the host ----
 
-@pytest.mark.parametrize("name, preset, step", [("llama", "FP8_DEFAULT_CFG", 7), ("llama", "INT4_GPTQ_CFG", 23), ("qwen3moe", "FP8_DEFAULT_CFG", 31)])
+@pytest.mark.parametrize("name, preset, step", [("llama", "FP8_DEFAULT_CFG", 7), ("llama", "INT4_GPTQ_CFG", 23), ("qwen3moe", "FP8_DEFAULT_CFG", 31),
+                                                ("llama", "percentile", 31), ("llama", "affine", 31)])
 def test_every_allocation_of_a_calibration(shim, golden, name, preset, step):
     before = shim.live()[:2]
 
     def operation():
         model = loaded(golden[name].source)
         try:
-            mtq.quantize(model, getattr(mtq, preset), lambda model: model(IDS))
+            mtq.quantize(model, config_of(preset), lambda model: model(IDS))
         except MemoryError:
             assert not model.quantized and not model.quantizers
             raise

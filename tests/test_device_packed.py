@@ -1,9 +1,10 @@
 """Weights that stay codes on a GPU (modelq.load(device="cuda") of a compressed, reopened or simulated model): they travel packed, are
 multiplied by the path that the device has for them, and the model computes what it computes on the CPU. The GPU is the emulated
-library's."""
+library's, of several compute capabilities; MODELQ_CUDA_LIBRARY may name one for a real GPU, of MODELQ_CAPABILITY (10 * major + minor)."""
 import ctypes
 import gc
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import modelq.quantization as mtq
 from modelq import cuda, streaming
 from modelq.devices import placement_of
 from modelq.export import export_hf_checkpoint
+from modelq.inputs import make_batch
 
 FAMILIES = Path(__file__).parent / "data" / "families"
 RNG = np.random.default_rng(0)
@@ -27,6 +29,8 @@ SEEN = [RNG.integers(0, 200, (2, 16))]      # by calibration: others, so that no
 MASK = np.array([[1] * 12, [1] * 7 + [0] * 5])
 ENOUGH = "64MiB"
 CAPABILITIES = [80, 89, 90, 100]
+if "MODELQ_CUDA_LIBRARY" in os.environ:     # a GPU is what it is
+    CAPABILITIES = [min(int(os.environ.get("MODELQ_CAPABILITY", 90)), 100)]
 ADA_ON = {89, 90, 100}
 INT8_TOKEN = {"num_bits": 8, "type": "dynamic", "block_sizes": {-1: None}}
 GROUP = {"num_bits": E4M3, "type": "dynamic", "block_sizes": {-1: 128}}
@@ -56,14 +60,17 @@ FORMATS = {
 def emulated(monkeypatch):
     monkeypatch.setenv("MODELQ_CUDA_LIBRARY", str(library_to_test()))
     shim = ctypes.CDLL(str(library_to_test()))
-    if not shim.mq_cuda_is_emulated():
-        pytest.skip("is of several devices, which only the emulated library can be")
+    is_emulated = shim.mq_cuda_is_emulated()
 
     def be(capability):
-        monkeypatch.setenv("MODELQ_SHIM_CAPABILITY", str(capability))
-        shim.mq_shim_lt_set_capability(capability)
+        if not is_emulated and capability not in CAPABILITIES:
+            pytest.skip("is of another device")
+        if is_emulated:
+            monkeypatch.setenv("MODELQ_SHIM_CAPABILITY", str(capability))
+            shim.mq_shim_lt_set_capability(capability)
     yield be
-    shim.mq_shim_lt_set_capability(90)
+    if is_emulated:
+        shim.mq_shim_lt_set_capability(90)
 
 
 @pytest.fixture
@@ -171,11 +178,11 @@ def test_simulated_models_are_quantized_there(llama, emulated, name):
     emulated(100)
     for memory in (ENOUGH, 3_500_000):      # in one piece or several
         there(model, memory)
-        unquantized = [streaming.unquantized(model, row) for row in model.modules]
+        there_too = [streaming.is_quantized_there(model, row) for row in model.modules]
         model.runtime.use_device(None)
         found, products, _ = on_device(model, memory)
         assert products == {path_of(name, 100) if name in FORMATS else next(iter(products)): products_of(model)}
-        assert sum(row is not None for row in unquantized) == products_of(model, 1)
+        assert sum(there_too) == products_of(model, 1)
         mtq.compress(model)
         expected, same, _ = on_device(model, memory)
         model.packed = {}
@@ -187,7 +194,7 @@ def test_experts(golden, emulated):
     for name in ("fp8", "nvfp4", "int4"):
         model = mtq.compress(quantized(source, FORMATS[name][0]))
         expected = logits(model)
-        for capability in (80, 100):
+        for capability in {CAPABILITIES[0], CAPABILITIES[-1]}:
             emulated(capability)
             found, products, _ = on_device(model)
             assert list(products) == [path_of(name, capability)] and products[path_of(name, capability)] > 40
@@ -406,3 +413,51 @@ def test_what_is_said_of_numbers_is_checked(llama, emulated):
     model.runtime.use_device(None)      # the CPU makes the numbers itself
     model.runtime.load_layer(0, tensors)
     model.runtime.load_layer(0, {**tensors, name: (numbers.astype(np.float32), scheme, dtype, size, (amax, blocks, divisor))})
+
+
+# ---- what travels ----
+
+@pytest.fixture
+def trace(emulated):
+    shim = ctypes.CDLL(str(library_to_test()))
+    if not shim.mq_cuda_is_emulated():
+        pytest.skip("only the shim notes what it is asked for")
+    shim.mq_shim_trace.restype = ctypes.c_char_p
+
+    def sent(model, layer, following=None):
+        """Bytes of weights that were sent during a layer."""
+        shim.mq_shim_trace(1)
+        streaming.run_layer(model, model.run, layer, following=following)
+        calls = [line.split() for line in shim.mq_shim_trace(0).decode().splitlines()]
+        return sum(int(nbytes) for what, stream, nbytes in calls if what == "send" and int(stream) == model.copies)
+
+    def begin(model):
+        shim.mq_shim_trace(1)
+        there(model)
+        streams = [int(line.split()[1]) for line in shim.mq_shim_trace(0).decode().splitlines() if line.startswith("stream ")]
+        model.copies = streams[1]
+        model.run = streaming.start(model, [make_batch(model.vocab_size, IDS[0])])
+        return sent
+    yield begin
+    shim.mq_shim_trace(0)
+
+
+@pytest.mark.parametrize("name, bits", [("fp8", 8), ("nvfp4", 4.5), ("int4", 4.25), ("mxfp8", 8.25), ("int8", 8), ("w4a8", 16)])
+@pytest.mark.parametrize("compressed", [True, False])
+def test_what_travels(llama, emulated, trace, name, bits, compressed):
+    """The packed bytes of a compressed model; of a simulated one the checkpoint's. Both come ahead, where they are no new memory each time."""
+    emulated(100)
+    model = quantized(llama, FORMATS[name][0], "bfloat16")
+    linears = [row for row in model.modules_of(1) if row["kind"] == "linear"]
+    numbers = sum(row["shape"][0] * row["shape"][1] for row in linears)
+    if compressed:
+        mtq.compress(model)
+        bits = 8 if name == "w4a8" else bits        # INT4 that is FP8 afterwards travels as that
+    weights, sent = numbers * (bits if compressed else 16) / 8, trace(model)
+    scales = 4 * sum(row["shape"][0] * (4 if name == "int4" else 1) for row in linears) + 4096    # maxima, scales of rows, norms
+    first, second = sent(model, 0, following=1), sent(model, 1)
+    assert weights <= first + second - weights <= weights + 2 * scales
+    if name == "w4a8":                              # made anew at every reading
+        assert second >= weights
+    else:
+        assert second < weights / 4

@@ -12,7 +12,23 @@ static void note_tensor(mq_weight_source *source, const mq_tensor *tensor)
     for (int i = 0; i < tensor->ndim; i++) source->stride[i] = tensor->stride[i];
 }
 
-/* Weights whose making hangs on numbers from elsewhere have no source, and are equal to none. */
+/* FNV-1a, of 64 bits. */
+static uint64_t hash_of(uint64_t hash, const void *data, size_t nbytes)
+{
+    const uint8_t *bytes = data;
+    for (size_t i = 0; i < nbytes; i++) hash = (hash ^ bytes[i]) * 0x100000001b3u;
+    return hash;
+}
+
+static uint64_t scaling_of(const mq_block_job *job)
+{
+    uint64_t hash = hash_of(0xcbf29ce484222325u, &job->second_divisor, sizeof job->second_divisor);
+    if (job->amax != NULL) hash = hash_of(hash + 1, job->amax, (size_t)job->amax_count * sizeof(float));
+    if (job->block_amax != NULL)
+        hash = hash_of(hash + 2, job->block_amax, (size_t)job->block_amax_count * sizeof(float));
+    return hash;
+}
+
 static mq_weight_source source_of(const mq_named_tensor *weight, const mq_tensor *bias)
 {
     mq_weight_source source;
@@ -20,13 +36,18 @@ static mq_weight_source source_of(const mq_named_tensor *weight, const mq_tensor
     const mq_stored_weight *stored = weight->stored;
     if (stored == NULL) {
         note_tensor(&source, &weight->tensor);
-    } else if (stored->job.amax == NULL && stored->job.block_amax == NULL && stored->job.second_divisor == 0.0f) {
+    } else {
+        source.scheme = (int)stored->job.scheme + 1;
+        source.block_cols = stored->job.block_cols;
+        source.rounded = (int)stored->dtype;
+    }
+    if (stored != NULL && stored->numbers.data != NULL) {
+        note_tensor(&source, &stored->numbers);
+        source.scaling = scaling_of(&stored->job);
+    } else if (stored != NULL) {
         source.memory[0] = stored->parts.weight.data;
         source.memory[1] = stored->parts.scale.data;
         source.memory[2] = stored->parts.has_scale_2 ? stored->parts.scale_2.data : NULL;
-        source.dtype = (int)stored->dtype;
-        source.scheme = (int)stored->job.scheme + 1;
-        source.block_cols = stored->job.block_cols;
     }
     source.memory[3] = bias != NULL ? bias->data : NULL;
     return source;

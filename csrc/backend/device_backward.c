@@ -280,7 +280,8 @@ static int fetch_chunk(const back_chunks *all, int slot)
 
 static int run_chunks(back_chunks *all)
 {
-    const mq_run *run = all->it.back->run;
+    mq_device *device = all->it.device;
+    mq_run *run = all->it.back->run;
     const int64_t most = all->it.scratch->rows;
     all->chunks[0] = mq_device_chunk_from(run, 0, most);
     int rc = start_chunk(all, 0);
@@ -291,6 +292,7 @@ static int run_chunks(back_chunks *all)
             all->chunks[1 - slot] = mq_device_chunk_from(run, next, most);
             rc = start_chunk(all, 1 - slot);
         }
+        if (rc == MQ_OK) rc = mq_device_meanwhile(device, run, more ? device->computed[slot] : NULL, all->it.err);
         if (rc == MQ_OK) rc = fetch_chunk(all, slot);
         if (!more) break;
     }

@@ -125,6 +125,8 @@ static int run_rows(mq_device_back *it, const expert_work *work)
         rc = mq_backward_poll(it->back, it->err);
         if (rc == MQ_OK) rc = send(it, work);
         if (rc == MQ_OK) rc = compute(it);
+        if (rc == MQ_OK && done + count == all->count)
+            rc = mq_device_meanwhile(it->device, it->back->run, NULL, it->err);
         if (rc == MQ_OK) rc = receive(it, work);
         if (rc == MQ_OK) mq_backward_take_expert(&rows, work->gradient, work->d_shares);
     }

@@ -88,7 +88,7 @@ static piece piece_of(const mq_device *device, const mq_stored_weight *stored, i
     const mq_cuda_block_job job = job_of(stored, rows);
     piece at = {0};
     at.amax = aligned((size_t)(rows * numbers->shape[1]) * mq_dtype_size(numbers->dtype));
-    at.block_amax = at.amax + (job.amax != NULL ? aligned(blocks) : 0);
+    at.block_amax = at.amax + (job.amax != NULL ? aligned(stored->job.amax_count == 1 ? sizeof(float) : blocks) : 0);
     at.workspace = at.block_amax + (job.block_amax != NULL ? aligned(blocks) : 0);
     at.workspace_nbytes = device->backend->block_workspace(&job);
     at.nbytes = at.workspace + at.workspace_nbytes;

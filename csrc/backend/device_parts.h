@@ -28,6 +28,8 @@ typedef struct mq_weight_source {
     int64_t stride[MQ_MAX_NDIM];
     int64_t block_cols;
     int dtype, scheme;          /* scheme: 0 = none */
+    int rounded;                /* what a scheme's numbers are rounded to */
+    uint64_t scaling;           /* of numbers that are yet to be quantized: a hash of what scales them */
 } mq_weight_source;
 
 /* The part that is sent before it is wanted. */

@@ -577,7 +577,7 @@ static PyGetSetDef properties[] = {
     {"device", mq_runtime_device, NULL,
      "None, or what is known of the device that computes layers: 'memory' and 'peak', bytes that may be used and that "
      "were; 'copied', how many tensors came to the CPU for statistics, for want of room; 'backward', whether gradients "
-     "go back there; 'products'.",
+     "go back there; 'products', how many with weights that stay codes took which path (docs/cuda.md).",
      NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };

@@ -184,6 +184,7 @@ class Walk:
     def weights_only(self, names: Sequence[str], part: Part) -> None:
         self.method.enter(part)
         self.method.search(part, {})
+        _park(self.model, part)
         self.model.checkpoint.release(names)
 
 
@@ -219,12 +220,18 @@ class _Watch:
             self.model.runtime.set_calibrator(point, self.ranges[point].statistics if point in self.ranges else None)
         inputs, self.inputs = self.inputs, {}
         self.method.search(part, inputs)
+        _park(self.model, part)
 
     def take_ranges(self) -> None:
         for name, found in self.ranges.items():
             if (bias := found.bias) is not None:
                 self.model.quantizers[name].bias = bias
             take_amax(self.model, name, [found.amax()])
+
+
+def _park(model: Model, part: Part) -> None:
+    if (parking := getattr(model, "parking", None)) is not None:
+        parking.park(model, part.modules)
 
 
 def _is_on(model: Model, row: dict[str, Any]) -> bool:

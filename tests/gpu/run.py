@@ -14,7 +14,8 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import cuda_build  # noqa: E402 (from scripts/)
 
 NO_GPU, NO_NVCC = 3, 4
-PARITY = ["emulated", "operations", "experts", "attention", "gemm", "gram", "linear", "arrays"]        # tests/test_cuda_*.py
+# tests/test_cuda_*.py, and tests/test_*.py
+PARITY = ["emulated", "operations", "experts", "attention", "gemm", "gram", "linear", "arrays", "device", "device_backward", "device_packed"]
 # The kernels that use shared memory or exchange within warps; a sanitizer takes a hundred times as long.
 SANITIZED = ["rmsnorm", "prepare", "columns", "dispatch", "embed", "causal", "hidden", "many_heads", "histogram", "loss"]
 TOOLS = ["memcheck", "racecheck", "synccheck", "initcheck"]
@@ -74,9 +75,8 @@ def pytest_of(files: list[str], chosen: str | None) -> list[str]:
 def parity(table: Table, environment: dict, names: list[str], chosen: str | None) -> None:
     """A process for each file: an error may leave a GPU useless to the process that made it."""
     for name in names:
-        file = f"test_cuda_{name}.py"
-        if (ROOT / "tests" / file).exists():
-            run_tests(table, "parity", file, pytest_of([file], chosen), environment)
+        file = f"test_{name}.py" if name.startswith("device") else f"test_cuda_{name}.py"
+        run_tests(table, "parity", file, pytest_of([file], chosen), environment)
 
 
 def sanitizer(table: Table, environment: dict) -> None:
@@ -140,6 +140,7 @@ def prepare(is_emulated: bool, folder: Path) -> dict:
               "library of the kernels.")
         sys.exit(NO_GPU)
     environment["MODELQ_CUDART"] = runtime()
+    environment.setdefault("MODELQ_CAPABILITY", found[1].replace(".", ""))
     if "MODELQ_CUDA_LIBRARY" not in environment:
         if cuda_build.nvcc() is None:
             print(f"{found[0]}, but no nvcc in PATH to build the library with; MODELQ_CUDA_LIBRARY may name one that is built.")
@@ -154,7 +155,7 @@ def prepare(is_emulated: bool, folder: Path) -> dict:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--emulated", action="store_true")
-    parser.add_argument("--files", nargs="+", choices=PARITY, default=PARITY, help="of the comparisons: test_cuda_<name>.py")
+    parser.add_argument("--files", nargs="+", choices=PARITY, default=PARITY, help="of the comparisons: test_cuda_<name>.py, or test_<name>.py")
     parser.add_argument("--tests", help="an expression of pytest's -k")
     parser.add_argument("--only", nargs="+", choices=["parity", "sanitizer", "bench"], default=["parity", "sanitizer", "bench"])
     given = parser.parse_args()

@@ -113,6 +113,26 @@ def test_scores_are_torch_s(case):
     assert not [module for module in wanted if "gate" not in module.rpartition(".")[2] and "router" not in module]
 
 
+@pytest.mark.parametrize("name", ["granitemoe", "deepseek_v2", "deepseek_v3", "phi3", "gemma2"])
+def test_a_model_in_torch_is_searched_alike(name, tmp_path):
+    """The same groups, scores and choice, inputs quantized too; and an export of the same tensors."""
+    native, theirs = modelq.load(save(made(name), tmp_path / "source"), compute="float32"), made(name)
+    formats = [mtq.INT8_WEIGHT_ONLY_CFG, mtq.FP8_DEFAULT_CFG]
+    (native, found), batches = search(native, 8.0, formats)
+    data = [{key: torch.from_numpy(array) for key, array in batch.items()} for batch in batches]
+    theirs, state = mtq.auto_quantize(theirs, {"effective_bits": 8.0}, formats, data, lambda model, batch: model(**batch),
+                                      loss_func=lambda output, batch: output.loss)
+    assert list(found["candidate_stats"]) == list(state["candidate_stats"])
+    for key, stats in found["candidate_stats"].items():
+        assert stats["module_names"] == state["candidate_stats"][key]["module_names"]
+        np.testing.assert_allclose(stats["scores"], state["candidate_stats"][key]["scores"], rtol=0.02, err_msg=key)
+    assert found["best"]["recipe"] == state["best"]["recipe"]
+    for model, folder in ((native, tmp_path / "native"), (theirs, tmp_path / "torch")):
+        export_hf_checkpoint(model, export_dir=folder)
+    names = [set(modelq.load(tmp_path / folder).checkpoint.inner.tensors) for folder in ("native", "torch")]
+    assert names[0] == names[1]
+
+
 @pytest.mark.parametrize("bits", [6.0, 7.0])
 def test_choices_keep_to_the_budget_and_are_written(case, bits, tmp_path):
     name, folder = case
