@@ -96,7 +96,7 @@ static int mlp_half(const mq_device_back *it)
     return rc == MQ_OK ? mq_device_mlp_back(it, &MQ_MLP_ROLES, d_output) : rc;
 }
 
-/* By the factor that the shared expert's output is multiplied by, and by what that is made of; d_output: by the expert's
+/* By the factor that multiplies the shared expert's output, and by what that is made of; d_output: by the expert's
  * own output, of d_sum, by the product. */
 static int shared_gate(const mq_device_back *it, const float *d_sum, float *d_normed)
 {
