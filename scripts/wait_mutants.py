@@ -22,7 +22,21 @@ import numpy
 ROOT = cuda_build.ROOT
 WAIT = re.compile(r"\b[\w>.-]+->(event_after|event_wait|event_record|stream_wait)\(")
 NOTHING = "static int mq_nothing(const void *first, ...) { (void)first; return 0; }\n"
-TESTS = ["test_device_order.py", "test_device_faults.py", "-k", "order or late_errors"]
+# File: its tests, which must be quick. What is in no file of these is not tried, and named.
+TESTS = {
+    "device_chunks.c": ("test_device_order.py", "maxima or histograms"),
+    "device_weights.c": ("test_device_order.py", "maxima or low_rank"),
+    "device_head.c": ("test_device_order.py", "maxima"),
+    "device_quantizer.c": ("test_device_order.py", "two_streams"),
+    "device_ahead.c": ("test_device_order.py", "maxima"),
+    "device_findings.c": ("test_device_order.py", "maxima or finite"),
+    "device_experts.c": ("test_device_order.py", "experts"),
+    "device_mlp.c": ("test_device_order.py", "experts"),
+    "device_backward.c": ("test_device_backward.py", "streams"),
+    "device_backward_head.c": ("test_device_backward.py", "streams"),
+    "device_packed.c": ("test_device_packed.py", "streams"),
+    "device.c": ("test_device_order.py", "maxima"),
+}
 FLAGS = ["-std=c11", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-DNDEBUG", "-w"]
 COPIED = "a copy to memory of the host that is not pinned has waited (CUDA Runtime API, synchronization behavior); it says late errors"
 # Waits that no order of the emulated streams can show to be needed, by file, function and call, and why they are there.
@@ -87,10 +101,10 @@ class Build:
         cuda_build.run([self.command(wait.path, source, made)])
         self.link({wait.path: made})
 
-    def fails(self) -> bool:
-        """Whether the tests do, or crash, or hang."""
+    def fails(self, file: str) -> bool:
+        """Whether that file's tests do, or crash, or hang."""
         environment = {**os.environ, "PYTHONPATH": str(self.site)}
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *TESTS]
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", TESTS[file][0], "-k", TESTS[file][1]]
         try:
             done = subprocess.run(command, cwd=ROOT / "tests", env=environment, capture_output=True, text=True, timeout=600)
         except subprocess.TimeoutExpired:
@@ -105,18 +119,22 @@ def main() -> int:
     parser.add_argument("--sample", type=int, default=1)
     parser.add_argument("files", nargs="*")
     given, missed, found = parser.parse_args(), 0, waits()
-    wanted = [wait for wait in found if wait.key not in KNOWN and (not given.files or wait.path.name in given.files)]
+    wanted = [wait for wait in found if wait.key not in KNOWN and wait.path.name in (given.files or TESTS)]
+    chosen = wanted[int(time.time() // 86400) % given.sample::given.sample]
+    for name in sorted({wait.path.name for wait in found} - set(TESTS)):
+        print(f"csrc/backend/{name} not tried")
     if unknown := set(KNOWN) - {wait.key for wait in found}:
         print(f"KNOWN names what is not there: {sorted(unknown)}")
         missed += 1
     with tempfile.TemporaryDirectory() as folder:
         build = Build(Path(folder))
         build.link({})
-        if build.fails():
-            raise RuntimeError("the tests fail as it is")
-        for wait in wanted[int(time.time() // 86400) % given.sample::given.sample]:
+        for file in sorted({wait.path.name for wait in chosen}):
+            if build.fails(file):
+                raise RuntimeError(f"the tests of {file} fail as it is")
+        for wait in chosen:
             build.without(wait)
-            noticed = build.fails()
+            noticed = build.fails(wait.path.name)
             missed += not noticed
             print(f"{wait} {'noticed' if noticed else 'NOT NOTICED'}", flush=True)
     return int(missed > 0)

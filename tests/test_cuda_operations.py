@@ -34,7 +34,8 @@ def test_rows(cuda, source, to):
     for width in (1, 8, 70):
         for x in both(spoiled(values(rng, 9, width, dtype=source.type))):
             index = rng.integers(0, 9, 14)
-            for options, wanted in ((dict(), x), (dict(index=index), x[index]), (dict(ids=index.astype(np.int32)), x[index])):
+            for options, wanted in ((dict(), x), (dict(index=index), x[index]), (dict(ids=index.astype(np.int32)), x[index]),
+                                    (dict(repeat=3), np.repeat(x, 3, 0))):
                 for y in both(np.zeros(wanted.shape, to)):
                     cuda.run("rows", x=x, y=y, **options)
                     with np.errstate(over="ignore"):
@@ -182,6 +183,11 @@ def test_rmsnorm(cuda, dtype, heads):
             for y in (*both(np.zeros_like(x)), x):
                 cuda.run("rmsnorm", "norm", x=x, y=y, weight=weight, heads=heads, eps=1e-5)
                 close(y, wanted.reshape(5, -1), dtype)
+        x, ones = values(rng, 5, heads * width, dtype=dtype.type), np.ones(width, np.float32)
+        y, wanted = np.zeros_like(x), np.zeros_like(x)
+        for given, out in ((None, y), (ones, wanted)):
+            cuda.run("rmsnorm", "norm", x=x, y=out, weight=given, heads=heads, eps=1e-5)
+        same(y, wanted)
 
 
 @pytest.mark.parametrize("dtype", ACTIVATIONS, ids=str)

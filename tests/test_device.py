@@ -333,14 +333,6 @@ def test_weights_that_are_not_finite(llama, monkeypatch, value, word):
         model.loss(IDS)
 
 
-def test_families_that_a_device_does_not_compute(llama, tmp_path):
-    from modelq import _core
-    config = {**modelq.load(llama).runtime.config, "attn_logit_softcapping": 50.0}
-    runtime = _core.Runtime("gemma2", {name: value for name, value in config.items() if not isinstance(value, (list, tuple))}, "float32")
-    with pytest.raises(ValueError, match="gemma2 models are computed on the CPU only so far: they have soft caps of attention scores"):
-        runtime.use_device(cuda.library())
-
-
 # ---- what stays on the CPU ----
 
 def test_generation_is_the_cpus(tiny_checkpoint):

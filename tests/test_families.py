@@ -10,8 +10,10 @@ from safetensors.numpy import load_file, save_file
 import modelq
 import modelq._core as core
 import modelq.quantization as mtq
+from modelq import streaming
 from modelq.checkpoint.config import runtime_config
 from modelq.export import export_hf_checkpoint
+from modelq.inputs import make_batch
 
 V2_LITE = {
     "architectures": ["DeepseekV2ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "aux_loss_alpha": 0.001,
@@ -132,6 +134,53 @@ def granite(folder: Path) -> Path:
                  num_local_experts=experts, num_experts_per_tok=2, vocab_size=64, torch_dtype="float32")
     (folder / "config.json").write_text(json.dumps(GRANITE | sizes))
     return folder
+
+
+def deepseek(folder: Path) -> Path:
+    """Two layers, the second with eight experts in four groups."""
+    random, heads, changes = np.random.default_rng(3), 4, dict(
+        hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+        q_lora_rank=None, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, n_routed_experts=8, n_shared_experts=1,
+        n_group=4, topk_group=2, num_experts_per_tok=3, vocab_size=64, torch_dtype="float32", max_position_embeddings=64,
+        rope_scaling=None)
+    shapes = {"model.embed_tokens": (64, 32), "model.norm": (32,), "lm_head": (64, 32)}
+    for layer in range(2):
+        root = f"model.layers.{layer}."
+        shapes |= {f"{root}{name}": shape for name, shape in {
+            "input_layernorm": (32,), "post_attention_layernorm": (32,), "self_attn.q_proj": (heads * 16, 32),
+            "self_attn.kv_a_proj_with_mqa": (24, 32), "self_attn.kv_a_layernorm": (16,), "self_attn.kv_b_proj": (heads * 16, 16),
+            "self_attn.o_proj": (32, heads * 8)}.items()}
+        experts = {"mlp.": 48} if layer == 0 else {"mlp.shared_experts.": 16} | {f"mlp.experts.{expert}.": 16 for expert in range(8)}
+        shapes |= {f"{root}{prefix}{name}": shape for prefix, inner in experts.items()
+                   for name, shape in (("gate_proj", (inner, 32)), ("up_proj", (inner, 32)), ("down_proj", (32, inner)))}
+    shapes["model.layers.1.mlp.gate"] = (8, 32)
+    folder.mkdir()
+    save_file({f"{name}.weight": (random.standard_normal(shape) * 0.3 + (len(shape) == 1)).astype(np.float32)
+               for name, shape in shapes.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(V2 | changes))
+    return folder
+
+
+def test_groups_count_by_their_best_expert(tmp_path):
+    """Softmax, the two of four groups with the largest share, and the three best of their four experts: in NumPy."""
+    folder = deepseek(tmp_path / "v2")
+    model, ids = modelq.load(folder, compute="float32"), np.random.default_rng(4).integers(0, 64, (2, 40))
+    run = streaming.start(model, [make_batch(model.vocab_size, {"input_ids": ids})])
+    streaming.run_layer(model, run, 0)
+    names, rows = model.runtime.layer_tensors(1), model.modules_of(1)
+    model.runtime.load_layer(1, streaming.read(model, names, rows))
+    counts = run.layer(1)
+    stored, hidden = load_file(folder / "model.safetensors"), run.hidden(0).reshape(-1, 32)
+    normed = hidden / np.sqrt((hidden ** 2).mean(-1, keepdims=True) + 1e-6) * stored["model.layers.1.post_attention_layernorm.weight"]
+    logits = normed @ stored["model.layers.1.mlp.gate.weight"].T
+    shares = np.exp(logits - logits.max(-1, keepdims=True))
+    groups = shares.reshape(-1, 4, 2)
+    chosen, sums = (np.argsort(-score, axis=1)[:, :2] for score in (groups.max(-1), groups.sum(-1)))
+    kept = np.zeros((len(shares), 4, 1), bool)
+    np.put_along_axis(kept, chosen[:, :, None], True, 1)
+    best = np.argsort(-np.where(kept, groups, 0).reshape(-1, 8), axis=1)[:, :3]
+    np.testing.assert_array_equal(counts[:, 0], np.bincount(best.ravel(), minlength=8))
+    assert (np.sort(chosen, 1) != np.sort(sums, 1)).any()       # else it would not be seen
 
 
 def test_an_expert_of_a_stack_is_its_rows(tmp_path):

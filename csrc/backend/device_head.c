@@ -102,6 +102,15 @@ static int read_rows(head *it, int64_t first, int64_t rows, mq_error *err)
                                      &quantize, it->device->compute, err);
 }
 
+/* What the model makes of the products (mq_logits_forward). */
+static int change_logits(head *it, const mq_cuda_matrix *logits, mq_error *err)
+{
+    const mq_config *config = &runtime_of(it)->config;
+    const mq_cuda_softcap_job job = {.x = *logits, .divisor = (float)config->logits_scaling,
+                                     .cap = (float)config->final_logit_softcapping};
+    return mq_logits_change(config) ? it->device->backend->softcap(&job, it->device->compute, err) : MQ_OK;
+}
+
 static int fold_losses(head *it, const mq_cuda_matrix *logits, int64_t first, mq_error *err)
 {
     const mq_cuda_loss_job job = {.logits = *logits, .labels = it->labels + first, .first = it->first,
@@ -142,6 +151,7 @@ static int step(head *it, int64_t first, mq_error *err)
     const mq_cuda_matrix logits = {it->logits, MQ_F32, rows, it->width, it->width};
     int rc = read_rows(it, first, rows, err);
     if (rc == MQ_OK) rc = multiply(it, &logits, err);
+    if (rc == MQ_OK) rc = change_logits(it, &logits, err);
     if (rc == MQ_OK && it->request->losses != NULL) rc = fold_losses(it, &logits, first, err);
     if (rc == MQ_OK && it->request->logits != NULL) rc = give_logits(it, first, rows, err);
     return rc;

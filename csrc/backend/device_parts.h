@@ -131,7 +131,10 @@ typedef struct mq_device_chunk {
     int64_t unit_count, piece_rows, piece_first;
     void *hidden;               /* (rows, C) on the device */
     int64_t *starts, *index;    /* on the device: [sequences + 1]; [counted] rows that count */
-    int32_t *positions;         /* [rows] */
+    int64_t *chunk_first;       /* [sequences]: where chunks of attention are counted from */
+    int32_t *positions;         /* [rows] of the layer's rope table (mq_device_rope) */
+    float *growth;              /* [rows]: what queries are multiplied by where there is no rope */
+    float *shares;              /* [rows]: what an expert's input is multiplied by, or NULL */
     uint8_t *key_mask;          /* [rows], or NULL */
 } mq_device_chunk;
 
@@ -140,9 +143,11 @@ typedef struct mq_device_scratch {
     void *hidden[2], *meta[2];
     size_t meta_nbytes;
     void *normed, *joined, *q, *k, *v, *mixed, *quantized, *temporary, *prepared, *low, *gate, *up, *router, *counted;
+    void *latent, *expanded;    /* of linears between which something is narrow */
+    float *factors;             /* [rows] */
     int32_t *experts;
     float *shares;
-    float *cosine, *sine;
+    float *cosine, *sine;       /* the model's rope tables, one behind the other */
     void *attention;
     size_t attention_nbytes;
     int64_t rows;               /* that there is room for */
@@ -204,10 +209,10 @@ int mq_device_begin_ahead(mq_elsewhere *self, const mq_runtime *runtime, int64_t
 int mq_device_load_ahead(mq_elsewhere *self, const mq_runtime *runtime, const mq_module *module,
                          const mq_named_tensor *weight, const mq_tensor *bias, mq_error *err);
 void mq_device_forget_ahead(mq_elsewhere *self);
-/* What came ahead of that part is its weights now, if it was made of these tensors (*came is 1 then); if of others, it
- * is forgotten. */
+/* What came ahead of that part is its weights now, if it was made of these tensors: nonzero then. If of others, it is
+ * forgotten. */
 int mq_device_take_ahead(mq_device *device, const mq_runtime *runtime, int64_t layer, int64_t expert,
-                         const mq_named_tensor *tensors, size_t count, int *came, mq_error *err);
+                         const mq_named_tensor *tensors, size_t count);
 /* Frees the memory for what comes ahead, and forgets what did: whether there was any. */
 int mq_device_give_spare(mq_device *device);
 
@@ -279,6 +284,8 @@ typedef struct mq_device_pass {
 } mq_device_pass;
 
 mq_cuda_matrix mq_device_matrix(const mq_device_pass *pass, void *data, int64_t width);
+/* Of a layer that has one, on x (rows, heads * head_dim). */
+mq_cuda_rope_job mq_device_rope(const mq_device_pass *pass, void *x, int64_t heads);
 /* *in becomes its norm in out, where the layer has that norm. */
 int mq_device_normed(mq_device_pass *pass, mq_role role, void *out, const void **in);
 int mq_device_expert(mq_device_pass *pass);
@@ -297,11 +304,17 @@ typedef struct mq_device_need {
 /* device->work becomes as large as chunks of as many of *rows as the budget lets need; *rows says how many those are.
  * MQ_ERR_MEMORY: not one sequence fits; says how long one may be. */
 int mq_device_fit(mq_device *device, const mq_device_need *need, int64_t *rows, int64_t longest, mq_error *err);
-/* Room for chunks of as many rows as the budget lets, whole sequences. rows: no more are needed. */
+/* Room for chunks of as many rows as the budget lets, whole sequences. rows: no more are needed. longest 0: of rows
+ * that are no sequences, with nothing for attention. */
 int mq_device_reserve(mq_device *device, mq_run *run, int64_t rows, int64_t longest, mq_device_scratch *out,
                       mq_error *err);
 /* As many whole sequences from `first_sequence` on as there is room for in `most` rows. */
 mq_device_chunk mq_device_chunk_from(const mq_run *run, int64_t first_sequence, int64_t most);
+/* The model's rope tables, one behind the other: bytes of all cosines, or sines, and where a layer's begin. A layer
+ * whose table depends on a sequence's length has two, and mq_device_chunk.positions says which one a row is in. */
+size_t mq_device_ropes_nbytes(const mq_ropes *ropes);
+int mq_device_send_ropes(mq_device *device, const mq_ropes *ropes, float *cosine, float *sine, mq_error *err);
+int64_t mq_device_rope_at(const mq_ropes *ropes, int layer_rope);
 /* The indices of a chunk to device memory, of so many bytes. */
 size_t mq_device_indices_nbytes(int64_t rows);
 int mq_device_send_indices(mq_device *device, const mq_run *run, mq_device_chunk *chunk, void *to, void *stream,

@@ -30,6 +30,14 @@ int mq_device_linear_of(mq_device_pass *pass, mq_role role, void *out, const voi
 int mq_device_norm(mq_device_pass *pass, mq_role role, void *out, const void *in, int64_t width);
 /* hidden += norm(linear(in)), the norm where there is one. */
 int mq_device_residual(mq_device_pass *pass, mq_role role, mq_role added, void *hidden, const void *in);
+/* Columns from `first` on of rows that are ld numbers apart. */
+typedef struct mq_device_part {
+    void *data;
+    int64_t first, rows, ld;
+} mq_device_part;
+/* `width` columns, each row of `from` so many times on end in `to`, which says how many rows there are. */
+int mq_device_columns(mq_device_pass *pass, const mq_device_part *to, const mq_device_part *from, int64_t width,
+                      int64_t repeat);
 /* to (rows, width) = columns of what one linear made in the place of several. */
 int mq_device_split(mq_device_pass *pass, void *to, int64_t first, int64_t width, int64_t joined);
 

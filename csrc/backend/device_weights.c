@@ -124,6 +124,7 @@ int mq_device_begin(mq_elsewhere *self, const mq_runtime *runtime, int64_t layer
 {
     mq_device *device = (mq_device *)(void *)self;
     mq_arena *arena = expert >= 0 ? &device->expert_weights : &device->layer_weights;
+    const size_t nbytes = mq_device_weights_nbytes(device, runtime, layer, expert, tensors, count);
     int before, rc = mq_device_enter(device, &before, err);
     if (rc != MQ_OK) return rc;
     if (expert < 0) mq_device_drop_layer(self, device->layer);
@@ -131,10 +132,9 @@ int mq_device_begin(mq_elsewhere *self, const mq_runtime *runtime, int64_t layer
     if (expert < 0) device->layer = layer;      /* and dropped where anything fails */
     int came = 0;
     rc = mq_device_take_ahead(device, runtime, layer, expert, tensors, count, &came, err);
-    if (rc == MQ_OK && !came)
-        rc = mq_arena_reserve(device, arena,
-                              mq_device_weights_nbytes(device, runtime, layer, expert, tensors, count),
-                              "the weights of a layer", err);
+    /* Rows may have taken all that layers before, which were smaller, left. */
+    if (rc == MQ_OK && !came && nbytes > mq_device_available(device, arena)) mq_arena_drop(device, &device->work);
+    if (rc == MQ_OK && !came) rc = mq_arena_reserve(device, arena, nbytes, "the weights of a layer", err);
     if (rc == MQ_OK && expert < 0) reserve_for_experts(device, runtime, layer);
     mq_device_leave(device, before);
     return rc;
@@ -193,7 +193,6 @@ int mq_device_load(mq_elsewhere *self, const mq_runtime *runtime, const mq_modul
         *linear = (mq_device_linear){0};
         rc = mq_device_put_linear(device, arena, runtime->dtype, &given, linear, err);
     }
-    if (rc == MQ_OK) rc = device->backend->event_record(device->loaded, device->copies, err);
     mq_device_leave(device, before);
     return rc;
 }
@@ -224,7 +223,6 @@ int mq_device_load_low_rank(mq_elsewhere *self, const mq_module *module, const m
         linear->up.data = (char *)linear->branch + rounded(rank * linear->weight.cols, mq_dtype_size(dtype));
         rc = mq_device_upload(device, down, &linear->down, err);
         if (rc == MQ_OK) rc = mq_device_upload(device, up, &linear->up, err);
-        if (rc == MQ_OK) rc = device->backend->event_record(device->loaded, device->copies, err);
     }
     mq_device_leave(device, before);
     return rc;

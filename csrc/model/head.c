@@ -140,7 +140,7 @@ static int head_forward(head_job *job, mq_error *err)
     const mq_module *head = mq_runtime_outer(job->run->runtime, MQ_ROLE_HEAD);
     int64_t vocabulary = config_of(job)->vocab_size;
     mq_elsewhere *there = job->run->runtime->elsewhere;
-    if (there != NULL && !mq_logits_change(config_of(job))) {
+    if (there != NULL) {
         const mq_head_request request = {
             .run = job->run, .norm = job->norm, .weight = job->weight, .stored = job->stored, .name = head->weight,
             .rows = job->rows, .first_row = job->first_row, .logits = job->logits, .losses = job->losses,

@@ -11,8 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 # AutoAWQ's words: nibble k holds column _AWQ[k] of eight (awq/utils/packing_utils.py of autoawq 0.2.9)
-_AWQ = np.array([0, 2, 4, 6, 1, 3, 5, 7])
-_AWQ_BACK = np.argsort(_AWQ)
+_AWQ = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 class Layout(NamedTuple):
@@ -43,17 +42,20 @@ def words_for(count: int, bits: int) -> int:
 
 def _awq_codes(array: np.ndarray, bits: int, start: int, stop: int, columns: int) -> np.ndarray:
     first = start // 8
-    nibbles = _awq_nibbles(array[:columns, first:-(-stop // 8)])
-    return nibbles[:, start - first * 8:stop - first * 8].T
+    return _awq_rows(array[:columns, first:-(-stop // 8)])[start - first * 8:stop - first * 8]
 
 
-def _awq_nibbles(words: np.ndarray) -> np.ndarray:
-    nibbles = unpack(words, 4, words.shape[1] * 8)
-    return nibbles.reshape(len(nibbles), -1, 8)[:, :, _AWQ_BACK].reshape(len(nibbles), -1)
+def _awq_rows(words: np.ndarray) -> np.ndarray:
+    """uint8 [8 words, rows] of int32 [rows, words]: the codes, turned over."""
+    data = np.ascontiguousarray(words.T).astype("<i4", copy=False).view(np.uint8).reshape(words.shape[1], -1, 4)
+    found = np.empty((words.shape[1], 8, words.shape[0]), np.uint8)
+    for place, column in enumerate(_AWQ):
+        found[:, column] = data[:, :, place // 2] >> 4 if place % 2 else data[:, :, place // 2] & 15
+    return found.reshape(-1, words.shape[0])
 
 
 def _awq_zeros(array: np.ndarray, bits: int, grid: tuple[int, int]) -> np.ndarray:
-    return _awq_nibbles(array)[:, :grid[0]].T
+    return _awq_rows(array)[:grid[0]]
 
 
 def _gptq_codes(array: np.ndarray, bits: int, start: int, stop: int, columns: int) -> np.ndarray:

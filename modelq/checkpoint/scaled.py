@@ -17,7 +17,7 @@ from modelq.checkpoint.codes import LAYOUTS, TURNED
 from modelq.checkpoint.config import stated_dtype
 from modelq.checkpoint.said import AGAIN
 
-PIECE = 1 << 23       # numbers that are dequantized at a time
+PIECE = 1 << 20       # numbers that are dequantized at a time
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class ScaledCheckpoint(WrappedCheckpoint):
         start, stop, _ = slice(start, stop).indices(linear.shape[0])
         parts = {role: self.inner.read(tensor) for role, tensor in linear.tensors.items()}
         found = np.empty((max(0, stop - start), linear.shape[1]), numpy_dtype(self.dtype))
-        step = max(1, PIECE // linear.shape[1])
+        step = max(8, PIECE // linear.shape[1] // 8 * 8)
         for first in range(start, stop, step):
             last = min(first + step, stop)
             try:

@@ -26,6 +26,7 @@ LAYOUTS = {"gpt_oss": BY_TURNS, "llama4": HALVES, "llama4_text": HALVES, "granit
 FORMATS = ("fp8", "nvfp4")      # whose parts a stack has room for
 _STACK = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)(?:_(bias|weight_scale|weight_scale_2|input_scale))?")
 _STACK_OF_ROWS = re.compile(r"(.*)\.(input_linear|output_linear)\.(weight)")
+_ROUTER = ".block_sparse_moe.router.layer"
 _LINEAR = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj(?:\.(\w+))?")
 
 
@@ -68,9 +69,14 @@ def stack_of(name: str, layout: str, width: int = 1) -> Place | None:
 
 
 def container_of(module: str) -> str:
-    """What an export's config calls an expert's linear; and Granite's router, whose weight is a part of it on the Hub alone."""
+    """What an export's config calls an expert's linear, or Granite's router."""
     match = _LINEAR.fullmatch(module)
-    return module.removesuffix(".layer") if match is None else f"{match[1]}*"
+    return in_memory(module) if match is None else f"{match[1]}*"
+
+
+def in_memory(module: str) -> str:
+    """What transformers and engines call a module: Granite's router is one with a layer inside in checkpoints alone."""
+    return module.removesuffix(".layer") if module.endswith(_ROUTER) else module
 
 
 class StackedExperts(WrappedCheckpoint):

@@ -12,7 +12,7 @@ import numpy as np
 from modelq.checkpoint.base import Checkpoint, TensorInfo, read_json_object
 from modelq.checkpoint.folder import FolderCheckpoint
 from modelq.checkpoint.matrices import is_embedding
-from modelq.checkpoint.stacked import unstacked
+from modelq.checkpoint.stacked import in_memory, unstacked
 from modelq.verify import engines, layouts
 from modelq.verify.layouts import KV_SCALES, Layout
 
@@ -128,7 +128,7 @@ class Export:
             module, _, suffix = name.rpartition(".")
             if suffix in KV_SCALES or module.rpartition(".")[2] in NOT_LINEAR or is_embedding(module):
                 continue
-            parts.setdefault(module, {})[suffix] = info
+            parts.setdefault(in_memory(module), {})[suffix] = info
         return {module: self._layer(module, found) for module, found in parts.items() if _is_linear(found)}
 
     @property

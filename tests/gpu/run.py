@@ -15,7 +15,7 @@ import cuda_build  # noqa: E402 (from scripts/)
 
 NO_GPU, NO_NVCC = 3, 4
 # tests/test_cuda_*.py, and tests/test_*.py
-PARITY = ["emulated", "operations", "experts", "attention", "gemm", "gram", "linear", "arrays", "device", "device_backward"]
+PARITY = ["emulated", "operations", "experts", "attention", "gemm", "gram", "linear", "arrays", "device", "device_backward", "device_packed"]
 # The kernels that use shared memory or exchange within warps; a sanitizer takes a hundred times as long.
 SANITIZED = ["rmsnorm", "prepare", "columns", "dispatch", "embed", "causal", "hidden", "many_heads", "histogram", "loss"]
 TOOLS = ["memcheck", "racecheck", "synccheck", "initcheck"]
@@ -140,6 +140,7 @@ def prepare(is_emulated: bool, folder: Path) -> dict:
               "library of the kernels.")
         sys.exit(NO_GPU)
     environment["MODELQ_CUDART"] = runtime()
+    environment.setdefault("MODELQ_CAPABILITY", found[1].replace(".", ""))
     if "MODELQ_CUDA_LIBRARY" not in environment:
         if cuda_build.nvcc() is None:
             print(f"{found[0]}, but no nvcc in PATH to build the library with; MODELQ_CUDA_LIBRARY may name one that is built.")

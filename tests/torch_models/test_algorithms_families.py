@@ -107,7 +107,7 @@ def with_sizes_of_16(name):
     return kind, arguments | {key: size for key, size in sizes.items() if arguments.get(key)}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", dict.fromkeys(name.split()[0] for name in NAMES))
 def test_branches_of_low_rank_and_searched_scales(name, tmp_path, monkeypatch):
     """SVDQuant's branch makes up for some of NVFP4's error in every linear outside experts, and AWQ's scales are found."""
     monkeypatch.setitem(micro_models.MODELS, name, with_sizes_of_16(name))
