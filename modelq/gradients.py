@@ -102,7 +102,7 @@ def _round(model: Model, batches: Sequence[Batch], weights: dict[str, np.ndarray
     for layer in progress(range(model.num_layers), "forward"):
         boundaries.keep(run)
         streaming.run_layer(model, run, layer, following=layer + 1 if layer + 1 < model.num_layers else None)
-    with _place(model):
+    with _place(model, weights):
         back = run.backward(weights)
         losses = _head(model, back, [targets_of(batch) for batch in batches], visitor)
         if look is not None:
@@ -115,10 +115,11 @@ def _round(model: Model, batches: Sequence[Batch], weights: dict[str, np.ndarray
     return losses
 
 
-def _place(model: Model) -> AbstractContextManager[None]:
-    """Where gradients are computed: where layers are, or on the CPU if the device lacks what the family needs for them."""
-    device = model.runtime.device
-    return nullcontext() if device is None or device["backward"] else on_cpu(model)
+def _place(model: Model, wanted: Iterable[str]) -> AbstractContextManager[None]:
+    """Where gradients are computed: where layers are, or on the CPU if the device lacks what the family needs for them; so are those of
+    attention's sinks."""
+    device, vectors = model.runtime.device, {module["weight"] for module in model.modules if module["kind"] == "vector"}
+    return nullcontext() if device is None or (device["backward"] and vectors.isdisjoint(wanted)) else on_cpu(model)
 
 
 def _dtype(model: Model) -> np.dtype:

@@ -8,29 +8,12 @@
 
 /* ---- what there is ---- */
 
-static int has_role(const mq_runtime *runtime, mq_role role)
-{
-    int found = 0;
-    for (size_t i = 0; i < runtime->module_count; i++) found |= runtime->modules[i].role == role;
-    return found;
-}
-
-static int has_chunks(const mq_runtime *runtime)
-{
-    int found = 0;
-    for (int64_t i = 0; i < runtime->config.num_hidden_layers; i++) found |= runtime->layers[i].chunk > 0;
-    return found;
-}
-
 int mq_device_goes_back(const mq_runtime *runtime)
 {
     const mq_config *config = &runtime->config;
     const int lacking = config->q_lora_rank > 0 || config->kv_lora_rank > 0 || config->qk_unit_norm ||
-                        config->attention_floor > 0 || config->rope_type == MQ_ROPE_LONGROPE ||
-                        (runtime->family->flags & MQ_FAMILY_SHARED_INPUTS) != 0 || has_chunks(runtime) ||
-                        has_role(runtime, MQ_ROLE_SHARED_DOWN) || has_role(runtime, MQ_ROLE_SINKS) ||
-                        config->attn_logit_softcapping > 0.0 || config->head_dim > 256 ||
-                        config->value_head_dim > 256;
+                        config->attention_floor > 0 ||
+                        (runtime->family->flags & MQ_FAMILY_SHARED_INPUTS) != 0;
     return !lacking;
 }
 
@@ -48,7 +31,8 @@ static back_sizes sizes_of(const mq_device_back_room *room, int64_t rows)
     const mq_run *run = room->back->run;
     const mq_config *config = &run->runtime->config;
     const int has_experts = config->num_experts > 0, fused = (run->runtime->family->flags & MQ_FAMILY_FUSED) != 0;
-    const int64_t expert = has_experts ? config->moe_intermediate_size : 0;
+    const int64_t shared = room->experts_only ? 0 : config->shared_intermediate_size;
+    const int64_t expert = has_experts ? MQ_MAX(config->moe_intermediate_size, shared) : 0;
     back_sizes sizes = {
         .rows = rows, .hidden = config->hidden_size, .q = mq_dim_of(config, NULL, MQ_DIM_Q),
         .kv = mq_dim_of(config, NULL, MQ_DIM_KV), .v = mq_dim_of(config, NULL, MQ_DIM_V),
@@ -61,18 +45,6 @@ static back_sizes sizes_of(const mq_device_back_room *room, int64_t rows)
     sizes.widest_out = MQ_MAX(sizes.widest_in, MQ_MAX(sizes.v, MQ_MAX(sizes.kv, sizes.experts)));
     if (fused) sizes.widest_out = MQ_MAX(sizes.widest_out, MQ_MAX(sizes.qkv, 2 * sizes.inner));
     return sizes;
-}
-
-/* The layer's own table; all layers' are as large. */
-static const mq_rope_table *table_of(const mq_device_back_room *room, const mq_layer *layer, int64_t longest)
-{
-    const mq_layer_context context = mq_run_context(room->back->run);
-    return mq_ropes_of(context.ropes, layer->rope, longest);
-}
-
-static size_t table_nbytes(const mq_rope_table *table)
-{
-    return table != NULL ? (size_t)(table->positions * table->rotary) / 2 * sizeof(float) : 0;
 }
 
 static void *activations(mq_arena *arena, const back_sizes *sizes, int64_t width)
@@ -122,13 +94,14 @@ static void cut_scores(mq_arena *arena, const mq_device_back_room *room, const b
 }
 
 /* What both halves need, and the places of rows that come and go. */
-static void cut_rows(mq_arena *arena, const mq_device_back_room *room, const back_sizes *sizes, int64_t longest,
+static void cut_rows(mq_arena *arena, const mq_device_back_room *room, const back_sizes *sizes,
                      mq_device_back_scratch *out)
 {
     const mq_run *run = room->back->run;
     const size_t indices = room->experts_only ? (size_t)sizes->rows * sizeof(int64_t)
                                               : mq_device_indices_nbytes(sizes->rows);
-    size_t table = 0;
+    const mq_layer_context context = mq_run_context(run);
+    const size_t ropes = mq_device_ropes_nbytes(context.ropes);
     out->rows = sizes->rows;
     for (int i = 0; i < (room->experts_only ? 1 : 2); i++) {
         out->input[i] = activations(arena, sizes, sizes->hidden);
@@ -139,14 +112,14 @@ static void cut_rows(mq_arena *arena, const mq_device_back_room *room, const bac
         out->d_choices[i] = singles(arena, sizes, sizes->top_k);
         out->choices[i] = mq_arena_take(arena, (size_t)(sizes->rows * sizes->top_k) * sizeof *out->choices[i]);
     }
+    if (!room->experts_only && run->runtime->config.shared_intermediate_size > 0)
+        out->identity = mq_arena_take(arena, (size_t)sizes->rows * sizeof *out->identity);
     if (sizes->size < sizeof(float)) out->rounded = activations(arena, sizes, sizes->widest_out);
     cut_gradients_of_weights(arena, room, sizes, out);
     cut_scores(arena, room, sizes, out);
     if (room->experts_only) return;
-    for (int64_t i = 0; i < run->runtime->config.num_hidden_layers; i++)
-        table = MQ_MAX(table, table_nbytes(table_of(room, &run->runtime->layers[i], longest)));
-    out->cosine = mq_arena_take(arena, table);
-    out->sine = mq_arena_take(arena, table);
+    out->cosine = mq_arena_take(arena, ropes);
+    out->sine = mq_arena_take(arena, ropes);
     out->normed = activations(arena, sizes, sizes->hidden);
     out->raw_q = activations(arena, sizes, sizes->q);
     out->raw_k = activations(arena, sizes, sizes->kv);
@@ -204,7 +177,7 @@ static size_t cut(mq_arena *arena, const mq_device_back_room *room, int64_t rows
 {
     const back_sizes sizes = sizes_of(room, rows);
     arena->used = 0;
-    cut_rows(arena, room, &sizes, longest, out);
+    cut_rows(arena, room, &sizes, out);
     const size_t halves = arena->used;
     if (!room->experts_only) cut_attention(arena, room, &sizes, longest, out);
     const size_t attention = arena->used;
@@ -359,16 +332,29 @@ int mq_device_back_end(mq_device *device, int rc, mq_error *err)
     return rc == MQ_OK ? taken : rc;
 }
 
+static int send_identity(const mq_device_back *it)
+{
+    const mq_device_back_scratch *scratch = it->scratch;
+    const size_t nbytes = (size_t)scratch->rows * sizeof *scratch->identity;
+    int64_t *rows;
+    if (scratch->identity == NULL) return MQ_OK;
+    rows = mq_alloc(nbytes);
+    if (rows == NULL) return mq_fail_memory(it->err, "indices of rows", nbytes);
+    for (int64_t i = 0; i < scratch->rows; i++) rows[i] = i;
+    int rc = it->device->backend->copy(scratch->identity, rows, nbytes, it->device->compute, it->err);
+    if (rc == MQ_OK) rc = it->device->backend->stream_wait(it->device->compute, it->err);
+    mq_free(rows);
+    return rc;
+}
+
 static int begin(const mq_device_back_room *room, mq_device_back *it)
 {
     const mq_run *run = it->back->run;
-    const mq_backend *backend = it->device->backend;
-    const mq_rope_table *table = table_of(room, it->layer, run->longest);
-    const size_t nbytes = table_nbytes(table);
-    void *stream = it->device->compute;
+    const mq_device_back_scratch *scratch = it->scratch;
     int rc = mq_device_back_reserve(room, run->rows, run->longest, it);
-    if (rc == MQ_OK && table != NULL) rc = backend->copy(it->scratch->cosine, table->cosine, nbytes, stream, it->err);
-    if (rc == MQ_OK && table != NULL) rc = backend->copy(it->scratch->sine, table->sine, nbytes, stream, it->err);
+    if (rc == MQ_OK)
+        rc = mq_device_send_ropes(it->device, it->context->ropes, scratch->cosine, scratch->sine, it->err);
+    if (rc == MQ_OK) rc = send_identity(it);
     return rc == MQ_OK ? mq_device_back_ready(it->device, it->err) : rc;
 }
 

@@ -39,6 +39,7 @@ typedef struct mq_device_back_scratch {
     float *d_normed, *d_q, *d_k, *d_v, *d_joined, *d_mixed, *d_attended;
     void *mlp_normed, *gate, *up, *mlp_joined, *product, *output, *router;
     float *d_mlp_normed, *d_gate, *d_up, *d_mlp_joined, *d_output, *d_shares, *d_router, *shares;
+    int64_t *identity;                          /* (n): 0, 1, ...; where all tokens have an expert in common */
 } mq_device_back_scratch;
 
 /* One trip of a chunk back through a layer, or of rows of one expert. */

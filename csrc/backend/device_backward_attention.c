@@ -3,21 +3,23 @@
 
 #include "backend/device_backward.h"
 
-/* heads = rope(norm(raw)), of q or k. */
+/* Rope on q or k, or on gradients by these. */
 static int turn(const mq_device_back *it, const mq_cuda_matrix *x, int64_t heads, int back)
 {
-    const mq_rope_table *table = mq_ropes_of(it->context->ropes, it->layer->rope, it->chunk->longest);
-    const mq_sequence any = {.tokens = it->chunk->longest};
-    const mq_rope_sizes sizes = mq_layer_rope(it->context, heads, &any);
-    if (table == NULL) return MQ_OK;
+    const mq_layer_context *context = it->context;
+    const mq_rope_sizes sizes = mq_layer_rope(context, heads, &context->sequences[it->chunk->first_sequence]);
+    if (it->layer->rope == MQ_LAYER_NO_ROPE) return MQ_OK;
+    const int64_t at = mq_device_rope_at(context->ropes, it->layer->rope);
     const mq_cuda_rope_job job = {
-        .x = *x, .heads = heads, .cosine = it->scratch->cosine, .sine = it->scratch->sine, .rotary = table->rotary,
-        .positions = it->chunk->positions, .offset = sizes.offset, .interleaved = sizes.interleaved,
+        .x = *x, .heads = heads, .cosine = it->scratch->cosine + at, .sine = it->scratch->sine + at,
+        .rotary = mq_config_rotary(context->config), .positions = it->chunk->positions, .offset = sizes.offset,
+        .interleaved = sizes.interleaved,
     };
     return back ? it->device->backend->rope_backward(&job, it->device->compute, it->err)
                 : it->device->backend->rope(&job, it->device->compute, it->err);
 }
 
+/* heads = rope(norm(raw)), of q or k. */
 static int finish_heads(const mq_device_back *it, mq_role norm, void *heads, const void *raw, int64_t count)
 {
     const int64_t width = count * it->context->config->head_dim;
@@ -74,6 +76,8 @@ static mq_cuda_attention_job job_of(const mq_device_back *it)
     job.v = scratch->v;
     job.out = scratch->mixed;
     job.starts = chunk->starts;
+    job.chunk_first = chunk->chunk_first;
+    job.sinks = it->device->norms[MQ_ROLE_SINKS];
     job.key_mask = chunk->key_mask;
     job.maxima = scratch->maxima;
     job.factors = scratch->factors;

@@ -96,7 +96,50 @@ static int mlp_half(const mq_device_back *it)
     return rc == MQ_OK ? mq_device_mlp_back(it, &MQ_MLP_ROLES, d_output) : rc;
 }
 
-/* Router; the gradient by what experts read is there already, and is added to. */
+/* By the factor that multiplies the shared expert's output, and by what that is made of; d_output: by the expert's
+ * own output, of d_sum, by the product. */
+static int shared_gate(const mq_device_back *it, const float *d_sum, float *d_normed)
+{
+    const mq_device_back_scratch *scratch = it->scratch;
+    const mq_backend *backend = it->device->backend;
+    const mq_cuda_sigmoid_job factors = {.x = mq_device_back_matrix(it, scratch->router, 1),
+                                         .factors = scratch->shares};
+    const mq_cuda_sigmoid_job back = {.x = factors.x, .factors = scratch->shares, .d_factors = scratch->d_shares,
+                                      .d_x = scratch->d_shares};
+    const mq_cuda_scatter_job product = {
+        .x = mq_device_back_matrix(it, scratch->output, it->context->config->hidden_size), .index = scratch->identity,
+        .shares = scratch->shares, .d_out = d_sum, .d_in = scratch->d_output, .d_shares = scratch->d_shares,
+    };
+    const mq_back_linear linear = {.in = scratch->mlp_normed, .out = scratch->router, .d_out = scratch->d_shares,
+                                   .d_in = d_normed, .accumulate = 1};
+    int rc = mq_device_back_forward(it, MQ_ROLE_SHARED_ROUTER, scratch->router, scratch->mlp_normed, 0);
+    if (rc == MQ_OK) rc = backend->sigmoid(&factors, it->device->compute, it->err);
+    if (rc == MQ_OK) rc = backend->scatter_backward(&product, it->device->compute, it->err);
+    if (rc == MQ_OK) rc = backend->sigmoid_backward(&back, it->device->compute, it->err);
+    return rc == MQ_OK ? mq_device_back_linear(it, MQ_ROLE_SHARED_ROUTER, &linear) : rc;
+}
+
+/* The expert that all rows have; d_normed is added to. */
+static int shared_half(const mq_device_back *it, float *d_normed)
+{
+    const mq_device_back_scratch *scratch = it->scratch;
+    const int gated = it->layer->linears[MQ_ROLE_SHARED_ROUTER].cols > 0;
+    const int64_t width = it->context->config->hidden_size;
+    float *d_sum = gated ? scratch->d_mlp_normed : scratch->d_output;
+    const mq_cuda_add_job scale = {
+        .x = mq_device_back_single(it, it->gradient, width), .y = mq_device_back_single(it, d_sum, width),
+        .scale = (float)it->context->config->residual_multiplier,
+    };
+    const mq_cuda_add_job add = {.x = mq_device_back_single(it, scratch->d_mlp_normed, width),
+                                 .y = mq_device_back_single(it, d_normed, width), .accumulate = 1};
+    int rc = mq_device_mlp_again(it, &MQ_SHARED_ROLES, 1);
+    if (rc == MQ_OK) rc = it->device->backend->add(&scale, it->device->compute, it->err);
+    if (rc == MQ_OK && gated) rc = shared_gate(it, d_sum, d_normed);
+    if (rc == MQ_OK) rc = mq_device_mlp_back(it, &MQ_SHARED_ROLES, scratch->d_output);
+    return rc == MQ_OK ? it->device->backend->add(&add, it->device->compute, it->err) : rc;
+}
+
+/* Router and shared expert; the gradient by what experts read is there already, and is added to. */
 static int route_half(const mq_device_back *it, float *d_normed)
 {
     const mq_device_back_scratch *scratch = it->scratch;
@@ -110,7 +153,8 @@ static int route_half(const mq_device_back *it, float *d_normed)
     };
     int rc = mq_device_back_forward(it, MQ_ROLE_ROUTER, scratch->router, scratch->mlp_normed, 0);
     if (rc == MQ_OK) rc = it->device->backend->route_backward(&job, it->device->compute, it->err);
-    return rc == MQ_OK ? mq_device_back_linear(it, MQ_ROLE_ROUTER, &router) : rc;
+    if (rc == MQ_OK) rc = mq_device_back_linear(it, MQ_ROLE_ROUTER, &router);
+    return rc == MQ_OK && it->layer->linears[MQ_ROLE_SHARED_DOWN].cols > 0 ? shared_half(it, d_normed) : rc;
 }
 
 int mq_device_other_half(const mq_device_back *it)
