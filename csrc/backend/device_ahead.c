@@ -162,10 +162,8 @@ int mq_device_take_ahead(mq_device *device, const mq_runtime *runtime, int64_t l
 
 int mq_device_give_spare(mq_device *device)
 {
-    mq_error err;
     if (device->spare[0].memory == NULL && device->spare[1].memory == NULL) return 0;
     mq_device_forget_ahead(&device->elsewhere);
-    device->backend->stream_wait(device->copies, &err);
-    for (int i = 0; i < 2; i++) mq_arena_drop(device, &device->spare[i]);
+    for (int i = 0; i < 2; i++) mq_arena_drop(device, &device->spare[i]);     /* which waits for what is on its way */
     return 1;
 }
