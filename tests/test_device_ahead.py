@@ -9,11 +9,12 @@ import pytest
 import modelq
 import modelq.quantization as mtq
 from cuda_library import library_to_test
-from modelq import _core, ahead, changed, cuda, streaming
+from modelq import _core, ahead, changed, cuda, gradients, streaming
 from modelq.inputs import make_batch
 from test_device import FAMILIES, amax_of, emulated  # noqa: F401 (a fixture)
 
 RNG = np.random.default_rng(0)
+pytestmark = pytest.mark.emulated
 IDS = [RNG.integers(0, 60, (6, 20)) for _ in range(3)]
 ROOMY, TIGHT = "64MiB", 2_300_000       # the second has no room for a second layer, and its chunks are of few rows
 
@@ -25,8 +26,6 @@ def load(source, memory=ROOMY, compute="float32"):
 @pytest.fixture
 def shim(emulated):     # noqa: F811
     library = ctypes.CDLL(str(emulated))
-    if not library.mq_cuda_is_emulated():
-        pytest.skip("only the shim notes what it is asked for")
     library.mq_shim_trace.restype = ctypes.c_char_p
     yield library
     library.mq_shim_trace(0)
@@ -117,6 +116,27 @@ def test_rows_go_back_while_the_host_goes_on(llama, shim, monkeypatch):
     fetched = [i for i, call in enumerate(calls) if call[:2] == ("fetch", rows)]
     assert len(fetched) > 2
     assert [i for i, call in enumerate(calls) if call[0] == "wait" and i < fetched[-1]] == []
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3moe"])
+def test_the_way_back_has_the_layer_before(golden, shim, monkeypatch, name):
+    monkeypatch.setenv("MODELQ_SHIM_STREAMS", "late")
+    model, (_compute, copies, _rows) = traced(shim, source_of(golden, name))
+    wanted = [row["weight"] for row in model.modules if row["kind"] == "linear" and row["layer"] == 0][:3]
+    begun, begin = [], ahead._begin
+    monkeypatch.setattr(ahead, "_begin", lambda model, *part: begun.append(part[:2]) or begin(model, *part))
+    shim.mq_shim_trace(1)
+    found = gradients.backward(model, IDS, wanted)
+    sent = sum(nbytes for what, stream, nbytes in noted(shim) if (what, stream) == ("send", copies))
+    assert begun[-1] == ((0, None) if name == "llama" else (0, model.runtime.experts(0) - 1))
+    # no weight is sent more often than it is used: forward and backward, and the head's twice
+    parts = [(row["layer"], row["expert"]) for row in model.modules if row["kind"] == "linear" and row["layer"] >= 0]
+    assert sent < 2.2 * sum(layer_nbytes(model, *part) for part in set(parts)) + 5 * layer_nbytes(model, -1)
+    monkeypatch.setattr(gradients, "ahead_of", lambda *given: None)
+    other = gradients.backward(model, IDS, wanted)
+    assert np.array_equal(found.losses, other.losses)
+    for name in wanted:
+        np.testing.assert_array_equal(found.weights[name], other.weights[name])
 
 
 # ---- that it changes nothing ----
@@ -221,6 +241,35 @@ def test_a_weight_that_is_replaced(models):
     found = states(one, before=lambda layer: replace(one) if layer == 1 else None)
     replace(other)
     assert np.array_equal(found, alone(other)) and not np.array_equal(found, before)
+
+
+@pytest.mark.parametrize("config", [mtq.FP8_DEFAULT_CFG, mtq.NVFP4_DEFAULT_CFG, mtq.INT8_WEIGHT_ONLY_CFG], ids=["fp8", "nvfp4", "int8"])
+@pytest.mark.parametrize("compressed", [False, True])
+def test_quantizers_that_change(llama, shim, config, compressed):
+    """Weights that are simulated or packed come ahead, and are not taken for those of another amax."""
+    found = {}
+    for is_changed in (False, True):
+        for is_ahead in (False, True):
+            model = load(llama, compute="bfloat16")
+            mtq.quantize(model, config, lambda model: model(IDS[0]))
+            model.disconnect()
+            if compressed:
+                mtq.compress(model)
+            run = run_of(model)
+            streaming.run_layer(model, run, 0, following=1 if is_ahead else None)
+            if is_changed and not compressed:
+                quantizer = model.quantizers["model.layers.1.mlp.up_proj.weight_quantizer"]
+                quantizer.amax = np.asarray(quantizer.amax) / 2
+            elif is_changed:
+                model.packed["model.layers.1.mlp.up_proj"] = model.packed["model.layers.0.mlp.up_proj"]
+            shim.mq_shim_trace(1)
+            streaming.run_layer(model, run, 1)
+            sent = sum(nbytes for what, _, nbytes in noted(shim) if what == "send" and nbytes > 2048)
+            found[is_changed, is_ahead] = run.state(), sent
+    for is_changed in (False, True):
+        assert found[is_changed, False][0].tobytes() == found[is_changed, True][0].tobytes()
+    assert found[False, True][0].tobytes() != found[True, True][0].tobytes()
+    assert found[False, True][1] < found[True, True][1] == found[True, False][1]      # rows, and no weight
 
 
 class Doubling:

@@ -101,7 +101,7 @@ def test_maxima(source):
     for model in (here(source), there(source), small(source)):
         mtq.quantize(model, mtq.FP8_DEFAULT_CFG, passes)
         found.append((amax_of(model), model.loss([IDS, SHORT])))
-    check_amax(found[1][0], found[0][0])
+    check_amax(found[1][0], found[0][0], 2e-6)      # sums in another order: 1.0e-6 was seen beside AVX-512's, 1.2e-6 beside AVX2's
     check_amax(found[2][0], found[1][0], 0)
     assert found[1][1] == found[2][1] == pytest.approx(found[0][1], rel=2e-3)     # a sum in another order may round to the code beside
 

@@ -141,33 +141,29 @@ int mq_device_load_ahead(mq_elsewhere *self, const mq_runtime *runtime, const mq
 }
 
 int mq_device_take_ahead(mq_device *device, const mq_runtime *runtime, int64_t layer, int64_t expert,
-                         const mq_named_tensor *tensors, size_t count, int *came, mq_error *err)
+                         const mq_named_tensor *tensors, size_t count)
 {
     const mq_device_ahead *ahead = &device->ahead;
     mq_arena *at_work = expert >= 0 ? &device->expert_weights : &device->layer_weights;
     mq_arena *spare = &device->spare[expert >= 0];
-    if (ahead->layer != layer || ahead->expert != expert) return MQ_OK;
+    if (ahead->layer != layer || ahead->expert != expert) return 0;
     const int fits = spare->nbytes >= mq_device_weights_nbytes(device, runtime, layer, expert, tensors, count);
-    int rc = MQ_OK;
-    if (fits && is_of(device, runtime, layer, expert, tensors, count)) {
+    const int came = fits && is_of(device, runtime, layer, expert, tensors, count);
+    if (came) {
         const mq_arena there = *spare;
         *spare = *at_work;
         *at_work = there;
-        *came = 1;
         for (int role = 0; role < MQ_ROLE_COUNT; role++)
             if (ahead->linears[role].came_ahead) device->linears[role] = ahead->linears[role];
-        rc = device->backend->event_record(device->loaded, device->copies, err);
     }
     mq_device_forget_ahead(&device->elsewhere);
-    return rc;
+    return came;
 }
 
 int mq_device_give_spare(mq_device *device)
 {
-    mq_error err;
     if (device->spare[0].memory == NULL && device->spare[1].memory == NULL) return 0;
     mq_device_forget_ahead(&device->elsewhere);
-    device->backend->stream_wait(device->copies, &err);
-    for (int i = 0; i < 2; i++) mq_arena_drop(device, &device->spare[i]);
+    for (int i = 0; i < 2; i++) mq_arena_drop(device, &device->spare[i]);     /* which waits for what is on its way */
     return 1;
 }

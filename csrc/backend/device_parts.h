@@ -209,10 +209,10 @@ int mq_device_begin_ahead(mq_elsewhere *self, const mq_runtime *runtime, int64_t
 int mq_device_load_ahead(mq_elsewhere *self, const mq_runtime *runtime, const mq_module *module,
                          const mq_named_tensor *weight, const mq_tensor *bias, mq_error *err);
 void mq_device_forget_ahead(mq_elsewhere *self);
-/* What came ahead of that part is its weights now, if it was made of these tensors (*came is 1 then); if of others, it
- * is forgotten. */
+/* What came ahead of that part is its weights now, if it was made of these tensors: nonzero then. If of others, it is
+ * forgotten. */
 int mq_device_take_ahead(mq_device *device, const mq_runtime *runtime, int64_t layer, int64_t expert,
-                         const mq_named_tensor *tensors, size_t count, int *came, mq_error *err);
+                         const mq_named_tensor *tensors, size_t count);
 /* Frees the memory for what comes ahead, and forgets what did: whether there was any. */
 int mq_device_give_spare(mq_device *device);
 

@@ -130,11 +130,10 @@ int mq_device_begin(mq_elsewhere *self, const mq_runtime *runtime, int64_t layer
     if (expert < 0) mq_device_drop_layer(self, device->layer);
     else mq_device_drop_expert(self);
     if (expert < 0) device->layer = layer;      /* and dropped where anything fails */
-    int came = 0;
-    rc = mq_device_take_ahead(device, runtime, layer, expert, tensors, count, &came, err);
+    const int came = mq_device_take_ahead(device, runtime, layer, expert, tensors, count);
     /* Rows may have taken all that layers before, which were smaller, left. */
-    if (rc == MQ_OK && !came && nbytes > mq_device_available(device, arena)) mq_arena_drop(device, &device->work);
-    if (rc == MQ_OK && !came) rc = mq_arena_reserve(device, arena, nbytes, "the weights of a layer", err);
+    if (!came && nbytes > mq_device_available(device, arena)) mq_arena_drop(device, &device->work);
+    if (!came) rc = mq_arena_reserve(device, arena, nbytes, "the weights of a layer", err);
     if (rc == MQ_OK && expert < 0) reserve_for_experts(device, runtime, layer);
     mq_device_leave(device, before);
     return rc;
@@ -193,7 +192,6 @@ int mq_device_load(mq_elsewhere *self, const mq_runtime *runtime, const mq_modul
         *linear = (mq_device_linear){0};
         rc = mq_device_put_linear(device, arena, runtime->dtype, &given, linear, err);
     }
-    if (rc == MQ_OK) rc = device->backend->event_record(device->loaded, device->copies, err);
     mq_device_leave(device, before);
     return rc;
 }
@@ -224,7 +222,6 @@ int mq_device_load_low_rank(mq_elsewhere *self, const mq_module *module, const m
         linear->up.data = (char *)linear->branch + rounded(rank * linear->weight.cols, mq_dtype_size(dtype));
         rc = mq_device_upload(device, down, &linear->down, err);
         if (rc == MQ_OK) rc = mq_device_upload(device, up, &linear->up, err);
-        if (rc == MQ_OK) rc = device->backend->event_record(device->loaded, device->copies, err);
     }
     mq_device_leave(device, before);
     return rc;
