@@ -4,6 +4,7 @@
 # make test-isa                  the kernel tests once per instruction set that this processor has
 # make test-engines              our exports in transformers and in vLLM's CPU build, in environments of their own (several GB)
 # make test-torch                torch and transformers models in the user's process, in an environment that has them
+# make test-reference            every family's exports against nvidia-modelopt's of the same models, in an environment that has it
 # make bench                     the benchmarks of tests/bench
 # make venv                      only the environment (.venv), modelq installed in it
 # make clean                     remove everything that was made here
@@ -21,21 +22,22 @@ DEMO := .venv-demo
 TRANSFORMERS := .venv-engines
 VLLM := .venv-vllm
 TORCH := .venv-torch
+REFERENCE := .venv-reference
 SANITIZED := build/site-sanitize
 SOURCES := setup.py pyproject.toml $(shell find csrc cuda modelq -name '*.c' -o -name '*.h' -o -name '*.inc' -o -name '*.def' -o -name '*.py' -o -name '*.pyi')
 # Objects are kept between builds, what they were linked and copied into is not: a file that was removed must not stay in a wheel.
 INSTALL := rm -rf build/*/lib* && $(VENV)/bin/python -m pip install --quiet --no-build-isolation
 # Tests that no kernel takes part in.
-NOT_ISA := --ignore-glob='tests/test_cuda_*.py' $(patsubst %,--ignore=tests/test_%.py,bench_command cli cli_consistency cli_dry_run data dataset_utils device dlpack docstrings gguf import interrupted lint notebooks oom pickles progress readme report safetensors stubs threads unwritable writer)
+NOT_ISA := --ignore-glob='tests/test_cuda_*.py' --ignore-glob='tests/test_device_*.py' $(patsubst %,--ignore=tests/test_%.py,bench_command cli cli_consistency cli_dry_run data dataset_utils device dlpack docstrings gguf import interrupted lint notebooks oom pickles progress readme report safetensors stubs threads unwritable writer)
 # What times, or counts memory, runs alone afterwards, or not at all.
 COUNTS := slow or leaks or measures
 PARALLEL := -q -n $(WORKERS) --dist loadfile
 TEST_ENV := $(if $(GOLDEN),MODELQ_GOLDEN=$(abspath $(GOLDEN)))
 
 # Everything but the demo is built with modelq._testing, and its tests then may not skip for want of it.
-venv test sanitize test-isa test-torch test-transformers test-vllm bench: export MODELQ_TESTING := 1
+venv test sanitize test-isa test-torch test-transformers test-vllm test-reference bench: export MODELQ_TESTING := 1
 
-.PHONY: demo test sanitize test-isa test-engines test-transformers test-vllm test-torch bench venv clean
+.PHONY: demo test sanitize test-isa test-engines test-transformers test-vllm test-torch test-reference bench venv clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -78,11 +80,15 @@ test-vllm: $(VENV)/installed $(VLLM)/installed
 test-torch: $(TORCH)/installed
 	$(TEST_ENV) $(TORCH)/bin/pytest $(PARALLEL) tests/torch_models $(ARGS)
 
+# MODELQ_REFERENCE_PYTHON names an environment that is there already.
+test-reference: $(VENV)/installed $(if $(MODELQ_REFERENCE_PYTHON),,$(REFERENCE)/installed)
+	MODELQ_REFERENCE_PYTHON=$(or $(MODELQ_REFERENCE_PYTHON),$(abspath $(REFERENCE))/bin/python) $(VENV)/bin/pytest tests/reference $(ARGS)
+
 bench: $(VENV)/installed
 	for script in tests/bench/*.py; do $(VENV)/bin/python $$script || exit 1; done
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache demo-out $(VENV) $(DEMO) $(TRANSFORMERS) $(VLLM) $(TORCH)
+	rm -rf build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache demo-out $(VENV) $(DEMO) $(TRANSFORMERS) $(VLLM) $(TORCH) $(REFERENCE)
 	find modelq tests scripts -name __pycache__ -prune -exec rm -rf {} +
 	find modelq -name '*.so' -delete
 
@@ -108,6 +114,11 @@ $(SANITIZED)/installed: $(VENV)/installed
 $(TRANSFORMERS)/installed: tests/engines/requirements.txt
 	$(PYTHON) -m venv $(TRANSFORMERS)
 	$(TRANSFORMERS)/bin/python -m pip install --quiet -r tests/engines/requirements.txt
+	touch $@
+
+$(REFERENCE)/installed: tests/reference/requirements.txt
+	$(PYTHON) -m venv $(REFERENCE)
+	$(REFERENCE)/bin/python -m pip install --quiet -r tests/reference/requirements.txt
 	touch $@
 
 $(TORCH)/python: tests/torch_models/requirements.txt

@@ -114,6 +114,20 @@ void mq_cuda_pinned_free(void *memory)
     if (memory != NULL) cudaFreeHost(memory);
 }
 
+int mq_cuda_pin(void *memory, size_t nbytes, mq_error *err)
+{
+    if (nbytes == 0) return MQ_OK;
+    const int rc = failed(cudaHostRegister(memory, nbytes, cudaHostRegisterDefault), "cudaHostRegister", err);
+    cudaGetLastError();
+    return rc;
+}
+
+void mq_cuda_unpin(void *memory)
+{
+    if (memory != NULL) cudaHostUnregister(memory);
+    cudaGetLastError();
+}
+
 int mq_cuda_copy(void *to, const void *from, size_t nbytes, void *stream, mq_error *err)
 {
     if (nbytes == 0) return MQ_OK;
@@ -163,6 +177,14 @@ void mq_cuda_event_free(void *event)
 int mq_cuda_event_wait(void *event, mq_error *err)
 {
     return failed(cudaEventSynchronize((cudaEvent_t)event), "cudaEventSynchronize", err);
+}
+
+int mq_cuda_event_done(void *event, int *done, mq_error *err)
+{
+    const cudaError_t status = cudaEventQuery((cudaEvent_t)event);
+    *done = status != cudaErrorNotReady;
+    cudaGetLastError();
+    return *done ? failed(status, "cudaEventQuery", err) : MQ_OK;
 }
 
 int mq_cuda_event_record(void *event, void *stream, mq_error *err)

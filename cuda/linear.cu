@@ -41,6 +41,7 @@ static const char *wrong_linear(const mq_cuda_linear *linear)
     if (linear->codes == NULL || linear->scales == NULL) return "codes and scales are needed";
     if (linear->rows < 1 || linear->cols < 1) return "it has no elements";
     if ((unsigned)linear->inputs > (unsigned)MQ_CUDA_INPUTS_GROUP) return "no such way to treat inputs";
+    if ((unsigned)linear->dtype > (unsigned)MQ_F16) return "its numbers are no float32, bfloat16 or float16";
     if (linear->inputs == MQ_CUDA_INPUTS_SCHEME && (unsigned)linear->input_scheme >= (unsigned)MQ_SCHEME_COUNT)
         return "its inputs' scheme does not exist";
     if (mq_scheme_get(linear->scheme)->second_divisor != 0.0f && linear->scale_2 == NULL) return "scale_2 is needed";

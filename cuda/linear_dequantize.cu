@@ -89,7 +89,20 @@ static size_t scale_offset(const mq_scheme_row *scheme, int64_t row, int64_t col
     return scheme->block_rows == 0 ? 0 : (size_t)(row / scheme->block_rows * across) * size;
 }
 
-/* Rows first to first + rows into tile [rows, I]. */
+/* Whether what is dequantized goes through a dtype of its own, in memory behind the tile. */
+static bool is_rounded(const mq_linear_call *call)
+{
+    const mq_dtype dtype = call->job->linear.dtype;
+    return dtype != MQ_F32 && dtype != call->job->in.dtype;
+}
+
+/* Bytes of a row of a tile, and of what it is made of. */
+static int64_t tile_row_nbytes(const mq_linear_call *call, int64_t ld)
+{
+    return ld * (mq_linear_dtype_size(call->job->in.dtype) + (is_rounded(call) ? 2 : 0));
+}
+
+/* Rows first to first + rows into tile [rows, I], of whatever dtype it has. */
 static int dequantize_rows(const mq_linear_call *call, int64_t first, const mq_cuda_matrix *tile)
 {
     const mq_cuda_linear *linear = &call->job->linear;
@@ -109,6 +122,17 @@ static int dequantize_rows(const mq_linear_call *call, int64_t first, const mq_c
     again.x = again.y = *tile;
     again.amax = linear->fp8_amax;
     return mq_cuda_block_fake_quantize(&again, call->stream, call->err);
+}
+
+static int fill_tile(const mq_linear_call *call, int64_t first, const mq_cuda_matrix *tile)
+{
+    if (!is_rounded(call)) return dequantize_rows(call, first, tile);
+    char *behind = (char *)tile->data + tile->rows * tile->ld * mq_linear_dtype_size(tile->dtype);
+    mq_cuda_rows_job job = {};
+    job.x = {behind, call->job->linear.dtype, tile->rows, tile->cols, tile->ld};
+    job.y = *tile;
+    const int rc = dequantize_rows(call, first, &job.x);
+    return rc == MQ_OK ? mq_cuda_rows(&job, call->stream, call->err) : rc;
 }
 
 /* out's columns from first on = x * tile^T */
@@ -140,13 +164,13 @@ static int run_part(const mq_linear_call *call, const part *p, const mq_cuda_wor
 {
     const mq_cuda_linear *linear = &call->job->linear;
     const int64_t ld = MQ_ROUND_UP(linear->cols, (int64_t)MQ_GROUP);
-    const int64_t step = tile_rows(linear, ld * mq_linear_dtype_size(call->job->in.dtype), rest->nbytes);
+    const int64_t step = tile_rows(linear, tile_row_nbytes(call, ld), rest->nbytes);
     int rc = quantize_inputs(call, p);
     if (step == 0) return mq_linear_too_small(call, MQ_MIN(linear->rows, (int64_t)UNIT));
     for (int64_t first = 0; first < linear->rows && rc == MQ_OK; first += step) {
         const mq_cuda_matrix tile = {rest->data, call->job->in.dtype, MQ_MIN(step, linear->rows - first), linear->cols,
                                      ld};
-        rc = dequantize_rows(call, first, &tile);
+        rc = fill_tile(call, first, &tile);
         if (rc == MQ_OK) rc = multiply(call, p, first, &tile);
     }
     return rc;

@@ -46,6 +46,11 @@ int mq_linear_scales_make(const mq_linear_way *way, const mq_cuda_linear *linear
                       (uint8_t *)out, stream, err);
 }
 
+mq_cuda_path mq_cuda_linear_path(const mq_cuda_gemm *gemm, const mq_cuda_linear *linear)
+{
+    return mq_linear_way_of(gemm, linear, NULL)->path;
+}
+
 size_t mq_cuda_linear_prepared_nbytes(const mq_cuda_gemm *gemm, const mq_cuda_linear *linear)
 {
     return mq_linear_scales_nbytes(mq_linear_way_of(gemm, linear, NULL), linear);

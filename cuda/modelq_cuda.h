@@ -21,7 +21,7 @@ extern "C" {
 
 #pragma GCC visibility push(default)   /* all else in the library is hidden */
 
-enum { MQ_CUDA_INTERFACE = 4 };   /* changes whenever a struct or a call below does */
+enum { MQ_CUDA_INTERFACE = 9 };   /* changes whenever a struct or a call below does */
 
 int mq_cuda_interface(void);
 int mq_cuda_is_emulated(void);    /* 1 in the library that g++ makes of the same sources, for tests */
@@ -113,17 +113,28 @@ int mq_cuda_straight_through(const mq_cuda_gradient_job *job, void *stream, mq_e
 
 /* ---- histogram: counts[floor(|x| * 2^-exponent)] += 1, as csrc/calib/histogram.c counts ---- */
 
+enum { MQ_CUDA_LOWEST_EXPONENT = -120 };
+
+/* What is known of a histogram beside its counts. All zero, and the counts too: nothing was counted. */
+typedef struct mq_cuda_histogram {
+    int32_t above;             /* exponent of the bins' width, above MQ_CUDA_LOWEST_EXPONENT */
+    uint32_t worst;            /* bits of the largest magnitude, NaN and infinity too */
+    uint32_t first_amax;       /* ... of the first piece of the data that was not all zeros */
+    uint32_t latest;           /* ... of what was counted last */
+    int64_t first_piece;
+    unsigned long long zeros;  /* exact ones, which counts[0] holds too */
+} mq_cuda_histogram;
+
+/* Bins become wider as larger values come. What holds NaN or an infinity is not counted; worst tells of it. */
 typedef struct mq_cuda_histogram_job {
     mq_cuda_matrix x;
-    const uint8_t *mask;       /* [rows]: rows that count; NULL: all */
-    int exponent;              /* -120 to 127, large enough for x's amax to be below bins * 2^exponent */
-    int64_t bins;
-    unsigned int *counts;      /* [bins], added to; so no more than 2^32 - 1 elements between two readings */
-    unsigned int *zeros;       /* [1], added to: exact zeros, which counts[0] holds too */
+    int64_t piece;             /* of which piece of the data the rows are; one piece's come one after the other */
+    int bits;                  /* 2^bits bins */
+    mq_cuda_histogram *numbers;
+    unsigned long long *counts;/* [2^bits], added to */
 } mq_cuda_histogram_job;
 
-/* Values beyond the last bin, and NaN, are counted nowhere. */
-int mq_cuda_histogram(const mq_cuda_histogram_job *job, void *stream, mq_error *err);
+int mq_cuda_histogram_add(const mq_cuda_histogram_job *job, void *stream, mq_error *err);
 
 #include "modelq_cuda_gemm.h"
 #include "modelq_cuda_ops.h"

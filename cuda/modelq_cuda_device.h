@@ -34,6 +34,9 @@ int mq_cuda_memory_free_nbytes(size_t *free_nbytes, size_t *total_nbytes, mq_err
 /* Host memory that a device reads and writes while the host goes on. */
 int mq_cuda_pinned_new(void **out, size_t nbytes, mq_error *err);
 void mq_cuda_pinned_free(void *memory);
+/* The same of memory that is there already, until unpin, which comes before it is freed. */
+int mq_cuda_pin(void *memory, size_t nbytes, mq_error *err);
+void mq_cuda_unpin(void *memory);
 
 /* Between any two places; the stream decides when. Of host memory that is not pinned, the call may wait. */
 int mq_cuda_copy(void *to, const void *from, size_t nbytes, void *stream, mq_error *err);
@@ -45,6 +48,7 @@ int mq_cuda_stream_wait(void *stream, mq_error *err);   /* for all that was aske
 int mq_cuda_event_new(void **out, mq_error *err);
 void mq_cuda_event_free(void *event);
 int mq_cuda_event_wait(void *event, mq_error *err);     /* the host waits for it */
+int mq_cuda_event_done(void *event, int *done, mq_error *err);      /* whether it would have to */
 int mq_cuda_event_record(void *event, void *stream, mq_error *err);
 int mq_cuda_event_after(void *event, void *stream, mq_error *err);  /* what the stream does next comes after it */
 

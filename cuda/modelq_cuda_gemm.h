@@ -82,6 +82,8 @@ typedef struct mq_cuda_linear {
     mq_kind input_kind;        /* TENSOR, TOKEN: MQ_KIND_FLOAT is FP8 E4M3, MQ_KIND_INT is INT8 */
     const float *input_amax;   /* [1]; TENSOR, or two-level schemes; NULL: found in the input */
     const void *prepared;      /* what mq_cuda_linear_prepare wrote; NULL: made in the workspace at every call */
+    mq_dtype dtype;            /* MQ_BF16, MQ_F16: dequantized numbers are rounded to it before they are to the inputs',
+                                * float32 or bfloat16; MQ_F32: they are not */
 } mq_cuda_linear;
 
 /* How a product is computed. What each device can is the table in cuda/linear_paths.cu. */
@@ -109,6 +111,9 @@ typedef struct mq_cuda_linear_job {
 /* Every row of schemes.def, every device. taken (may be NULL): the path, for reports. */
 int mq_cuda_linear_run(mq_cuda_gemm *gemm, const mq_cuda_linear_job *job, mq_cuda_path *taken, void *stream,
                        mq_error *err);
+
+/* The path that it will take, unless cuBLASLt then refuses. */
+mq_cuda_path mq_cuda_linear_path(const mq_cuda_gemm *gemm, const mq_cuda_linear *linear);
 
 /* Scales in the order in which cuBLASLt reads them, which depend on the linear only. 0 bytes: none are needed. */
 size_t mq_cuda_linear_prepared_nbytes(const mq_cuda_gemm *gemm, const mq_cuda_linear *linear);

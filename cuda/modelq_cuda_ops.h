@@ -14,7 +14,8 @@
 typedef struct mq_cuda_rows_job {
     mq_cuda_matrix x, y;
     const int64_t *index;      /* [y.rows] rows of x; NULL: */
-    const int32_t *ids;        /* the same, as token ids; both NULL: in order */
+    const int32_t *ids;        /* the same, as token ids; both NULL: in order, */
+    int64_t repeat;            /* each so many times on end; 0 = 1 */
 } mq_cuda_rows_job;
 
 int mq_cuda_rows(const mq_cuda_rows_job *job, void *stream, mq_error *err);
@@ -72,7 +73,7 @@ int mq_cuda_softcap_backward(const mq_cuda_softcap_job *job, void *stream, mq_er
 /* y = weight * x / sqrt(mean(x^2) + eps) over each of `heads` parts of a row (0 = 1: the whole row); y may be x. */
 typedef struct mq_cuda_norm_job {
     mq_cuda_matrix x, y;       /* the backward reads no y */
-    const float *weight;       /* [cols / heads] */
+    const float *weight;       /* [cols / heads]; NULL: ones */
     int64_t heads;
     float eps;
     const float *d_out;        /* [rows, cols], of the backward */
@@ -126,7 +127,8 @@ typedef struct mq_cuda_columns_job {
     const uint8_t *mask;       /* [rows]: rows that count; NULL: all */
     float *sums_f32;           /* [cols], one of both is given */
     double *sums_f64;
-    float *lows, *highs;       /* [cols], or NULL. A NaN passes by: it shows in the sum */
+    float *lows, *highs;       /* [cols], or NULL. A NaN of x passes by: it shows in the sum; one that is there
+                                * stands for nothing yet */
     void *workspace;           /* mq_cuda_columns_workspace */
     size_t workspace_nbytes;
 } mq_cuda_columns_job;
@@ -201,6 +203,7 @@ typedef struct mq_cuda_route_job {
     int sigmoid;                          /* of each logit, in the place of the softmax */
     const float *correction;              /* [experts], added where experts are chosen; NULL: none */
     int64_t groups, groups_kept;          /* only experts of the best groups are chosen; up to 32; 0: all */
+    int64_t groups_best;                  /* by the sum of so many of a group's best: 1, or 2 (0) */
     float factor;                         /* of the shares, in the end; 0 = 1 */
     int32_t *experts;                     /* [rows, top_k] */
     float *shares;                        /* the same */

@@ -47,6 +47,11 @@ MQ_DEVICE mq_span norm_span(const norm_args &a, const norm_place &place, int64_t
     return span;
 }
 
+MQ_DEVICE float weight_of(const norm_args &a, int64_t col)
+{
+    return a.weight != NULL ? a.weight[col] : 1.0f;
+}
+
 MQ_DEVICE float row_sum(const norm_args &a, float value, int slot)
 {
     return a.lanes > MQ_WARP ? mq_block_sum(value, slot) : mq_lanes_sum(value, a.lanes);
@@ -66,7 +71,7 @@ static __global__ void rmsnorm(norm_args a)
         const mq_span span = norm_span(a, place, col);
         mq_load_span<D>(a.x, span, x);
         for (int i = 0; i < MQ_GROUP; i++)
-            if (i < span.count) x[i] = a.weight[col + i] * mq_round_to<D>(x[i] * scale);
+            if (i < span.count) x[i] = weight_of(a, col + i) * mq_round_to<D>(x[i] * scale);
         mq_store_span<D>(a.y, span, x);
     }
 }
@@ -83,7 +88,7 @@ static __global__ void rmsnorm_backward(norm_args a)
         mq_load_span<MQ_F32>(a.d_out, span, d_out);
         for (int i = 0; i < MQ_GROUP; i++) {
             square = fmaf(x[i], x[i], square);
-            if (i < span.count) product = fmaf(a.weight[col + i] * d_out[i], x[i], product);
+            if (i < span.count) product = fmaf(weight_of(a, col + i) * d_out[i], x[i], product);
         }
     }
     const float n = (float)a.width, r = 1.0f / sqrtf(row_sum(a, square, 0) / n + a.eps);
@@ -96,7 +101,7 @@ static __global__ void rmsnorm_backward(norm_args a)
         if (a.accumulate) mq_load_span<MQ_F32>(a.d_in, span, d_in);
         for (int i = 0; i < MQ_GROUP; i++) {
             if (i >= span.count) continue;
-            const float gradient = r * (a.weight[col + i] * d_out[i]) - along * x[i];
+            const float gradient = r * (weight_of(a, col + i) * d_out[i]) - along * x[i];
             d_in[i] = a.accumulate ? d_in[i] + gradient : gradient;
         }
         mq_store_span<MQ_F32>(a.d_in, span, d_in);

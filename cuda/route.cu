@@ -13,7 +13,7 @@ typedef struct route_args {
     int64_t rows, experts, top_k, kept;
     int normalize, rounded, sigmoid;
     const float *correction;
-    int64_t groups, groups_kept, group_size;
+    int64_t groups, groups_kept, groups_best, group_size;
     float factor;
     int32_t *chosen;
     float *shares;
@@ -89,7 +89,7 @@ MQ_DEVICE float choice_of(const route_args &a, const softmax &of, int64_t row, i
     return value == value ? value : -FLT_MAX;
 }
 
-/* A bit for each group that is among the best, by the sum of its two best experts. */
+/* A bit for each group that is among the best, by its best expert or the sum of its two best. */
 template <mq_dtype D>
 MQ_DEVICE uint32_t groups_of(const route_args &a, const softmax &of, int64_t row, int lane)
 {
@@ -101,7 +101,7 @@ MQ_DEVICE uint32_t groups_of(const route_args &a, const softmax &of, int64_t row
         second = value > first ? first : MQ_MAX(second, value);
         first = MQ_MAX(first, value);
     }
-    const float sum = a.group_size > 1 ? first + second : first;
+    const float sum = a.group_size > 1 && a.groups_best != 1 ? first + second : first;
     for (int64_t i = 0; i < a.groups_kept; i++) {
         const bool is_there = lane < a.groups && (kept >> lane & 1u) == 0;
         const candidate own = {is_there ? sum : -INFINITY, is_there ? lane : MQ_WARP};
@@ -216,6 +216,7 @@ static int run(const mq_cuda_route_job *job, const char *name, const route_kerne
     a.correction = job->correction;
     a.groups = job->groups;
     a.groups_kept = job->groups_kept;
+    a.groups_best = job->groups_best;
     a.group_size = a.experts / MQ_MAX(job->groups, (int64_t)1);
     a.factor = job->factor != 0.0f ? job->factor : 1.0f;
     a.chosen = job->experts;

@@ -12,6 +12,7 @@ typedef struct rows_args {
     int accumulate;
     float scale;
     const float *row_scales;
+    int64_t repeat;
 } rows_args;
 
 static void describe(const rows_args &a, char *out, size_t size)
@@ -28,6 +29,7 @@ static __global__ void copy_rows(rows_args a)
     if (span.count == 0) return;
     if (a.index != NULL) from.row = a.index[span.row];
     else if (a.ids != NULL) from.row = a.ids[span.row];
+    else if (a.repeat > 1) from.row = mq_place_of(span.row, a.repeat).row;
     mq_load_span<From>(a.x, from, x);
     mq_store_span<To>(a.y, span, x);
 }
@@ -117,11 +119,12 @@ static const rows_kernel add_kernels[MQ_ACTIVATION_DTYPES][MQ_ACTIVATION_DTYPES]
 int mq_cuda_rows(const mq_cuda_rows_job *job, void *stream, mq_error *err)
 {
     const bool indexed = job->index != NULL || job->ids != NULL;
+    const int64_t repeat = MQ_MAX(job->repeat, (int64_t)1), rows = indexed ? job->y.rows : job->x.rows * repeat;
     int rc = mq_cuda_check_matrix(&job->x, "x", err);
-    if (rc == MQ_OK) rc = mq_cuda_check_shape(&job->y, indexed ? job->y.rows : job->x.rows, job->x.cols, "y", err);
+    if (rc == MQ_OK) rc = mq_cuda_check_shape(&job->y, rows, job->x.cols, "y", err);
     if (rc != MQ_OK || mq_is_empty(&job->y)) return rc;
     const rows_args a = {mq_view_of(&job->x), mq_view_of(&job->y), job->y.rows, job->y.cols,
-                         mq_groups_of(job->y.cols), job->index, job->ids, NULL, 0, 1.0f, NULL};
+                         mq_groups_of(job->y.cols), job->index, job->ids, NULL, 0, 1.0f, NULL, repeat};
     const mq_launch launch = {"copy_rows", mq_grid_of_groups(a.rows, a.cols), stream, err};
     return mq_launch_kernel(&launch, copy_kernels[job->x.dtype][job->y.dtype], a);
 }
@@ -133,7 +136,7 @@ int mq_cuda_add(const mq_cuda_add_job *job, void *stream, mq_error *err)
     if (rc != MQ_OK || mq_is_empty(&job->y)) return rc;
     const rows_args a = {mq_view_of(&job->x), mq_view_of(&job->y), job->y.rows, job->y.cols,
                          mq_groups_of(job->y.cols), NULL, NULL, job->bias, job->accumulate,
-                         job->scale != 0.0f ? job->scale : 1.0f, job->row_scales};
+                         job->scale != 0.0f ? job->scale : 1.0f, job->row_scales, 1};
     const mq_launch launch = {"add_rows", mq_grid_of_groups(a.rows, a.cols), stream, err};
     return mq_launch_kernel(&launch, add_kernels[job->x.dtype][job->y.dtype], a);
 }

@@ -114,14 +114,18 @@ def inspect(args: Namespace) -> Report:
 def _describe(checkpoint: Any) -> Iterator[dict[str, Any]]:
     """One row per weight; the scales of a quantized one are counted with it, and named by their role."""
     layers, inner = getattr(checkpoint, "layers", {}), getattr(checkpoint, "inner", checkpoint)
-    stacks = getattr(checkpoint, "stacks", {})
+    stacks, linears = getattr(checkpoint, "stacks", {}), getattr(checkpoint, "linears", {})
     for name, info in checkpoint.tensors.items():
         layer = layers.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
         parts = {role: inner.tensors[tensor] for role, tensor in layer.tensors.items()} if layer else {"weight": info}
         if name in stacks:
             parts = {"weight": inner.tensors[stacks[name].blocks], "weight_scale": inner.tensors[stacks[name].scales]}
+        scaled = linears.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        if scaled:
+            parts = {role: inner.tensors[tensor] for role, tensor in scaled.tensors.items()}
+        word = layer.algorithm if layer else scaled.word if scaled else "mxfp4" if name in stacks else info.dtype
         elements, size = math.prod(info.shape), sum(part.nbytes for part in parts.values())
-        yield {"name": name, "shape": list(info.shape), "format": layer.algorithm if layer else "mxfp4" if name in stacks else info.dtype,
+        yield {"name": name, "shape": list(info.shape), "format": word,
                "scheme": layer.scheme if layer else "mxfp4" if name in stacks else None, "elements": elements, "bytes": size,
                "bits_per_weight": 8 * size / max(1, elements),
                "scales": {role: {"shape": list(part.shape), "dtype": part.dtype, "value": _value(inner, part)}

@@ -25,11 +25,12 @@ def _library_here(named: str | None) -> _core.CudaLibrary | None:
 
 
 def library_for(array: Any) -> _core.CudaLibrary | None:
-    """The CUDA library if array lies on a GPU and there is one for it, else None."""
+    """The CUDA library if array lies on a GPU and there is one for it, else None. Arrays of JAX are constant: no result can be written into
+    one, so that they go through the CPU."""
     if isinstance(array, (np.ndarray, list, tuple, float, int)):
         return None
-    device = getattr(array, "device", None)
-    if framework_of(array) == "torch" and device is not None and device.type != "cuda":
+    framework, device = framework_of(array), getattr(array, "device", None)
+    if framework == "jax" or framework == "torch" and device is not None and device.type != "cuda":
         return None
     ask = getattr(array, "__dlpack_device__", None)
     if ask is None or int(ask()[0]) != KDL_CUDA:

@@ -59,7 +59,7 @@ def nbytes_of(text: int | str) -> int:
 
 @contextmanager
 def on_cpu(model: Model) -> Iterator[None]:
-    """Within it, a model computes on the CPU: what a GPU does not do so far."""
+    """Within it, a model computes on the CPU: what a GPU does not do for its family."""
     placement = model.placement
     if placement is None:
         yield

@@ -111,7 +111,7 @@ def _side_by_side(first: Model, second: Model, batches: Sequence[Batch], found: 
     runs = [streaming.start(model, batches) for model in (first, second)]
     for layer in progress(range(-1, first.num_layers), "compare"):
         for model, run in zip((first, second), runs) if layer >= 0 else ():
-            streaming.run_layer(model, run, layer)
+            streaming.run_layer(model, run, layer, following=layer + 1 if layer + 1 < first.num_layers else None)
         for index in range(len(batches)):
             left, right = (run.hidden(index)[0] for run in runs)
             found.hidden[layer + 1].append(np.linalg.norm(right - left, axis=-1) / np.maximum(np.linalg.norm(left, axis=-1), 1e-30))

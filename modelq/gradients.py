@@ -7,12 +7,13 @@ not kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from modelq import streaming
+from modelq.ahead import ahead_of, forget_ahead
 from modelq.boundaries import Boundaries
 from modelq.devices import on_cpu
 from modelq.inputs import Batch, groups, make_batch
@@ -100,8 +101,8 @@ def _round(model: Model, batches: Sequence[Batch], weights: dict[str, np.ndarray
     boundaries = Boundaries((sum(batch.ids.size for batch in batches), model.runtime.config["hidden_size"]), _dtype(model), keep_bytes)
     for layer in progress(range(model.num_layers), "forward"):
         boundaries.keep(run)
-        streaming.run_layer(model, run, layer)
-    with on_cpu(model):
+        streaming.run_layer(model, run, layer, following=layer + 1 if layer + 1 < model.num_layers else None)
+    with _place(model):
         back = run.backward(weights)
         losses = _head(model, back, [targets_of(batch) for batch in batches], visitor)
         if look is not None:
@@ -112,6 +113,12 @@ def _round(model: Model, batches: Sequence[Batch], weights: dict[str, np.ndarray
                 look(layer, back)
         back.embed()
     return losses
+
+
+def _place(model: Model) -> AbstractContextManager[None]:
+    """Where gradients are computed: where layers are, or on the CPU if the device lacks what the family needs for them."""
+    device = model.runtime.device
+    return nullcontext() if device is None or device["backward"] else on_cpu(model)
 
 
 def _dtype(model: Model) -> np.dtype:
@@ -135,24 +142,31 @@ def _layer(model: Model, back: Any, layer: int, state: np.ndarray, visitor: Visi
         part = Part(layer, None, modules, streaming.read(model, names, modules))
         if visitor is not None:
             visitor.enter(part)
-        tokens: np.ndarray | None = back.layer(layer, state, part.tensors)
-        for expert, (count, counted) in enumerate(() if tokens is None else tokens.tolist()):
-            if count:
-                _expert(model, back, layer, expert, counted, visitor)
+        before = layer - 1 if layer > 0 else None
+        ahead = ahead_of(model, layer, 0, False) if model.runtime.experts(layer) else ahead_of(model, before, None, False)
+        tokens: np.ndarray | None = back.layer(layer, state, part.tensors, ahead)
+        counts = {} if tokens is None else {expert: counted for expert, (count, counted) in enumerate(tokens.tolist()) if count}
+        for (expert, counted), then in zip(counts.items(), [*list(counts)[1:], None]):
+            ahead = ahead_of(model, before, None, False) if then is None else ahead_of(model, layer, then, False)
+            _expert(model, back, layer, expert, counted, visitor, ahead)
         if visitor is not None:
             visitor.leave(part)
+    except BaseException:
+        forget_ahead(model)
+        raise
     finally:
         model.runtime.drop_layer(layer)
         model.checkpoint.release(names)
 
 
-def _expert(model: Model, back: Any, layer: int, expert: int, counted: int, visitor: Visitor | None) -> None:
+def _expert(model: Model, back: Any, layer: int, expert: int, counted: int, visitor: Visitor | None,
+            ahead: Callable[[], None] | None) -> None:
     names, modules = model.runtime.expert_tensors(layer, expert), model.modules_of(layer, expert)
     try:
         part = Part(layer, expert, modules, streaming.read(model, names, modules), counted)
         if visitor is not None:
             visitor.enter(part)
-        back.expert(layer, expert, part.tensors)
+        back.expert(layer, expert, part.tensors, ahead)
         if visitor is not None:
             visitor.leave(part)
     finally:

@@ -14,6 +14,7 @@ from modelq.experts import expert_places
 from modelq.generation import Generates
 from modelq.inputs import IGNORED_ARGUMENTS, Batch, check_vocabulary, groups, integer_matrix, make_batch
 from modelq.output import Output, Pass
+from modelq.parking import Parking
 from modelq.quantizers import without_rounding
 from modelq.rules import Setting, default_setting
 from modelq.slots import slots_of
@@ -71,6 +72,8 @@ class Model(Generates, PerhapsWeightsOnly):
         self.low_rank: dict[str, Any] = {}
         self.search_losses: dict[str, Any] = {}
         self.kept_blocks: dict[str, Any] = {}
+        self.parking = Parking()
+        self.read_ahead: dict[str, Any] = {}
         self.quantized = False
         self.simulate = self.simulate_inputs = True
         self.connected: dict[str, Any] = {}

@@ -24,7 +24,7 @@ class Pass:
 
     def logits(self, index: int) -> np.ndarray:
         """float32 [B, T, V] of one batch."""
-        return self.run.logits(index, streaming.head_tensors(self.model))
+        return self.run.logits(index, streaming.head_for_products(self.model))
 
     @cached_property
     def losses(self) -> tuple[np.ndarray, np.ndarray]:
@@ -35,7 +35,7 @@ class Pass:
         labels = None
         if any(batch.labels is not None for batch in self.batches):
             labels = [targets_of(batch) for batch in self.batches]
-        return self.run.loss(streaming.head_tensors(self.model), labels)
+        return self.run.loss(streaming.head_for_products(self.model), labels)
 
     def loss(self, index: int) -> float:
         """The mean over one batch; NaN if nothing is predicted."""

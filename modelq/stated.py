@@ -33,6 +33,26 @@ class StatedAmax(NamedTuple):
         return {"amax": self.amax, "block_amax": blocks, "second_divisor": self.second_divisor}
 
 
+class OwnBlocks(NamedTuple):
+    """The maxima of one module's blocks, looked up when they are asked for: all of a model's are not to be in memory."""
+    model: Any
+    module: str
+
+    def maxima(self) -> np.ndarray:
+        """float32, as calibration found them."""
+        name = f"{self.module}.weight_quantizer"
+        amax = _checked(name, own_part(self.model, name, stage_quantizers(quantizer_of(self.model, name))[0].amax))
+        note_seen(self.model, amax)
+        return amax
+
+
+def note_seen(model: Any, amax: Any) -> None:
+    """Maxima were read that may lie in a file."""
+    parking = getattr(model, "parking", None)
+    if parking is not None and np.ndim(amax):
+        parking.saw(2 * amax.nbytes)
+
+
 def stated_amax(model: Any, rows: Iterable[dict[str, Any]], share_all: bool = False) -> dict[str, np.ndarray]:
     """Name of the quantizer to float32 amax, for the enabled weight and input quantizers of these modules that have one; the second of
     two quantizers in a row is named "<module>.weight_quantizer.1", the blocks of a static two-level one "<...>.weight_quantizer.blocks".
@@ -126,16 +146,24 @@ def _weight_amax(model: Any, row: dict[str, Any], own: bool = False) -> dict[str
     names = [name] + [f"{name}.{stage}" for stage in range(1, len(found))]
     stated = {name: _checked(name, amax) for name, amax in zip(names, found) if amax is not None}
     if name in stated and has_static_levels(stages[0]) and stages[0].amax.ndim:
-        stated[name + BLOCKS] = stated[name]
+        stated[name + BLOCKS] = stated[name] if restated else OwnBlocks(model, row["name"])
+        note_seen(model, stages[0].amax)
         whole = None if restated else stages[0].global_amax
         stated[name] = np.float32(stated[name].max(initial=0)) if whole is None else _checked(name, whole)
     return stated
 
 
-def stacks_of(model: Any) -> str | None:
+def layout_of_stacks(model: Any) -> str | None:
     """How the experts of a native model's checkpoint are stacked (modelq.checkpoint.stacked), if they are."""
     from modelq.checkpoint.stacked import layout_of
     return None if getattr(model, "runtime", None) is None else layout_of(model.config)
+
+
+def stacks_of(model: Any) -> str | None:
+    """The same if quantized ones too are stacked."""
+    from modelq.checkpoint.stacked import ROWS
+    layout = layout_of_stacks(model)
+    return None if layout == ROWS else layout
 
 
 def as_divided(model: Any, row: dict[str, Any], weight: np.ndarray) -> np.ndarray:

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 
 from modelq import _core
-from modelq.experts import own_part, place_of, quantizer_of
+from modelq.ahead import ahead_of, forget_ahead, take_read
+from modelq.experts import quantizer_of
 from modelq.groups import pair_of
 from modelq.inputs import Batch
 from modelq.progress import progress
-from modelq.quantizers import Found, block_extents, found_values, make_quantizer, set_found_values, stage_quantizers
-from modelq.rules import stages
+from modelq.simulation import fake_quantize, weight_stages
 from modelq.smoothing import as_loaded, norm_scales, own_scale, own_weight, stated_weight, times_norm
-from modelq.stated import as_divided, of_stack, stacks_of, stated_weight_amax
+from modelq.stated import as_divided
 
 if TYPE_CHECKING:
     from modelq.model import Model
@@ -29,7 +29,7 @@ def forward(model: Model, batches: Sequence[Batch], description: str = "forward"
     and logits come from it together with `head_tensors(model)`."""
     run = start(model, batches)
     for layer in progress(range(model.num_layers), description):
-        run_layer(model, run, layer)
+        run_layer(model, run, layer, following=layer + 1 if layer + 1 < model.num_layers else None)
     return run
 
 
@@ -61,12 +61,14 @@ class Visitor(Protocol):
     def leave(self, part: Part) -> None: ...
 
 
-def run_layer(model: Model, run: Any, layer: int, visitor: Visitor | None = None) -> np.ndarray | None:
+def run_layer(model: Model, run: Any, layer: int, visitor: Visitor | None = None,
+              following: int | None = None) -> np.ndarray | None:
     """All batches through one layer, expert by expert where it has any. Without a visitor, experts that no token reaches are not read.
-    Returns how many tokens went to each expert: int64 [experts, 2], all of them and those that are no padding."""
+    following: the layer that will be run next, if any, whose weights may come to a device meanwhile. Returns how many tokens went to each
+    expert: int64 [experts, 2], all of them and those that are no padding."""
     names = model.runtime.layer_tensors(layer)
     try:
-        reader = read if visitor is not None else read_stored
+        reader = read if visitor is not None else read_for_products
         part = Part(layer, None, model.modules_of(layer), reader(model, names, model.modules_of(layer)))
         if visitor is not None:
             visitor.enter(part)
@@ -74,27 +76,35 @@ def run_layer(model: Model, run: Any, layer: int, visitor: Visitor | None = None
         load_low_rank(model, model.runtime, part.modules)
         if visitor is None:
             del part        # what was read is packed by now
-        tokens: np.ndarray | None = run.layer(layer)
+        first, has_experts = (layer, 0), model.runtime.experts(layer) > 0
+        tokens: np.ndarray | None = run.layer(layer, ahead_of(model, *(first if has_experts else (following, None)), visitor is None))
         if visitor is not None:
             visitor.leave(part)
-        for expert, (count, counted) in enumerate(() if tokens is None else tokens.tolist()):
+        counts = [] if tokens is None else tokens.tolist()
+        reached = [expert for expert, (count, _) in enumerate(counts) if count]
+        then = dict(zip(reached, [*((layer, expert) for expert in reached[1:]), (following, None)]))
+        for expert, (count, counted) in enumerate(counts):
             if count or visitor is not None:
-                _run_expert(model, run if count else None, layer, expert, counted, visitor)
+                _run_expert(model, run if count else None, layer, expert, counted, visitor, then.get(expert, (None, None)))
+    except BaseException:
+        forget_ahead(model)
+        raise
     finally:
         model.runtime.drop_layer(layer)
         model.checkpoint.release(names)
     return tokens
 
 
-def _run_expert(model: Model, run: Any, layer: int, expert: int, counted: int, visitor: Visitor | None) -> None:
-    """One expert's tokens; run None: there are none."""
+def _run_expert(model: Model, run: Any, layer: int, expert: int, counted: int, visitor: Visitor | None,
+                then: tuple[int | None, int | None]) -> None:
+    """One expert's tokens; run None: there are none. then: layer and expert of the part that is run next."""
     names, modules = model.runtime.expert_tensors(layer, expert), model.modules_of(layer, expert)
     try:
-        part = Part(layer, expert, modules, (read if visitor is not None else read_stored)(model, names, modules), counted)
+        part = Part(layer, expert, modules, (read if visitor is not None else read_for_products)(model, names, modules), counted)
         if visitor is not None:
             visitor.enter(part)
         if run is not None:
-            run.expert(layer, expert, part.tensors)
+            run.expert(layer, expert, part.tensors, ahead_of(model, *then, visitor is None))
         if visitor is not None:
             visitor.leave(part)
     finally:
@@ -141,6 +151,11 @@ def head_tensors(model: Model) -> dict[str, np.ndarray]:
     return read(model, model.runtime.head_tensors(), model.head_modules)
 
 
+def head_for_products(model: Model) -> dict[str, Any]:
+    """The same for logits and losses, as `read_for_products` has it."""
+    return read_for_products(model, model.runtime.head_tensors(), model.head_modules)
+
+
 def read(model: Model, names: Iterable[str], modules: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
     """Arrays by tensor name; weights smoothed, and as their quantizers make them if the model simulates that. modules: all of the part that
     the names are of, since norms take up what smooths the linears behind them."""
@@ -150,11 +165,22 @@ def read(model: Model, names: Iterable[str], modules: Sequence[dict[str, Any]]) 
         made = {module["weight"]: simulated(model, module) for module in wanted if _is_simulated(model, module)}
     else:
         made = {module["weight"]: smoothed(model, module) for module in wanted if is_smoothed(model, module)}
-    tensors = {name: made[name] if name in made else model.checkpoint.read(name) for name in names}
+    tensors = {name: made[name] if name in made else _plain(model, name) for name in names}
     if not model.float32_weights:
         for name, scale in norm_scales(model, modules).items():
             tensors[name] = times_norm(model, name, tensors[name], scale)
     return tensors
+
+
+def _plain(model: Model, name: str) -> np.ndarray:
+    """A tensor as the checkpoint has it."""
+    kept = take_read(model, name)
+    return model.checkpoint.read(name) if kept is None else kept
+
+
+def is_read_as_stored(model: Model, module: dict[str, Any]) -> bool:
+    """Whether `read` gives a linear's weight as the checkpoint has it."""
+    return not (_is_simulated(model, module) if model.simulate else is_smoothed(model, module))
 
 
 def read_stored(model: Model, names: Iterable[str], modules: Sequence[dict[str, Any]], pack: bool = False) -> dict[str, Any]:
@@ -162,6 +188,36 @@ def read_stored(model: Model, names: Iterable[str], modules: Sequence[dict[str, 
     multiplies with the codes, and has the results of what they stand for. pack: so do fake-quantized ones."""
     made = {module["weight"]: found for module in modules if (found := stored(model, module, pack)) is not None}
     return read(model, [name for name in names if name not in made], modules) | made
+
+
+def read_for_products(model: Model, names: Iterable[str], modules: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """As `read_stored`, for nothing but to be multiplied with. Where a GPU does that, it quantizes weights too: (numbers, scheme, dtype,
+    block_size, (amax, block_amax, second_divisor)) stands for what they become, bit for bit what `simulated` gives."""
+    names = list(names)
+    wanted = [module for module in modules if module["weight"] in names and is_quantized_there(model, module)]
+    there = {module["weight"]: found for module in wanted if (found := unquantized(model, module)) is not None}
+    return read_stored(model, [name for name in names if name not in there], modules) | there
+
+
+def is_quantized_there(model: Model, module: dict[str, Any]) -> bool:
+    """Whether a weight is only simulated, and what computes with it quantizes it: a GPU, which the reference's simulation of a float32
+    model is not for."""
+    if module["kind"] != "linear" or not model.simulate or model.float32_weights or model.runtime.device is None:
+        return False
+    pair = pair_of(model, module["name"])
+    return module["name"] not in model.packed and pair is not None and pair.weight is not None
+
+
+def unquantized(model: Model, module: dict[str, Any], tensor: np.ndarray | None = None) -> Any:
+    """Such a weight (as the checkpoint has it, if that is read already) as it is quantized, and by what; None: `simulated` alone knows."""
+    tensor = stated_weight(model, module, _plain(model, module["weight"]) if tensor is None else tensor)
+    *before, (scheme, size, by) = weight_stages(model, module)
+    if scheme is None:
+        return None
+    numbers = as_divided(model, module, tensor)
+    for first, first_size, arguments in before:         # all but the last of several quantizers in a row
+        numbers = _core.fake_quantize(numbers, first, block_size=first_size, name=module["weight"], **arguments)
+    return numbers, scheme, str(tensor.dtype), size, (by["amax"], by["block_amax"], by["second_divisor"])
 
 
 def stored(model: Model, module: dict[str, Any], pack: bool = False) -> Any:
@@ -177,7 +233,11 @@ def stored(model: Model, module: dict[str, Any], pack: bool = False) -> Any:
     if model.simulate and _is_simulated(model, module):     # a model of float32 weights is not what its export is, to within ties
         wanted = pack and not model.float32_weights and has_packed_form(model, module)
         return packed_weight(model, module).stored(dtype) if wanted else None
-    if not isinstance(model.checkpoint, QuantizedCheckpoint) or (not model.simulate and is_smoothed(model, module)):
+    if not model.simulate and is_smoothed(model, module):
+        return None
+    if name in getattr(model.checkpoint, "in_mxfp4", ()):
+        return model.checkpoint.parts(name), "mxfp4", dtype, None
+    if not isinstance(model.checkpoint, QuantizedCheckpoint):
         return None
     layer = model.checkpoint.layers.get(name)
     return None if layer is None else PackedWeight(layer.form, model.checkpoint.parts(name)).stored(dtype)
@@ -205,33 +265,3 @@ def simulated(model: Model, module: dict[str, Any]) -> np.ndarray:
         dtype = "float32" if model.float32_weights else model.checkpoint.tensors[module["weight"]].dtype
         return model.packed[module["name"]].read(dtype)
     return fake_quantize(model, module, model.checkpoint.read(module["weight"]))
-
-
-def fake_quantize(model: Model, module: dict[str, Any], tensor: np.ndarray) -> np.ndarray:
-    """The values that the exported weight will dequantize to. A model loaded as float32 follows the reference's simulation instead,
-    which multiplies by reciprocal scales where an export divides: one code apart on ties."""
-    name = f"{module['name']}.weight_quantizer"
-    quantizer, setting = quantizer_of(model, name), model.settings[place_of(model, name).name]
-    if model.float32_weights and module["name"] not in getattr(model, "kept_blocks", {}):
-        if place_of(model, name).parts > 1 or (module["expert"] is not None and stacks_of(model) is not None):
-            found = [Found(of_stack(model, module, index, own_part(model, name, stage.amax)), global_amax=stage.global_amax)
-                     for index, stage in enumerate(stage_quantizers(quantizer))]
-            quantizer = make_quantizer(setting)
-            set_found_values(quantizer, found)
-        branch = model.low_rank.get(module["name"])
-        if branch is None:
-            return quantizer(as_loaded(model, tensor))
-        plain = make_quantizer(setting)
-        set_found_values(plain, [found._replace(pre_quant_scale=None) for found in found_values(quantizer)])
-        return plain(own_weight(model, module, as_loaded(model, tensor)))
-    tensor, pair = stated_weight(model, module, tensor), pair_of(model, module["name"])
-    if pair is None or pair.weight is None:
-        plain = make_quantizer(setting)
-        set_found_values(plain, [Found(stated.amax) for stated in stated_weight_amax(model, module)])
-        return plain(tensor)
-    schemes = [pair.weight] + [stage.scheme for stage in stage_quantizers(quantizer)[1:]]
-    dtype, tensor = tensor.dtype, as_divided(model, module, tensor)
-    for scheme, attributes, stated in zip(schemes, stages(setting), stated_weight_amax(model, module)):
-        size = block_extents(attributes).get(-1)
-        tensor = _core.fake_quantize(tensor, scheme, block_size=size, name=module["weight"], **stated.arguments())
-    return tensor.astype(dtype, copy=False)

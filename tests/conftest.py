@@ -12,6 +12,13 @@ import pytest
 import golden_data
 
 
+def pytest_collection_modifyitems(items):
+    """On a GPU (tests/gpu/run.sh), not what only the emulated library can be told."""
+    for item in items if "MODELQ_CUDA_LIBRARY" in os.environ else ():
+        if item.get_closest_marker("emulated"):
+            item.add_marker(pytest.mark.skip(reason="of the emulated library alone"))
+
+
 @pytest.fixture(scope="session")
 def golden():
     """The golden set: golden["llama"] is a golden_data.Model; golden_data.cases() lists the quantized ones."""

@@ -33,7 +33,7 @@ class GemmJob(C.Structure):
 class Linear(C.Structure):
     _fields_ = [("scheme", C.c_int), ("block_cols", C.c_int64), ("rows", C.c_int64), ("cols", C.c_int64), ("codes", C.c_void_p),
                 ("scales", C.c_void_p), ("scale_2", C.c_void_p), ("fp8_amax", C.c_void_p), ("inputs", C.c_int), ("input_scheme", C.c_int),
-                ("input_kind", C.c_int), ("input_amax", C.c_void_p), ("prepared", C.c_void_p)]
+                ("input_kind", C.c_int), ("input_amax", C.c_void_p), ("prepared", C.c_void_p), ("dtype", C.c_int)]
 
 
 class LinearJob(C.Structure):
@@ -105,11 +105,12 @@ class Gemm:
         return out
 
     def linear(self, here, parts, scheme, shape, inputs="plain", kind="float", input_scheme=None, input_amax=None, fp8_amax=None,
-               block_size=None) -> Linear:
+               block_size=None, rounded="float32") -> Linear:
         schemes = list(core.schemes())
         return Linear(schemes.index(scheme), block_size or 0, *shape, here.pointer(parts["weight"]), here.pointer(parts["weight_scale"]),
                       here.pointer(parts.get("weight_scale_2")), here.pointer(fp8_amax), INPUTS.index(inputs),
-                      schemes.index(input_scheme) if input_scheme else 0, {"float": 0, "int": 1}[kind], here.pointer(input_amax))
+                      schemes.index(input_scheme) if input_scheme else 0, {"float": 0, "int": 1}[kind], here.pointer(input_amax), None,
+                      DTYPES.index(np.dtype(rounded)))
 
     def run_linear(self, x, parts, scheme, out, bias=None, accumulate=False, prepare=False, change=lambda job: None, **options):
         """The path taken; out is written."""
@@ -122,7 +123,9 @@ class Gemm:
             assert self.c.mq_cuda_linear_prepare(self.place, C.byref(linear), C.c_void_p(linear.prepared), None, C.byref(err)) == 0, err.text
         job = LinearJob(linear, here.matrix(x), here.matrix(out), here.pointer(bias), accumulate, self.workspace)
         change(job)
+        expected, refusals = self.c.mq_cuda_linear_path(self.place, C.byref(job.linear)), self.counts().refusals
         self.call("linear_run", here, C.byref(job), C.byref(taken))
+        assert taken.value == expected or self.counts().refusals > refusals or refusals
         return PATHS[taken.value]
 
     def gram(self, x, sums, mask=None, block=0):

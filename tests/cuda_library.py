@@ -86,8 +86,11 @@ class GradientJob(C.Structure):
 
 
 class HistogramJob(C.Structure):
-    _fields_ = [("x", Matrix), ("mask", C.c_void_p), ("exponent", C.c_int), ("bins", C.c_int64), ("counts", C.c_void_p),
-                ("zeros", C.c_void_p)]
+    _fields_ = [("x", Matrix), ("piece", C.c_int64), ("bits", C.c_int), ("numbers", C.c_void_p), ("counts", C.c_void_p)]
+
+
+HISTOGRAM = np.dtype([("above", np.int32), ("worst", np.uint32), ("first_amax", np.uint32), ("latest", np.uint32), ("first_piece", np.int64),
+                      ("zeros", np.uint64)])
 
 
 class HostMemory:
@@ -261,8 +264,10 @@ class Library:
         self.call("straight_through", job, here)
         return out
 
-    def histogram(self, x, exponent, bins, mask=None):
-        here, counts, zeros = Staging(self.memory), np.zeros(bins, np.uint32), np.zeros(1, np.uint32)
-        job = HistogramJob(here.matrix(x), here.pointer(mask), exponent, bins, here.pointer(counts), here.pointer(zeros))
-        self.call("histogram", job, here)
-        return counts, int(zeros[0])
+    def histogram(self, x, piece, bits, made=None):
+        """(numbers, counts), those of an earlier call added to."""
+        here = Staging(self.memory)
+        numbers, counts = made or (np.zeros((), HISTOGRAM), np.zeros(1 << bits, np.uint64))
+        job = HistogramJob(here.matrix(x), piece, bits, here.pointer(numbers), here.pointer(counts))
+        self.call("histogram_add", job, here)
+        return numbers, counts

@@ -27,8 +27,13 @@ LATENT = BASE | {
 MODELS = {
     "llama yarn": ("LlamaConfig", BASE | HEAD | {"rope_parameters": YARN}),
     "llama yarn, whole numbers": ("LlamaConfig", BASE | HEAD | {"rope_parameters": YARN | {"truncate": False, "attention_factor": 1.3}}),
+    "llama dynamic": ("LlamaConfig", BASE | HEAD | {"max_position_embeddings": LENGTH, "rope_parameters": {
+        "rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}),
     "granite": ("GraniteConfig", BASE | {"embedding_multiplier": 6.0, "residual_multiplier": 0.4, "attention_multiplier": 0.2,
                                          "logits_scaling": 3.0}),
+    "granitemoe": ("GraniteMoeConfig", BASE | {
+        "embedding_multiplier": 6.0, "residual_multiplier": 0.4, "attention_multiplier": 0.2, "logits_scaling": 3.0,
+        "num_local_experts": 5, "num_experts_per_tok": 2}),
     "olmo2": ("Olmo2Config", BASE),
     "phi3": ("Phi3Config", BASE | {"sliding_window": 6, "pad_token_id": 0, "eos_token_id": 1}),
     "phi3 longrope": ("Phi3Config", BASE | {"rope_parameters": longrope(4), "original_max_position_embeddings": 16, "pad_token_id": 0,
@@ -56,6 +61,11 @@ MODELS = {
     "llama4 without norms": ("Llama4TextConfig", BASE | HEAD | {
         "intermediate_size": 32, "intermediate_size_mlp": 48, "num_local_experts": 4, "num_experts_per_tok": 1, "use_qk_norm": False,
         "attn_temperature_tuning": False, "no_rope_layer_interval": 2, "attention_chunk_size": 8}),
+    "deepseek_v2": ("DeepseekV2Config", LATENT | {      # its sizes are multiples of 16
+        "q_lora_rank": 16, "kv_lora_rank": 32, "moe_intermediate_size": 16, "topk_method": "group_limited_greedy", "norm_topk_prob": False, "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.2}}),
+    "deepseek_v2 lite": ("DeepseekV2Config", LATENT | {
+        "q_lora_rank": None, "topk_method": "greedy", "n_group": None, "topk_group": None, "norm_topk_prob": False,
+        "routed_scaling_factor": 1.0, "attention_bias": True}),
     "deepseek_v3": ("DeepseekV3Config", LATENT | {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.2}}),
     "deepseek_v3 without q_lora": ("DeepseekV3Config", LATENT | {
         "q_lora_rank": None, "n_group": 1, "topk_group": 1, "norm_topk_prob": False, "rope_interleave": False, "attention_bias": True}),

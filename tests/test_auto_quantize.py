@@ -1,9 +1,11 @@
 """auto_quantize on native models, and what is the same for all: formats, groups, bits, budgets, bad input."""
 import json
+import shutil
 from fractions import Fraction
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import golden_data
 import modelq
@@ -76,6 +78,35 @@ def test_in_the_words_of_compressed_tensors(golden, tmp_path):
     said = json.loads((tmp_path / "export/config.json").read_text())["quantization_config"]
     assert said["quant_method"] == "compressed-tensors" and len(said["config_groups"]) == 2
     np.testing.assert_array_equal(modelq.load(tmp_path / "export")(golden["qwen3"].calib[:1]).logits, model(golden["qwen3"].calib[:1]).logits)
+
+
+@pytest.mark.parametrize("preset", ["FP8_DEFAULT_CFG", "NVFP4_DEFAULT_CFG", "INT4_BLOCKWISE_WEIGHT_ONLY_CFG"])
+def test_what_is_stored_quantized_is_searched_as_what_it_stands_for(golden, preset, tmp_path):
+    """An export as a source: every number is that of a search on a plain checkpoint of the dequantized weights."""
+    model, ids = modelq.load(golden["llama"].source, compute="bfloat16"), golden["llama"].calib
+    mtq.quantize(model, getattr(mtq, preset), lambda model: model(ids))
+    export_hf_checkpoint(model, tmp_path / "stored")
+    stored = modelq.load(tmp_path / "stored", compute="bfloat16")
+    shutil.copytree(golden["llama"].source, tmp_path / "plain")
+    save_file({name: np.ascontiguousarray(stored.checkpoint.read(name)) for name in stored.checkpoint.tensors}, tmp_path / "plain/model.safetensors")
+    with pytest.warns(UserWarning, match="its weights are stored quantized .*quantized anew, and rounded once more"):
+        stored, state = search_by_gradients(stored, labelled(golden["llama"], 4), 7.0, PLAIN)
+    plain, expected = search_by_gradients(modelq.load(tmp_path / "plain", compute="bfloat16"), labelled(golden["llama"], 4), 7.0, PLAIN)
+    assert state == expected and state["best"]["constraints"]["effective_bits"] <= 7
+    np.testing.assert_array_equal(stored(ids[:1]).logits, plain(ids[:1]).logits)
+    export_hf_checkpoint(stored, tmp_path / "again")
+    np.testing.assert_array_equal(modelq.load(tmp_path / "again", compute="bfloat16")(ids[:1]).logits, stored(ids[:1]).logits)
+
+
+def test_what_is_not_all_in_stored_weights_is_not_searched(golden, tmp_path):
+    model, ids = modelq.load(golden["llama"].source, compute="bfloat16"), golden["llama"].calib
+    mtq.quantize(model, mtq.INT4_AWQ_CFG, lambda model: model(ids))
+    export_hf_checkpoint(model, tmp_path / "stored")
+    stored = modelq.load(tmp_path / "stored", compute="bfloat16")
+    before = np.asarray(stored(ids[:1]))
+    with pytest.raises(ValueError, match="_proj is stored quantized with a pre_quant_scale.*quantize the original checkpoint"):
+        search_by_gradients(stored, labelled(golden["llama"], 2), 7.0, PLAIN)
+    np.testing.assert_array_equal(np.asarray(stored(ids[:1])), before)
 
 
 def test_rounds_and_other_budgets(golden, tmp_path, monkeypatch):

@@ -53,8 +53,8 @@ class Golden(Recorded):
         self.batches = [{"input_ids": self.arrays[f"ids_{i}"], "attention_mask": self.arrays[f"mask_{i}"], "labels": self.arrays[f"labels_{i}"]}
                         for i in range(2)]
 
-    def load(self, compute="float32"):
-        return modelq.load(self.folder, compute=compute)
+    def load(self, compute="float32", **place):
+        return modelq.load(self.folder, compute=compute, **place)
 
 
 @pytest.fixture(params=NAMES)
@@ -62,9 +62,10 @@ def case(request):
     return Golden(request.param)
 
 
-def gradients_of(case, compute="float32", **options):
-    """{name as in the golden file: gradient} of every weight, of every layer's input, of every linear's output; and the losses."""
-    model = case.load(compute)
+def gradients_of(case, compute="float32", place=None, **options):
+    """{name as in the golden file: gradient} of every weight, of every layer's input, of every linear's output; and the losses. place:
+    device and memory of it."""
+    model = case.load(compute, **(place or {}))
     weights = [module[kind] for module in model.modules for kind in ("weight", "bias") if module[kind] is not None]
     rows = [batch["input_ids"].size for batch in case.batches]
     linears = {module["name"]: module["shape"][0] for module in model.modules if module["kind"] == "linear" and module["expert"] is None}
@@ -281,8 +282,8 @@ class Scorer:
                 self.model.runtime.set_observer(name, None)
 
 
-def score(name, compute, candidates, rows, **options):
-    model = modelq.load(golden_data.Model(name).source, compute=compute)
+def score(name, compute, candidates, rows, place=None, **options):
+    model = modelq.load(golden_data.Model(name).source, compute=compute, **(place or {}))
     scorer = Scorer(model, candidates(golden_data.Model(name).source, compute, rows))
     backward(model, [{"input_ids": row[None], "labels": row[None]} for row in rows], visitor=scorer, **options)
     return scorer.scores

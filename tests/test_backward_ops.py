@@ -220,6 +220,36 @@ def test_attention_against_differences(testing, window, mask):
         check(found, gradient)
 
 
+def attention_with_sinks(q, k, v, sinks, scale, seen):
+    """A sink is one more key that every query sees, with a score of its own and a value of zeros."""
+    group, tokens = q.shape[1] // k.shape[1], len(q)
+    scores = np.where(seen, scale * np.einsum("thd,shd->hts", q, np.repeat(k, group, 1)), -np.inf)
+    scores = np.concatenate([scores, np.broadcast_to(sinks[:, None, None], (len(sinks), tokens, 1))], -1)
+    p = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("hts,shd->thd", (p / p.sum(-1, keepdims=True))[..., :-1], np.repeat(v, group, 1))
+
+
+@pytest.mark.parametrize("tokens, window", [(7, 0), (7, 3), (70, 0)])
+def test_attention_with_sinks_against_differences(testing, tokens, window):
+    """gpt-oss: by the sinks too, which are added to; the first two queries see nothing but theirs. 70: more than one block of queries."""
+    rng, heads = np.random.default_rng(5), 4
+    q, k, v, d_out = values(rng, tokens, 4, 3), values(rng, tokens, 2, 3), values(rng, tokens, 2, 5), values(rng, tokens, 4, 5)
+    sinks, mask = values(rng, heads), np.r_[[0, 0], np.ones(tokens - 2)].astype(np.uint8)
+    seen = seen_by(tokens, window, mask)
+    if tokens < 10:
+        wanted = differences(lambda q, k, v, sinks: attention_with_sinks(q, k, v, sinks, 0.6, seen), (q, k, v, sinks), d_out)
+    else:
+        wanted = [None] * 3 + differences(lambda sinks: attention_with_sinks(q, k, v, sinks, 0.6, seen), (sinks,), d_out)
+    gradients, out = [np.full(x.shape, np.nan, np.float32) for x in (q, k, v)], np.empty((tokens, 4, 5), np.float32)
+    d_sinks = np.full(heads, 3, np.float32)
+    testing.attention_backward((*gradients, d_out, q, k, v, out, mask, sinks, d_sinks), 0.6, window)
+    np.testing.assert_allclose(out, attention_with_sinks(q, k, v, sinks, 0.6, seen), atol=1e-5)
+    for found, gradient in zip((*gradients, d_sinks - 3), wanted, strict=True):
+        if gradient is not None:
+            check(found, gradient)
+    assert np.abs(wanted[3]).min() > 0.01
+
+
 @pytest.mark.parametrize("tokens, heads, kv, size, value_size, window", [
     (1, 1, 1, 1, 1, 0), (64, 3, 3, 64, 64, 0), (65, 4, 2, 33, 33, 0), (300, 6, 2, 64, 64, 0), (290, 2, 1, 128, 40, 0), (300, 2, 2, 16, 16, 1),
     (300, 4, 1, 16, 16, 127), (300, 2, 1, 16, 16, 130)])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import modelq._core as core
-from cuda_arrays import STREAM, CudaArray
+from cuda_arrays import CudaArray, own_stream
 from cuda_library import library_to_test
 from modelq import cuda, device_arrays
 from modelq.nn import TensorQuantizer
@@ -62,7 +62,7 @@ def test_the_same_bits_as_on_the_cpu(name, dtype):
 def test_work_goes_to_the_producers_stream_and_its_memory_is_returned():
     array, quantizer = CudaArray(values()), TensorQuantizer(FORMATS["int8"], amax=2.0)
     quantizer(array)
-    assert set(array.streams) == {STREAM} and array.deleted == array.capsules > 0
+    assert set(array.streams) == {own_stream()} and array.deleted == array.capsules > 0
     default = CudaArray(values(), current=device_arrays.DEFAULT_STREAM)
     quantizer(default)
     assert set(default.streams) == {1}
@@ -148,16 +148,16 @@ def test_what_the_calls_refuse():
     quantizer.amax = np.float32(2)
     out = CudaArray(x)
     with pytest.raises(ValueError, match="out: expected an array like x"):
-        core.cuda_quantize(library, quantizer, CudaArray(x), CudaArray(values((6, 32))), STREAM)
+        core.cuda_quantize(library, quantizer, CudaArray(x), CudaArray(values((6, 32))), own_stream())
     with pytest.raises(ValueError, match="out: is read-only"):
-        core.cuda_quantize(library, quantizer, CudaArray(x), CudaArray(x, read_only=True), STREAM)
+        core.cuda_quantize(library, quantizer, CudaArray(x), CudaArray(x, read_only=True), own_stream())
     with pytest.raises(ValueError, match="x: is on DLPack device type 1, expected a CUDA device's memory"):
-        core.cuda_quantize(library, quantizer, x, out, STREAM)
+        core.cuda_quantize(library, quantizer, x, out, own_stream())
     with pytest.raises(TypeError, match="expected a CudaLibrary, got"):
-        core.cuda_quantize(None, quantizer, CudaArray(x), out, STREAM)
+        core.cuda_quantize(None, quantizer, CudaArray(x), out, own_stream())
     with pytest.raises(TypeError, match="expected a Quantizer, got"):
-        core.cuda_quantize(library, None, CudaArray(x), out, STREAM)
+        core.cuda_quantize(library, None, CudaArray(x), out, own_stream())
     with pytest.raises(RuntimeError, match="cudaSetDevice: invalid device ordinal"):
-        core.cuda_quantize(library, quantizer, CudaArray(x, index=5), CudaArray(x, index=5), STREAM)
+        core.cuda_quantize(library, quantizer, CudaArray(x, index=5), CudaArray(x, index=5), own_stream())
     with pytest.raises(ValueError, match=r"out: expected float32 \[1, 4\]"):
-        core.cuda_amax(library, CudaArray(x), CudaArray(values((1, 1))), STREAM, 0, 16)
+        core.cuda_amax(library, CudaArray(x), CudaArray(values((1, 1))), own_stream(), 0, 16)

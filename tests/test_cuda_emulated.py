@@ -254,29 +254,61 @@ def test_straight_through(cuda, place, dtype):
         same(cuda.straight_through(x, gradient, amax, rows, cols, pre_scale, bias), core.straight_through(quantizer, x, gradient))
 
 
+def state_of(calibrator):
+    """(exponent, zeros, worst, first amax, counts) of a saved histogram (csrc/calib/histogram.c): behind a header of 56 bytes, its numbers."""
+    state = calibrator.save()[56:]
+    longs, words = np.frombuffer(state[:24], np.int64), np.frombuffer(state[24:32], np.uint32)
+    return int(longs[0]), int(longs[2]), int(words[0]), int(words[1]), np.frombuffer(state[40:], np.int64)
+
+
+def same_histogram(cuda, x, piece, bits, made, calibrator):
+    made = cuda.histogram(x, piece, bits, made)
+    numbers, counts = made
+    exponent, zeros, worst, first, expected = state_of(calibrator)
+    np.testing.assert_array_equal(counts, expected)
+    assert (numbers["above"] - 120, numbers["zeros"], numbers["worst"], numbers["first_amax"]) == (exponent, zeros, worst, first)
+    return made
+
+
+@pytest.mark.parametrize("bins", [2, 100, 2048])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_histogram(cuda, dtype):
-    x = tame(3 * 2999, dtype.type, 5).reshape(3, -1)
-    x[1, :40], x[2, 7] = 0, -0.0
-    for exponent, bins in ((-6, 1 << 13), (-3, 100), (-12, 1 << 17)):
-        for of, mask in ((x, None), (strided(x), np.uint8([1, 0, 1]))):
-            kept = np.abs(np.asarray(of if mask is None else of[mask != 0]).astype(np.float64))
-            at = np.floor(kept * 2.0**-exponent).astype(np.int64)
-            counts, zeros = cuda.histogram(of, exponent, bins, mask)
-            np.testing.assert_array_equal(counts, np.bincount(at[at < bins], minlength=bins))
-            assert zeros == np.count_nonzero(kept == 0)
+def test_histogram(cuda, dtype, bins):
+    """Counts, range and the first data's maximum are the calibrator's, as larger and smaller values come; zeros at first say nothing."""
+    calibrator, made = core.Calibrator("histogram", option=bins), None
+    rng = np.random.default_rng(5)
+    bits = int(np.ceil(np.log2(bins))) + 6
+    for piece, scale in enumerate([0, 1e-3, 1e-3, 1.5e-3, 0.3, 1e-5, 200.0, 1.0, 1e4, 0]):
+        x = (rng.standard_normal((3, 411)) * scale).astype(np.float32).astype(dtype)
+        x[1, :40], x[2, 7] = 0, -0.0
+        x = strided(x) if piece % 2 else x
+        calibrator.collect(x)
+        made = same_histogram(cuda, x, piece, bits, made, calibrator)
+    assert made[1].sum() == 10 * x.size and made[0]["first_piece"] == 1
 
 
-def test_histogram_is_the_calibrators(cuda):
-    """Counts in the fine bins of csrc/calib/histogram.c, whose state is a header of six numbers and the counts."""
-    x = tame(4 * 1000, DTYPES[1].type, 6).reshape(4, -1)
+def test_histogram_of_many_values(cuda):
+    """More than a thread block counts, and bins beyond those that it has at hand."""
+    x = tame(70 * 3001, DTYPES[1].type, 6).reshape(70, -1)
     calibrator = core.Calibrator("histogram")
     calibrator.collect(x)
-    bins = 1 << 17
-    state = calibrator.save()[-8 * bins:]
-    exponent = int(np.frexp(float(core.amax(x)))[1]) - 17
-    counts, _ = cuda.histogram(x, exponent, bins)
-    np.testing.assert_array_equal(np.frombuffer(state, np.int64), counts)
+    same_histogram(cuda, x, 3, 17, None, calibrator)
+
+
+def test_histogram_whose_first_piece_comes_in_parts(unordered):
+    x = np.float32([[1, 2, 3], [7, 5, 6], [9, 0, 0]])
+    made = None
+    for row, piece in zip(x, (4, 4, 5)):
+        made = unordered.histogram(row[None], piece, 8, made)
+    assert np.uint32(made[0]["first_amax"]).view(np.float32) == 7 and made[0]["first_piece"] == 4
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_histogram_of_what_is_not_finite(unordered, value):
+    made = unordered.histogram(np.float32([[1, 2]]), 0, 8)
+    before = made[1].copy()
+    numbers, counts = unordered.histogram(np.float32([[3, value]]), 0, 8, made)
+    assert numbers["worst"] == np.float32(abs(value)).view(np.uint32) and np.uint32(numbers["first_amax"]).view(np.float32) == 2
+    np.testing.assert_array_equal(counts, before)
 
 
 # ---- errors ----

@@ -57,14 +57,14 @@ def test_route_of_equal_and_of_bad_logits(cuda):
     assert np.isnan(shares[2:]).all() and np.isfinite(shares[:2]).all()
 
 
-def reference_routes(logits, top_k, kept, correction, groups, groups_kept, factor, normalize):
+def reference_routes(logits, top_k, kept, correction, groups, groups_kept, factor, normalize, groups_best):
     """In float64, of sigmoids: the chosen ones and their shares."""
     scores = 1 / (1 + np.exp(-logits.astype(np.float64)))
     choice = scores + correction
     chosen, shares = [], []
     for row, own in zip(choice, scores):
         size = len(row) // groups
-        best = np.sort(row.reshape(groups, size), -1)[:, ::-1][:, :2].sum(-1)
+        best = np.sort(row.reshape(groups, size), -1)[:, ::-1][:, :groups_best].sum(-1)
         groups_in = np.argsort(-best, kind="stable")[:groups_kept]
         allowed = [e for e in np.argsort(-row, kind="stable") if e // size in groups_in][:kept]
         others = [e for e in np.argsort(-row, kind="stable") if e not in allowed][:top_k - kept]
@@ -75,17 +75,19 @@ def reference_routes(logits, top_k, kept, correction, groups, groups_kept, facto
 
 
 @pytest.mark.parametrize("dtype", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("groups_best", [1, 2])
 @pytest.mark.parametrize("experts, groups, groups_kept, top_k, kept", [(64, 8, 3, 6, 6), (16, 4, 1, 5, 2), (12, 1, 1, 3, 3), (32, 32, 6, 4, 4)])
-def test_route_by_groups(cuda, dtype, experts, groups, groups_kept, top_k, kept):
-    """DeepSeek-V3's: sigmoids, a correction where experts are chosen, groups, a factor; and experts who only look on."""
+def test_route_by_groups(cuda, dtype, experts, groups, groups_kept, top_k, kept, groups_best):
+    """DeepSeek-V3's: sigmoids, a correction where experts are chosen, groups by their two best (V2: by the best), a factor; and experts who
+    only look on."""
     rng = np.random.default_rng(1)
     logits, correction = values(rng, 9, experts, dtype=dtype.type), (0.3 * rng.standard_normal(experts)).astype(np.float32)
     d_shares, d_logits = values(rng, 9, top_k), np.full((9, experts), 5, np.float32)
     for normalize in (0, 1):
-        wanted, wanted_shares = reference_routes(logits, top_k, kept, correction, groups, groups_kept, 2.5, normalize)
+        wanted, wanted_shares = reference_routes(logits, top_k, kept, correction, groups, groups_kept, 2.5, normalize, groups_best)
         chosen, shares = np.full((9, top_k), 77, np.int32), np.full((9, top_k), 77, np.float32)
         job = dict(logits=logits, top_k=top_k, kept=kept, normalize=normalize, sigmoid=1, correction=correction, groups=groups,
-                   groups_kept=groups_kept, factor=2.5, experts=chosen, shares=shares)
+                   groups_kept=groups_kept, groups_best=groups_best, factor=2.5, experts=chosen, shares=shares)
         cuda.run("route", **job)
         np.testing.assert_array_equal(chosen, wanted)
         np.testing.assert_allclose(shares, wanted_shares, rtol=2e-6)

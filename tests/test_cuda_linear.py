@@ -231,6 +231,26 @@ def test_other_block_sizes(library, way):
     close(out, *wanted_of(way, "dequantize", x, parts, None, block_size=64))
 
 
+@pytest.mark.parametrize("rounded", ["bfloat16", "float16"])
+def test_numbers_that_are_rounded_to_a_dtype_of_their_own(library, rounded):
+    """Of a checkpoint in bfloat16 that is computed in float32, or the other way round."""
+    dtype = np.dtype(getattr(ml_dtypes, rounded, None) or rounded)
+    for way in (("nvfp4", "plain", None), ("fp8_channel", "plain", None), ("int4", "plain", None)):
+        parts = core.quantize(normal((288, 130 if way[0] == "fp8_channel" else 256), F32, 1), way[0])
+        stated = core.dequantize(parts, way[0], dtype=rounded)
+        for x_dtype in (F32, BF16):
+            x = normal((5, stated.shape[1]), x_dtype, 2)
+            with Gemm(library, capability=100) as gemm:
+                for nbytes in (gemm.nbytes, 1 << 19):
+                    out = np.zeros((5, 288), F32)
+                    assert gemm.run_linear(x, parts, way[0], out, rounded=dtype,
+                                           change=lambda job: setattr(job.workspace, "nbytes", nbytes)) == "dequantize"
+                    weight = stated.astype(x_dtype).astype(np.float64)
+                    close(out, x.astype(np.float64) @ weight.T, np.abs(x.astype(np.float64)) @ np.abs(weight.T))
+            exact = core.dequantize(parts, way[0], dtype="float32")
+            assert x_dtype != F32 or (exact != stated.astype(np.float32)).any()
+
+
 def test_zeros(library):
     for way in WAYS:
         parts = core.quantize(np.zeros((16, 256), BF16), way[0])

@@ -34,7 +34,8 @@ def test_rows(cuda, source, to):
     for width in (1, 8, 70):
         for x in both(spoiled(values(rng, 9, width, dtype=source.type))):
             index = rng.integers(0, 9, 14)
-            for options, wanted in ((dict(), x), (dict(index=index), x[index]), (dict(ids=index.astype(np.int32)), x[index])):
+            for options, wanted in ((dict(), x), (dict(index=index), x[index]), (dict(ids=index.astype(np.int32)), x[index]),
+                                    (dict(repeat=3), np.repeat(x, 3, 0))):
                 for y in both(np.zeros(wanted.shape, to)):
                     cuda.run("rows", x=x, y=y, **options)
                     with np.errstate(over="ignore"):
@@ -182,6 +183,11 @@ def test_rmsnorm(cuda, dtype, heads):
             for y in (*both(np.zeros_like(x)), x):
                 cuda.run("rmsnorm", "norm", x=x, y=y, weight=weight, heads=heads, eps=1e-5)
                 close(y, wanted.reshape(5, -1), dtype)
+        x, ones = values(rng, 5, heads * width, dtype=dtype.type), np.ones(width, np.float32)
+        y, wanted = np.zeros_like(x), np.zeros_like(x)
+        for given, out in ((None, y), (ones, wanted)):
+            cuda.run("rmsnorm", "norm", x=x, y=out, weight=given, heads=heads, eps=1e-5)
+        same(y, wanted)
 
 
 @pytest.mark.parametrize("dtype", ACTIVATIONS, ids=str)
@@ -288,6 +294,10 @@ def test_columns(cuda, dtype):
                 cuda.run("column_sums", "columns", x=x, what=SUM, mask=mask, sums_f64=sums, lows=low, highs=high)
                 np.testing.assert_array_equal(low, np.minimum(kept.min(0, initial=np.inf), 0.5))
                 np.testing.assert_array_equal(high, np.maximum(kept.max(0, initial=-np.inf), -0.5))
+                low[:], high[:] = np.nan, np.nan         # nothing yet
+                cuda.run("column_sums", "columns", x=x, what=SUM, mask=mask, sums_f64=sums, lows=low, highs=high)
+                np.testing.assert_array_equal(low, kept.min(0, initial=np.inf))
+                np.testing.assert_array_equal(high, kept.max(0, initial=-np.inf))
 
 
 def test_columns_with_nan(cuda):

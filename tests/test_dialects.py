@@ -272,9 +272,8 @@ def rewrite(folder, target, edit_tensors=None, edit_config=None):
     ("compressed-tensors", "nvfp4", "weight_global_scale", None, "tensor '.*weight_global_scale' is missing"),
     ("compressed-tensors", "int4", "weight_shape", lambda t: t + 8, "tensor '.*weight_shape' does not say the shape"),
     ("compressed-tensors", "fp8-channel", "weight_scale", lambda t: t.reshape(-1), r"is float32 \[128\], float-quantized.*needs .*\[128, 1\]"),
-    ("autoawq", "int4", "qzeros", lambda t: t + 1, "qzeros' holds zero points other than that of symmetric"),
     ("autoawq", "int4", "scales", lambda t: np.ascontiguousarray(t.T), r"scales' is float16 \[128, 8\].*needs"),
-    ("gptq", "int4", "g_idx", lambda t: t[::-1].copy(), "g_idx' orders columns by activation"),
+    ("gptq", "int4", "g_idx", lambda t: t + 1, "g_idx' must say for each of 256 columns one of 8 groups"),
     ("gptq", "int4", "qweight", None, "lists|not quantized|no layer|tensor"),
     ("fp8", "fp8-block", "weight_scale_inv", None, "weight_scale_inv' is missing, fp8 .*needs it; export the model again"),
 ])
@@ -300,14 +299,16 @@ def set_in(path, value):
 
 @pytest.mark.parametrize("dialect, name, edit, words", [
     ("compressed-tensors", "int4", set_in(["config_groups"], []), "config.json: config_groups must map"),
-    ("compressed-tensors", "int4", set_in(["config_groups", "group_0", "weights", "symmetric"], False), "group_0: weights of .* are not read"),
-    ("compressed-tensors", "int4", set_in(["config_groups", "group_0", "weights", "num_bits"], 3), "num_bits 3.*modelq reads"),
+    ("compressed-tensors", "int4", set_in(["config_groups", "group_0", "weights", "symmetric"], False), "weight_zero_point' is missing"),
+    ("compressed-tensors", "int4", set_in(["config_groups", "group_0", "weights", "num_bits"], 3), r"weight_shape says \[\d+, \d+\] in codes of 3 bits"),
+    ("compressed-tensors", "int4", set_in(["config_groups", "group_0", "weights", "num_bits"], 9), "num_bits 9.*modelq reads"),
     ("compressed-tensors", "nvfp4", set_in(["config_groups", "group_0", "input_activations", "group_size"], 64), "activations of"),
     ("compressed-tensors", "nvfp4", set_in(["transform_config"], {"rotate": 1}), "sparsity and transforms"),
-    ("gptq", "int4", set_in(["desc_act"], True), "gptq with desc_act True is not read"),
+    ("gptq", "int4", set_in(["checkpoint_format"], "marlin"), "gptq with checkpoint_format 'marlin' is not read; modelq reads"),
     ("gptq", "int4", set_in(["group_size"], "x"), "group_size must be a positive integer"),
     ("autoawq", "int4", set_in(["version"], "gemv"), "awq with version 'gemv' is not read; modelq reads version 'gemm'"),
-    ("fp8", "fp8-block", set_in(["weight_block_size"], [64, 64]), r"weight_block_size \[64, 64\] is not read; modelq reads \[128, 128\]"),
+    ("fp8", "fp8-block", set_in(["weight_block_size"], [64, 64]), r"a weight \[\d+, \d+\] in blocks of \[64, 64\] has"),
+    ("fp8", "fp8-block", set_in(["weight_block_size"], 64), "weight_block_size must be two positive integers, found 64"),
 ])
 def test_configs_that_are_not_read(dialect, name, edit, words, exported, tmp_path):
     with pytest.raises(ValueError, match=words):

@@ -11,6 +11,7 @@ import modelq
 import modelq.quantization as mtq
 from modelq.export import export_hf_checkpoint
 from modelq.gradients import backward
+from modelq.rotation import RotatedCheckpoint
 
 HIDDEN, HEADS, HEAD, VOCABULARY, EPSILON, THETA = 32, 4, 8, 48, 1e-5, 1e4
 ATTENTION = {"n_heads_in_group": 2, "no_op": False, "replace_with_linear": False, "num_sink_tokens": None, "sparsify": None,
@@ -88,7 +89,7 @@ def attend(x, at, group):
     return np.einsum("hqk,khd->qhd", p / p.sum(-1, keepdims=True), v).reshape(len(x), -1) @ at("self_attn.o_proj").T
 
 
-def logits(blocks, tensors, ids):
+def logits(blocks, tensors, ids, half=lambda name, added: added):
     """float64, of one row of tokens."""
     exact = {name: tensor.astype(np.float64) for name, tensor in tensors.items()}
     x = exact["model.embed_tokens.weight"][ids]
@@ -98,20 +99,20 @@ def logits(blocks, tensors, ids):
         attention, ffn = block["attention"], block["ffn"]
         if not attention["no_op"]:
             seen = norm(x, at("input_layernorm"))
-            x = x + (seen @ at("self_attn.linear_attn").T if attention["replace_with_linear"] else
-                     attend(seen, at, attention["n_heads_in_group"]))
+            x = x + half(f"{i}.attention", seen @ at("self_attn.linear_attn").T if attention["replace_with_linear"] else
+                         attend(seen, at, attention["n_heads_in_group"]))
         if not ffn["no_op"]:
             seen = norm(x, at("post_attention_layernorm"))
             if ffn["replace_with_linear"]:
-                x = x + seen @ at("mlp.linear_mlp").T
+                x = x + half(f"{i}.mlp", seen @ at("mlp.linear_mlp").T)
             else:
                 gate = seen @ at("mlp.gate_proj").T
-                x = x + (gate / (1 + np.exp(-gate)) * (seen @ at("mlp.up_proj").T)) @ at("mlp.down_proj").T
+                x = x + half(f"{i}.mlp", (gate / (1 + np.exp(-gate)) * (seen @ at("mlp.up_proj").T)) @ at("mlp.down_proj").T)
     return norm(x, exact["model.norm.weight"]) @ exact["lm_head.weight"].T
 
 
-def loss(blocks, tensors, ids):
-    found = logits(blocks, tensors, ids)[:-1]
+def loss(blocks, tensors, ids, half=lambda name, added: added):
+    found = logits(blocks, tensors, ids, half)[:-1]
     return np.mean(np.log(np.exp(found).sum(-1)) - np.take_along_axis(found, ids[1:, None], 1)[:, 0])
 
 
@@ -165,6 +166,57 @@ def test_export(model, preset, tmp_path):
     assert json.loads((tmp_path / "export" / "config.json").read_text())["block_configs"] == BLOCKS
     with safe_open(tmp_path / "export" / "model.safetensors", "np") as file:
         assert {"model.layers.3.mlp.linear_mlp.weight_scale", "model.layers.3.self_attn.linear_attn.weight_scale"} <= set(file.keys())
+
+
+def search(model, bits, formats):
+    return mtq.auto_quantize(model, {"effective_bits": bits}, formats, [{"input_ids": IDS[:1], "labels": IDS[:1]}],
+                             lambda model, batch: model(**batch), loss_func=lambda output, batch: output.loss)
+
+
+SCORED = {"model.layers.0.self_attn.o_proj": "0.attention", "model.layers.1.mlp.down_proj": "1.mlp",
+          "model.layers.3.self_attn.linear_attn": "3.attention", "model.layers.3.mlp.linear_mlp": "3.mlp"}
+
+
+def test_scores_of_a_search_are_by_differences(model):
+    """sum((slope of the loss by an output * what INT8 changes in it)^2), of what ends each kind of half, in float64."""
+    _, state = search(model, 9.0, [mtq.INT8_WEIGHT_ONLY_CFG])
+    stats, tensors, step = state["candidate_stats"], weights(BLOCKS), 1e-4
+    for module, place in SCORED.items():
+        found, weight = {}, tensors[f"{module}.weight"]
+        scale = np.abs(weight).max(1, keepdims=True) / 127
+        for key, value in (("was", weight), ("is", np.round(weight / scale) * scale)):
+            logits(BLOCKS, tensors | {f"{module}.weight": value}, IDS[0],
+                   lambda name, added, key=key: found.setdefault(key, added) if name == place else added)
+        change, wanted = found["is"] - found["was"], 0.0
+        for at in np.ndindex(change.shape):
+            nudge = np.zeros(change.shape)
+            nudge[at] = step
+            sides = [loss(BLOCKS, tensors, IDS[0], lambda name, added, sign=sign: added + sign * nudge if name == place else added)
+                     for sign in (1.0, -1.0)]
+            wanted += ((sides[0] - sides[1]) / (2 * step) * change[at]) ** 2
+        np.testing.assert_allclose(stats[f"{module}.quant_recipe"]["scores"][0], wanted, rtol=1e-3, err_msg=module)
+
+
+@pytest.mark.parametrize("bits", [6.0, 7.0])
+def test_a_search_keeps_to_its_budget_and_is_written(bits, tmp_path):
+    model = modelq.load(save(tmp_path / "source", BLOCKS, weights(BLOCKS)), compute="bfloat16")
+    model, state = search(model, bits, [mtq.NVFP4_DEFAULT_CFG, mtq.FP8_DEFAULT_CFG])
+    assert state["best"]["is_satisfied"] and state["best"]["constraints"]["effective_bits"] <= bits
+    assert len({recipe.split("(")[0] for recipe in state["best"]["recipe"].values()}) >= 2
+    simulated = model(IDS).logits
+    export_hf_checkpoint(model, export_dir=tmp_path / "export")
+    again = modelq.load(tmp_path / "export", compute="bfloat16")
+    assert np.linalg.norm(again(IDS).logits - simulated) < 0.03 * np.linalg.norm(simulated)
+
+
+@pytest.mark.parametrize("options", [{}, {"residual": False}])
+def test_a_rotated_model_computes_what_it_did(model, options):
+    """Linears in the place of a half read the residual stream and write it."""
+    expected = model(IDS).logits
+    model.take(RotatedCheckpoint(model, **options), "float32")
+    np.testing.assert_allclose(model(IDS).logits, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+    name = "model.layers.3.mlp.linear_mlp.weight"
+    assert np.array_equal(model.checkpoint.read(name), weights(BLOCKS)[name]) == bool(options)
 
 
 REFUSED = {

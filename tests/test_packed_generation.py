@@ -1,6 +1,10 @@
 """Models whose weights stay codes compute and say what the same models do with numbers, and are as small as that promises."""
+import json
+
+import ml_dtypes
 import numpy as np
 import pytest
+from golden_data import write_safetensors
 from test_dialects import EXPORTS, FORMATS, exported, llama, quantized  # noqa: F401  (fixtures)
 
 import modelq
@@ -122,3 +126,43 @@ def test_parts_are_checked(llama, exported):  # noqa: F811
         model.runtime.load_layer(0, {**tensors, norm: tensors[name]})
     model.runtime.load_layer(0, tensors)
     model.runtime.drop_layer(0)
+
+
+def test_gpt_oss_experts_stay_mxfp4(tmp_path, monkeypatch):
+    """As they are published: stacks of codes that no calibration touched."""
+    rng, wide, layers = np.random.default_rng(0), 256, 2
+    config = {"model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"], "hidden_size": wide, "intermediate_size": wide,
+              "vocab_size": 96, "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+              "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6, "max_position_embeddings": 128, "rms_norm_eps": 1e-5,
+              "rope_theta": 1e4,
+              "layer_types": ["full_attention", "sliding_attention"], "attention_bias": True, "tie_word_embeddings": False,
+              "dtype": "bfloat16", "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}}
+
+    def normal(*shape):
+        return (rng.standard_normal(shape) * 0.05).astype(ml_dtypes.bfloat16)
+    tensors = {"model.embed_tokens.weight": normal(96, wide), "lm_head.weight": normal(96, wide), "model.norm.weight": normal(wide) + 1}
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}."
+        for name, rows, columns in (("q", 64, wide), ("k", 32, wide), ("v", 32, wide), ("o", wide, 64)):
+            tensors[f"{prefix}self_attn.{name}_proj.weight"] = normal(rows, columns)
+            tensors[f"{prefix}self_attn.{name}_proj.bias"] = normal(rows)
+        tensors |= {f"{prefix}self_attn.sinks": normal(4), f"{prefix}mlp.router.weight": normal(4, wide)}
+        tensors[f"{prefix}mlp.router.bias"] = normal(4)
+        tensors |= {f"{prefix}{name}_layernorm.weight": normal(wide) + 1 for name in ("input", "post_attention")}
+        for name, rows in (("gate_up_proj", 2 * wide), ("down_proj", wide)):
+            stack = f"{prefix}mlp.experts.{name}"
+            tensors[f"{stack}_blocks"] = rng.integers(0, 256, (4, rows, wide // 32, 16)).astype(np.uint8)
+            tensors[f"{stack}_scales"] = rng.integers(119, 123, (4, rows, wide // 32)).astype(np.uint8)
+            tensors[f"{stack}_bias"] = normal(4, rows)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    write_safetensors(tmp_path / "model.safetensors", tensors)
+    model, ids = modelq.load(tmp_path, compute="bfloat16"), rng.integers(0, 96, (2, 10))
+
+    def answers():
+        model.forget_decoding()
+        return model.generate(ids, max_new_tokens=8), np.asarray(model(ids).logits), model.decoding().nbytes
+    found, logits, nbytes = answers()
+    monkeypatch.setattr(streaming, "stored", lambda *_: None)
+    expected, expected_logits, plain = answers()
+    assert np.array_equal(found, expected) and np.array_equal(logits, expected_logits) and np.ptp(logits) > 1
+    assert plain - nbytes > 0.5 * 2 * layers * 4 * 3 * wide * wide

@@ -1,4 +1,7 @@
-#include "backend/device_parts.h"
+#include "backend/device_backward.h"
+
+#include <string.h>
+#include <unistd.h>
 
 #include "core/alloc.h"
 
@@ -19,12 +22,15 @@ void mq_device_leave(mq_device *device, int before)
 int mq_device_take(mq_device *device, void **out, size_t nbytes, const char *purpose, mq_error *err)
 {
     *out = NULL;
+    if (device->held + nbytes > device->budget) mq_device_give_spare(device);
     if (device->held + nbytes > device->budget)
         return mq_fail(err, MQ_ERR_MEMORY,
                        "out of device memory: %.1f MB for %s, but %.1f of the %.1f MB that may be used are in use "
                        "(load(..., device_memory=) or MODELQ_CUDA_MEMORY)",
                        (double)nbytes / 1e6, purpose, (double)device->held / 1e6, (double)device->budget / 1e6);
-    const int rc = device->backend->memory_new(out, nbytes, purpose, err);
+    int rc = device->backend->memory_new(out, nbytes, purpose, err);
+    if (rc == MQ_ERR_MEMORY && mq_device_give_spare(device))
+        rc = device->backend->memory_new(out, nbytes, purpose, err);
     if (rc == MQ_OK) device->held += nbytes;
     device->peak = MQ_MAX(device->peak, device->held);
     return rc;
@@ -40,11 +46,11 @@ void mq_device_give(mq_device *device, void **memory, size_t nbytes)
 
 size_t mq_device_available(const mq_device *device, const mq_arena *arena)
 {
-    const size_t others = device->held - arena->nbytes;
+    const size_t others = device->held - arena->nbytes - device->spare[0].nbytes - device->spare[1].nbytes;
     return device->budget > others ? device->budget - others : 0;
 }
 
-static void drop_arena(mq_device *device, mq_arena *arena)
+void mq_arena_drop(mq_device *device, mq_arena *arena)
 {
     mq_device_give(device, (void **)&arena->memory, arena->nbytes);
     *arena = (mq_arena){0};
@@ -54,7 +60,7 @@ int mq_arena_reserve(mq_device *device, mq_arena *arena, size_t nbytes, const ch
 {
     arena->used = 0;
     if (nbytes <= arena->nbytes) return MQ_OK;
-    drop_arena(device, arena);
+    mq_arena_drop(device, arena);
     const int rc = mq_device_take(device, (void **)&arena->memory, nbytes, purpose, err);
     if (rc == MQ_OK) arena->nbytes = nbytes;
     return rc;
@@ -65,6 +71,64 @@ void *mq_arena_take(mq_arena *arena, size_t nbytes)
     void *at = arena->memory != NULL ? arena->memory + arena->used : NULL;
     arena->used += MQ_ROUND_UP(nbytes, (size_t)MQ_ALIGN_DEVICE);
     return at;
+}
+
+void mq_device_settle(mq_device *device)
+{
+    void *const streams[] = {device->compute, device->copies, device->rows};
+    mq_error err;
+    for (int i = 0; i < 3; i++)
+        if (streams[i] != NULL) device->backend->stream_wait(streams[i], &err);
+}
+
+/* ---- memory of the host ---- */
+
+static size_t most_pinned(void)
+{
+    const long pages = sysconf(_SC_PHYS_PAGES), size = sysconf(_SC_PAGESIZE);
+    return pages > 0 && size > 0 ? (size_t)pages / MQ_PINNED_SHARE * (size_t)size : 0;
+}
+
+static void unpin(mq_device *device, mq_pin *pin)
+{
+    if (pin->memory != NULL) device->backend->unpin(pin->memory);
+    *pin = (mq_pin){0};
+}
+
+void mq_device_pin(mq_device *device, void *memory, size_t nbytes)
+{
+    mq_pin *const last = &device->pins[MQ_PINS - 1];
+    mq_error err;
+    size_t pinned = nbytes;
+    if (nbytes > most_pinned()) return;
+    for (int i = 0; i < MQ_PINS; i++) {
+        if (device->pins[i].memory == memory && device->pins[i].nbytes == nbytes) return;
+        pinned += device->pins[i].nbytes;
+    }
+    mq_device_unpin(device, memory);
+    for (int i = MQ_PINS - 1; i >= 0 && (pinned > most_pinned() || last->memory != NULL); i--) {
+        pinned -= device->pins[i].nbytes;       /* the oldest is the last */
+        unpin(device, &device->pins[i]);
+    }
+    if (device->backend->pin(memory, nbytes, &err) != MQ_OK) return;
+    memmove(device->pins + 1, device->pins, (MQ_PINS - 1) * sizeof *device->pins);
+    device->pins[0] = (mq_pin){memory, nbytes};
+}
+
+void mq_device_unpin(mq_device *device, const void *memory)
+{
+    for (int i = 0; i < MQ_PINS; i++)
+        if (memory != NULL && device->pins[i].memory == memory) unpin(device, &device->pins[i]);
+}
+
+static void forget_run(mq_elsewhere *self, const mq_run *run)
+{
+    mq_device *device = (mq_device *)(void *)self;
+    mq_error err;
+    int before;
+    if (run->hidden == NULL || mq_device_enter(device, &before, &err) != MQ_OK) return;
+    mq_device_unpin(device, run->hidden);
+    mq_device_leave(device, before);
 }
 
 /* ---- the object ---- */
@@ -99,10 +163,12 @@ static int open_all(mq_device *device, const mq_device_options *options, mq_erro
     int rc = choose_budget(device, options->budget, err);
     if (rc == MQ_OK) rc = backend->stream_new(&device->compute, err);
     if (rc == MQ_OK) rc = backend->stream_new(&device->copies, err);
+    if (rc == MQ_OK) rc = backend->stream_new(&device->rows, err);
     if (rc == MQ_OK) rc = backend->event_new(&device->loaded, err);
     for (int i = 0; rc == MQ_OK && i < 2; i++) {
         rc = backend->pinned_new((void **)&device->pinned[i], (size_t)device->piece_nbytes, err);
         if (rc == MQ_OK) rc = backend->event_new(&device->sent[i], err);
+        if (rc == MQ_OK) rc = backend->event_new(&device->indices[i].sent, err);
         if (rc == MQ_OK) rc = backend->event_new(&device->arrived[i], err);
         if (rc == MQ_OK) rc = backend->event_new(&device->computed[i], err);
     }
@@ -123,11 +189,17 @@ int mq_device_new(const mq_backend *backend, const mq_device_options *options, m
     if (device == NULL) return mq_fail_memory(err, "a device", sizeof *device);
     device->backend = backend;
     device->index = options->index;
-    device->layer = -1;
+    device->host_statistics = options->host_statistics;
+    device->layer = device->ahead.layer = -1;
     device->elsewhere = (mq_elsewhere){
-        .load = mq_device_load, .load_low_rank = mq_device_load_low_rank,
+        .begin = mq_device_begin, .load = mq_device_load, .load_low_rank = mq_device_load_low_rank,
         .drop_layer = mq_device_drop_layer, .drop_expert = mq_device_drop_expert,
+        .begin_ahead = mq_device_begin_ahead, .load_ahead = mq_device_load_ahead,
+        .forget_ahead = mq_device_forget_ahead, .forget_run = forget_run,
+        .forget_backward = mq_device_forget_backward,
         .layer = mq_device_run_layer, .expert = mq_device_run_expert, .head = mq_device_run_head,
+        .goes_back = mq_device_goes_back, .back_head = mq_device_back_head, .back_layer = mq_device_back_layer,
+        .back_expert = mq_device_back_expert,
     };
     int rc = mq_device_enter(device, &before, err);
     if (rc == MQ_OK) {
@@ -146,13 +218,14 @@ void mq_device_free(mq_device *device)
     if (device == NULL) return;
     const mq_backend *backend = device->backend;
     const int entered = mq_device_enter(device, &before, &err) == MQ_OK;
-    if (device->compute != NULL) backend->stream_wait(device->compute, &err);
-    if (device->copies != NULL) backend->stream_wait(device->copies, &err);
+    mq_device_settle(device);
     mq_device_drop_layer(&device->elsewhere, device->layer);
     for (int i = 0; i < MQ_QUANTIZERS; i++) mq_device_quantizer_free(&device->quantizers[i]);
-    drop_arena(device, &device->layer_weights);
-    drop_arena(device, &device->expert_weights);
-    drop_arena(device, &device->work);
+    mq_arena_drop(device, &device->layer_weights);
+    mq_arena_drop(device, &device->expert_weights);
+    for (int i = 0; i < 2; i++) mq_arena_drop(device, &device->spare[i]);
+    mq_arena_drop(device, &device->work);
+    for (int i = 0; i < MQ_PINS; i++) mq_device_unpin(device, device->pins[i].memory);
     backend->memory_free(device->maxima);
     backend->memory_free(device->workspace_memory);
     if (device->gemm != NULL) backend->gemm_close(device->gemm);
@@ -160,12 +233,15 @@ void mq_device_free(mq_device *device)
         backend->memory_free(device->staged[i]);
         backend->pinned_free(device->pinned[i]);
         backend->event_free(device->sent[i]);
+        backend->pinned_free(device->indices[i].memory);
+        backend->event_free(device->indices[i].sent);
         backend->event_free(device->arrived[i]);
         backend->event_free(device->computed[i]);
     }
     backend->event_free(device->loaded);
     backend->stream_free(device->compute);
     backend->stream_free(device->copies);
+    backend->stream_free(device->rows);
     if (entered) mq_device_leave(device, before);
     mq_free(device);
 }

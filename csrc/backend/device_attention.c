@@ -1,6 +1,50 @@
 /* layer_attention.c on a device: hidden += attention(norm(hidden)), of a chunk of whole sequences. */
 #include "backend/device_pass.h"
 
+/* k and v of what the second linear makes, and of the end of what the first made (mq_layer_expand). */
+static int expand(mq_device_pass *pass)
+{
+    const mq_config *config = pass->context->config;
+    const mq_device_scratch *scratch = pass->scratch;
+    const int64_t heads = config->num_attention_heads, turned = config->qk_rope_head_dim;
+    const int64_t value = config->value_head_dim, head = config->head_dim, plain = head - turned;
+    const int64_t all = pass->chunk->rows * heads;
+    const mq_device_part k = {.data = scratch->k, .rows = all, .ld = head};
+    const mq_device_part v = {.data = scratch->v, .rows = all, .ld = value};
+    const mq_device_part k_end = {.data = scratch->k, .first = plain, .rows = all, .ld = head};
+    const mq_device_part made = {.data = scratch->expanded, .ld = plain + value};
+    const mq_device_part made_end = {.data = scratch->expanded, .first = plain, .ld = plain + value};
+    const mq_device_part narrow = {.data = scratch->joined, .first = config->kv_lora_rank,
+                                   .ld = config->kv_lora_rank + turned};
+    int rc = mq_device_columns(pass, &k, &made, plain, 1);
+    if (rc == MQ_OK) rc = mq_device_columns(pass, &v, &made_end, value, 1);
+    return rc == MQ_OK ? mq_device_columns(pass, &k_end, &narrow, turned, heads) : rc;
+}
+
+/* Queries, keys and values, each behind something narrow. */
+static int project_latent(mq_device_pass *pass, const void *in)
+{
+    const mq_config *config = pass->context->config;
+    const mq_device_scratch *scratch = pass->scratch;
+    const int64_t lora = config->kv_lora_rank, q_lora = config->q_lora_rank;
+    int rc;
+    if (pass->layer->linears[MQ_ROLE_Q_A].cols == 0) {
+        rc = mq_device_linear_of(pass, MQ_ROLE_Q, scratch->q, in);
+    } else {
+        rc = mq_device_linear_of(pass, MQ_ROLE_Q_A, scratch->joined, in);
+        if (rc == MQ_OK) rc = mq_device_norm(pass, MQ_ROLE_Q_A_NORM, scratch->joined, scratch->joined, q_lora);
+        pass->applied = NULL;
+        if (rc == MQ_OK) rc = mq_device_linear_of(pass, MQ_ROLE_Q_B, scratch->q, scratch->joined);
+        pass->applied = NULL;
+    }
+    if (rc == MQ_OK) rc = mq_device_linear_of(pass, MQ_ROLE_KV_A, scratch->joined, in);
+    if (rc == MQ_OK) rc = mq_device_split(pass, scratch->latent, 0, lora, lora + config->qk_rope_head_dim);
+    if (rc == MQ_OK) rc = mq_device_norm(pass, MQ_ROLE_KV_A_NORM, scratch->latent, scratch->latent, lora);
+    pass->applied = NULL;
+    if (rc == MQ_OK) rc = mq_device_linear_of(pass, MQ_ROLE_KV_B, scratch->expanded, scratch->latent);
+    return rc == MQ_OK ? expand(pass) : rc;
+}
+
 /* q, k and v, before norm and rope. */
 static int project(mq_device_pass *pass, const void *in)
 {
@@ -15,6 +59,7 @@ static int project(mq_device_pass *pass, const void *in)
         if (rc == MQ_OK) rc = mq_device_split(pass, scratch->k, q, k, q + k + v);
         return rc == MQ_OK ? mq_device_split(pass, scratch->v, q + k, v, q + k + v) : rc;
     }
+    if (pass->layer->linears[MQ_ROLE_KV_A].cols > 0) return project_latent(pass, in);
     rc = mq_device_linear_of(pass, MQ_ROLE_Q, scratch->q, in);
     if (rc == MQ_OK) rc = mq_device_linear_of(pass, MQ_ROLE_K, scratch->k, in);
     return rc == MQ_OK ? mq_device_linear_of(pass, MQ_ROLE_V, scratch->v, in) : rc;
@@ -32,20 +77,47 @@ static int attention_point(mq_device_pass *pass, mq_point *point, void *x, int64
     return rc;
 }
 
+mq_cuda_rope_job mq_device_rope(const mq_device_pass *pass, void *x, int64_t heads)
+{
+    const mq_layer_context *context = pass->context;
+    const mq_rope_sizes sizes = mq_layer_rope(context, heads, &context->sequences[pass->chunk->first_sequence]);
+    const int64_t at = mq_device_rope_at(context->ropes, pass->layer->rope);
+    return (mq_cuda_rope_job){
+        .x = mq_device_matrix(pass, x, heads * sizes.head_dim), .heads = heads, .cosine = pass->scratch->cosine + at,
+        .sine = pass->scratch->sine + at, .rotary = mq_config_rotary(context->config),
+        .positions = pass->chunk->positions, .offset = sizes.offset, .interleaved = sizes.interleaved,
+    };
+}
+
+/* mq_layer_turn. */
+static int turn(mq_device_pass *pass, void *x, int64_t heads)
+{
+    const mq_config *config = pass->context->config;
+    if (pass->layer->rope == MQ_LAYER_NO_ROPE) return MQ_OK;
+    const mq_cuda_rope_job job = mq_device_rope(pass, x, heads);
+    const int rc = pass->device->backend->rope(&job, pass->device->compute, pass->err);
+    if (rc != MQ_OK || !config->qk_unit_norm) return rc;
+    const mq_cuda_norm_job unit = {.x = job.x, .y = job.x, .heads = heads, .eps = (float)config->rms_norm_eps};
+    return pass->device->backend->rmsnorm(&unit, pass->device->compute, pass->err);
+}
+
+/* mq_layer_grow. */
+static int grow(mq_device_pass *pass, void *q, int64_t width)
+{
+    const mq_cuda_matrix matrix = mq_device_matrix(pass, q, width);
+    const mq_cuda_add_job job = {.x = matrix, .y = matrix, .row_scales = pass->chunk->growth};
+    if (pass->layer->rope != MQ_LAYER_NO_ROPE || pass->context->config->attention_floor == 0) return MQ_OK;
+    return pass->device->backend->add(&job, pass->device->compute, pass->err);
+}
+
 /* q or k: norm of each head or of all (where the family has it), rope, then its point. */
 static int finish_heads(mq_device_pass *pass, mq_role role, mq_point *point, void *x, int64_t heads)
 {
     const int64_t width = heads * pass->context->config->head_dim;
-    const mq_rope_table *table = mq_ropes_of(pass->context->ropes, pass->layer->rope, pass->chunk->longest);
     int rc = MQ_OK;
     if (pass->device->norms[role] != NULL) rc = mq_device_norm(pass, role, x, x, width);
-    if (rc == MQ_OK && table != NULL) {
-        const mq_cuda_rope_job job = {
-            .x = mq_device_matrix(pass, x, width), .heads = heads, .cosine = pass->scratch->cosine,
-            .sine = pass->scratch->sine, .rotary = table->rotary, .positions = pass->chunk->positions,
-        };
-        rc = pass->device->backend->rope(&job, pass->device->compute, pass->err);
-    }
+    if (rc == MQ_OK) rc = turn(pass, x, heads);
+    if (rc == MQ_OK && role == MQ_ROLE_Q_NORM) rc = grow(pass, x, width);
     return rc == MQ_OK ? attention_point(pass, point, x, width) : rc;
 }
 
@@ -56,7 +128,8 @@ mq_cuda_attention_job mq_device_attention(const mq_layer_context *context, const
     return (mq_cuda_attention_job){
         .dtype = args.dtype, .heads = args.heads, .kv_heads = args.kv_heads, .head_dim = args.head_dim,
         .value_dim = args.value_dim, .ldq = args.ldq, .ldk = args.ldk, .ldv = args.ldv, .ldo = args.ldo, .rows = rows,
-        .sequences = sequences, .longest = longest, .scale = args.scale, .window = args.window,
+        .sequences = sequences, .longest = longest, .scale = args.scale, .window = args.window, .chunk = args.chunk,
+        .softcap = args.softcap,
     };
 }
 
@@ -71,6 +144,8 @@ static int attend(mq_device_pass *pass)
     job.v = scratch->v;
     job.out = scratch->mixed;
     job.starts = chunk->starts;
+    job.chunk_first = chunk->chunk_first;
+    job.sinks = pass->device->norms[MQ_ROLE_SINKS];
     job.key_mask = chunk->key_mask;
     job.workspace = scratch->attention;
     job.workspace_nbytes = scratch->attention_nbytes;

@@ -7,36 +7,84 @@
 
 /* ---- room ---- */
 
-/* All layers that have a rope have the same (device_check.c). */
-static const mq_rope_table *table_of(const mq_layer_context *context, int64_t longest)
-{
-    return mq_ropes_of(context->ropes, MQ_LAYER_ROPE, longest);
-}
-
 static size_t table_nbytes(const mq_rope_table *table)
 {
     return (size_t)(table->positions * table->rotary) / 2 * sizeof(float);
 }
 
-size_t mq_device_indices_nbytes(int64_t rows)
+size_t mq_device_ropes_nbytes(const mq_ropes *ropes)
 {
-    return (size_t)(2 * rows + 1) * sizeof(int64_t) + (size_t)rows * (sizeof(int32_t) + 1);
+    size_t total = 0;
+    for (int kind = 0; kind < MQ_ROPE_KINDS; kind++) total += table_nbytes(&ropes->tables[kind]);
+    return total;
 }
 
-/* Cuts the arena, which may only count, for chunks of `rows` rows. */
-static size_t cut(mq_arena *arena, const mq_layer_context *context, int64_t rows, int64_t longest, int masked,
-                  mq_device_scratch *out)
+int64_t mq_device_rope_at(const mq_ropes *ropes, int layer_rope)
+{
+    const mq_rope_table *wanted = mq_ropes_of(ropes, layer_rope, 0);
+    size_t at = 0;
+    for (const mq_rope_table *table = ropes->tables; table != wanted; table++) at += table_nbytes(table);
+    return (int64_t)(at / sizeof(float));
+}
+
+int mq_device_send_ropes(mq_device *device, const mq_ropes *ropes, float *cosine, float *sine, mq_error *err)
+{
+    int rc = MQ_OK;
+    for (int kind = 0; rc == MQ_OK && kind < MQ_ROPE_KINDS; kind++) {
+        const mq_rope_table *table = &ropes->tables[kind];
+        const size_t nbytes = table_nbytes(table);
+        if (nbytes == 0) continue;
+        rc = device->backend->copy(cosine, table->cosine, nbytes, device->compute, err);
+        if (rc == MQ_OK) rc = device->backend->copy(sine, table->sine, nbytes, device->compute, err);
+        cosine += nbytes / sizeof *cosine;
+        sine += nbytes / sizeof *sine;
+    }
+    return rc;
+}
+
+/* A chunk has as many sequences as rows at most. */
+size_t mq_device_indices_nbytes(int64_t rows)
+{
+    return (size_t)(3 * rows + 1) * sizeof(int64_t) + (size_t)rows * (sizeof(int32_t) + sizeof(float) + 1);
+}
+
+/* As wide as what any linear reads, and what any puts out: what quantizers make room for, and what points see. */
+static void widest_of(const mq_layer_context *context, int64_t *in, int64_t *out)
+{
+    static const mq_dim read[] = {MQ_DIM_HIDDEN, MQ_DIM_INNER, MQ_DIM_EXPERT, MQ_DIM_SHARED, MQ_DIM_Q, MQ_DIM_O,
+                                  MQ_DIM_KV, MQ_DIM_V, MQ_DIM_Q_LORA, MQ_DIM_KV_LORA};
+    const mq_config *config = context->config;
+    *in = 0;
+    for (size_t i = 0; i < MQ_COUNT(read); i++) *in = MQ_MAX(*in, mq_dim_of(config, NULL, read[i]));
+    *out = *in;
+    if (context->fused)
+        *out = MQ_MAX(*out, MQ_MAX(mq_dim_of(config, NULL, MQ_DIM_QKV), mq_dim_of(config, NULL, MQ_DIM_INNER_TWICE)));
+    if (config->kv_lora_rank > 0)
+        *out = MQ_MAX(*out, MQ_MAX(mq_dim_of(config, NULL, MQ_DIM_KV_A), mq_dim_of(config, NULL, MQ_DIM_KV_B)));
+}
+
+/* Of what one linear makes in the place of several, or where something narrow is between two. */
+static int64_t joined_width(const mq_layer_context *context)
 {
     const mq_config *config = context->config;
-    const size_t size = mq_dtype_size(context->dtype), table = table_nbytes(table_of(context, longest));
-    const int64_t hidden = config->hidden_size, q_width = config->num_attention_heads * config->head_dim;
-    const int64_t expert = config->num_experts > 0 ? config->moe_intermediate_size : 0;
-    const int64_t inner = MQ_MAX(mq_dim_of(config, NULL, MQ_DIM_INNER), expert);
-    const int64_t k_width = mq_dim_of(config, NULL, MQ_DIM_KV), v_width = mq_dim_of(config, NULL, MQ_DIM_V);
-    const int64_t mixed = config->num_attention_heads * config->value_head_dim;
-    const int64_t joined = context->fused ? MQ_MAX(q_width + k_width + v_width, 2 * inner) : 0;
-    const int64_t widest = MQ_MAX(MQ_MAX(hidden, inner), MQ_MAX(q_width, mixed)), prepared = context->rank > 0;
-    const int64_t routes = config->num_experts > 0 ? rows * config->num_experts_per_tok : 0;
+    if (context->fused) return MQ_MAX(mq_dim_of(config, NULL, MQ_DIM_QKV), mq_dim_of(config, NULL, MQ_DIM_INNER_TWICE));
+    if (config->kv_lora_rank == 0) return 0;
+    return MQ_MAX(config->q_lora_rank, mq_dim_of(config, NULL, MQ_DIM_KV_A));
+}
+
+/* Cuts the arena, which may only count, for chunks of `rows` rows. attends: they are sequences. */
+static size_t cut(mq_arena *arena, const mq_layer_context *context, int64_t rows, int attends, mq_device_scratch *out)
+{
+    const mq_config *config = context->config;
+    const size_t size = mq_dtype_size(context->dtype), table = attends ? mq_device_ropes_nbytes(context->ropes) : 0;
+    const int64_t hidden = config->hidden_size, mixed = mq_dim_of(config, NULL, MQ_DIM_O);
+    const int64_t expert = MQ_MAX(config->moe_intermediate_size, config->shared_intermediate_size);
+    const int64_t inner = MQ_MAX(mq_dim_of(config, NULL, MQ_DIM_INNER), config->num_experts > 0 ? expert : 0);
+    const int64_t attended = attends ? rows : 0, latent = config->kv_lora_rank > 0 ? attended : 0;
+    const int64_t prepared = context->rank > 0 ? rows : 0;
+    const int64_t routes = config->num_experts > 0 ? rows * context->routes->top_k : 0;
+    int64_t widest, widest_out;
+    widest_of(context, &widest, &widest_out);
     arena->used = 0;
     out->rows = rows;
     out->meta_nbytes = mq_device_indices_nbytes(rows);
@@ -47,19 +95,22 @@ static size_t cut(mq_arena *arena, const mq_layer_context *context, int64_t rows
     out->cosine = mq_arena_take(arena, table);
     out->sine = mq_arena_take(arena, table);
     out->normed = out->mixed = mq_arena_take(arena, (size_t)(rows * MQ_MAX(hidden, mixed)) * size);
-    out->joined = mq_arena_take(arena, (size_t)(rows * joined) * size);
+    out->joined = mq_arena_take(arena, (size_t)(rows * joined_width(context)) * size);
     out->quantized = mq_arena_take(arena, (size_t)(rows * widest) * size);
     out->temporary = mq_arena_take(arena, (size_t)(rows * hidden) * size);
-    out->prepared = mq_arena_take(arena, (size_t)(prepared * rows * widest) * size);
+    out->prepared = mq_arena_take(arena, (size_t)(prepared * widest) * size);
     out->low = mq_arena_take(arena, (size_t)(rows * context->rank) * size);
-    out->counted = mq_arena_take(arena, masked ? (size_t)(rows * widest) * size : 0);
+    out->counted = mq_arena_take(arena, context->count_mask != NULL ? (size_t)(rows * widest_out) * size : 0);
     out->router = mq_arena_take(arena, (size_t)(rows * config->num_experts) * size);
     out->experts = mq_arena_take(arena, (size_t)routes * sizeof *out->experts);
     out->shares = mq_arena_take(arena, (size_t)routes * sizeof *out->shares);
+    out->factors = mq_arena_take(arena, config->num_experts > 0 ? (size_t)rows * sizeof *out->factors : 0);
     const size_t halves = arena->used;
-    out->q = mq_arena_take(arena, (size_t)(rows * q_width) * size);
-    out->k = mq_arena_take(arena, (size_t)(rows * k_width) * size);
-    out->v = mq_arena_take(arena, (size_t)(rows * v_width) * size);
+    out->q = mq_arena_take(arena, (size_t)(attended * mq_dim_of(config, NULL, MQ_DIM_Q)) * size);
+    out->k = mq_arena_take(arena, (size_t)(attended * mq_dim_of(config, NULL, MQ_DIM_KV)) * size);
+    out->v = mq_arena_take(arena, (size_t)(attended * mq_dim_of(config, NULL, MQ_DIM_V)) * size);
+    out->latent = mq_arena_take(arena, (size_t)(latent * config->kv_lora_rank) * size);
+    out->expanded = mq_arena_take(arena, (size_t)(latent * mq_dim_of(config, NULL, MQ_DIM_KV_B)) * size);
     out->attention = mq_arena_take(arena, out->attention_nbytes);
     const size_t attention = arena->used;
     arena->used = halves;       /* the MLP's half in the place of the attention's */
@@ -71,17 +122,22 @@ static size_t cut(mq_arena *arena, const mq_layer_context *context, int64_t rows
 typedef struct forward_need {
     const mq_device *device;
     const mq_run *run;
+    int attends;
 } forward_need;
+
+static size_t attention_nbytes(const forward_need *need, const mq_layer_context *context, int64_t rows, int64_t longest)
+{
+    const mq_cuda_attention_job job = mq_device_attention(context, NULL, rows, rows, longest);
+    return need->attends ? need->device->backend->attention_workspace(&job) : 0;
+}
 
 static size_t forward_nbytes(const void *context, int64_t rows, int64_t longest)
 {
     const forward_need *need = context;
-    const mq_run *run = need->run;
-    const mq_layer_context layer = mq_run_context(run);
-    const mq_cuda_attention_job job = mq_device_attention(&layer, NULL, rows, rows, longest);
-    mq_device_scratch scratch = {.attention_nbytes = need->device->backend->attention_workspace(&job)};
+    const mq_layer_context layer = mq_run_context(need->run);
+    mq_device_scratch scratch = {.attention_nbytes = attention_nbytes(need, &layer, rows, longest)};
     mq_arena none = {0};
-    return cut(&none, &layer, rows, longest, run->mask != NULL && !run->count_padding, &scratch);
+    return cut(&none, &layer, rows, need->attends, &scratch);
 }
 
 static int too_long(const mq_device *device, const mq_device_need *need, int64_t longest, size_t room, mq_error *err)
@@ -96,14 +152,35 @@ static int too_long(const mq_device *device, const mq_device_need *need, int64_t
                    (double)room / 1e6, (double)device->budget / 1e6, (long long)fits);
 }
 
+/* As many of `rows` as there is room for, but no less than the longest sequence. */
+static int64_t most_rows(const mq_device_need *need, size_t room, int64_t rows, int64_t longest)
+{
+    while (rows > longest && need->nbytes(need->context, rows, longest) > room) rows = MQ_MAX(rows / 4 * 3, longest);
+    return rows;
+}
+
+/* What weights that come ahead have, or would: as much as those at work. */
+static size_t ahead_nbytes(const mq_device *device)
+{
+    return MQ_MAX(device->spare[0].nbytes, device->layer_weights.nbytes) +
+           MQ_MAX(device->spare[1].nbytes, device->expert_weights.nbytes);
+}
+
 int mq_device_fit(mq_device *device, const mq_device_need *need, int64_t *rows, int64_t longest, mq_error *err)
 {
+    const size_t ahead = ahead_nbytes(device);
+    if (need->nbytes(need->context, longest, longest) > mq_device_available(device, &device->work))
+        mq_sums_drop(device);       /* nothing is in them yet: statistics are made where there is room */
     const size_t room = mq_device_available(device, &device->work);
-    int64_t fit = MQ_MIN(MQ_MAX(*rows, longest), MQ_MAX((int64_t)MQ_CHUNK_ROWS, longest));
-    size_t nbytes;
-    while ((nbytes = need->nbytes(need->context, fit, longest)) > room && fit > longest)
-        fit = MQ_MAX(fit / 4 * 3, longest);
-    *rows = fit;
+    const int64_t wanted = MQ_MIN(MQ_MAX(*rows, longest), MQ_MAX((int64_t)MQ_CHUNK_ROWS, longest));
+    *rows = most_rows(need, room, wanted, longest);
+    if (ahead < room) {
+        const int64_t beside = most_rows(need, room - ahead, *rows, longest);
+        if (beside >= MQ_MIN(*rows, (int64_t)MQ_ENOUGH_ROWS) &&
+            need->nbytes(need->context, beside, longest) <= room - ahead)
+            *rows = beside;
+    }
+    const size_t nbytes = need->nbytes(need->context, *rows, longest);
     if (nbytes > room) return too_long(device, need, longest, room, err);
     return mq_arena_reserve(device, &device->work, nbytes, "the rows of a layer", err);
 }
@@ -112,16 +189,13 @@ int mq_device_reserve(mq_device *device, mq_run *run, int64_t rows, int64_t long
                       mq_error *err)
 {
     const mq_layer_context context = mq_run_context(run);
-    const mq_rope_table *table = table_of(&context, longest);
-    const forward_need forward = {device, run};
+    const forward_need forward = {device, run, longest > 0};
     const mq_device_need need = {forward_nbytes, &forward};
-    int rc = mq_device_fit(device, &need, &rows, longest, err);
+    const int rc = mq_device_fit(device, &need, &rows, MQ_MAX(longest, (int64_t)1), err);
     if (rc != MQ_OK) return rc;
-    const mq_cuda_attention_job job = mq_device_attention(&context, NULL, rows, rows, longest);
-    out->attention_nbytes = device->backend->attention_workspace(&job);
-    cut(&device->work, &context, rows, longest, run->mask != NULL && !run->count_padding, out);
-    rc = device->backend->copy(out->cosine, table->cosine, table_nbytes(table), device->compute, err);
-    return rc == MQ_OK ? device->backend->copy(out->sine, table->sine, table_nbytes(table), device->compute, err) : rc;
+    out->attention_nbytes = attention_nbytes(&forward, &context, rows, longest);
+    cut(&device->work, &context, rows, forward.attends, out);
+    return forward.attends ? mq_device_send_ropes(device, context.ropes, out->cosine, out->sine, err) : MQ_OK;
 }
 
 /* ---- chunks ---- */
@@ -137,6 +211,8 @@ mq_device_chunk mq_device_chunk_from(const mq_run *run, int64_t first_sequence, 
         chunk.longest = MQ_MAX(chunk.longest, sequences[i].tokens);
     }
     chunk.position = chunk.first;
+    chunk.units = run->units;
+    chunk.unit_count = run->unit_count;
     chunk.mask = mask != NULL ? mask + chunk.first : NULL;
     return chunk;
 }
@@ -146,19 +222,39 @@ static void place_meta(mq_device_chunk *chunk, void *memory)
 {
     chunk->starts = memory;
     chunk->index = chunk->starts + chunk->sequences + 1;
-    chunk->positions = (int32_t *)(void *)(chunk->index + chunk->rows);
-    chunk->key_mask = (uint8_t *)(chunk->positions + chunk->rows);
+    chunk->chunk_first = chunk->index + chunk->rows;
+    chunk->positions = (int32_t *)(void *)(chunk->chunk_first + chunk->sequences);
+    chunk->growth = (float *)(void *)(chunk->positions + chunk->rows);
+    chunk->key_mask = (uint8_t *)(chunk->growth + chunk->rows);
+}
+
+/* Of one sequence, whose first row is `row` of the chunk. */
+static void fill_sequence(const mq_layer_context *context, const mq_sequence *sequence, mq_device_chunk *here,
+                          int64_t row)
+{
+    const mq_rope_table *main = &context->ropes->tables[MQ_ROPE_MAIN];
+    const int is_long = context->ropes->original > 0 && sequence->tokens > context->ropes->original;
+    const int64_t first = is_long ? main->positions : 0;
+    mq_attention_args args = {.chunk = 1};
+    mq_layer_hide_padding(context, sequence, &args);
+    *here->chunk_first++ = args.chunk_first;
+    for (int64_t t = 0; t < sequence->tokens; t++) {
+        here->positions[row + t] = (int32_t)(first + t);
+        here->growth[row + t] = context->config->attention_floor > 0 ? mq_layer_growth(context, t) : 1.0f;
+    }
 }
 
 static void fill_meta(const mq_run *run, mq_device_chunk *chunk, void *memory)
 {
     mq_device_chunk here = *chunk;
+    const mq_layer_context context = mq_run_context(run);
     place_meta(&here, memory);
     int64_t row = 0;
     for (int64_t s = 0; s < chunk->sequences; s++) {
+        const mq_sequence *sequence = &run->sequences[chunk->first_sequence + s];
         here.starts[s] = row;
-        const int64_t tokens = run->sequences[chunk->first_sequence + s].tokens;
-        for (int64_t t = 0; t < tokens; t++) here.positions[row++] = (int32_t)t;
+        fill_sequence(&context, sequence, &here, row);
+        row += sequence->tokens;
     }
     here.starts[chunk->sequences] = row;
     chunk->counted = 0;
@@ -168,29 +264,55 @@ static void fill_meta(const mq_run *run, mq_device_chunk *chunk, void *memory)
     else memset(here.key_mask, 1, (size_t)chunk->rows);
 }
 
-int mq_device_send_indices(mq_device *device, const mq_run *run, mq_device_chunk *chunk, void *to, mq_error *err)
+/* Pinned memory of that size, of two places that take turns, once its last copy is done. */
+static int next_indices(mq_device *device, size_t nbytes, mq_pinned_indices **out, mq_error *err)
 {
-    const size_t nbytes = mq_device_indices_nbytes(chunk->rows);
-    void *meta = mq_alloc(nbytes);
-    if (meta == NULL) return mq_fail_memory(err, "indices of a chunk", nbytes);
-    fill_meta(run, chunk, meta);
-    place_meta(chunk, to);
-    if (run->mask == NULL) chunk->key_mask = NULL;
-    const int rc = device->backend->copy(to, meta, nbytes, device->copies, err);
-    mq_free(meta);
+    mq_pinned_indices *it = *out = &device->indices[device->next_indices];
+    device->next_indices = 1 - device->next_indices;
+    int rc = device->backend->event_wait(it->sent, err);
+    if (rc != MQ_OK || nbytes <= it->nbytes) return rc;
+    device->backend->pinned_free(it->memory);
+    it->memory = NULL;
+    it->nbytes = 0;
+    rc = device->backend->pinned_new(&it->memory, nbytes, err);
+    if (rc == MQ_OK) it->nbytes = nbytes;
     return rc;
 }
 
-/* Rows and indices of a chunk to their place, on the copy stream. */
+int mq_device_send_indices(mq_device *device, const mq_run *run, mq_device_chunk *chunk, void *to, void *stream,
+                           mq_error *err)
+{
+    const size_t nbytes = mq_device_indices_nbytes(chunk->rows);
+    mq_pinned_indices *here;
+    int rc = next_indices(device, nbytes, &here, err);
+    if (rc != MQ_OK) return rc;
+    fill_meta(run, chunk, here->memory);
+    place_meta(chunk, to);
+    if (run->mask == NULL) chunk->key_mask = NULL;
+    rc = device->backend->copy(to, here->memory, nbytes, stream, err);
+    return rc == MQ_OK ? device->backend->event_record(here->sent, stream, err) : rc;
+}
+
+int mq_device_meanwhile(mq_device *device, mq_run *run, void *event, mq_error *err)
+{
+    int rc = MQ_OK, done = 0;
+    while (rc == MQ_OK && run->meanwhile != NULL && !done) {
+        if (event != NULL) rc = device->backend->event_done(event, &done, err);
+        if (rc == MQ_OK && !done) rc = mq_run_meanwhile(run, err);
+    }
+    return rc;
+}
+
+/* Rows and indices of a chunk to their place. */
 static int send_chunk(mq_device *device, const mq_run *run, const mq_device_scratch *scratch, int slot,
                       mq_device_chunk *chunk, mq_error *err)
 {
     const size_t stride = (size_t)run->runtime->config.hidden_size * mq_dtype_size(run->runtime->dtype);
     chunk->hidden = scratch->hidden[slot];
-    const int rc = mq_device_send_indices(device, run, chunk, scratch->meta[slot], err);
+    const int rc = mq_device_send_indices(device, run, chunk, scratch->meta[slot], device->rows, err);
     if (rc != MQ_OK) return rc;
     return device->backend->copy(chunk->hidden, run->hidden + (size_t)chunk->first * stride,
-                                 (size_t)chunk->rows * stride, device->copies, err);
+                                 (size_t)chunk->rows * stride, device->rows, err);
 }
 
 /* Hands a chunk to the streams: it comes on one, and is computed on the other when it is there. */
@@ -198,23 +320,24 @@ static int start_chunk(mq_device_pass *pass, const mq_run *run, int slot, mq_dev
 {
     mq_device *device = pass->device;
     const mq_backend *backend = device->backend;
-    int rc = run->poll != NULL ? run->poll(run->poll_context) : MQ_OK;
+    int rc = mq_run_poll(run, pass->err);
     if (rc == MQ_OK) rc = send_chunk(device, run, pass->scratch, slot, chunk, pass->err);
-    if (rc == MQ_OK) rc = backend->event_record(device->arrived[slot], device->copies, pass->err);
+    if (rc == MQ_OK) rc = backend->event_record(device->arrived[slot], device->rows, pass->err);
     if (rc == MQ_OK) rc = backend->event_after(device->arrived[slot], device->compute, pass->err);
     pass->chunk = chunk;
     if (rc == MQ_OK) rc = mq_device_run_chunk(pass);
     return rc == MQ_OK ? backend->event_record(device->computed[slot], device->compute, pass->err) : rc;
 }
 
-/* The rows of a chunk go back to the host. This may wait for them: the next chunk is under way by then. */
+/* The rows of a chunk go back to the host. Where these are not pinned this waits for them: the next chunk is under way
+ * by then. */
 static int fetch_chunk(mq_device *device, mq_run *run, int slot, const mq_device_chunk *chunk, mq_error *err)
 {
     const size_t stride = (size_t)run->runtime->config.hidden_size * mq_dtype_size(run->runtime->dtype);
-    const int rc = device->backend->event_after(device->computed[slot], device->copies, err);
+    const int rc = device->backend->event_after(device->computed[slot], device->rows, err);
     if (rc != MQ_OK) return rc;
     return device->backend->copy(run->hidden + (size_t)chunk->first * stride, chunk->hidden,
-                                 (size_t)chunk->rows * stride, device->copies, err);
+                                 (size_t)chunk->rows * stride, device->rows, err);
 }
 
 static int run_chunks(mq_device *device, mq_run *run, mq_layer *layer, const void *unused, mq_error *err)
@@ -224,6 +347,7 @@ static int run_chunks(mq_device *device, mq_run *run, mq_layer *layer, const voi
     mq_device_chunk chunks[2];
     mq_device_pass pass = {.device = device, .layer = layer, .context = &context, .scratch = &scratch, .err = err};
     (void)unused;
+    mq_device_pin(device, run->hidden, mq_run_state_nbytes(run));
     int rc = mq_device_reserve(device, run, run->rows, run->longest, &scratch, err);
     if (rc != MQ_OK) return rc;
     chunks[0] = mq_device_chunk_from(run, 0, scratch.rows);
@@ -235,9 +359,11 @@ static int run_chunks(mq_device *device, mq_run *run, mq_layer *layer, const voi
             chunks[1 - slot] = mq_device_chunk_from(run, next, scratch.rows);
             rc = start_chunk(&pass, run, 1 - slot, &chunks[1 - slot]);
         }
+        if (rc == MQ_OK) rc = mq_device_meanwhile(device, run, more ? device->computed[slot] : NULL, err);
         if (rc == MQ_OK) rc = fetch_chunk(device, run, slot, &chunks[slot], err);
         if (!more) break;
     }
+    if (rc == MQ_OK) rc = device->backend->stream_wait(device->rows, err);
     return rc;
 }
 
@@ -251,7 +377,11 @@ static int watched(mq_device *device, mq_run *run, mq_layer *layer, mq_device_wo
     const size_t count = mq_layer_points(layer, points);
     int rc = mq_points_begin(points, count, &run->spare, err);
     if (rc != MQ_OK) return rc;
-    rc = work(device, run, layer, context, err);
+    mq_sums_begin(device, run, layer, points, count);
+    rc = device->backend->event_record(device->loaded, device->copies, err);
+    if (rc == MQ_OK) rc = device->backend->event_after(device->loaded, device->compute, err);
+    if (rc == MQ_OK) rc = work(device, run, layer, context, err);
+    if (rc != MQ_OK) mq_device_settle(device);
     const int taken = mq_findings_take(device, rc == MQ_OK ? err : &after);
     if (rc == MQ_OK) rc = taken;
     const int ended = mq_points_end(points, count, rc == MQ_OK, err);

@@ -1,10 +1,9 @@
-/* Statistics of what passes on a device. Maxima and, where there is room, Gram matrices are made there and brought over
- * when a layer is done; what other kinds of calibrators look at is copied to the host, where they look at it as they
- * always do. */
+/* Statistics of what passes on a device. Maxima and, where there is room, sums (device_sums.c) are made there and
+ * brought over when a layer is done; where there is no room, what passes is copied to the host, where calibrators look
+ * at it as they always do. */
 #include <string.h>
 
 #include "backend/device_parts.h"
-#include "calib/gram.h"
 #include "core/alloc.h"
 
 #define INFINITY_BITS 0x7f800000u
@@ -30,64 +29,9 @@ static int give(const mq_finding *finding, const float *values, mq_error *err)
     return rc;
 }
 
-/* ---- Gram matrices ---- */
-
-static size_t gram_nbytes(const mq_device_gram *gram)
-{
-    return (size_t)mq_gram_sums(gram->watch, gram->width) * sizeof(double);
-}
-
-static void drop_gram(mq_device *device, mq_device_gram *gram)
-{
-    if (gram->watch == NULL) return;
-    mq_device_give(device, (void **)&gram->sums, gram_nbytes(gram));
-    *gram = (mq_device_gram){0};
-}
-
-/* The one of that watch, made if there is room; NULL: there is none. */
-static mq_device_gram *gram_of(mq_device *device, mq_calib *watch, int64_t width)
-{
-    mq_device_gram *free_one = NULL;
-    mq_error err;
-    for (int i = 0; i < MQ_GRAMS; i++) {
-        if (device->grams[i].watch == watch) return &device->grams[i];
-        if (device->grams[i].watch == NULL && free_one == NULL) free_one = &device->grams[i];
-    }
-    if (free_one == NULL) return NULL;
-    mq_device_gram made = {.watch = watch, .width = width};
-    if (mq_device_take(device, (void **)&made.sums, gram_nbytes(&made), "a Gram matrix", &err) != MQ_OK) return NULL;
-    *free_one = made;
-    if (device->backend->fill(made.sums, 0, gram_nbytes(&made), device->compute, &err) == MQ_OK) return free_one;
-    drop_gram(device, free_one);
-    return NULL;
-}
-
-/* Whether there was room. */
-static int add_gram(mq_device *device, mq_calib *watch, const mq_cuda_matrix *x, int *done, mq_error *err)
-{
-    mq_device_gram *gram = gram_of(device, watch, x->cols);
-    *done = gram != NULL;
-    if (gram == NULL) return MQ_OK;
-    gram->rows += x->rows;
-    const mq_cuda_gram_job job = {.x = *x, .block = watch->option, .sums = gram->sums, .workspace = device->workspace};
-    return device->backend->gram(device->gemm, &job, device->compute, err);
-}
-
-static int give_gram(mq_device *device, const mq_device_gram *gram, mq_error *err)
-{
-    const size_t nbytes = gram_nbytes(gram);
-    double *sums = mq_alloc(nbytes);
-    if (sums == NULL) return mq_fail_memory(err, "a Gram matrix", nbytes);
-    int rc = device->backend->copy(sums, gram->sums, nbytes, device->compute, err);
-    if (rc == MQ_OK) rc = device->backend->stream_wait(device->compute, err);
-    if (rc == MQ_OK) rc = mq_gram_add(gram->watch, sums, gram->width, gram->rows, err);
-    mq_free(sums);
-    return rc;
-}
-
 void mq_findings_drop(mq_device *device)
 {
-    for (int i = 0; i < MQ_GRAMS; i++) drop_gram(device, &device->grams[i]);
+    mq_sums_drop(device);
     device->finding_count = device->maxima_used = 0;
 }
 
@@ -113,8 +57,7 @@ static int take_maxima(mq_device *device, mq_error *err)
 int mq_findings_take(mq_device *device, mq_error *err)
 {
     int rc = take_maxima(device, err);
-    for (int i = 0; rc == MQ_OK && i < MQ_GRAMS; i++)
-        if (device->grams[i].watch != NULL) rc = give_gram(device, &device->grams[i], err);
+    if (rc == MQ_OK) rc = mq_sums_take(device, err);
     mq_findings_drop(device);
     return rc;
 }
@@ -157,19 +100,49 @@ int mq_finding_rows(mq_device *device, mq_calib *watch, const mq_cuda_matrix *x,
 
 /* ---- on the host ---- */
 
-static int64_t batch_of(const mq_device_chunk *chunk, const mq_layer_context *context, int64_t i)
+/* The index of the last of count numbers, each `size` bytes behind the one before, that is at most row. */
+static int64_t last_from(const void *first, size_t size, int64_t count, int64_t row)
 {
-    const int64_t row = chunk->tokens != NULL ? chunk->tokens[i] : chunk->first + i;
-    int64_t low = 0, high = context->sequence_count;
+    int64_t low = 0, high = count;
     while (high - low > 1) {
         const int64_t middle = (low + high) / 2;
-        if (context->sequences[middle].first <= row) low = middle;
+        int64_t value;
+        memcpy(&value, (const char *)first + (size_t)middle * size, sizeof value);
+        if (value <= row) low = middle;
         else high = middle;
     }
-    return context->sequences[low].batch;
+    return low;
 }
 
-/* The calibrators of other kinds, as layer.c's collect. */
+int64_t mq_device_batch(const mq_device_look *look, int64_t i)
+{
+    const mq_sequence *all = look->context->sequences;
+    const int64_t row = look->chunk->tokens != NULL ? look->chunk->tokens[i] : look->chunk->first + i;
+    return all[last_from(&all->first, sizeof *all, look->context->sequence_count, row)].batch;
+}
+
+int64_t mq_device_piece(const mq_device_look *look, int64_t begin, int64_t *key)
+{
+    const mq_device_chunk *chunk = look->chunk;
+    const int64_t row = chunk->position + begin;
+    int64_t rows;
+    if (look->by_sequence) {
+        const mq_sequence *all = look->context->sequences;
+        const mq_sequence *one = &all[last_from(&all->first, sizeof *all, look->context->sequence_count, row)];
+        *key = one->first;
+        rows = one->tokens;
+    } else if (chunk->units != NULL) {
+        const mq_unit *unit = &chunk->units[last_from(&chunk->units->first, sizeof *unit, chunk->unit_count, row)];
+        *key = unit->first;
+        rows = unit->rows;
+    } else {
+        *key = row - (row - chunk->piece_first) % chunk->piece_rows;
+        rows = chunk->piece_rows;
+    }
+    return MQ_MIN(*key + rows - chunk->position, look->x.rows);
+}
+
+/* As layer.c's collect. */
 static int collect_here(mq_calib *const *others, const mq_calib_rows *rows, mq_error *err)
 {
     int rc = MQ_OK;
@@ -180,68 +153,71 @@ static int collect_here(mq_calib *const *others, const mq_calib_rows *rows, mq_e
     return rc;
 }
 
-static int collect_copy(mq_calib *const *others, const char *x, const mq_cuda_matrix *shape,
-                        const mq_device_chunk *chunk, const mq_layer_context *context, mq_error *err)
+static int collect_copy(mq_calib *const *others, const char *x, const mq_device_look *look, mq_error *err)
 {
-    const size_t stride = (size_t)shape->cols * mq_dtype_size(shape->dtype);
+    const mq_device_chunk *chunk = look->chunk;
+    const size_t stride = (size_t)look->x.cols * mq_dtype_size(look->x.dtype);
     int rc = MQ_OK;
-    for (int64_t begin = 0, end; rc == MQ_OK && begin < shape->rows; begin = end) {
-        const int64_t batch = batch_of(chunk, context, begin);
-        for (end = begin + 1; end < shape->rows && batch_of(chunk, context, end) == batch; end++) {
+    for (int64_t begin = 0, end, key; rc == MQ_OK && begin < look->x.rows; begin = end) {
+        const int64_t batch = look->by_batch ? mq_device_batch(look, begin) : 0;
+        const int64_t whole = mq_device_piece(look, begin, &key);
+        for (end = look->by_batch ? begin + 1 : whole; end < whole && mq_device_batch(look, end) == batch; end++) {
         }
         const mq_calib_rows rows = {
-            .x = x + (size_t)begin * stride, .dtype = shape->dtype, .rows = end - begin, .width = shape->cols,
-            .ld = shape->cols, .mask = chunk->mask ? chunk->mask + begin : NULL, .chunk = chunk->position + begin,
-            .group = batch,
+            .x = x + (size_t)begin * stride, .dtype = look->x.dtype, .rows = end - begin, .width = look->x.cols,
+            .ld = look->x.cols, .mask = chunk->mask ? chunk->mask + begin : NULL,
+            .chunk = look->by_batch ? chunk->position + begin : key, .group = batch,
         };
         rc = collect_here(others, &rows, err);
     }
     return rc;
 }
 
-static int collect_on_host(mq_device *device, mq_calib *const *others, const mq_cuda_matrix *x,
-                           const mq_device_chunk *chunk, const mq_layer_context *context, mq_error *err)
+static int collect_on_host(mq_device *device, mq_calib *const *others, const mq_device_look *look, mq_error *err)
 {
-    const size_t nbytes = (size_t)(x->rows * x->cols) * mq_dtype_size(x->dtype);
+    const size_t nbytes = (size_t)(look->x.rows * look->x.cols) * mq_dtype_size(look->x.dtype);
     char *copy = mq_alloc(nbytes);
     if (copy == NULL) return mq_fail_memory(err, "activations to look at", nbytes);
-    int rc = device->backend->copy(copy, x->data, nbytes, device->compute, err);
+    int rc = device->backend->copy(copy, look->x.data, nbytes, device->compute, err);
     if (rc == MQ_OK) rc = device->backend->stream_wait(device->compute, err);
-    if (rc == MQ_OK) rc = collect_copy(others, copy, x, chunk, context, err);
+    if (rc == MQ_OK) rc = collect_copy(others, copy, look, err);
+    device->copied++;
     mq_free(copy);
     return rc;
 }
 
-/* counted: x, or its rows that count, gathered in room when they are first needed. */
-static int gather_counted(mq_device *device, const mq_cuda_matrix *x, const mq_device_chunk *chunk, void *room,
-                          mq_cuda_matrix *counted, mq_error *err)
+/* counted: x, or its rows that count, gathered in room. */
+static int gather_counted(mq_device *device, const mq_device_look *look, void *room, mq_cuda_matrix *counted,
+                          mq_error *err)
 {
+    const mq_device_chunk *chunk = look->chunk;
+    *counted = look->x;
     if (chunk->counted == counted->rows) return MQ_OK;
-    *counted = (mq_cuda_matrix){room, x->dtype, chunk->counted, x->cols, x->cols};
-    const mq_cuda_rows_job job = {.x = *x, .y = *counted, .index = chunk->index};
+    *counted = (mq_cuda_matrix){room, counted->dtype, chunk->counted, counted->cols, counted->cols};
+    const mq_cuda_rows_job job = {.x = look->x, .y = *counted, .index = chunk->index};
     return device->backend->rows(&job, device->compute, err);
 }
 
-int mq_device_collect(mq_device *device, mq_point *point, const mq_cuda_matrix *x, const mq_device_chunk *chunk,
-                      const mq_layer_context *context, void *room, mq_error *err)
+int mq_device_collect(mq_device *device, mq_point *point, const mq_device_look *look, void *room, mq_error *err)
 {
-    mq_cuda_matrix counted = *x;
     mq_calib *others[MQ_POINT_WATCHERS] = {NULL};
-    int any = 0, rc = MQ_OK;
+    mq_cuda_matrix counted;
+    int any = 0;
+    if (look->chunk->counted == 0) return MQ_OK;
+    int rc = gather_counted(device, look, room, &counted, err);
     for (int i = 0; rc == MQ_OK && i < MQ_POINT_WATCHERS; i++) {
         mq_calib *watch = point->watchers[i].watch;
-        int done = 0;
-        if (watch == NULL || chunk->counted == 0) continue;
-        if (watch->kind == &mq_calib_max || watch->kind == &mq_calib_gram)
-            rc = gather_counted(device, x, chunk, room, &counted, err);
-        if (rc == MQ_OK && watch->kind == &mq_calib_max) {
-            rc = mq_finding_rows(device, watch, &counted, err);
-            done = 1;
-        } else if (rc == MQ_OK && watch->kind == &mq_calib_gram) {
-            rc = add_gram(device, watch, &counted, &done, err);
-        }
+        int done = 1;
+        if (watch == NULL) continue;
+        if (watch->kind == &mq_calib_max) rc = mq_finding_rows(device, watch, &counted, err);
+        else rc = mq_sums_collect(device, watch, look, &counted, &done, err);
         others[i] = done ? NULL : watch;
         any |= !done;
     }
-    return rc == MQ_OK && any ? collect_on_host(device, others, x, chunk, context, err) : rc;
+    return rc != MQ_OK || !any ? rc : collect_on_host(device, others, look, err);
+}
+
+int64_t mq_device_copied(const mq_device *device)
+{
+    return device->copied;
 }

@@ -35,12 +35,21 @@ int mq_device_quantize(mq_device_pass *pass, const mq_point *point, void *y, con
                                      device->index, point->quantizer, &rows, device->compute, pass->err);
 }
 
+int mq_device_amax(mq_device_pass *pass, const mq_point *point, const float **out)
+{
+    mq_device *device = pass->device;
+    return mq_device_quantizer_amax(&device->quantizers[point_index(pass->layer, point)], device->backend,
+                                    device->index, point->quantizer, out, device->compute, pass->err);
+}
+
 int mq_device_watch(mq_device_pass *pass, mq_point *point, const void *x, int64_t width)
 {
     const mq_cuda_matrix matrix = mq_device_matrix(pass, (void *)(uintptr_t)x, width);
     if (!mq_point_is_watched(point)) return MQ_OK;
-    return mq_device_collect(pass->device, point, &matrix, pass->chunk, pass->context, pass->scratch->counted,
-                             pass->err);
+    const int by_sequence = point_index(pass->layer, point) >= 2 * MQ_ROLE_COUNT;
+    const mq_device_look look = {.x = matrix, .chunk = pass->chunk, .context = pass->context,
+                                 .by_sequence = by_sequence, .by_batch = by_sequence || mq_point_by_group(point)};
+    return mq_device_collect(pass->device, point, &look, pass->scratch->counted, pass->err);
 }
 
 /* What reaches x: statistics, then the quantizer, in place. */
@@ -111,9 +120,7 @@ static int multiply(mq_device_pass *pass, mq_role role, void *out, const void *i
 {
     const mq_linear *linear = &pass->layer->linears[role];
     const mq_device_linear *weights = &pass->device->linears[role];
-    const void *rounded;
-    int rc = mq_device_quantized(pass, linear, in, &rounded);
-    if (rc == MQ_OK) rc = mq_device_product(pass, out, rounded, &weights->weight, weights->bias, accumulate);
+    const int rc = mq_device_multiply(pass, linear, weights, out, in, accumulate);
     return rc == MQ_OK && weights->down.data != NULL ? add_low_rank(pass, linear, weights, out, in) : rc;
 }
 
@@ -149,7 +156,8 @@ int mq_device_residual(mq_device_pass *pass, mq_role role, mq_role added, void *
     mq_linear *linear = &pass->layer->linears[role];
     const void *made = pass->scratch->temporary;
     pass->applied = NULL;
-    const int between = mq_point_is_watched(&linear->output) || acts(linear->output.quantizer);
+    const double factor = pass->context->config->residual_multiplier;
+    const int between = mq_point_is_watched(&linear->output) || acts(linear->output.quantizer) || factor != 1.0;
     if (!between && pass->device->norms[added] == NULL) {
         const int rc = mq_device_watch_input(pass, linear, in);
         return rc == MQ_OK ? multiply(pass, role, hidden, in, 1) : rc;
@@ -157,19 +165,29 @@ int mq_device_residual(mq_device_pass *pass, mq_role role, mq_role added, void *
     int rc = mq_device_linear_of(pass, role, pass->scratch->temporary, in);
     if (rc == MQ_OK) rc = mq_device_normed(pass, added, pass->scratch->temporary, &made);
     const mq_cuda_add_job job = {.x = mq_device_matrix(pass, pass->scratch->temporary, linear->rows),
-                                 .y = mq_device_matrix(pass, hidden, linear->rows), .accumulate = 1};
+                                 .y = mq_device_matrix(pass, hidden, linear->rows), .accumulate = 1,
+                                 .scale = (float)factor};
     return rc == MQ_OK ? pass->device->backend->add(&job, pass->device->compute, pass->err) : rc;
+}
+
+int mq_device_columns(mq_device_pass *pass, const mq_device_part *to, const mq_device_part *from, int64_t width,
+                      int64_t repeat)
+{
+    const mq_dtype dtype = pass->context->dtype;
+    const size_t size = mq_dtype_size(dtype);
+    const int64_t rows = to->rows / repeat;
+    const mq_cuda_rows_job job = {
+        .x = {(char *)from->data + (size_t)from->first * size, dtype, rows, width, from->ld},
+        .y = {(char *)to->data + (size_t)to->first * size, dtype, to->rows, width, to->ld}, .repeat = repeat,
+    };
+    return pass->device->backend->rows(&job, pass->device->compute, pass->err);
 }
 
 int mq_device_split(mq_device_pass *pass, void *to, int64_t first, int64_t width, int64_t joined)
 {
-    const size_t size = mq_dtype_size(pass->context->dtype);
-    const mq_cuda_rows_job job = {
-        .x = {(char *)pass->scratch->joined + (size_t)first * size, pass->context->dtype, pass->chunk->rows, width,
-              joined},
-        .y = mq_device_matrix(pass, to, width),
-    };
-    return pass->device->backend->rows(&job, pass->device->compute, pass->err);
+    const mq_device_part whole = {.data = to, .rows = pass->chunk->rows, .ld = width};
+    const mq_device_part part = {.data = pass->scratch->joined, .first = first, .ld = joined};
+    return mq_device_columns(pass, &whole, &part, width, 1);
 }
 
 /* ---- the layer ---- */

@@ -19,12 +19,25 @@ int mq_device_quantized(mq_device_pass *pass, const mq_linear *linear, const voi
 /* out = in * weight^T + bias, or += . */
 int mq_device_product(mq_device_pass *pass, void *out, const void *in, const mq_cuda_matrix *weight, const void *bias,
                       int accumulate);
+/* The amax of a point's quantizer on the device, one number. */
+int mq_device_amax(mq_device_pass *pass, const mq_point *point, const float **out);
+/* out = quantized(in) * weight^T + bias, or += ; at: whose input's quantizer it is. */
+int mq_device_multiply(mq_device_pass *pass, const mq_linear *at, const mq_device_linear *weights, void *out,
+                       const void *in, int accumulate);
 /* out (rows, O) = linear(in (rows, I)). */
 int mq_device_linear_of(mq_device_pass *pass, mq_role role, void *out, const void *in);
 /* out = norm(in), part by part as wide as the norm is. */
 int mq_device_norm(mq_device_pass *pass, mq_role role, void *out, const void *in, int64_t width);
 /* hidden += norm(linear(in)), the norm where there is one. */
 int mq_device_residual(mq_device_pass *pass, mq_role role, mq_role added, void *hidden, const void *in);
+/* Columns from `first` on of rows that are ld numbers apart. */
+typedef struct mq_device_part {
+    void *data;
+    int64_t first, rows, ld;
+} mq_device_part;
+/* `width` columns, each row of `from` so many times on end in `to`, which says how many rows there are. */
+int mq_device_columns(mq_device_pass *pass, const mq_device_part *to, const mq_device_part *from, int64_t width,
+                      int64_t repeat);
 /* to (rows, width) = columns of what one linear made in the place of several. */
 int mq_device_split(mq_device_pass *pass, void *to, int64_t first, int64_t width, int64_t joined);
 

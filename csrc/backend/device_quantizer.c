@@ -125,6 +125,17 @@ static int apply_scaled(mq_device_quantizer *self, const mq_quantizer *quantizer
     return rc == MQ_OK ? leave_workspace(self, stream, err) : rc;
 }
 
+int mq_device_quantizer_amax(mq_device_quantizer *self, const mq_backend *backend, int device,
+                             const mq_quantizer *quantizer, const float **out, void *stream, mq_error *err)
+{
+    const mq_second_level second = mq_quantizer_second(quantizer);
+    const int two_levels = quantizer->spec.scale != MQ_FMT_FP32;
+    use(self, backend, device);
+    const int rc = put_values(self, &self->amax, two_levels ? &second.amax : quantizer->amax, 1, stream, err);
+    *out = self->amax.device;
+    return rc;
+}
+
 /* y = x, scaled and rotated if it prepares, and shifted if there is a bias. */
 static int prepare(mq_device_quantizer *self, const mq_quantizer *quantizer, const mq_device_rows *rows, int prepares,
                    int shifts, void *stream, mq_error *err)

@@ -33,6 +33,10 @@ typedef struct mq_device_rows {
 int mq_device_quantizer_apply(mq_device_quantizer *self, const mq_backend *backend, int device,
                               const mq_quantizer *quantizer, const mq_device_rows *rows, void *stream, mq_error *err);
 
+/* *out = its amax on the device, one number: of the tensor. It has one. */
+int mq_device_quantizer_amax(mq_device_quantizer *self, const mq_backend *backend, int device,
+                             const mq_quantizer *quantizer, const float **out, void *stream, mq_error *err);
+
 /* out = gradient, where what was given, x, is no larger than its block's amax (mq_straight_through). */
 typedef struct mq_device_gradient {
     mq_cuda_matrix x, gradient, out;

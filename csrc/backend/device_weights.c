@@ -60,8 +60,24 @@ static size_t rounded(int64_t count, size_t size)
     return MQ_ROUND_UP((size_t)count * size, (size_t)MQ_ALIGN_DEVICE);
 }
 
-/* Bytes of the modules of one layer, or of one of its experts, on the device. */
-static size_t weights_nbytes(const mq_runtime *runtime, int64_t layer, int64_t expert)
+static const mq_stored_weight *find(const mq_named_tensor *tensors, size_t count, const char *name)
+{
+    for (size_t i = 0; i < count; i++)
+        if (strcmp(tensors[i].name, name) == 0) return tensors[i].stored;
+    return NULL;
+}
+
+/* Of a linear's weight and bias; size: of a number. */
+static size_t weight_nbytes(const mq_device *device, const mq_module *module, size_t size,
+                            const mq_stored_weight *stored)
+{
+    const size_t bias = rounded(module->shape[0], size);
+    if (mq_device_can_pack(device, module->role, stored)) return bias + mq_device_packed_nbytes(device, stored);
+    return bias + rounded(module->shape[0] * module->shape[1], size);
+}
+
+size_t mq_device_weights_nbytes(const mq_device *device, const mq_runtime *runtime, int64_t layer, int64_t expert,
+                                const mq_named_tensor *tensors, size_t count)
 {
     const size_t size = mq_dtype_size(runtime->dtype);
     size_t total = 0;
@@ -69,7 +85,7 @@ static size_t weights_nbytes(const mq_runtime *runtime, int64_t layer, int64_t e
         const mq_module *module = &runtime->modules[i];
         if (module->expert != expert || module->weight[0] == '\0') continue;
         if (module->ndim == 1) total += rounded(module->shape[0], sizeof(float));
-        else total += rounded(module->shape[0] * module->shape[1], size) + rounded(module->shape[0], size);
+        else total += weight_nbytes(device, module, size, find(tensors, count, module->weight));
     }
     return total;
 }
@@ -81,44 +97,101 @@ static int put_vector(mq_device *device, mq_arena *arena, void **out, const void
 }
 
 /* The bias in the activations' dtype, through which it was rounded before. */
-static int put_bias(mq_device *device, mq_arena *arena, const mq_runtime *runtime, const float *bias, int64_t count,
-                    void **out, mq_error *err)
+static int put_bias(mq_device *device, mq_arena *arena, mq_dtype dtype, const float *bias, int64_t count, void **out,
+                    mq_error *err)
 {
     mq_tensor view = mq_tensor_make((void *)(uintptr_t)bias, MQ_F32, 1, &count);
-    const size_t nbytes = (size_t)count * mq_dtype_size(runtime->dtype);
+    const size_t nbytes = (size_t)count * mq_dtype_size(dtype);
     void *made = mq_alloc(nbytes);
     if (made == NULL) return mq_fail_memory(err, "a bias", nbytes);
-    mq_read_row(made, runtime->dtype, &view, 0);
+    mq_read_row(made, dtype, &view, 0);
     const int rc = put_vector(device, arena, out, made, nbytes, err);
     mq_free(made);
     return rc;
 }
 
+/* Room for an expert before rows have all that is left; codes will need less. */
+static void reserve_for_experts(mq_device *device, const mq_runtime *runtime, int64_t layer)
+{
+    mq_error err;
+    if (runtime->layers[layer].experts == 0) return;
+    mq_arena_reserve(device, &device->expert_weights, mq_device_weights_nbytes(device, runtime, layer, 0, NULL, 0),
+                     "the weights of an expert", &err);
+}
+
+int mq_device_begin(mq_elsewhere *self, const mq_runtime *runtime, int64_t layer, int64_t expert,
+                    const mq_named_tensor *tensors, size_t count, mq_error *err)
+{
+    mq_device *device = (mq_device *)(void *)self;
+    mq_arena *arena = expert >= 0 ? &device->expert_weights : &device->layer_weights;
+    const size_t nbytes = mq_device_weights_nbytes(device, runtime, layer, expert, tensors, count);
+    int before, rc = mq_device_enter(device, &before, err);
+    if (rc != MQ_OK) return rc;
+    if (expert < 0) mq_device_drop_layer(self, device->layer);
+    else mq_device_drop_expert(self);
+    if (expert < 0) device->layer = layer;      /* and dropped where anything fails */
+    int came = 0;
+    rc = mq_device_take_ahead(device, runtime, layer, expert, tensors, count, &came, err);
+    /* Rows may have taken all that layers before, which were smaller, left. */
+    if (rc == MQ_OK && !came && nbytes > mq_device_available(device, arena)) mq_arena_drop(device, &device->work);
+    if (rc == MQ_OK && !came) rc = mq_arena_reserve(device, arena, nbytes, "the weights of a layer", err);
+    if (rc == MQ_OK && expert < 0) reserve_for_experts(device, runtime, layer);
+    mq_device_leave(device, before);
+    return rc;
+}
+
+/* The numbers of a weight, in the activations' dtype. */
+static int put_numbers(mq_device *device, mq_arena *arena, const mq_module *module, const mq_tensor *weight,
+                       mq_dtype dtype, mq_device_linear *linear, mq_error *err)
+{
+    const int64_t rows = module->shape[0], columns = module->shape[1];
+    const size_t nbytes = (size_t)(rows * columns) * mq_dtype_size(dtype);
+    linear->weight = (mq_cuda_matrix){mq_arena_take(arena, nbytes), dtype, rows, columns, columns};
+    const int rc = mq_device_upload(device, weight, &linear->weight, err);
+    return rc == MQ_OK ? mq_finding_weight(device, &linear->weight, module->weight, err) : rc;
+}
+
+static int put_weight(mq_device *device, mq_arena *arena, const mq_module *module, const mq_tensor *weight,
+                      const mq_stored_weight *stored, mq_dtype dtype, mq_device_linear *linear, mq_error *err)
+{
+    mq_tensor numbers;
+    if (stored == NULL) return put_numbers(device, arena, module, weight, dtype, linear, err);
+    if (mq_device_can_pack(device, module->role, stored)) {
+        void *memory = mq_arena_take(arena, mq_device_packed_nbytes(device, stored));
+        return mq_device_put_packed(device, memory, module->weight, stored, dtype, linear, err);
+    }
+    int rc = mq_stored_numbers(stored, &numbers, module->weight, err);
+    if (rc == MQ_OK) rc = put_numbers(device, arena, module, &numbers, dtype, linear, err);
+    mq_free(numbers.data);
+    return rc;
+}
+
+int mq_device_put_linear(mq_device *device, mq_arena *arena, mq_dtype dtype, const mq_given_linear *given,
+                         mq_device_linear *linear, mq_error *err)
+{
+    const mq_module *module = given->module;
+    const int rc = put_weight(device, arena, module, given->weight, given->stored, dtype, linear, err);
+    if (rc != MQ_OK || given->bias == NULL) return rc;
+    return put_bias(device, arena, dtype, given->bias, module->shape[0], &linear->bias, err);
+}
+
 int mq_device_load(mq_elsewhere *self, const mq_runtime *runtime, const mq_module *module, const mq_tensor *weight,
-                   const float *vector, mq_error *err)
+                   const mq_stored_weight *stored, const float *vector, mq_error *err)
 {
     mq_device *device = (mq_device *)(void *)self;
     mq_arena *arena = module->expert >= 0 ? &device->expert_weights : &device->layer_weights;
-    const int is_first = module->expert >= 0 ? arena->used == 0 : device->layer != module->layer;
-    const int64_t rows = module->shape[0], columns = module->shape[1];
+    const int64_t rows = module->shape[0];
+    mq_device_linear *linear = &device->linears[module->role];
+    if (weight != NULL && linear->came_ahead) return MQ_OK;
     int before, rc = mq_device_enter(device, &before, err);
     if (rc != MQ_OK) return rc;
-    if (is_first && module->expert < 0) self->drop_layer(self, device->layer);
-    if (is_first)
-        rc = mq_arena_reserve(device, arena, weights_nbytes(runtime, module->layer, module->expert),
-                              "the weights of a layer", err);
-    if (rc == MQ_OK && module->expert < 0) device->layer = module->layer;
-    if (rc == MQ_OK && weight == NULL) {
+    if (weight == NULL) {
         void **norm = (void **)&device->norms[module->role];
         rc = put_vector(device, arena, norm, vector, (size_t)rows * sizeof *vector, err);
-    } else if (rc == MQ_OK) {
-        mq_device_linear *linear = &device->linears[module->role];
-        const size_t nbytes = (size_t)(rows * columns) * mq_dtype_size(runtime->dtype);
-        linear->weight = (mq_cuda_matrix){mq_arena_take(arena, nbytes), runtime->dtype, rows, columns, columns};
-        linear->bias = NULL;
-        rc = mq_device_upload(device, weight, &linear->weight, err);
-        if (rc == MQ_OK) rc = mq_finding_weight(device, &linear->weight, module->weight, err);
-        if (rc == MQ_OK && vector != NULL) rc = put_bias(device, arena, runtime, vector, rows, &linear->bias, err);
+    } else {
+        const mq_given_linear given = {module, weight, stored, vector};
+        *linear = (mq_device_linear){0};
+        rc = mq_device_put_linear(device, arena, runtime->dtype, &given, linear, err);
     }
     if (rc == MQ_OK) rc = device->backend->event_record(device->loaded, device->copies, err);
     mq_device_leave(device, before);

@@ -100,20 +100,30 @@ static void scan(entry *e, const mq_calib_rows *rows)
     }
 }
 
-/* Called with the mutex held. */
-static void append(mq_calib *calib, const entry *e, const mq_calib_rows *rows)
+/* rows: that e is of, padding too. Called with the mutex held. */
+static void append(mq_calib *calib, const entry *e, int64_t rows)
 {
     affine *state = calib->state;
     entry *to = entry_at(calib, state->entries);
-    memcpy(to, e, entry_size(rows->width));
-    if (rows->group < 0) {
+    memcpy(to, e, entry_size(calib->width));
+    if (e->group < 0) {
         to->group = state->next_group;
         to->chunk = state->next_chunk;
     }
     state->entries++;
     state->next_group = MQ_MAX(state->next_group, to->group + 1);
-    state->next_chunk = MQ_MAX(state->next_chunk, to->chunk + rows->rows);
+    state->next_chunk = MQ_MAX(state->next_chunk, to->chunk + rows);
     calib->count += e->count;
+}
+
+static int add_entry(mq_calib *calib, const entry *e, int64_t rows, int64_t width, mq_dtype dtype, mq_error *err)
+{
+    if (e->count == 0) return MQ_OK;
+    pthread_mutex_lock(&calib->mutex);
+    const int rc = reserve(calib, width, dtype, err);
+    if (rc == MQ_OK) append(calib, e, rows);
+    pthread_mutex_unlock(&calib->mutex);
+    return rc;
 }
 
 static int affine_collect(mq_calib *calib, const mq_calib_rows *rows, mq_error *err)
@@ -122,10 +132,22 @@ static int affine_collect(mq_calib *calib, const mq_calib_rows *rows, mq_error *
     if (e == NULL) return mq_fail_memory(err, "a calibrator", entry_size(rows->width));
     *e = (entry){.group = rows->group, .chunk = rows->chunk};
     scan(e, rows);
-    pthread_mutex_lock(&calib->mutex);
-    int rc = e->count > 0 ? reserve(calib, rows->width, rows->dtype, err) : MQ_OK;
-    if (rc == MQ_OK && e->count > 0) append(calib, e, rows);
-    pthread_mutex_unlock(&calib->mutex);
+    const int rc = add_entry(calib, e, rows->rows, rows->width, rows->dtype, err);
+    mq_free(e);
+    return rc;
+}
+
+static int affine_add(mq_calib *calib, const mq_calib_sums *from, mq_error *err)
+{
+    const size_t width = (size_t)from->width;
+    entry *e = mq_alloc(entry_size(from->width));
+    if (e == NULL) return mq_fail_memory(err, "a calibrator", entry_size(from->width));
+    *e = (entry){.group = from->group, .chunk = from->chunk, .count = from->rows};
+    float *low = (float *)(void *)(sums_of(e) + width);
+    memcpy(sums_of(e), from->sums, width * sizeof *from->sums);
+    memcpy(low, from->lows, width * sizeof *low);
+    memcpy(low + width, from->highs, width * sizeof *low);
+    const int rc = add_entry(calib, e, from->rows, from->width, from->dtype, err);
     mq_free(e);
     return rc;
 }
@@ -300,7 +322,8 @@ static int affine_load(mq_calib *calib, const void *bytes, size_t nbytes, mq_err
 }
 
 #define AFFINE(kind_name) \
-    .name = kind_name, .collect = affine_collect, .merge = affine_merge, .finish = affine_finish, .bias = affine_bias, \
+    .name = kind_name, .needs = MQ_NEEDS_SUMS_AND_BOUNDS, .add = affine_add, .collect = affine_collect, \
+    .merge = affine_merge, .finish = affine_finish, .bias = affine_bias, \
     .reset = affine_reset, .state_nbytes = affine_state_nbytes, .save = affine_save, .load = affine_load
 
 /* The bias is the average of the batches' means, or half-way between the smallest and the largest value so far. */

@@ -24,9 +24,22 @@ typedef struct mq_calib_rows {
     int64_t group;          /* the recorded batch they are of, for kinds that average over batches; -1 = a new one */
 } mq_calib_rows;
 
+/* What was summed elsewhere (a device) over rows of one group. */
+typedef struct mq_calib_sums {
+    int64_t rows, width;        /* rows that count */
+    mq_dtype dtype;             /* of the rows */
+    int64_t chunk, group;       /* as in mq_calib_rows, of the first row */
+    const double *sums;         /* [width], of x or its magnitudes */
+    const float *lows, *highs;  /* [width], of kinds that need them */
+} mq_calib_sums;
+
+typedef enum mq_calib_needs { MQ_NEEDS_NO_SUMS, MQ_NEEDS_MAGNITUDES, MQ_NEEDS_SUMS_AND_BOUNDS } mq_calib_needs;
+
 typedef struct mq_calib_kind {
     const char *name;
     int by_group;               /* option 1 of the kind needs rows group by group */
+    mq_calib_needs needs;       /* of channels: all that it keeps of rows */
+    int (*add)(mq_calib *calib, const mq_calib_sums *sums, mq_error *err);  /* of kinds that need sums */
     int (*collect)(mq_calib *calib, const mq_calib_rows *rows, mq_error *err);
     int (*merge)(mq_calib *calib, const mq_calib *other, mq_error *err);
     /* Folds what is kept aside until its order is known; NULL: the kind keeps nothing aside. all 0: what was collected

@@ -8,7 +8,8 @@
 #include "kernels/row_ops.h"
 
 #define INFINITY_BITS 0x7f800000u
-enum { LOWEST_EXPONENT = -120, FINER_BITS = 6 };
+#define BY_HAND (INT64_MAX - 1)
+enum { FINER_BITS = 6 };
 
 /* counts[i] are the values in [i, i + 1) * 2^exponent. */
 typedef struct fine {
@@ -28,7 +29,7 @@ static int64_t wanted_bins(const mq_calib *calib)
 }
 
 /* 32 to 128 fine bins to a bin; half of them at least are below the largest value. */
-static int fine_bits(const mq_calib *calib)
+int mq_histogram_bits(const mq_calib *calib)
 {
     int bits = 0;
     while (((int64_t)1 << bits) < wanted_bins(calib)) bits++;
@@ -37,15 +38,15 @@ static int fine_bits(const mq_calib *calib)
 
 static size_t fine_nbytes(const mq_calib *calib)
 {
-    return sizeof(fine) + ((size_t)1 << fine_bits(calib)) * sizeof(int64_t);
+    return sizeof(fine) + ((size_t)1 << mq_histogram_bits(calib)) * sizeof(int64_t);
 }
 
 static int64_t exponent_for(const mq_calib *calib, uint32_t amax)
 {
     int exponent = 0;
-    if (amax == 0) return LOWEST_EXPONENT;
+    if (amax == 0) return MQ_HISTOGRAM_LOWEST;
     frexpf(mq_float_of(amax), &exponent);
-    return MQ_MAX((int64_t)exponent - fine_bits(calib), (int64_t)LOWEST_EXPONENT);
+    return MQ_MAX((int64_t)exponent - mq_histogram_bits(calib), (int64_t)MQ_HISTOGRAM_LOWEST);
 }
 
 /* Called with the mutex held. */
@@ -54,7 +55,7 @@ static int prepare(mq_calib *calib, mq_error *err)
     if (calib->state != NULL) return MQ_OK;
     fine *state = mq_alloc_zeroed(fine_nbytes(calib));
     if (state == NULL) return mq_fail_memory(err, "a histogram", fine_nbytes(calib));
-    state->exponent = LOWEST_EXPONENT;
+    state->exponent = MQ_HISTOGRAM_LOWEST;
     state->first_key = INT64_MAX;
     calib->state = state;
     calib->channels = 1;
@@ -65,7 +66,8 @@ static int prepare(mq_calib *calib, mq_error *err)
 static void widen(mq_calib *calib, int64_t exponent)
 {
     fine *state = calib->state;
-    const int64_t bins = (int64_t)1 << fine_bits(calib), shift = MQ_MIN(exponent - state->exponent, (int64_t)62);
+    const int64_t bins = (int64_t)1 << mq_histogram_bits(calib);
+    const int64_t shift = MQ_MIN(exponent - state->exponent, (int64_t)62);
     if (shift <= 0) return;
     for (int64_t i = 0; i < bins; i++) {
         const int64_t count = state->counts[i];
@@ -78,7 +80,7 @@ static void widen(mq_calib *calib, int64_t exponent)
 /* ---- counting ---- */
 
 typedef struct share {
-    uint32_t *counts;       /* [2^fine_bits], of width 2^exponent */
+    uint32_t *counts;       /* [2^mq_histogram_bits], of width 2^exponent */
     int64_t exponent, zeros;
     uint32_t amax;
 } share;
@@ -130,11 +132,13 @@ static void count_rows(share *part, const mq_calib_rows *rows)
     }
 }
 
+/* The first data may come in parts with one key, but for calls by hand, each of which is data of its own. */
 static void note_first(fine *state, int64_t key, uint32_t amax)
 {
-    if (amax == 0 || amax >= INFINITY_BITS || key >= state->first_key) return;
+    if (amax == 0 || amax >= INFINITY_BITS || key > state->first_key) return;
+    if (key < state->first_key) state->first_amax = amax;
+    else if (key != BY_HAND) state->first_amax = MQ_MAX(state->first_amax, amax);
     state->first_key = key;
-    state->first_amax = amax;
 }
 
 /* Called with the mutex held. */
@@ -142,10 +146,10 @@ static void fold_share(mq_calib *calib, const share *part, const mq_calib_rows *
 {
     fine *state = calib->state;
     state->worst = MQ_MAX(state->worst, part->amax);
-    note_first(state, rows->group < 0 ? INT64_MAX - 1 : rows->chunk, part->amax);
+    note_first(state, rows->group < 0 ? BY_HAND : rows->chunk, part->amax);
     if (part->counts == NULL) return;
     widen(calib, part->exponent);
-    const int64_t shift = state->exponent - part->exponent, bins = (int64_t)1 << fine_bits(calib);
+    const int64_t shift = state->exponent - part->exponent, bins = (int64_t)1 << mq_histogram_bits(calib);
     for (int64_t i = 0; i < bins; i++) state->counts[i >> MQ_MIN(shift, (int64_t)62)] += part->counts[i];
     state->zeros += part->zeros;
     state->inexact |= rows->dtype != MQ_BF16;
@@ -158,7 +162,7 @@ static int collect_some(mq_calib *calib, const mq_calib_rows *rows, uint32_t ama
     share part = {.amax = amax, .exponent = exponent_for(calib, amax < INFINITY_BITS ? amax : 0)};
     if (counted == 0) return MQ_OK;
     if (amax < INFINITY_BITS) {
-        const size_t nbytes = ((size_t)1 << fine_bits(calib)) * sizeof *part.counts;
+        const size_t nbytes = ((size_t)1 << mq_histogram_bits(calib)) * sizeof *part.counts;
         part.counts = mq_alloc_zeroed(nbytes);
         if (part.counts == NULL) return mq_fail_memory(err, "a histogram", nbytes);
         count_rows(&part, rows);
@@ -189,6 +193,32 @@ static int histogram_collect(mq_calib *calib, const mq_calib_rows *rows, mq_erro
     return rc;
 }
 
+/* Called with the mutex held. */
+static void add_counts(mq_calib *calib, const int64_t *counts, int64_t exponent)
+{
+    fine *state = calib->state;
+    widen(calib, exponent);
+    const int64_t shift = MQ_MIN(state->exponent - exponent, (int64_t)62);
+    for (int64_t i = 0; i < (int64_t)1 << mq_histogram_bits(calib); i++) state->counts[i >> shift] += counts[i];
+}
+
+int mq_histogram_add(mq_calib *calib, const mq_histogram_part *part, mq_error *err)
+{
+    pthread_mutex_lock(&calib->mutex);
+    const int rc = prepare(calib, err);
+    if (rc == MQ_OK) {
+        fine *state = calib->state;
+        add_counts(calib, part->counts, part->exponent);
+        state->worst = MQ_MAX(state->worst, part->worst);
+        note_first(state, part->first_chunk, part->first_amax);
+        state->zeros += part->zeros;
+        state->inexact |= part->dtype != MQ_BF16;
+        calib->count += part->rows;
+    }
+    pthread_mutex_unlock(&calib->mutex);
+    return rc;
+}
+
 /* ---- the rest of the interface ---- */
 
 static int histogram_merge(mq_calib *calib, const mq_calib *other, mq_error *err)
@@ -197,9 +227,7 @@ static int histogram_merge(mq_calib *calib, const mq_calib *other, mq_error *err
     int rc = prepare(calib, err);
     if (rc != MQ_OK) return rc;
     fine *state = calib->state;
-    widen(calib, from->exponent);
-    const int64_t shift = state->exponent - from->exponent, bins = (int64_t)1 << fine_bits(calib);
-    for (int64_t i = 0; i < bins; i++) state->counts[i >> MQ_MIN(shift, (int64_t)62)] += from->counts[i];
+    add_counts(calib, from->counts, from->exponent);
     state->zeros += from->zeros;
     state->inexact |= from->inexact;
     state->worst = MQ_MAX(state->worst, from->worst);
@@ -250,8 +278,8 @@ static int histogram_load(mq_calib *calib, const void *bytes, size_t nbytes, mq_
     if (rc != MQ_OK) return rc;
     fine *state = calib->state;
     memcpy(state, bytes, nbytes);
-    int sound = state->exponent >= LOWEST_EXPONENT && state->exponent <= 128 && state->zeros >= 0;
-    for (int64_t i = 0; sound && i < (int64_t)1 << fine_bits(calib); i++) sound = state->counts[i] >= 0;
+    int sound = state->exponent >= MQ_HISTOGRAM_LOWEST && state->exponent <= 128 && state->zeros >= 0;
+    for (int64_t i = 0; sound && i < (int64_t)1 << mq_histogram_bits(calib); i++) sound = state->counts[i] >= 0;
     return sound ? MQ_OK : mq_fail(err, MQ_ERR_VALUE, "load: the state of a histogram is not sound");
 }
 
@@ -282,7 +310,7 @@ static void fill_bins(const mq_calib *calib, mq_histogram *out)
 {
     const fine *state = calib->state;
     const double within = state->inexact ? 0.5 : 0.0, step = ldexp(1.0, (int)state->exponent);
-    for (int64_t i = 0; i < (int64_t)1 << fine_bits(calib); i++) {
+    for (int64_t i = 0; i < (int64_t)1 << mq_histogram_bits(calib); i++) {
         if (state->counts[i] == 0) continue;
         const double at = out->width > 0.0 ? ((double)i + within) * step / out->width : 0.0;
         out->counts[at < (double)out->bins ? (int64_t)at : out->bins - 1] += state->counts[i];

@@ -10,7 +10,8 @@
 
 #include "calib/calib.h"
 
-enum { MQ_HISTOGRAM_BINS = 2048, MQ_HISTOGRAM_MAX_BINS = 65536, MQ_HISTOGRAM_GROWTH = 16 };
+enum { MQ_HISTOGRAM_BINS = 2048, MQ_HISTOGRAM_MAX_BINS = 65536, MQ_HISTOGRAM_GROWTH = 16,
+       MQ_HISTOGRAM_LOWEST = -120 };
 
 /* Bin i holds counts[i] values in [i * width, (i + 1) * width); the last also its upper edge. */
 typedef struct mq_histogram {
@@ -39,5 +40,20 @@ int mq_histogram_range(const mq_histogram *histogram, const mq_range_args *args,
 int mq_range_entropy(const mq_histogram *histogram, const mq_range_args *args, float *amax, mq_error *err);
 int mq_range_mse(const mq_histogram *histogram, const mq_range_args *args, float *amax, mq_error *err);
 int mq_range_percentile(const mq_histogram *histogram, const mq_range_args *args, float *amax, mq_error *err);
+
+/* What was counted elsewhere (a device), in bins of this kind's own: 2^mq_histogram_bits(calib) of them, of width
+ * 2^exponent, where exponent is the least one, but no less than MQ_HISTOGRAM_LOWEST, with all magnitudes in them. */
+typedef struct mq_histogram_part {
+    int64_t exponent, rows;
+    const int64_t *counts;
+    int64_t zeros;              /* exact ones, counted in counts[0] too */
+    uint32_t worst;             /* bits of the largest magnitude, NaN and infinity too */
+    uint32_t first_amax;        /* ... of the first piece of the rows that was not all zeros; 0 = there was none */
+    int64_t first_chunk;        /* where that is, as mq_calib_rows.chunk */
+    mq_dtype dtype;
+} mq_histogram_part;
+
+int mq_histogram_bits(const mq_calib *calib);
+int mq_histogram_add(mq_calib *calib, const mq_histogram_part *part, mq_error *err);
 
 #endif

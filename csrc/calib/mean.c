@@ -90,6 +90,23 @@ static int mean_settle(mq_calib *calib, int all, mq_error *err)
     return MQ_OK;
 }
 
+/* Takes the piece. */
+static int add_piece(mq_calib *calib, mq_piece *piece, int64_t width, mq_error *err)
+{
+    const int by_hand = piece->group < 0;
+    pthread_mutex_lock(&calib->mutex);
+    int rc = prepare(calib, width, err);
+    if (rc == MQ_OK) {
+        mean *state = calib->state;
+        calib->count += piece->rows;
+        if (by_hand) piece->group = state->next_group++;
+        mq_pending_add(&state->pending, piece);
+        if (by_hand) rc = mean_settle(calib, 1, err);
+    } else mq_piece_free(calib, piece);
+    pthread_mutex_unlock(&calib->mutex);
+    return rc;
+}
+
 static int mean_collect(mq_calib *calib, const mq_calib_rows *rows, mq_error *err)
 {
     const int64_t counted = mq_calib_counted(rows);
@@ -100,17 +117,17 @@ static int mean_collect(mq_calib *calib, const mq_calib_rows *rows, mq_error *er
     memset(sums, 0, (size_t)rows->width * sizeof *sums);
     for (int64_t i = 0; i < rows->rows; i++)
         if (rows->mask == NULL || rows->mask[i]) add_row(sums, rows, i);
-    pthread_mutex_lock(&calib->mutex);
-    int rc = prepare(calib, rows->width, err);
-    if (rc == MQ_OK) {
-        mean *state = calib->state;
-        calib->count += counted;
-        if (rows->group < 0) piece->group = state->next_group++;
-        mq_pending_add(&state->pending, piece);
-        if (rows->group < 0) rc = mean_settle(calib, 1, err);
-    } else mq_piece_free(calib, piece);
-    pthread_mutex_unlock(&calib->mutex);
-    return rc;
+    return add_piece(calib, piece, rows->width, err);
+}
+
+static int mean_add(mq_calib *calib, const mq_calib_sums *from, mq_error *err)
+{
+    const size_t nbytes = (size_t)from->width * sizeof *from->sums;
+    const mq_calib_rows rows = {.dtype = from->dtype, .chunk = from->chunk, .group = from->group};
+    mq_piece *piece = mq_piece_new(calib, &rows, from->rows, nbytes, err);
+    if (piece == NULL) return MQ_ERR_MEMORY;
+    memcpy(piece->data, from->sums, nbytes);
+    return add_piece(calib, piece, from->width, err);
 }
 
 static int mean_merge(mq_calib *calib, const mq_calib *other, mq_error *err)
@@ -181,7 +198,7 @@ static int mean_load(mq_calib *calib, const void *bytes, size_t nbytes, mq_error
 }
 
 const mq_calib_kind mq_calib_mean_abs = {
-    .name = "mean_abs", .by_group = 1, .collect = mean_collect, .merge = mean_merge, .settle = mean_settle,
-    .finish = mean_finish, .reset = mean_reset, .state_nbytes = mean_state_nbytes, .save = mean_save,
-    .load = mean_load,
+    .name = "mean_abs", .by_group = 1, .needs = MQ_NEEDS_MAGNITUDES, .add = mean_add, .collect = mean_collect,
+    .merge = mean_merge, .settle = mean_settle, .finish = mean_finish, .reset = mean_reset,
+    .state_nbytes = mean_state_nbytes, .save = mean_save, .load = mean_load,
 };

@@ -44,7 +44,7 @@ const char *mq_family_flag_name(unsigned flag)
     static const char *const names[] = {
         "qkv_bias", "bias_keys", "qk_norm", "moe", "block_sparse", "router_f32", "wide_qk_norm", "post_norms",
         "no_pre_norms", "norm_plus_one", "fused", "shared_expert", "shared_gated", "latent", "corrected", "blocks",
-        "sinks", "biased_experts", "feed_forward", "shared_inputs",
+        "sinks", "biased_experts", "feed_forward", "shared_inputs", "expert_stacks",
     };
     for (size_t i = 0; i < MQ_COUNT(names); i++)
         if (flag == 1u << i) return names[i];
@@ -131,7 +131,7 @@ static int mlp_holds(const mq_family *family, const mq_config *config, const mq_
     const int moe = kind->experts, dense = !moe && kind->mlp == MQ_BLOCK_FULL, fused = has(family, MQ_FAMILY_FUSED);
     const int block_sparse = has(family, MQ_FAMILY_BLOCK_SPARSE), forward = has(family, MQ_FAMILY_FEED_FORWARD);
     const int shared = has(family, MQ_FAMILY_SHARED_EXPERT), gated = has(family, MQ_FAMILY_SHARED_GATED);
-    const int biased = has(family, MQ_FAMILY_BIASED_EXPERTS);
+    const int biased = has(family, MQ_FAMILY_BIASED_EXPERTS), stacks = has(family, MQ_FAMILY_EXPERT_STACKS);
     switch (condition) {
     case MQ_IF_MLP_BIAS: return has(family, MQ_FAMILY_BIAS_KEYS) && config->mlp_bias != 0;
     case MQ_IF_LINEAR_MLP: return kind->mlp == MQ_BLOCK_LINEAR;
@@ -139,12 +139,13 @@ static int mlp_holds(const mq_family *family, const mq_config *config, const mq_
     case MQ_IF_DENSE_FUSED: return dense && fused;
     case MQ_IF_DENSE_UNFUSED: return dense && !fused && !forward;
     case MQ_IF_DENSE_FEED_FORWARD: return dense && forward;
-    case MQ_IF_MOE: return moe && !forward;
-    case MQ_IF_MOE_MLP: return moe && !block_sparse && !forward;
-    case MQ_IF_MOE_GATE: return moe && !block_sparse && !forward && !biased;
+    case MQ_IF_MOE: return moe && !forward && !stacks;
+    case MQ_IF_MOE_MLP: return moe && !block_sparse && !forward && !stacks;
+    case MQ_IF_MOE_GATE: return moe && !block_sparse && !forward && !stacks && !biased;
     case MQ_IF_MOE_ROUTER: return moe && biased;
     case MQ_IF_MOE_BLOCK_SPARSE: return moe && block_sparse;
     case MQ_IF_MOE_FEED_FORWARD: return moe && forward;
+    case MQ_IF_MOE_STACKS: return moe && stacks;
     case MQ_IF_EXPERT_BIAS: return biased;
     case MQ_IF_CORRECTED: return moe && has(family, MQ_FAMILY_CORRECTED);
     case MQ_IF_SHARED_EXPERTS: return moe && shared && !gated && !forward && config->shared_intermediate_size > 0;

@@ -25,7 +25,8 @@ enum {
     MQ_FAMILY_SINKS = 1 << 16,     /* each head has a score for nothing (gpt-oss) */
     MQ_FAMILY_BIASED_EXPERTS = 1 << 17, /* experts and router have biases (gpt-oss) */
     MQ_FAMILY_FEED_FORWARD = 1 << 18, /* MLP and experts are named feed_forward (Llama 4) */
-    MQ_FAMILY_SHARED_INPUTS = 1 << 19 /* an expert's input is multiplied by its share, not its output (Llama 4) */
+    MQ_FAMILY_SHARED_INPUTS = 1 << 19, /* an expert's input is multiplied by its share, not its output (Llama 4) */
+    MQ_FAMILY_EXPERT_STACKS = 1 << 20 /* block_sparse_moe, but gate_proj, up_proj, down_proj (Granite) */
 };
 
 /* What the halves of one layer are. */
@@ -120,6 +121,7 @@ typedef enum mq_condition {
     MQ_IF_MOE_ROUTER,        /* ... but not their router (gpt-oss) */
     MQ_IF_MOE_BLOCK_SPARSE,  /* it has, named as in Mixtral */
     MQ_IF_MOE_FEED_FORWARD,  /* it has, named as in Llama 4 */
+    MQ_IF_MOE_STACKS,        /* it has, named as in Granite */
     MQ_IF_EXPERT_BIAS,
     MQ_IF_CORRECTED,
     MQ_IF_SHARED_EXPERTS,    /* it has, and one that all tokens have */

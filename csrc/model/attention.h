@@ -48,6 +48,7 @@ void mq_attention_step(const mq_attention_args *args, void *scratch);
 typedef struct mq_attention_gradient {
     const float *d_out;              /* [T, heads, value_dim], without gaps as all of these */
     float *d_q, *d_k, *d_v;          /* as q, k, v */
+    float *d_sinks;                  /* [heads], added to; NULL = not wanted */
 } mq_attention_gradient;
 
 /* args: as given to the forward, with its out, maxima and factors. */

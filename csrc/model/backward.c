@@ -16,8 +16,9 @@ int mq_backward_init(mq_backward *back, mq_run *run, const mq_weight_gradient *w
     if (run->next_layer != layers)
         return mq_fail(err, MQ_ERR_STATE, "backward: the run has not been through all layers (next is %lld of %lld)",
                        (long long)run->next_layer, (long long)layers);
-    if (run->runtime->elsewhere != NULL)
-        return mq_fail(err, MQ_ERR_STATE, "backward: is computed on the CPU; Runtime.use_device(None) comes first");
+    if (run->runtime->elsewhere != NULL && !run->runtime->elsewhere->goes_back(run->runtime))
+        return mq_fail(err, MQ_ERR_STATE, "backward: of %s models it is computed on the CPU; Runtime.use_device(None) "
+                       "comes first", run->runtime->family->name);
     if (run->onlooking > run->runtime->config.num_experts_per_tok)
         return mq_fail(err, MQ_ERR_STATE, "backward: the run was started for experts that only look on");
     back->run = run;
@@ -39,6 +40,8 @@ void mq_backward_drop(mq_backward *back)
 
 void mq_backward_free(mq_backward *back)
 {
+    mq_elsewhere *there = back->run != NULL ? back->run->runtime->elsewhere : NULL;
+    if (there != NULL) there->forget_backward(there, back);
     mq_backward_drop(back);
     mq_free(back->gradient);
     mq_free(back->d_experts);
@@ -82,10 +85,12 @@ int mq_backward_load(mq_backward *back, int64_t layer, int64_t expert, const mq_
         back->d_biases[module->role] = mq_backward_wanted(back, module->bias);
         if (module->kind == MQ_MODULE_NORM || module->kind == MQ_MODULE_VECTOR) continue;
         const mq_tensor *weight = mq_find_tensor(tensors, count, module->weight, module->shape, 2, err);
+        if (weight == NULL) return err->code;
+        if (runtime->elsewhere != NULL) continue;
         mq_packed *packed = &back->weights[module->role];
         mq_free(packed->data);
         packed->data = NULL;
-        rc = weight ? mq_linear_load_backward(packed, weight, runtime->gemm, module->weight, err) : err->code;
+        rc = mq_linear_load_backward(packed, weight, runtime->gemm, module->weight, err);
     }
     return rc;
 }
@@ -188,7 +193,7 @@ static size_t cut(mq_back_scratch *scratch, const mq_run *run)
 int mq_backward_reserve(mq_backward *back, mq_error *err)
 {
     mq_back_scratch *scratch = &back->scratch;
-    if (scratch->memory != NULL) return MQ_OK;
+    if (scratch->memory != NULL || back->run->runtime->elsewhere != NULL) return MQ_OK;
     scratch->nbytes = cut(scratch, back->run);
     scratch->memory = mq_alloc(scratch->nbytes);
     if (scratch->memory == NULL) return mq_fail_memory(err, "scratch of the way back", scratch->nbytes);

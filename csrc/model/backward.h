@@ -139,6 +139,8 @@ typedef struct mq_back_unit {
 } mq_back_unit;
 void mq_backward_attention_again(const mq_back_unit *it);
 int mq_backward_attention(const mq_back_unit *it);
+/* What rows of an expert give back: d_normed (rows, C) by what it read, d_shares (rows). */
+void mq_backward_take_expert(const mq_back_rows *rows, const float *d_normed, const float *d_shares);
 /* Of a layer with experts, all that comes before the first of them. */
 int mq_backward_to_experts(mq_backward *back, int64_t layer, const void *input, mq_error *err);
 

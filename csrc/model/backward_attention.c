@@ -173,6 +173,7 @@ static void attention_back(const mq_back_unit *it)
         mq_attention_gradient gradient = {
             .d_out = scratch->d_mixed + row * args.ldo, .d_q = scratch->d_q + row * args.ldq,
             .d_k = scratch->d_k + row * k_width, .d_v = scratch->d_v + row * v_width,
+            .d_sinks = it->back->d_weights[MQ_ROLE_SINKS],
         };
         mq_attention_backward(&gradient, &args, scratch->attention);
     }

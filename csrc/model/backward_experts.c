@@ -31,15 +31,17 @@ int mq_backward_to_experts(mq_backward *back, int64_t index, const void *input, 
     return rc;
 }
 
-/* d_shares of the rows of one expert to where its choice stands. */
-static void place_shares(const mq_back_rows *rows)
+void mq_backward_take_expert(const mq_back_rows *rows, const float *d_normed, const float *d_shares)
 {
     const mq_routes *routes = &rows->back->run->dispatch.routes;
+    const mq_row_sizes sizes = {.rows = rows->rows, .width = rows->back->run->runtime->config.hidden_size,
+                                .dtype = MQ_F32};
     for (int64_t i = 0; i < rows->rows; i++) {
         int64_t at = rows->tokens[i] * routes->top_k;
         while (routes->experts[at] != rows->expert) at++;
-        rows->back->d_shares[at] = rows->back->scratch.d_shares[i];
+        rows->back->d_shares[at] = d_shares[i];
     }
+    mq_gather_backward(rows->back->d_experts, d_normed, rows->tokens, &sizes);
 }
 
 static int observe(const mq_back_rows *rows, int64_t width)
@@ -108,8 +110,7 @@ static int expert_rows(const mq_back_rows *rows)
     for (int64_t i = 0; i < rows->rows; i++) scratch->d_shares[i] *= (float)config->residual_multiplier;
     rc = mq_backward_mlp(rows, &MQ_MLP_ROLES, scratch->d_output);
     if (rc == MQ_OK && shared_inputs) unshare(rows, scratch->output);
-    place_shares(rows);
-    if (rc == MQ_OK) mq_gather_backward(back->d_experts, scratch->d_mlp_normed, rows->tokens, &sizes);
+    if (rc == MQ_OK) mq_backward_take_expert(rows, scratch->d_mlp_normed, scratch->d_shares);
     return rc;
 }
 
@@ -186,7 +187,7 @@ static int observe_end(const mq_backward *back, mq_observer *observer, mq_error 
     const mq_run *run = back->run;
     mq_observed observed = {
         .gradient = back->gradient, .dtype = run->runtime->dtype, .output_dtype = run->runtime->dtype,
-        .rows = run->rows, .total = run->rows, .expert = -1,
+        .rows = run->rows, .total = run->rows, .expert = -1, .factor = run->runtime->config.residual_multiplier,
         .columns = run->runtime->config.hidden_size, .width = run->runtime->config.hidden_size,
         .outputs = run->runtime->config.hidden_size,
     };
@@ -199,7 +200,9 @@ static int finish(mq_backward *back, mq_layer *layer, mq_error *err)
     const mq_run *run = back->run;
     const int64_t width = run->runtime->config.hidden_size;
     const size_t stride = (size_t)width * mq_dtype_size(run->runtime->dtype);
+    mq_elsewhere *there = run->runtime->elsewhere;
     int rc = layer->experts_observer ? observe_end(back, layer->experts_observer, err) : MQ_OK;
+    if (there != NULL) return rc == MQ_OK ? there->back_layer(there, back, back->next, back->input, err) : rc;
     for (int64_t first = 0; rc == MQ_OK && first < run->rows; first += back->scratch.piece) {
         const mq_back_rows rows = {.back = back, .layer = layer, .first = first, .expert = -1, .err = err,
                                    .rows = MQ_MIN(back->scratch.piece, run->rows - first)};
@@ -233,9 +236,12 @@ static int check_order(const mq_backward *back, int64_t layer, int64_t expert, m
 static int run_expert(mq_backward *back, mq_layer *layer, int64_t expert, mq_error *err)
 {
     const mq_dispatch *dispatch = &back->run->dispatch;
-    const int64_t end = dispatch->start[expert + 1], piece = back->scratch.piece;
+    const int64_t first = dispatch->start[expert], end = dispatch->start[expert + 1], piece = back->scratch.piece;
+    mq_elsewhere *there = back->run->runtime->elsewhere;
+    const mq_back_expert_rows all = {.layer = back->next, .expert = expert, .first = first, .count = end - first};
     int rc = MQ_OK;
-    for (int64_t at = dispatch->start[expert]; rc == MQ_OK && at < end; at += piece) {
+    if (there != NULL) return there->back_expert(there, back, &all, err);
+    for (int64_t at = first; rc == MQ_OK && at < end; at += piece) {
         const mq_back_rows rows = {
             .back = back, .layer = layer, .first = at, .rows = MQ_MIN(piece, end - at), .expert = expert,
             .tokens = dispatch->tokens + at, .shares = dispatch->shares + at, .err = err,

@@ -156,6 +156,17 @@ static int load_slice(head_pass *it, mq_error *err)
     return rc == MQ_OK ? mq_linear_load_backward(&it->back_slice, &part, runtime->gemm, name, err) : rc;
 }
 
+static int back_elsewhere(const head_pass *it, mq_error *err)
+{
+    const mq_runtime *runtime = it->back->run->runtime;
+    const mq_back_head_request request = {
+        .norm = it->norm, .weight = it->weight, .name = mq_runtime_outer(runtime, MQ_ROLE_HEAD)->weight,
+        .d_norm = mq_backward_wanted(it->back, mq_runtime_outer(runtime, MQ_ROLE_FINAL_NORM)->weight),
+        .d_weight = it->d_weight, .losses = it->losses, .targets = it->targets, .factors = it->factors,
+    };
+    return runtime->elsewhere->back_head(runtime->elsewhere, it->back, &request, err);
+}
+
 static int back_slices(head_pass *it, mq_error *err)
 {
     const mq_run *run = it->back->run;
@@ -205,12 +216,14 @@ int mq_backward_head(mq_backward *back, const int32_t *labels, const mq_named_te
         mq_run_targets(back->run, labels, it.targets);
         rc = mq_run_row_losses(back->run, it.targets, tensors, count, it.losses, err);
     }
-    if (rc == MQ_OK) {
-        weigh_batches(&it, out);
+    if (rc == MQ_OK) weigh_batches(&it, out);
+    if (rc == MQ_OK && back->run->runtime->elsewhere != NULL) {
+        rc = back_elsewhere(&it, err);
+    } else if (rc == MQ_OK) {
         rc = back_slices(&it, err);
+        if (rc == MQ_OK) back_norm(&it);
     }
     if (rc == MQ_OK) {
-        back_norm(&it);
         mq_run_release(back->run);      /* a copy for every worker, which only layers with experts still need */
         back->next--;
     } else {

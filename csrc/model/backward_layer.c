@@ -162,15 +162,16 @@ int mq_backward_layer(mq_backward *back, int64_t index, const void *input, const
                       size_t count, mq_error *err)
 {
     mq_layer *layer = &back->run->runtime->layers[index];
+    mq_elsewhere *there = back->run->runtime->elsewhere;
     int rc = check_order(back, index, err);
     if (rc == MQ_OK) rc = check_plain(layer, index, err);
     if (rc != MQ_OK) return rc;
     rc = mq_backward_reserve(back, err);
     if (rc == MQ_OK) rc = mq_runtime_load_layer(back->run->runtime, index, tensors, count, err);
     if (rc == MQ_OK) rc = mq_backward_load(back, index, -1, tensors, count, err);
-    if (rc == MQ_OK)
-        rc = layer->experts > 0 ? mq_backward_to_experts(back, index, input, err)
-                                : back_units(back, layer, input, err);
+    if (rc == MQ_OK && layer->experts > 0) rc = mq_backward_to_experts(back, index, input, err);
+    else if (rc == MQ_OK && there != NULL) rc = there->back_layer(there, back, index, input, err);
+    else if (rc == MQ_OK) rc = back_units(back, layer, input, err);
     if (rc == MQ_OK && layer->experts > 0) return MQ_OK;    /* they come next */
     mq_backward_drop(back);
     if (rc == MQ_OK) back->next = index - 1;

@@ -99,6 +99,8 @@ static int check_rope(const mq_config *config, mq_error *err)
     if (config->rope_interleaved && mq_config_rotary(config) > 2 * MQ_ROPE_FACTORS)
         return mq_fail(err, MQ_ERR_VALUE, "config: rope_interleaved turns %d numbers of a head at most",
                        2 * MQ_ROPE_FACTORS);
+    if (config->rope_longest < 0)
+        return mq_fail(err, MQ_ERR_VALUE, "config: rope_longest %lld is negative", (long long)config->rope_longest);
     if (!(config->rope_local_theta > 0.0))
         return mq_fail(err, MQ_ERR_VALUE, "config: rope_local_theta %g must be positive", config->rope_local_theta);
     if ((config->rope_type == MQ_ROPE_YARN || config->rope_type == MQ_ROPE_LONGROPE) &&
@@ -128,10 +130,17 @@ static int check_experts(const mq_config *config, mq_error *err)
     if (rc != MQ_OK || config->expert_groups == 0) return rc;
     rc = check_range("expert_groups", config->expert_groups, 1, config->num_experts, err);
     if (rc == MQ_OK) rc = check_range("expert_groups_kept", config->expert_groups_kept, 1, config->expert_groups, err);
-    if (rc == MQ_OK && config->num_experts % config->expert_groups != 0)
-        rc = mq_fail(err, MQ_ERR_VALUE, "config: num_experts %lld is not a multiple of expert_groups %lld",
-                     (long long)config->num_experts, (long long)config->expert_groups);
-    return rc;
+    if (rc == MQ_OK) rc = check_range("expert_groups_best", config->expert_groups_best, 1, 2, err);
+    if (rc != MQ_OK) return rc;
+    if (config->num_experts % config->expert_groups != 0)
+        return mq_fail(err, MQ_ERR_VALUE, "config: num_experts %lld is not a multiple of expert_groups %lld",
+                       (long long)config->num_experts, (long long)config->expert_groups);
+    const int64_t kept = config->num_experts / config->expert_groups * config->expert_groups_kept;
+    if (config->num_experts_per_tok > kept)
+        return mq_fail(err, MQ_ERR_VALUE, "config: num_experts_per_tok %lld is more than the %lld experts of "
+                       "expert_groups_kept %lld", (long long)config->num_experts_per_tok, (long long)kept,
+                       (long long)config->expert_groups_kept);
+    return MQ_OK;
 }
 
 int mq_config_finish(mq_config *config, mq_error *err)

@@ -159,7 +159,7 @@ static int finish(mq_experts_score *score, const mq_observed *rows, mq_error *er
         mq_experts_candidate *candidate = &score->candidates[i];
         const mq_score_rows sum = {.gradient = rows->gradient, .made = candidate->change, .dtype = MQ_F32,
                                    .rows = rows->rows, .width = rows->width};
-        candidate->score += mq_score_sum((double *)(void *)score->memory, &sum);
+        candidate->score += rows->factor * rows->factor * mq_score_sum((double *)(void *)score->memory, &sum);
     }
     drop_changes(score);
     return rc;

@@ -14,6 +14,8 @@ typedef struct head_job {
     mq_run *run;
     float *norm;                    /* weight of the final norm */
     const mq_tensor *weight;        /* (V, C) */
+    const mq_stored_weight *stored; /* not NULL: what stands for it, and weight is without data */
+    mq_tensor numbers;              /* made of stored; owned */
     mq_linear_weight slice;
     int64_t first_row, rows;        /* of the run */
     int64_t first, columns;         /* of the vocabulary */
@@ -59,8 +61,10 @@ static int head_begin(head_job *job, const mq_named_tensor *tensors, size_t coun
     int64_t columns = MQ_MIN((int64_t)SLICE, config_of(job)->vocab_size);
     int rc = read_norm(job, tensors, count, err);
     if (rc != MQ_OK) return rc;
-    job->weight = mq_find_tensor(tensors, count, head->weight, head->shape, 2, err);
-    if (job->weight == NULL) return err->code;
+    const mq_named_tensor *found = mq_find_weight(tensors, count, head, err);
+    if (found == NULL) return err->code;
+    job->weight = &found->tensor;
+    job->stored = found->stored;
     if (job->run->runtime->head_input.quantizer != NULL) {
         rc = mq_quantizer_ready(job->run->runtime->head_input.quantizer, -1, config_of(job)->hidden_size,
                                 "lm_head.input_quantizer", err);
@@ -75,6 +79,7 @@ static int head_begin(head_job *job, const mq_named_tensor *tensors, size_t coun
 static void head_end(head_job *job)
 {
     mq_linear_free(&job->slice);
+    mq_free(job->numbers.data);
     mq_free(job->norm);
     mq_free(job->scratch);
 }
@@ -135,12 +140,18 @@ static int head_forward(head_job *job, mq_error *err)
     const mq_module *head = mq_runtime_outer(job->run->runtime, MQ_ROLE_HEAD);
     int64_t vocabulary = config_of(job)->vocab_size;
     mq_elsewhere *there = job->run->runtime->elsewhere;
-    if (there != NULL && !mq_logits_change(config_of(job))) {
+    if (there != NULL) {
         const mq_head_request request = {
-            .run = job->run, .norm = job->norm, .weight = job->weight, .name = head->weight, .rows = job->rows,
-            .first_row = job->first_row, .logits = job->logits, .losses = job->losses, .labels = job->labels,
+            .run = job->run, .norm = job->norm, .weight = job->weight, .stored = job->stored, .name = head->weight,
+            .rows = job->rows, .first_row = job->first_row, .logits = job->logits, .losses = job->losses,
+            .labels = job->labels,
         };
         return there->head(there, &request, err);
+    }
+    if (job->stored != NULL) {
+        const int made = mq_stored_numbers(job->stored, &job->numbers, head->weight, err);
+        if (made != MQ_OK) return made;
+        job->weight = &job->numbers;
     }
     for (job->first = 0; job->first < vocabulary; job->first += SLICE) {
         mq_tensor part = *job->weight;

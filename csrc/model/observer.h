@@ -15,7 +15,9 @@ typedef struct mq_observed {
     int64_t column, outputs;        /* of lm_head's, which comes a slice at a time: the first one, and of how many */
     /* Of a layer's experts: the rows of one expert after the other. output is that expert's alone, gradient the one by
      * the sum of all, of which it is a share. Then once expert = -1 with all rows' gradient, and neither input nor
-     * output: there are no more. */
+     * output: there are no more. That gradient is the one by what they add to the hidden states: factor times it is
+     * the one by their sum. */
+    double factor;
     int64_t expert;                 /* -1: none */
     const int64_t *tokens;          /* (rows): rows of the run; NULL = from first on */
     const float *shares;            /* (rows) */

@@ -1,5 +1,6 @@
 /* With P = softmax(S), S = scale * Q K^T, O = P V: dV = P^T dO, dP = dO V^T, dS = P * (dP - D), D = sum of dO * O per
- * query, dQ = scale * dS K, dK = scale * dS^T Q (Dao et al. 2022, algorithm 4). */
+ * query, dQ = scale * dS K, dK = scale * dS^T Q (Dao et al. 2022, algorithm 4). A sink is a score with no value: of
+ * its probability p, the gradient is the sum of -p * D. */
 #include <math.h>
 #include <string.h>
 
@@ -127,6 +128,18 @@ static const float *d_out_of(const task *task)
     return task->attention->gradient->d_out + (task->first * args->heads + task->head) * args->value_dim;
 }
 
+/* What a block of queries adds to the gradient of the head's sink. */
+static double sink_of(const task *task)
+{
+    const mq_attention_args *args = task->attention->args;
+    const float sink = args->sinks[task->head];
+    const int64_t query = task->head * args->T + task->first;
+    double sum = 0.0;
+    for (int64_t i = 0; i < task->rows; i++)
+        sum -= (double)(expf(sink - args->maxima[query + i]) * args->factors[query + i] * task->means[i]);
+    return sum;
+}
+
 /* What a block of queries brings: D, and both operands that keys are multiplied with on their way. */
 static void enter_queries(task *task)
 {
@@ -217,18 +230,21 @@ static void run_heads(void *argument, int64_t begin, int64_t end, int worker)
     task.attention = it;
     for (task.head = begin; task.head < end; task.head++) {
         const int64_t group = task.head / (args->heads / args->kv_heads);
+        double sink = 0.0;
         clear_head(it, task.head);
         for (task.first = 0; task.first < args->T; task.first += QUERIES) {
             task.rows = MQ_MIN((int64_t)QUERIES, args->T - task.first);
             const int64_t low = mq_attention_first_key(args, task.first);
             const int64_t high = mq_attention_last_key(args, task.first + task.rows - 1);
             enter_queries(&task);
+            if (args->sinks != NULL && it->gradient->d_sinks != NULL) sink += sink_of(&task);
             for (int64_t block = low / KEYS; block * KEYS < high; block++) {
                 const int64_t width = MQ_MIN(args->T_kv - block * KEYS, (int64_t)KEYS);
                 differentiate(&task, group * it->blocks + block, block * KEYS, width);
                 add_block(&task, group * it->blocks + block, block * KEYS, width);
             }
         }
+        if (it->gradient->d_sinks != NULL) it->gradient->d_sinks[task.head] += (float)sink;
     }
 }
 

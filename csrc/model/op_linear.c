@@ -88,13 +88,47 @@ int mq_linear_load(mq_linear_weight *weight, const mq_tensor *w, mq_gemm_kind ki
     return load(&weight->packed, w, kind, 0, name, err);
 }
 
+/* float32 is quantized, and what the parts stand for is rounded to bfloat16 or float16. */
+static int fake_quantize_rounded(const mq_stored_weight *stored, mq_tensor *out, mq_error *err)
+{
+    const int64_t count = mq_tensor_count(out);
+    mq_tensor made = mq_tensor_make(NULL, MQ_F32, 2, stored->shape);
+    made.data = mq_alloc_array((size_t)count, sizeof(float));
+    if (made.data == NULL) return mq_fail_memory(err, "a weight", (size_t)count * sizeof(float));
+    const int rc = mq_block_fake_quantize(&stored->job, &stored->numbers, &made, err);
+    const float *numbers = made.data;
+    if (rc == MQ_OK && out->dtype == MQ_BF16) mq_row_ops_of(MQ_BF16)->from_f32(out->data, numbers, count);
+    for (int64_t i = 0; rc == MQ_OK && out->dtype == MQ_F16 && i < count; i++)
+        ((uint16_t *)out->data)[i] = (uint16_t)mq_encode(numbers[i], MQ_CODEC(FP16));
+    mq_free(made.data);
+    return rc;
+}
+
 int mq_stored_numbers(const mq_stored_weight *stored, mq_tensor *out, const char *name, mq_error *err)
 {
     *out = mq_tensor_make(NULL, stored->dtype, 2, stored->shape);
     const size_t nbytes = (size_t)mq_tensor_count(out) * mq_dtype_size(stored->dtype);
     out->data = mq_alloc(nbytes);
     if (out->data == NULL) return mq_fail_memory(err, name, nbytes);
-    return mq_block_dequantize(&stored->job, &stored->parts, out, err);
+    if (stored->numbers.data == NULL) return mq_block_dequantize(&stored->job, &stored->parts, out, err);
+    if (stored->numbers.dtype == out->dtype) return mq_block_fake_quantize(&stored->job, &stored->numbers, out, err);
+    return fake_quantize_rounded(stored, out, err);
+}
+
+int mq_stored_check(const mq_stored_weight *stored, const char *name, mq_error *err)
+{
+    const mq_dtype dtype = stored->dtype == MQ_F16 ? MQ_F32 : stored->dtype;
+    mq_tensor numbers;
+    void *copy = NULL;
+    int rc = mq_stored_numbers(stored, &numbers, name, err);
+    if (rc == MQ_OK && dtype != stored->dtype) {
+        copy = mq_alloc_array((size_t)mq_tensor_count(&numbers), mq_dtype_size(dtype));
+        if (copy == NULL) rc = mq_fail_memory(err, name, (size_t)mq_tensor_count(&numbers) * mq_dtype_size(dtype));
+    }
+    if (rc == MQ_OK) rc = read_weight(&numbers, copy, dtype, name, err);
+    mq_free(copy);
+    mq_free(numbers.data);
+    return rc;
 }
 
 static int load_numbers(mq_linear_weight *weight, const mq_stored_weight *stored, mq_gemm_kind kind, const char *name,
@@ -110,6 +144,7 @@ static int load_numbers(mq_linear_weight *weight, const mq_stored_weight *stored
 int mq_linear_load_stored(mq_linear_weight *weight, const mq_stored_weight *stored, mq_gemm_kind kind, const char *name,
                           mq_error *err)
 {
+    if (stored->numbers.data != NULL) return load_numbers(weight, stored, kind, name, err);
     const mq_coded_matrix codes = mq_stored_codes(stored);
     if (!mq_gemm_can_code(&codes)) return load_numbers(weight, stored, kind, name, err);
     const size_t nbytes = mq_gemm_coded_size(kind, &codes);

@@ -20,7 +20,7 @@ mq_route_sizes mq_route_of(const mq_config *config)
     return (mq_route_sizes){
         .normalize = config->norm_topk_prob != 0, .sigmoid = config->routing == MQ_ROUTING_SIGMOID,
         .groups = config->expert_groups, .groups_kept = config->expert_groups_kept,
-        .factor = (float)config->routed_scaling_factor,
+        .groups_best = config->expert_groups_best, .factor = (float)config->routed_scaling_factor,
     };
 }
 
@@ -55,14 +55,14 @@ static int64_t take_largest(float *scores, int64_t n)
     return best;
 }
 
-static float group_score(const float *scores, int64_t n)
+static float group_score(const float *scores, int64_t n, int64_t best)
 {
     float first = -INFINITY, second = -INFINITY;
     for (int64_t i = 0; i < n; i++) {
         second = scores[i] > first ? first : MQ_MAX(second, scores[i]);
         first = MQ_MAX(first, scores[i]);
     }
-    return n > 1 ? first + second : first;
+    return n > 1 && best > 1 ? first + second : first;
 }
 
 /* Scores of experts whose group is not among the best become those of experts that are not there. */
@@ -70,7 +70,7 @@ static void keep_groups(const mq_route_sizes *sizes, float *scores)
 {
     const int64_t n = sizes->experts / sizes->groups;
     float groups[MQ_MAX_EXPERTS];
-    for (int64_t g = 0; g < sizes->groups; g++) groups[g] = group_score(scores + g * n, n);
+    for (int64_t g = 0; g < sizes->groups; g++) groups[g] = group_score(scores + g * n, n, sizes->groups_best);
     for (int64_t i = 0; i < sizes->groups_kept; i++) take_largest(groups, sizes->groups);
     for (int64_t i = 0; i < sizes->experts; i++)
         if (groups[i / n] != TAKEN) scores[i] = TAKEN;

@@ -1,7 +1,9 @@
 /* Rotary embedding on the two halves of each head (the layout of Hugging Face checkpoints). Angles are computed in
  * float32 from float32 frequencies, as transformers does: at position p an angle of p radians is only known to about
  * p * 2^-24, so more exact angles would be different ones. Scaling of frequencies: "linear", "llama3" (3.1), "yarn"
- * (Peng et al. 2023) and "longrope" (Ding et al. 2024). */
+ * (Peng et al. 2023) and "longrope" (Ding et al. 2024). "dynamic" scales nothing up to max_position_embeddings;
+ * what transformers 5.17 does beyond depends on the longest call before (modeling_rope_utils.py), vLLM 0.32 scales
+ * short sequences too: longer ones are refused. */
 #include <math.h>
 #include <string.h>
 
@@ -93,6 +95,15 @@ int mq_rope_table_init(mq_rope_table *table, const mq_config *config, mq_rope_ki
     table->sine = table->cosine + positions * (rotary / 2);
     fill_table(table, config, kind);
     return MQ_OK;
+}
+
+int mq_ropes_check(const mq_config *config, int64_t positions, mq_error *err)
+{
+    if (config->rope_longest == 0 || positions <= config->rope_longest) return MQ_OK;
+    return mq_fail(err, MQ_ERR_VALUE, "%lld tokens: rope_scaling of type dynamic is computed up to "
+                   "max_position_embeddings, %lld tokens; beyond, frequencies depend on the lengths of this call and "
+                   "of calls before it, and engines do not agree on them", (long long)positions,
+                   (long long)config->rope_longest);
 }
 
 int mq_ropes_init(mq_ropes *ropes, const mq_config *config, unsigned layer_ropes, int64_t positions, mq_error *err)

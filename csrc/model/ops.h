@@ -49,9 +49,10 @@ void mq_gate_backward(float *d_gate, float *d_up, const void *gate, const void *
 /* The experts of each row and what share each has in the result: softmax over all experts, then the top_k largest
  * (the earlier one first where equal); Shazeer et al. 2017. normalize: the shares are divided by their sum. rounded:
  * they are rounded to dtype. sigmoid: of each logit, in the place of the softmax. correction (experts): added where
- * experts are chosen, not to shares. groups: only experts of the groups_kept best are chosen, by the sum of each
- * group's two best (DeepSeek-AI 2024, "DeepSeek-V3"); 0 = all. factor: of the shares, in the end. kept: so many of the
- * top_k are chosen so; the others are the next best of all groups, who see the row and have no share; 0 = all. */
+ * experts are chosen, not to shares. groups: only experts of the groups_kept best are chosen, by each group's best
+ * (groups_best 1; DeepSeek-AI 2024, "DeepSeek-V2") or the sum of its two best ("DeepSeek-V3"); 0 = all. factor: of the
+ * shares, in the end. kept: so many of the top_k are chosen so; the others are the next best of all groups, who see
+ * the row and have no share; 0 = all. */
 typedef struct mq_routes {
     int32_t *experts;   /* (N, top_k) */
     float *shares;      /* (N, top_k) */
@@ -62,7 +63,7 @@ typedef struct mq_route_sizes {
     mq_dtype dtype;
     int normalize, rounded, sigmoid;
     const float *correction;    /* NULL = none */
-    int64_t groups, groups_kept;
+    int64_t groups, groups_kept, groups_best;
     float factor;               /* 0 = 1 */
 } mq_route_sizes;
 mq_route_sizes mq_route_of(const mq_config *config);
@@ -129,6 +130,8 @@ typedef struct mq_ropes {
     mq_rope_table tables[MQ_ROPE_KINDS];    /* empty where none is needed */
     int64_t original;                       /* 0 = sequences of all lengths are alike */
 } mq_ropes;
+/* Whether sequences of so many tokens have frequencies that do not depend on what else there is. */
+int mq_ropes_check(const mq_config *config, int64_t positions, mq_error *err);
 int mq_ropes_init(mq_ropes *ropes, const mq_config *config, unsigned layer_ropes, int64_t positions, mq_error *err);
 void mq_ropes_free(mq_ropes *ropes);
 size_t mq_ropes_nbytes(const mq_ropes *ropes);
@@ -167,6 +170,8 @@ int mq_linear_load_stored(mq_linear_weight *weight, const mq_stored_weight *stor
                           mq_error *err);
 /* What a quantized weight's parts stand for: the caller frees out->data, after a failure too. */
 int mq_stored_numbers(const mq_stored_weight *stored, mq_tensor *out, const char *name, mq_error *err);
+/* MQ_ERR_VALUE: one of them is NaN or an infinity. */
+int mq_stored_check(const mq_stored_weight *stored, const char *name, mq_error *err);
 void mq_linear_free(mq_linear_weight *weight);
 
 /* out (N, O) = in (N, I) * weight^T + bias, or += if accumulate. dtype is of both. */

@@ -52,6 +52,8 @@ static int allocate(mq_run *run, int masked, mq_error *err)
         (masked && run->mask == NULL) || run->hidden == NULL)
         return mq_fail_memory(err, "the hidden states of the recorded batches", rows * width);
     if (run->cache != NULL) return MQ_OK;
+    const int rc = mq_ropes_check(&run->runtime->config, run->longest, err);
+    if (rc != MQ_OK) return rc;
     return mq_ropes_init(&run->ropes, &run->runtime->config, run->runtime->layer_ropes, run->longest, err);
 }
 
@@ -123,6 +125,8 @@ void mq_run_release(mq_run *run)
 
 void mq_run_free(mq_run *run)
 {
+    mq_elsewhere *there = run->runtime != NULL ? run->runtime->elsewhere : NULL;
+    if (there != NULL) there->forget_run(there, run);
     mq_run_release(run);
     mq_dispatch_free(&run->dispatch);
     mq_ropes_free(&run->ropes);
@@ -218,6 +222,22 @@ int mq_run_restore(mq_run *run, const void *state, int64_t layer, mq_error *err)
     run->next_layer = layer;
     run->dispatch.layer = -1;
     return MQ_OK;
+}
+
+int mq_run_poll(const mq_run *run, mq_error *err)
+{
+    const int rc = run->poll != NULL ? run->poll(run->poll_context) : MQ_OK;
+    if (rc != MQ_OK) err->code = rc;
+    return rc;
+}
+
+int mq_run_meanwhile(mq_run *run, mq_error *err)
+{
+    int more = 0;
+    if (run->meanwhile == NULL) return MQ_OK;
+    const int rc = run->meanwhile(run->meanwhile_context, &more, err);
+    if (rc != MQ_OK || !more) run->meanwhile = NULL;
+    return rc;
 }
 
 typedef struct step_job {

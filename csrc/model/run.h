@@ -7,6 +7,8 @@
 
 /* Ends long work: called now and then on the thread that called into the run; not MQ_OK stops it. */
 typedef int (*mq_poll_fn)(void *context);
+/* Some work that can be done while a device computes; *more: whether there is any left. */
+typedef int (*mq_meanwhile_fn)(void *context, int *more, mq_error *err);
 
 typedef struct mq_batch {
     int64_t sequences, tokens;   /* B, T */
@@ -45,6 +47,8 @@ typedef struct mq_run {
     int64_t next_layer;          /* the layer that comes next; -1 before embed and after a failure */
     mq_poll_fn poll;
     void *poll_context;
+    mq_meanwhile_fn meanwhile;   /* NULL: there is nothing (more) to be done */
+    void *meanwhile_context;
 } mq_run;
 
 /* Ids of one batch: (B, T) int64, contiguous; mask: (B, T) uint8 or NULL. */
@@ -110,6 +114,8 @@ typedef struct mq_steps {
 } mq_steps;
 int mq_run_steps(mq_run *run, mq_layer *layer, const mq_steps *steps, mq_error *err);
 mq_layer_context mq_run_context(const mq_run *run);
+int mq_run_poll(const mq_run *run, mq_error *err);
+int mq_run_meanwhile(mq_run *run, mq_error *err);    /* a piece of that work, if there is any */
 
 /* run_experts.c: begin makes room, dispatch sorts the rows by expert. */
 int64_t mq_run_experts_per_row(const mq_run *run);

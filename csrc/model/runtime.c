@@ -204,6 +204,7 @@ int mq_runtime_init(mq_runtime *runtime, const mq_family *family, const mq_confi
 {
     size_t layers = (size_t)config->num_hidden_layers;
     memset(runtime, 0, sizeof *runtime);
+    runtime->ahead.layer = -1;
     runtime->family = family;
     runtime->config = *config;
     runtime->dtype = dtype;
@@ -357,18 +358,6 @@ float *mq_read_norm(const mq_runtime *runtime, const mq_tensor *tensor, const ch
     return weight;
 }
 
-static int load_elsewhere(mq_runtime *runtime, const mq_module *module, const mq_named_tensor *weight,
-                          const float *bias, mq_error *err)
-{
-    mq_elsewhere *there = runtime->elsewhere;
-    mq_tensor numbers;
-    if (weight->stored == NULL) return there->load(there, runtime, module, &weight->tensor, bias, err);
-    int rc = mq_stored_numbers(weight->stored, &numbers, module->weight, err);
-    if (rc == MQ_OK) rc = there->load(there, runtime, module, &numbers, bias, err);
-    mq_free(numbers.data);
-    return rc;
-}
-
 static int load_module(mq_runtime *runtime, const mq_module *module, const mq_named_tensor *tensors, size_t count,
                        mq_error *err)
 {
@@ -382,7 +371,7 @@ static int load_module(mq_runtime *runtime, const mq_module *module, const mq_na
                                              ? mq_read_norm(runtime, vector, module->weight, err)
                                              : mq_read_vector(vector, MQ_F32, module->weight, err);
         if (layer->norms[module->role] == NULL) return err->code;
-        return there == NULL ? MQ_OK : there->load(there, runtime, module, NULL, layer->norms[module->role], err);
+        return there == NULL ? MQ_OK : there->load(there, runtime, module, NULL, NULL, layer->norms[module->role], err);
     }
     const mq_named_tensor *weight = mq_find_weight(tensors, count, module, err);
     if (weight == NULL) return err->code;
@@ -391,7 +380,8 @@ static int load_module(mq_runtime *runtime, const mq_module *module, const mq_na
         if (bias != NULL) linear->weight.bias = mq_read_vector(bias, runtime->dtype, module->bias, err);
         if (linear->weight.bias == NULL) return err->code;
     }
-    if (there != NULL) return load_elsewhere(runtime, module, weight, linear->weight.bias, err);
+    if (there != NULL)
+        return there->load(there, runtime, module, &weight->tensor, weight->stored, linear->weight.bias, err);
     if (weight->stored != NULL)
         return mq_linear_load_stored(&linear->weight, weight->stored, runtime->gemm, module->weight, err);
     return mq_linear_load(&linear->weight, &weight->tensor, runtime->gemm, module->weight, err);
@@ -402,10 +392,8 @@ static int has_tensor(const mq_module *module, int64_t expert, const char *name)
     return module->expert == expert && (strcmp(name, module->weight) == 0 || strcmp(name, module->bias) == 0);
 }
 
-/* Every given tensor must be one that the layer, or the expert, has: a surplus one is a mistake that would go
- * unnoticed. */
-static int check_names(const mq_runtime *runtime, int64_t layer, int64_t expert, const mq_named_tensor *tensors,
-                       size_t count, mq_error *err)
+int mq_runtime_check_names(const mq_runtime *runtime, int64_t layer, int64_t expert, const mq_named_tensor *tensors,
+                           size_t count, mq_error *err)
 {
     for (size_t i = 0; i < count; i++) {
         int known = 0;
@@ -431,8 +419,10 @@ static int add_unit_norm(const mq_runtime *runtime, mq_layer *layer, mq_error *e
 int mq_runtime_load_layer(mq_runtime *runtime, int64_t index, const mq_named_tensor *tensors, size_t count,
                           mq_error *err)
 {
-    int rc = check_names(runtime, index, -1, tensors, count, err);
+    mq_elsewhere *there = runtime->elsewhere;
+    int rc = mq_runtime_check_names(runtime, index, -1, tensors, count, err);
     mq_runtime_drop_layer(runtime, index);
+    if (rc == MQ_OK && there != NULL) rc = there->begin(there, runtime, index, -1, tensors, count, err);
     for (size_t i = runtime->layer_start[index]; rc == MQ_OK && i < runtime->layer_start[index + 1]; i++) {
         const mq_module *module = &runtime->modules[i];
         if (module->weight[0] != '\0' && module->expert < 0) rc = load_module(runtime, module, tensors, count, err);
@@ -453,9 +443,11 @@ const mq_module *mq_runtime_expert(const mq_runtime *runtime, int64_t layer, int
 int mq_runtime_load_expert(mq_runtime *runtime, int64_t layer, int64_t expert, const mq_named_tensor *tensors,
                            size_t count, mq_error *err)
 {
-    int rc = check_names(runtime, layer, expert, tensors, count, err);
+    int rc = mq_runtime_check_names(runtime, layer, expert, tensors, count, err);
     const mq_module *module = mq_runtime_expert(runtime, layer, expert);
+    mq_elsewhere *there = runtime->elsewhere;
     mq_runtime_drop_expert(runtime, layer);
+    if (rc == MQ_OK && there != NULL) rc = there->begin(there, runtime, layer, expert, tensors, count, err);
     for (int i = 0; rc == MQ_OK && i < MQ_EXPERT_LINEARS; i++)
         rc = load_module(runtime, &module[i], tensors, count, err);
     if (rc != MQ_OK) mq_runtime_drop_expert(runtime, layer);

@@ -19,6 +19,20 @@ typedef struct mq_module {
     int ndim;                                      /* of shape */
 } mq_module;
 
+typedef struct mq_named_tensor {
+    const char *name;
+    mq_tensor tensor;
+    const mq_stored_weight *stored; /* NULL, or the parts that stand for it: then tensor is without data, and only the
+                                     * weight of a linear may be so */
+} mq_named_tensor;
+
+/* Tensors that come to another place before they are wanted (mq_elsewhere.begin_ahead). */
+typedef struct mq_ahead {
+    int64_t layer, expert;        /* layer -1: none are coming, or all have come */
+    const mq_named_tensor *tensors;     /* the caller's */
+    size_t count, next;           /* next: of the layer's modules */
+} mq_ahead;
+
 typedef struct mq_runtime {
     const mq_family *family;
     mq_config config;
@@ -35,6 +49,7 @@ typedef struct mq_runtime {
     int64_t rank;                 /* of the widest branch of low rank that was ever loaded */
     void *gathered;               /* memory of weights that were gathered (mq_runtime_gather) */
     mq_elsewhere *elsewhere;      /* where layers are computed; not owned; NULL = here */
+    mq_ahead ahead;
 } mq_runtime;
 
 /* What differs from layer to layer; each an array or NULL. */
@@ -55,13 +70,6 @@ void mq_runtime_free(mq_runtime *runtime);
 const mq_module *mq_runtime_module(const mq_runtime *runtime, const char *name, size_t length);
 mq_point *mq_runtime_point(mq_runtime *runtime, const char *name, int64_t *layer);
 
-typedef struct mq_named_tensor {
-    const char *name;
-    mq_tensor tensor;
-    const mq_stored_weight *stored; /* NULL, or the parts that stand for it: then tensor is without data, and only the
-                                     * weight of a linear may be so */
-} mq_named_tensor;
-
 /* Exactly the tensors that layer needs, by name, its experts' left out. The old weights are dropped first. */
 int mq_runtime_load_layer(mq_runtime *runtime, int64_t layer, const mq_named_tensor *tensors, size_t count,
                           mq_error *err);
@@ -71,6 +79,11 @@ void mq_runtime_drop_layer(mq_runtime *runtime, int64_t layer);
  * dtype. It goes with the layer's weights. */
 int mq_runtime_load_low_rank(mq_runtime *runtime, const mq_module *module, const mq_tensor *down, const mq_tensor *up,
                              mq_error *err);
+
+/* Every given tensor must be one that the layer (expert -1), or the expert, has: a surplus one is a mistake that would
+ * go unnoticed. */
+int mq_runtime_check_names(const mq_runtime *runtime, int64_t layer, int64_t expert, const mq_named_tensor *tensors,
+                           size_t count, mq_error *err);
 
 /* The modules of one expert, MQ_EXPERT_LINEARS of them. */
 enum { MQ_EXPERT_LINEARS = 3 };
@@ -83,6 +96,16 @@ void mq_runtime_drop_expert(mq_runtime *runtime, int64_t layer);
  * a while, and with NULL takes them out again. */
 void mq_runtime_take_expert(mq_runtime *runtime, int64_t layer, mq_linear_weight *weights);
 void mq_runtime_lend_expert(mq_runtime *runtime, int64_t layer, const mq_linear_weight *weights);
+
+/* Has weights of a layer (expert -1) or of an expert come to where layers are computed while another is at work there:
+ * each call of mq_runtime_ahead sends one, as long as it says that there are more. Whoever loads that part with the
+ * same tensors then finds them there. Some of the part's tensors, the biases of their linears among them; they stay
+ * the caller's, unchanged, until the part is loaded or forgotten. *room: 0 = there is none, or layers are computed
+ * here: nothing will come. */
+int mq_runtime_begin_ahead(mq_runtime *runtime, int64_t layer, int64_t expert, const mq_named_tensor *tensors,
+                           size_t count, int *room, mq_error *err);
+int mq_runtime_ahead(mq_runtime *runtime, int *more, mq_error *err);
+void mq_runtime_forget_ahead(mq_runtime *runtime);
 
 /* Moves the packed weights of the loaded layers, and the others given, into one memory, for those who read them over
  * and over: it lives as long as the runtime. Once; weights that are loaded later stay where they are. */

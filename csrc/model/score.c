@@ -30,17 +30,20 @@ static void forget_weights(mq_output_score *score)
     score->column = -1;
 }
 
-static int check_shapes(const mq_output_score *score, const mq_observed *rows, mq_error *err)
+int mq_output_score_check(const mq_output_score *score, const mq_observed *rows, mq_error *err)
 {
     char text[96];
-    for (size_t i = 0; i < score->count; i++) {
+    int rc = MQ_OK;
+    for (size_t i = 0; rc == MQ_OK && i < score->count; i++) {
         const mq_tensor *weight = &score->candidates[i].weight;
-        if (weight->shape[1] == rows->columns && weight->shape[0] == rows->outputs) continue;
-        return mq_fail(err, MQ_ERR_VALUE, "candidate %d: a weight of %s at a linear of [%lld, %lld]", (int)i,
-                       mq_tensor_describe(weight, text, sizeof text), (long long)rows->outputs,
-                       (long long)rows->columns);
+        const mq_quantizer *input = score->candidates[i].input;
+        if (weight->shape[1] != rows->columns || weight->shape[0] != rows->outputs)
+            return mq_fail(err, MQ_ERR_VALUE, "candidate %d: a weight of %s at a linear of [%lld, %lld]", (int)i,
+                           mq_tensor_describe(weight, text, sizeof text), (long long)rows->outputs,
+                           (long long)rows->columns);
+        if (input != NULL) rc = mq_quantizer_ready(input, -1, rows->columns, "a candidate's input quantizer", err);
     }
-    return MQ_OK;
+    return rc;
 }
 
 /* The rows of every candidate's weight that make the observed columns. */
@@ -49,7 +52,7 @@ static int pack(mq_output_score *score, const mq_observed *rows, mq_error *err)
     const mq_gemm_kind kind = rows->dtype == MQ_BF16 ? MQ_GEMM_BF16 : MQ_GEMM_F32;
     if (score->column == rows->column) return MQ_OK;
     forget_weights(score);
-    int rc = check_shapes(score, rows, err);
+    int rc = mq_output_score_check(score, rows, err);
     for (size_t i = 0; rc == MQ_OK && i < score->count; i++) {
         mq_score_candidate *candidate = &score->candidates[i];
         mq_linear_weight weight = {.bias = NULL};
@@ -60,8 +63,6 @@ static int pack(mq_output_score *score, const mq_observed *rows, mq_error *err)
         snprintf(name, sizeof name, "the weight of candidate %d", (int)i);
         rc = mq_linear_load(&weight, &part, kind, name, err);
         candidate->packed = weight.packed;
-        if (rc == MQ_OK && candidate->input != NULL)
-            rc = mq_quantizer_ready(candidate->input, -1, rows->columns, "a candidate's input quantizer", err);
     }
     if (rc == MQ_OK && score->bias.data != NULL) {
         score->packed_bias = mq_read_vector(&score->bias, rows->dtype, "a candidate's bias", err);
@@ -129,6 +130,11 @@ int mq_output_score_init(mq_output_score *score, const mq_score_candidate *candi
     score->count = count;
     if (bias != NULL) score->bias = *bias;
     return MQ_OK;
+}
+
+mq_output_score *mq_output_score_of(mq_observer *observer)
+{
+    return observer != NULL && observer->see == see ? (mq_output_score *)(void *)observer : NULL;
 }
 
 void mq_output_score_free(mq_output_score *score)

@@ -32,6 +32,10 @@ typedef struct mq_output_score {
 int mq_output_score_init(mq_output_score *score, const mq_score_candidate *candidates, size_t count,
                          const mq_tensor *bias, mq_error *err);
 void mq_output_score_free(mq_output_score *score);
+/* The one that an observer is; NULL = it is something else. */
+mq_output_score *mq_output_score_of(mq_observer *observer);
+/* Whether the candidates are for what is observed, and their quantizers for its input. */
+int mq_output_score_check(const mq_output_score *score, const mq_observed *rows, mq_error *err);
 
 /* Copies every gradient that it sees to its row of values (rows, width). */
 typedef struct mq_kept_gradient {

@@ -84,6 +84,10 @@ static PyObject *leave(call *call, int rc)
 static int begin(PyObject *module, call *call, PyObject *library)
 {
     call->library = library;
+    if (call->stream < 0) {     /* -1 is a word of DLPack's for a producer: it need not order anything */
+        PyErr_Format(PyExc_ValueError, "stream: expected a cudaStream_t as a number, got %zd", call->stream);
+        return -1;
+    }
     if (call->stream == 0) call->stream = 1;
     return mq_backend_of(mq_state_of(module), library, &call->backend);
 }

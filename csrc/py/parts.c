@@ -117,3 +117,46 @@ int mq_view_parts(mq_state *state, PyObject *dict, mq_stored_weight *weight, PyO
     for (int i = 0; i < PARTS; i++) Py_XDECREF(arrays[i]);
     return *keep != NULL ? 0 : -1;
 }
+
+static int view_scaling(mq_state *state, PyObject *object, const char *name, const float **values, int64_t *count,
+                        PyObject **keep)
+{
+    mq_tensor view;
+    *keep = NULL;
+    if (object == Py_None) return 0;
+    if (mq_view_as(state, object, name, MQ_F32, &view, keep) < 0) return -1;
+    *values = view.data;
+    *count = mq_tensor_count(&view);
+    return 0;
+}
+
+/* Sizes of the weight, and of the parts that will be made of it. */
+static int measure_numbers(const mq_tensor *numbers, mq_stored_weight *weight)
+{
+    char text[96];
+    mq_error err;
+    if (numbers->ndim != 2 || (numbers->dtype != MQ_F32 && numbers->dtype != weight->dtype)) {
+        PyErr_Format(PyExc_ValueError, "%s: expected float32 or %s of 2 dimensions, got %s", weight->job.name,
+                     mq_dtype_name(weight->dtype), mq_tensor_describe(numbers, text, sizeof text));
+        return -1;
+    }
+    for (int i = 0; i < 2; i++) weight->shape[i] = numbers->shape[i];
+    if (mq_block_shapes(&weight->job, weight->shape[0], weight->shape[1], &weight->parts, &err) == MQ_OK) return 0;
+    mq_raise(&err);
+    return -1;
+}
+
+int mq_view_numbers(mq_state *state, PyObject *array, PyObject *scaling, mq_stored_weight *weight, PyObject **keep)
+{
+    PyObject *amax, *block_amax, *keeps[PARTS] = {NULL};
+    mq_block_job *job = &weight->job;
+    *keep = NULL;
+    if (PyArg_ParseTuple(scaling, "OOf", &amax, &block_amax, &job->second_divisor) &&
+        mq_view_object(state, array, job->name, &weight->numbers, &keeps[0]) == 0 &&
+        measure_numbers(&weight->numbers, weight) == 0 &&
+        view_scaling(state, amax, "amax", &job->amax, &job->amax_count, &keeps[1]) == 0 &&
+        view_scaling(state, block_amax, "block_amax", &job->block_amax, &job->block_amax_count, &keeps[2]) == 0)
+        *keep = PyTuple_Pack(PARTS, keeps[0], keeps[1] ? keeps[1] : Py_None, keeps[2] ? keeps[2] : Py_None);
+    for (int i = 0; i < PARTS; i++) Py_XDECREF(keeps[i]);
+    return *keep != NULL ? 0 : -1;
+}

@@ -12,5 +12,8 @@ int mq_parse_float_dtype(const char *name, mq_dtype *out);
 
 /* Fills in parts and shape of a weight whose job is known. *keep receives a new reference that must live as long. */
 int mq_view_parts(mq_state *state, PyObject *dict, mq_stored_weight *weight, PyObject **keep);
+/* The same of numbers that are yet to be quantized; scaling: (amax, block_amax, second_divisor), each as `quantize`
+ * takes it. */
+int mq_view_numbers(mq_state *state, PyObject *array, PyObject *scaling, mq_stored_weight *weight, PyObject **keep);
 
 #endif

@@ -18,6 +18,9 @@ typedef struct RuntimeObject {
     int ready;
     mq_device *device;       /* where layers are computed; NULL = here */
     PyObject *library;       /* the CudaLibrary of that */
+    struct mq_tensor_map *ahead;    /* weights on their way there before they are wanted, or NULL */
+    int64_t ahead_layer, ahead_expert;  /* of what: expert -1 = of none */
+    _Atomic int ahead_busy;
 } RuntimeObject;
 
 typedef struct RunObject {
@@ -95,5 +98,24 @@ PyObject *mq_runtime_use_device(PyObject *runtime, PyObject *args, PyObject *kwa
 extern const char mq_runtime_use_device_doc[];
 PyObject *mq_runtime_device(PyObject *runtime, void *unused);
 void mq_runtime_leave_device(RuntimeObject *runtime);
+
+/* Runtime.begin_ahead(layer, expert, tensors), .go_ahead() and .forget_ahead(), see runtime_ahead.c. */
+PyObject *mq_runtime_begin_ahead_method(PyObject *runtime, PyObject *args);
+PyObject *mq_runtime_go_ahead_method(PyObject *runtime, PyObject *unused);
+PyObject *mq_runtime_forget_ahead_method(PyObject *runtime, PyObject *unused);
+extern const char mq_runtime_begin_ahead_doc[], mq_runtime_go_ahead_doc[], mq_runtime_forget_ahead_doc[];
+/* Lets go of the tensors ahead, if they are that part's, which is loaded or was to be; after a failure they are
+ * forgotten. */
+void mq_runtime_end_ahead(RuntimeObject *runtime, int64_t layer, int64_t expert, int failed);
+void mq_runtime_drop_ahead(RuntimeObject *runtime);     /* whatever they are of */
+
+/* What a call that computes does meanwhile: ahead, a callable or None, is called once, which may begin something; then
+ * that goes on. NULL with an exception set if it is neither. */
+typedef struct mq_meanwhile {
+    RuntimeObject *runtime;
+    PyObject *ahead;            /* NULL: it was called */
+} mq_meanwhile;
+int mq_meanwhile_begin(mq_meanwhile *it, RunObject *run, PyObject *ahead);
+void mq_meanwhile_end(RunObject *run);
 
 #endif

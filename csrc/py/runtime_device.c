@@ -3,11 +3,12 @@
 #include "py/type_cuda.h"
 
 const char mq_runtime_use_device_doc[] =
-"use_device($self, library, index=0, memory=0, cublas=None)\n--\n\n"
+"use_device($self, library, index=0, memory=0, cublas=None, host_statistics=False)\n--\n\n"
 "Compute layers, logits and losses on a CUDA device from now on, by a CudaLibrary; None: on the CPU again.\n\n"
 "memory: bytes of the device that may be used, 0 = nine tenths of what is free. cublas: the path of cuBLASLt; None:\n"
-"as the loader finds it. Weights that are loaded are dropped. ValueError: the family needs what a device does not\n"
-"compute; MemoryError: not even workspace fits; RuntimeError: something else is missing.";
+"as the loader finds it. host_statistics: those other than maxima are made on the CPU, from copies of what passes, as\n"
+"where there is no room for them. Weights that are loaded are dropped. ValueError: the family needs what a device\n"
+"does not compute; MemoryError: not even workspace fits; RuntimeError: something else is missing.";
 
 static int drop_layers(RuntimeObject *self)
 {
@@ -22,6 +23,7 @@ static int drop_layers(RuntimeObject *self)
 
 void mq_runtime_leave_device(RuntimeObject *self)
 {
+    mq_runtime_drop_ahead(self);
     self->runtime.elsewhere = NULL;
     mq_device_free(self->device);
     self->device = NULL;
@@ -49,13 +51,13 @@ static int take_device(RuntimeObject *self, PyObject *library, const mq_device_o
 
 PyObject *mq_runtime_use_device(PyObject *object, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"library", "index", "memory", "cublas", NULL};
+    static char *names[] = {"library", "index", "memory", "cublas", "host_statistics", NULL};
     RuntimeObject *self = (RuntimeObject *)object;
     PyObject *library;
     Py_ssize_t memory = 0;
     mq_device_options options = {0};
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|inz:use_device", names, &library, &options.index, &memory,
-                                     &options.cublas))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|inzp:use_device", names, &library, &options.index, &memory,
+                                     &options.cublas, &options.host_statistics))
         return NULL;
     if (memory < 0 || options.index < 0) {
         PyErr_SetString(PyExc_ValueError, "use_device: index and memory must not be negative");
@@ -68,11 +70,30 @@ PyObject *mq_runtime_use_device(PyObject *object, PyObject *args, PyObject *kwar
     Py_RETURN_NONE;
 }
 
+/* {path: how many products of weights that stay codes took it}, of those that were taken. */
+static PyObject *products_of(const mq_device *device)
+{
+    PyObject *dict = PyDict_New();
+    const char *name;
+    for (int path = 0; dict != NULL && (name = mq_device_path_name(path)) != NULL; path++) {
+        const int64_t count = mq_device_products(device, path);
+        PyObject *number = count > 0 ? PyLong_FromLongLong(count) : NULL;
+        if (count > 0 && (number == NULL || PyDict_SetItemString(dict, name, number) < 0)) Py_CLEAR(dict);
+        Py_XDECREF(number);
+    }
+    return dict;
+}
+
 PyObject *mq_runtime_device(PyObject *object, void *unused)
 {
     const RuntimeObject *self = (RuntimeObject *)object;
     (void)unused;
     if (self->device == NULL) Py_RETURN_NONE;
-    return Py_BuildValue("{s:n,s:n}", "memory", (Py_ssize_t)mq_device_budget(self->device), "peak",
-                         (Py_ssize_t)mq_device_peak(self->device));
+    PyObject *products = products_of(self->device);
+    if (products == NULL) return NULL;
+    const int goes_back = self->runtime.elsewhere->goes_back(&self->runtime);
+    return Py_BuildValue("{s:n,s:n,s:n,s:O,s:N}", "memory", (Py_ssize_t)mq_device_budget(self->device), "peak",
+                         (Py_ssize_t)mq_device_peak(self->device), "copied",
+                         (Py_ssize_t)mq_device_copied(self->device), "backward", goes_back ? Py_True : Py_False,
+                         "products", products);
 }

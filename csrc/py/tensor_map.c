@@ -3,15 +3,18 @@
 #include "core/alloc.h"
 #include "py/parts.h"
 
+/* (parts, scheme, dtype, block_size), or (numbers, scheme, dtype, block_size, (amax, block_amax, second_divisor)). */
 static int view_stored(mq_state *state, PyObject *value, mq_stored_weight *stored, mq_named_tensor *entry,
                        PyObject **keep)
 {
-    PyObject *parts, *block_size;
+    PyObject *parts, *block_size, *scaling = NULL;
     const char *scheme, *dtype;
     *stored = (mq_stored_weight){.job.name = entry->name};
-    if (!PyArg_ParseTuple(value, "OssO", &parts, &scheme, &dtype, &block_size) ||
-        mq_parse_scheme(scheme, block_size, &stored->job) < 0 || mq_parse_float_dtype(dtype, &stored->dtype) < 0 ||
-        mq_view_parts(state, parts, stored, keep) < 0)
+    if (!PyArg_ParseTuple(value, "OssO|O!", &parts, &scheme, &dtype, &block_size, &PyTuple_Type, &scaling) ||
+        mq_parse_scheme(scheme, block_size, &stored->job) < 0 || mq_parse_float_dtype(dtype, &stored->dtype) < 0)
+        return -1;
+    if (scaling == NULL ? mq_view_parts(state, parts, stored, keep) < 0
+                        : mq_view_numbers(state, parts, scaling, stored, keep) < 0)
         return -1;
     entry->tensor = mq_tensor_make(NULL, stored->dtype, 2, stored->shape);
     entry->stored = stored;

@@ -19,8 +19,9 @@ const char mq_run_backward_doc[] =
 "backward($self, gradients=None)\n--\n\n"
 "A Backward, which takes the gradients of the losses back through the layers of this run: each batch's mean\n"
 "cross-entropy, added up over the batches. The run must be behind the last layer; if the model has experts, it has to\n"
-"start again afterwards.\n\n"
-"gradients: {name of a tensor of weights: float32 array of its shape}, which are added to. KeyError: no such tensor.";
+"start again afterwards. On a device if the run's runtime has one.\n\n"
+"gradients: {name of a tensor of weights: float32 array of its shape}, which are added to. KeyError: no such tensor.\n"
+"RuntimeError: the device does not compute the way back (Runtime.device['backward']).";
 
 static const mq_module *module_of_tensor(const mq_runtime *runtime, const char *name, int *bias)
 {
@@ -162,30 +163,39 @@ done:
 }
 
 PyDoc_STRVAR(layer_doc,
-"layer($self, layer, state, tensors, /)\n--\n\n"
+"layer($self, layer, state, tensors, ahead=None)\n--\n\n"
 "Back through one layer, from the last to the first. state: what Run.state() said before the layer; it is not\n"
 "copied, and must not change before the layer is done. tensors: those of Runtime.layer_tensors(layer); the layer\n"
 "stays loaded.\n\n"
 "Of a layer with experts this is the first step: it returns what Run.layer returns, and then `expert` is to be called\n"
-"for each that has tokens. Else it returns None.");
+"for each that has tokens. Else it returns None. ahead: as in Run.layer; the part that comes next is one before.");
 
-static PyObject *backward_layer(PyObject *self, PyObject *args)
+static PyObject *backward_layer(PyObject *self, PyObject *args, PyObject *kwargs)
 {
+    static char *names[] = {"layer", "state", "tensors", "ahead", NULL};
     BackwardObject *object = (BackwardObject *)self;
-    PyObject *state, *dict, *keep = NULL, *result = NULL;
+    PyObject *state, *dict, *ahead = Py_None, *keep = NULL, *result = NULL;
+    mq_meanwhile meanwhile;
     long long layer;
     mq_tensor_map map;
     mq_tensor view;
     mq_error err;
     int rc;
-    if (!PyArg_ParseTuple(args, "LOO:layer", &layer, &state, &dict) || mq_parse_run_layer(object->run, layer) < 0)
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "LOO|O:layer", names, &layer, &state, &dict, &ahead) ||
+        mq_parse_run_layer(object->run, layer) < 0)
         return NULL;
     if (mq_tensor_map_init(&map, mq_state_of_object(self), dict) < 0) return NULL;
     if (mq_view_hidden(object->run, state, "state", &view, &keep) < 0 || mq_run_enter(object->run, layer) < 0)
         goto done;
+    if (mq_meanwhile_begin(&meanwhile, object->run, ahead) < 0) {
+        mq_run_leave(object->run, layer);
+        goto done;
+    }
     Py_BEGIN_ALLOW_THREADS
     rc = mq_backward_layer(&object->back, layer, view.data, map.tensors, map.count, &err);
     Py_END_ALLOW_THREADS
+    mq_meanwhile_end(object->run);
+    mq_runtime_end_ahead(object->run->runtime, layer, -1, rc != MQ_OK);
     const int waits = object->back.input == view.data;
     result = rc != MQ_OK ? mq_raise(&err) : waits ? mq_expert_tokens(object->run) : Py_NewRef(Py_None);
     mq_run_leave(object->run, layer);
@@ -200,29 +210,36 @@ done:
 }
 
 PyDoc_STRVAR(expert_doc,
-"expert($self, layer, expert, tensors, /)\n--\n\n"
+"expert($self, layer, expert, tensors, ahead=None)\n--\n\n"
 "Back through one expert, after layer(layer, ...), which must still be loaded; experts in order, those without tokens\n"
-"may be left out. With the last that has tokens the layer is done. tensors: Runtime.expert_tensors(layer, expert).");
+"may be left out. With the last that has tokens the layer is done. tensors: Runtime.expert_tensors(layer, expert).\n"
+"ahead: as in layer.");
 
-static PyObject *backward_expert(PyObject *self, PyObject *args)
+static PyObject *backward_expert(PyObject *self, PyObject *args, PyObject *kwargs)
 {
+    static char *names[] = {"layer", "expert", "tensors", "ahead", NULL};
     BackwardObject *object = (BackwardObject *)self;
+    PyObject *dict, *ahead = Py_None;
+    mq_meanwhile meanwhile;
     long long layer, expert;
-    PyObject *dict;
     mq_tensor_map map;
     mq_error err;
     int rc = -1;
-    if (!PyArg_ParseTuple(args, "LLO:expert", &layer, &expert, &dict) || mq_parse_run_layer(object->run, layer) < 0 ||
-        mq_check_expert(object->run->runtime, layer, expert) < 0)
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "LLO|O:expert", names, &layer, &expert, &dict, &ahead) ||
+        mq_parse_run_layer(object->run, layer) < 0 || mq_check_expert(object->run->runtime, layer, expert) < 0)
         return NULL;
     if (mq_tensor_map_init(&map, mq_state_of_object(self), dict) < 0) return NULL;
     if (mq_run_enter(object->run, layer) < 0) goto done;
-    Py_BEGIN_ALLOW_THREADS
-    rc = mq_backward_expert(&object->back, layer, expert, map.tensors, map.count, &err);
-    Py_END_ALLOW_THREADS
+    if (mq_meanwhile_begin(&meanwhile, object->run, ahead) == 0) {
+        Py_BEGIN_ALLOW_THREADS
+        rc = mq_backward_expert(&object->back, layer, expert, map.tensors, map.count, &err);
+        Py_END_ALLOW_THREADS
+        mq_meanwhile_end(object->run);
+        if (rc != MQ_OK) mq_raise(&err);
+    }
     mq_run_leave(object->run, layer);
+    mq_runtime_end_ahead(object->run->runtime, layer, expert, rc != MQ_OK);
     if (object->back.input == NULL) Py_CLEAR(object->input);
-    if (rc != MQ_OK) mq_raise(&err);
 done:
     mq_tensor_map_free(&map);
     return rc == MQ_OK ? Py_NewRef(Py_None) : NULL;
@@ -288,8 +305,8 @@ static PyObject *backward_next_layer(PyObject *self, void *unused)
 
 static PyMethodDef methods[] = {
     {"head", (PyCFunction)(void (*)(void))backward_head, METH_VARARGS | METH_KEYWORDS, head_doc},
-    {"layer", backward_layer, METH_VARARGS, layer_doc},
-    {"expert", backward_expert, METH_VARARGS, expert_doc},
+    {"layer", (PyCFunction)(void (*)(void))backward_layer, METH_VARARGS | METH_KEYWORDS, layer_doc},
+    {"expert", (PyCFunction)(void (*)(void))backward_expert, METH_VARARGS | METH_KEYWORDS, expert_doc},
     {"embed", backward_embed, METH_NOARGS, embed_doc},
     {"gradient", backward_gradient, METH_O, gradient_doc},
     {NULL, NULL, 0, NULL},

@@ -16,6 +16,7 @@ typedef struct QuantizerObject {
     PyObject *num_bits, *axis, *block_sizes; /* as given */
     int amax_ndim;
     int64_t amax_shape[MQ_MAX_NDIM];
+    Py_buffer home;                          /* where a lent amax lies; home.obj NULL = nowhere else */
     int holders;                             /* uses that forbid replacing values; changed under the GIL */
     mq_device_quantizer device;     /* on a GPU, if it was ever used there: */
     PyObject *library;              /* by this CudaLibrary */
@@ -246,6 +247,12 @@ static int quantizer_clear(QuantizerObject *self)
     return 0;
 }
 
+/* Lets go of the memory that no amax lies in any more. */
+static void leave_home(QuantizerObject *self)
+{
+    if (self->home.obj != NULL && !self->core.lent) PyBuffer_Release(&self->home);
+}
+
 static void quantizer_dealloc(QuantizerObject *self)
 {
     PyTypeObject *type = Py_TYPE(self);
@@ -254,6 +261,7 @@ static void quantizer_dealloc(QuantizerObject *self)
     mq_device_quantizer_free(&self->device);
     Py_XDECREF(self->library);
     mq_quantizer_free(&self->core);
+    leave_home(self);
     type->tp_free(self);
     Py_DECREF(type);
 }
@@ -314,6 +322,7 @@ static int values_set(QuantizerObject *self, PyObject *value, const char *name, 
         mq_view_as(mq_state_of_object((PyObject *)self), value, name, MQ_F32, view, &keep) < 0)
         return -1;
     int rc = set(&self->core, view->data, view->data != NULL ? mq_tensor_count(view) : 0, &err);
+    leave_home(self);
     Py_XDECREF(keep);
     if (rc == MQ_OK) return 0;
     mq_raise(&err);
@@ -589,6 +598,40 @@ static PyObject *quantizer_call(QuantizerObject *self, PyObject *args, PyObject 
     return result;
 }
 
+static PyObject *lend(QuantizerObject *self, PyObject *memory)
+{
+    Py_buffer home;
+    mq_error err;
+    if (check_free(self, "lend") < 0) return NULL;
+    if (PyObject_GetBuffer(memory, &home, PyBUF_WRITABLE | PyBUF_C_CONTIGUOUS) < 0) return NULL;
+    const int64_t wanted = 2 * self->core.amax_count * (int64_t)sizeof(float);
+    int rc = -1;
+    if (home.len != wanted || (uintptr_t)home.buf % sizeof(float) != 0 || self->core.lent)
+        PyErr_Format(PyExc_ValueError, "lend: expected %lld aligned bytes, and an amax that is not lent yet, got %zd",
+                     (long long)wanted, home.len);
+    else if ((rc = mq_quantizer_lend(&self->core, home.buf, &err)) != MQ_OK) mq_raise(&err);
+    if (rc != MQ_OK) {
+        PyBuffer_Release(&home);
+        return NULL;
+    }
+    self->home = home;
+    Py_RETURN_NONE;
+}
+
+static PyObject *lent_get(QuantizerObject *self, void *unused)
+{
+    (void)unused;
+    return PyBool_FromLong(self->core.lent);
+}
+
+static PyMethodDef methods[] = {
+    {"lend", (PyCFunction)lend, METH_O,
+     "lend(memory)\n--\n\n"
+     "Move the amax of static blocks with scales in (4, 3), and as much again that is made of it, into a writable\n"
+     "buffer of 8 * amax.size bytes, held until another amax is set. ValueError: no such amax, or another size."},
+    {NULL, NULL, 0, NULL},
+};
+
 static PyGetSetDef getset[] = {
     {"amax", (getter)amax_get, (setter)amax_set, "float32 array or None: what calibration found.", NULL},
     {"global_amax", (getter)global_amax_get, (setter)global_amax_set,
@@ -600,6 +643,7 @@ static PyGetSetDef getset[] = {
      "float32 [columns] or None: subtracted before rounding and added after, in the input's dtype.", NULL},
     {"rotate", (getter)rotate_get, (setter)rotate_set,
      "0, or so many columns at a time are rotated by a normalised Hadamard matrix before anything is rounded.", NULL},
+    {"is_lent", (getter)lent_get, NULL, "Whether its amax lies in memory that was handed to lend().", NULL},
     {"enabled", (getter)enabled_get, (setter)enabled_set, "False: calls only copy (and apply pre_quant_scale).", NULL},
     {"num_bits", (getter)object_get, NULL, "Bits of an integer, or (exponent, mantissa) bits.",
      (void *)offsetof(QuantizerObject, num_bits)},
@@ -632,7 +676,8 @@ PyDoc_STRVAR(quantizer_doc,
 static PyType_Slot slots[] = {
     {Py_tp_doc, (void *)quantizer_doc}, {Py_tp_new, quantizer_new},       {Py_tp_dealloc, quantizer_dealloc},
     {Py_tp_traverse, quantizer_traverse}, {Py_tp_clear, quantizer_clear}, {Py_tp_repr, quantizer_repr},
-    {Py_tp_call, quantizer_call},       {Py_tp_getset, getset},           {0, NULL},
+    {Py_tp_call, quantizer_call},       {Py_tp_getset, getset},
+    {Py_tp_methods, methods},           {0, NULL},
 };
 
 static PyType_Spec spec = {

@@ -217,11 +217,13 @@ static PyObject *run_finish(PyObject *self, PyObject *dict)
 }
 
 PyDoc_STRVAR(layer_doc,
-"layer($self, layer)\n--\n\n"
+"layer($self, layer, ahead=None)\n--\n\n"
 "All batches through one layer, which must be loaded and the next in order.\n\n"
 "Of a layer with experts this is the first half: it returns int64 [experts, 2], how many tokens go to each expert,\n"
 "all of them and those that are no padding; then `expert` is to be called for each that has any. Else it returns\n"
 "None.\n\n"
+"ahead: on a device, called without arguments once that computes, to say by Runtime.begin_ahead what will be loaded\n"
+"next, which is then sent as far as there is time. On the CPU it is not called.\n\n"
 "Calibrators at its points collect once it is done. RuntimeError for a wrong order; after an error or Ctrl-C the\n"
 "hidden states are lost, and embed starts again.");
 
@@ -249,45 +251,62 @@ int mq_parse_run_layer(RunObject *self, long long layer)
     return -1;
 }
 
-static PyObject *run_layer(PyObject *self, PyObject *argument)
+static PyObject *run_layer(PyObject *self, PyObject *args, PyObject *kwargs)
 {
+    static char *names[] = {"layer", "ahead", NULL};
     RunObject *object = (RunObject *)self;
-    long long layer = PyLong_AsLongLong(argument);
+    PyObject *ahead = Py_None;
+    mq_meanwhile meanwhile;
+    long long layer;
     mq_error err;
     int rc;
-    if (mq_parse_run_layer(object, layer) < 0 || mq_run_enter(object, layer) < 0) return NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "L|O:layer", names, &layer, &ahead) ||
+        mq_parse_run_layer(object, layer) < 0 || mq_run_enter(object, layer) < 0)
+        return NULL;
+    if (mq_meanwhile_begin(&meanwhile, object, ahead) < 0) {
+        mq_run_leave(object, layer);
+        return NULL;
+    }
     Py_BEGIN_ALLOW_THREADS
     rc = mq_run_layer(&object->run, layer, &err);
     Py_END_ALLOW_THREADS
+    mq_meanwhile_end(object);
     PyObject *result = rc == MQ_OK ? mq_expert_tokens(object) : mq_raise(&err);
     mq_run_leave(object, layer);
     return result;
 }
 
 PyDoc_STRVAR(expert_doc,
-"expert($self, layer, expert, tensors, /)\n--\n\n"
+"expert($self, layer, expert, tensors, ahead=None)\n--\n\n"
 "The tokens of one expert, after layer(layer), which must still be loaded; experts in order, those without tokens\n"
 "may be left out. With the last that has tokens the layer is done. tensors: those of\n"
-"Runtime.expert_tensors(layer, expert), in memory only meanwhile. Errors as in `layer` and `Runtime.load_layer`.");
+"Runtime.expert_tensors(layer, expert), in memory only meanwhile. ahead: as in `layer`. Errors as in `layer` and\n"
+"`Runtime.load_layer`.");
 
-static PyObject *run_expert(PyObject *self, PyObject *args)
+static PyObject *run_expert(PyObject *self, PyObject *args, PyObject *kwargs)
 {
+    static char *names[] = {"layer", "expert", "tensors", "ahead", NULL};
     RunObject *object = (RunObject *)self;
-    long long layer, expert;
-    PyObject *dict;
+    PyObject *dict, *ahead = Py_None;
+    mq_meanwhile meanwhile;
     mq_tensor_map map;
+    long long layer, expert;
     mq_error err;
     int rc = -1;
-    if (!PyArg_ParseTuple(args, "LLO:expert", &layer, &expert, &dict) || mq_parse_run_layer(object, layer) < 0 ||
-        mq_check_expert(object->runtime, layer, expert) < 0)
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "LLO|O:expert", names, &layer, &expert, &dict, &ahead) ||
+        mq_parse_run_layer(object, layer) < 0 || mq_check_expert(object->runtime, layer, expert) < 0)
         return NULL;
     if (mq_tensor_map_init(&map, mq_state_of_object(self), dict) < 0) return NULL;
     if (mq_run_enter(object, layer) < 0) goto done;
-    Py_BEGIN_ALLOW_THREADS
-    rc = mq_run_expert(&object->run, layer, expert, map.tensors, map.count, &err);
-    Py_END_ALLOW_THREADS
+    if (mq_meanwhile_begin(&meanwhile, object, ahead) == 0) {
+        Py_BEGIN_ALLOW_THREADS
+        rc = mq_run_expert(&object->run, layer, expert, map.tensors, map.count, &err);
+        Py_END_ALLOW_THREADS
+        mq_meanwhile_end(object);
+        if (rc != MQ_OK) mq_raise(&err);
+    }
     mq_run_leave(object, layer);
-    if (rc != MQ_OK) mq_raise(&err);
+    mq_runtime_end_ahead(object->runtime, layer, expert, rc != MQ_OK);
 done:
     mq_tensor_map_free(&map);
     return rc == MQ_OK ? Py_NewRef(Py_None) : NULL;
@@ -524,8 +543,8 @@ static PyObject *run_next_layer(PyObject *self, void *unused)
 
 static PyMethodDef methods[] = {
     {"embed", run_embed, METH_O, embed_doc},
-    {"layer", run_layer, METH_O, layer_doc},
-    {"expert", run_expert, METH_VARARGS, expert_doc},
+    {"layer", (PyCFunction)(void (*)(void))run_layer, METH_VARARGS | METH_KEYWORDS, layer_doc},
+    {"expert", (PyCFunction)(void (*)(void))run_expert, METH_VARARGS | METH_KEYWORDS, expert_doc},
     {"finish", run_finish, METH_O, finish_doc},
     {"hidden", run_hidden, METH_O, hidden_doc},
     {"state", (PyCFunction)(void (*)(void))run_state, METH_VARARGS | METH_KEYWORDS, state_doc},

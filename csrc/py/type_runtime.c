@@ -244,6 +244,7 @@ static PyObject *runtime_load_layer(PyObject *self, PyObject *args)
     rc = mq_runtime_load_layer(runtime_of(self), layer, map.tensors, map.count, &err);
     Py_END_ALLOW_THREADS
     mq_leave(busy);
+    mq_runtime_end_ahead((RuntimeObject *)self, layer, -1, rc != MQ_OK);
     result = rc == MQ_OK ? Py_NewRef(Py_None) : mq_raise(&err);
 done:
     mq_tensor_map_free(&map);
@@ -505,6 +506,9 @@ static PyMethodDef methods[] = {
     {"embed_tensors", runtime_embed_tensors, METH_NOARGS, embed_tensors_doc},
     {"head_tensors", runtime_head_tensors, METH_NOARGS, head_tensors_doc},
     {"load_layer", runtime_load_layer, METH_VARARGS, load_layer_doc},
+    {"begin_ahead", mq_runtime_begin_ahead_method, METH_VARARGS, mq_runtime_begin_ahead_doc},
+    {"go_ahead", mq_runtime_go_ahead_method, METH_NOARGS, mq_runtime_go_ahead_doc},
+    {"forget_ahead", mq_runtime_forget_ahead_method, METH_NOARGS, mq_runtime_forget_ahead_doc},
     {"load_low_rank", runtime_load_low_rank, METH_VARARGS, load_low_rank_doc},
     {"drop_layer", runtime_drop_layer, METH_O, drop_layer_doc},
     {"set_quantizer", runtime_set_quantizer, METH_VARARGS, set_quantizer_doc},
@@ -570,7 +574,10 @@ static PyGetSetDef properties[] = {
     {"compute", runtime_compute, NULL, "'bfloat16' or 'float32'.", NULL},
     {"layers", runtime_layers, NULL, "Number of decoder layers.", NULL},
     {"config", runtime_config, NULL, "The numbers in use, defaults filled in.", NULL},
-    {"device", mq_runtime_device, NULL, "None, or {'memory', 'peak'} of the device that computes layers, in bytes.",
+    {"device", mq_runtime_device, NULL,
+     "None, or what is known of the device that computes layers: 'memory' and 'peak', bytes that may be used and that "
+     "were; 'copied', how many tensors came to the CPU for statistics, for want of room; 'backward', whether gradients "
+     "go back there; 'products', how many with weights that stay codes took which path (docs/cuda.md).",
      NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };

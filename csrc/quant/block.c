@@ -333,6 +333,41 @@ int mq_block_dequantize(const mq_block_job *given, const mq_parts *parts, mq_ten
     return run_rows(&job, given, err);
 }
 
+int64_t mq_block_unit(mq_scheme scheme)
+{
+    const mq_scheme_row *row = mq_scheme_get(scheme);
+    return MQ_MAX((int64_t)row->block_rows, row->packing == MQ_PACK_ROW_PAIRS ? (int64_t)2 : (int64_t)1);
+}
+
+/* data, so many elements of the tensor's further on. */
+static void *moved(const mq_tensor *tensor, int64_t elements)
+{
+    return tensor->data == NULL ? NULL : (char *)tensor->data + elements * (int64_t)mq_dtype_size(tensor->dtype);
+}
+
+mq_stored_weight mq_stored_rows(const mq_stored_weight *weight, int64_t first, int64_t rows)
+{
+    const mq_block_job *job = &weight->job;
+    const mq_grid grid = grid_of(job, weight->shape[0], weight->shape[1]);
+    const int64_t block = first / grid.block_rows * grid.cols;
+    const int64_t blocks = MQ_CEIL_DIV(rows, grid.block_rows) * grid.cols;
+    const int64_t pairs = mq_scheme_get(job->scheme)->packing == MQ_PACK_ROW_PAIRS ? 2 : 1;
+    mq_stored_weight part = *weight;
+    mq_error err;
+    part.shape[0] = rows;
+    mq_block_shapes(job, rows, weight->shape[1], &part.parts, &err);     /* a part of what fits fits */
+    part.parts.weight.data = moved(&weight->parts.weight, first / pairs * weight->parts.weight.shape[1]);
+    part.parts.scale.data = moved(&weight->parts.scale, block);
+    part.parts.scale_2.data = weight->parts.scale_2.data;
+    part.numbers.data = moved(&weight->numbers, weight->numbers.data != NULL ? first * weight->numbers.stride[0] : 0);
+    part.numbers.shape[0] = weight->numbers.data != NULL ? rows : 0;
+    if (job->amax_count > 1) part.job.amax = job->amax + block;
+    if (job->amax_count > 1) part.job.amax_count = blocks;
+    if (job->block_amax != NULL) part.job.block_amax = job->block_amax + block;
+    if (job->block_amax != NULL) part.job.block_amax_count = blocks;
+    return part;
+}
+
 mq_coded_matrix mq_stored_codes(const mq_stored_weight *weight)
 {
     const mq_grid grid = grid_of(&weight->job, weight->shape[0], weight->shape[1]);

@@ -39,13 +39,20 @@ int mq_block_quantize(const mq_block_job *job, const mq_tensor *weight, mq_parts
  * dtype. */
 int mq_block_dequantize(const mq_block_job *job, const mq_parts *parts, mq_tensor *out, mq_error *err);
 
-/* A weight [O, I] by its parts, and the dtype that its numbers are rounded to (MQ_F32, MQ_BF16 or MQ_F16). */
+/* A weight [O, I] by its parts, and the dtype that its numbers are rounded to (MQ_F32, MQ_BF16 or MQ_F16); or by the
+ * numbers that job is to make the parts of, as they are where products are computed. */
 typedef struct mq_stored_weight {
     mq_block_job job;
-    mq_parts parts;
+    mq_parts parts;         /* without data where they are yet to be made of: */
+    mq_tensor numbers;      /* float32 or of dtype, any strides; without data where there are parts */
     mq_dtype dtype;
     int64_t shape[2];
 } mq_stored_weight;
+
+/* Rows first to first + rows of it: where they begin and end, whole blocks and pairs do (mq_block_unit), or it does. */
+mq_stored_weight mq_stored_rows(const mq_stored_weight *weight, int64_t first, int64_t rows);
+/* Rows that share a scale, or bytes. */
+int64_t mq_block_unit(mq_scheme scheme);
 
 /* The same as an operand of products that stays codes (mq_gemm_can_code says whether it may). */
 mq_coded_matrix mq_stored_codes(const mq_stored_weight *weight);

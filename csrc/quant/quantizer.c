@@ -9,24 +9,41 @@ void mq_quantizer_init(mq_quantizer *quantizer, const mq_quant_spec *spec)
     *quantizer = (mq_quantizer){.spec = *spec};
 }
 
+static void drop_ranges(mq_quantizer *quantizer)
+{
+    if (!quantizer->lent) {
+        mq_free(quantizer->amax);
+        mq_free(quantizer->block_amax);
+    }
+    quantizer->amax = quantizer->block_amax = NULL;
+    quantizer->lent = 0;
+}
+
 void mq_quantizer_free(mq_quantizer *quantizer)
 {
-    mq_free(quantizer->amax);
-    mq_free(quantizer->block_amax);
+    drop_ranges(quantizer);
     mq_free(quantizer->pre_scale);
     mq_free(quantizer->bias);
-    quantizer->amax = quantizer->block_amax = quantizer->pre_scale = quantizer->bias = NULL;
+    quantizer->pre_scale = quantizer->bias = NULL;
     quantizer->amax_count = quantizer->pre_count = quantizer->bias_count = 0;
+}
+
+/* A copy of values, which may be NULL. */
+static int copy_values(float **copy, const float *from, int64_t count, mq_error *err)
+{
+    *copy = NULL;
+    if (from == NULL) return MQ_OK;
+    *copy = mq_alloc_array((size_t)count, sizeof(float));
+    if (*copy == NULL) return mq_fail_memory(err, "a quantizer's values", (size_t)count * sizeof(float));
+    memcpy(*copy, from, (size_t)count * sizeof(float));
+    return MQ_OK;
 }
 
 static int replace_values(float **values, int64_t *held, const float *from, int64_t count, mq_error *err)
 {
-    float *copy = NULL;
-    if (from != NULL) {
-        copy = mq_alloc_array((size_t)count, sizeof(float));
-        if (copy == NULL) return mq_fail_memory(err, "a quantizer's values", (size_t)count * sizeof(float));
-        memcpy(copy, from, (size_t)count * sizeof(float));
-    }
+    float *copy;
+    int rc = copy_values(&copy, from, count, err);
+    if (rc != MQ_OK) return rc;
     mq_free(*values);
     *values = copy;
     *held = from != NULL ? count : 0;
@@ -71,8 +88,39 @@ int mq_quantizer_set_amax(mq_quantizer *quantizer, const float *values, int64_t 
     for (int64_t i = 0; values != NULL && i < count; i++)
         if (!is_amax(values[i]))
             return mq_fail(err, MQ_ERR_VALUE, "amax: expected finite numbers >= 0, got %g", (double)values[i]);
-    int rc = replace_values(&quantizer->amax, &quantizer->amax_count, values, count, err);
-    return rc == MQ_OK ? make_block_amax(quantizer, err) : rc;
+    float *copy;
+    int rc = copy_values(&copy, values, count, err);
+    if (rc != MQ_OK) return rc;
+    drop_ranges(quantizer);
+    quantizer->amax = copy;
+    quantizer->amax_count = values != NULL ? count : 0;
+    return make_block_amax(quantizer, err);
+}
+
+int mq_quantizer_lend(mq_quantizer *quantizer, float *memory, mq_error *err)
+{
+    if (quantizer->amax == NULL || quantizer->block_amax == NULL)
+        return mq_fail(err, MQ_ERR_VALUE, "lend: only the amax of static blocks with scales in (4, 3) lies elsewhere");
+    const size_t count = (size_t)quantizer->amax_count;
+    memcpy(memory, quantizer->amax, count * sizeof *memory);
+    memcpy(memory + count, quantizer->block_amax, count * sizeof *memory);
+    drop_ranges(quantizer);
+    quantizer->amax = memory;
+    quantizer->block_amax = memory + count;
+    quantizer->lent = 1;
+    return MQ_OK;
+}
+
+/* Its own copy of an amax that is lent. */
+static int take_back(mq_quantizer *quantizer, mq_error *err)
+{
+    float *copy;
+    if (!quantizer->lent) return MQ_OK;
+    const int rc = copy_values(&copy, quantizer->amax, quantizer->amax_count, err);
+    if (rc != MQ_OK) return rc;
+    drop_ranges(quantizer);
+    quantizer->amax = copy;
+    return MQ_OK;
 }
 
 int mq_quantizer_set_global_amax(mq_quantizer *quantizer, float value, mq_error *err)
@@ -81,6 +129,8 @@ int mq_quantizer_set_global_amax(mq_quantizer *quantizer, float value, mq_error 
         return mq_fail(err, MQ_ERR_VALUE, "global_amax: only static blocks with scales in (4, 3) have one");
     if (!is_amax(value))
         return mq_fail(err, MQ_ERR_VALUE, "global_amax: expected a finite number >= 0, got %g", (double)value);
+    const int rc = take_back(quantizer, err);
+    if (rc != MQ_OK) return rc;
     quantizer->global_amax = value;
     return make_block_amax(quantizer, err);
 }

@@ -31,6 +31,7 @@ typedef struct mq_quantizer {
     float global_amax;        /* of the tensor, beside the amax of its blocks: static two-level scales only; 0 = the
                                * largest of those */
     float *block_amax;        /* owned; [amax_count] as the kernels take it, made of amax and global_amax; or NULL */
+    int lent;                 /* amax and block_amax are not owned: they lie where mq_quantizer_lend put them */
     float *pre_scale;         /* owned; [pre_count] multiplies the columns first; NULL if there is none */
     int64_t pre_count;
     int64_t rotate;           /* then every so many columns are rotated by a Hadamard matrix; 0 = not */
@@ -46,6 +47,9 @@ void mq_quantizer_free(mq_quantizer *quantizer);
 int mq_quantizer_set_amax(mq_quantizer *quantizer, const float *values, int64_t count, mq_error *err);
 /* MQ_ERR_VALUE unless the spec has static blocks with a second level. */
 int mq_quantizer_set_global_amax(mq_quantizer *quantizer, float value, mq_error *err);
+/* Moves the amax of static blocks with a second level, and what is made of it, to memory [2 * amax_count] of the
+ * caller's, who keeps it until another amax is set. MQ_ERR_VALUE if there is no such amax. */
+int mq_quantizer_lend(mq_quantizer *quantizer, float *memory, mq_error *err);
 int mq_quantizer_set_pre_scale(mq_quantizer *quantizer, const float *values, int64_t count, mq_error *err);
 int mq_quantizer_set_bias(mq_quantizer *quantizer, const float *values, int64_t count, mq_error *err);
 /* A power of two up to 1024, or 0 for none. */

@@ -124,8 +124,9 @@ static PyObject *backward_op(PyObject *module, PyObject *args)
 
 PyDoc_STRVAR(attention_backward_doc,
 "attention_backward(operands, scale, window=0)\n--\n\n"
-"Causal attention and its gradients. operands: d_q, d_k, d_v, d_out, q, k, v, out and optionally a mask (uint8);\n"
-"[tokens, heads, size] each, the first three and out are written.");
+"Causal attention and its gradients. operands: d_q, d_k, d_v, d_out, q, k, v, out and optionally a mask (uint8) and\n"
+"behind it sinks and d_sinks [heads]; [tokens, heads, size] each, the first three and out are written, d_sinks is\n"
+"added to.");
 
 static PyObject *attention_backward(PyObject *module, PyObject *args)
 {
@@ -141,10 +142,11 @@ static PyObject *attention_backward(PyObject *module, PyObject *args)
         .value_dim = v->shape[2], .q = q->data, .k = k->data, .v = v->data, .dtype = q->dtype,
         .ldq = q->shape[1] * q->shape[2], .ldk = k->shape[1] * k->shape[2], .ldv = v->shape[1] * v->shape[2],
         .out = view[7].data, .ldo = q->shape[1] * v->shape[2], .scale = (float)scale, .window = window,
-        .key_mask = set.count > 8 ? view[8].data : NULL,
+        .key_mask = set.count > 8 ? view[8].data : NULL, .sinks = set.count > 10 ? view[9].data : NULL,
     };
     const mq_attention_gradient gradient = {.d_out = view[3].data, .d_q = view[0].data, .d_k = view[1].data,
-                                            .d_v = view[2].data};
+                                            .d_v = view[2].data,
+                                            .d_sinks = set.count > 10 ? view[10].data : NULL};
     void *scratch = mq_alloc(MQ_MAX(mq_attention_scratch(&call), mq_attention_backward_scratch(&call)));
     call.maxima = mq_alloc_array((size_t)(call.heads * call.T), 2 * sizeof(float));
     if (scratch == NULL || call.maxima == NULL) {

@@ -6,7 +6,7 @@
 
 #include "model/ops.h"
 
-enum { MQ_MOST_OPERANDS = 9 };
+enum { MQ_MOST_OPERANDS = 11 };
 
 typedef struct mq_operands {
     mq_tensor view[MQ_MOST_OPERANDS];

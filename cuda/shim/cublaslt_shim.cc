@@ -37,6 +37,7 @@ static cublasStatus_t enter(const char *call)
 {
     auto &row = said[index_of(call)];
     row.calls++;
+    if (mq_shim_fails()) return CUBLAS_STATUS_ALLOC_FAILED;
     return row.fail_after > 0 && --row.fail_after == 0 ? row.fail_with : (int)CUBLAS_STATUS_SUCCESS;
 }
 

@@ -31,7 +31,8 @@ struct alignas(16) uint4 {
 enum cudaError_t {
     cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2, cudaErrorInvalidConfiguration = 9,
     cudaErrorInsufficientDriver = 35, cudaErrorNoDevice = 100, cudaErrorInvalidDevice = 101,
-    cudaErrorLaunchFailure = 719
+    cudaErrorNotReady = 600, cudaErrorHostMemoryAlreadyRegistered = 712, cudaErrorHostMemoryNotRegistered = 713,
+    cudaErrorLaunchFailure = 719, cudaErrorUnknown = 999
 };
 const char *cudaGetErrorName(cudaError_t error);
 const char *cudaGetErrorString(cudaError_t error);
@@ -71,6 +72,7 @@ template <typename Args>
 cudaError_t mq_shim_launch_on(cudaStream_t stream, void (*kernel)(Args), dim3 grid, dim3 block, const Args &args)
 {
     if (!mq_shim_is_valid(grid, block)) return cudaErrorInvalidConfiguration;
+    if (mq_shim_fails()) return cudaErrorUnknown;
     return mq_shim_do(stream, [=]() { return mq_shim_launch(kernel, grid, block, args); });
 }
 
@@ -127,8 +129,18 @@ extern "C" {
 /* 0: thread 0 first, 1: the last first, 2: any order, from seed, anew at every barrier. Blocks come in that order
  * too. */
 void mq_shim_set_order(int order, uint64_t seed);
-/* The n-th launch from now (1 = the next) fails with that error instead of running; 0 = none does. */
+/* The n-th launch from now (1 = the next) fails with that error instead of running; 0 = none does. With late streams
+ * that is an error which comes when somebody waits. */
 void mq_shim_fail_launch(int n, int error);
+/* The n-th call from now that may fail (memory, streams, events, copies, launches, cuBLASLt's) does, and with
+ * persistent each one behind it; 0 = none does. Returns how many there were since the last call that had n > 0. */
+uint64_t mq_shim_fail_at(uint64_t n, int persistent);
+/* Pieces of device and pinned memory, streams and events that are there. */
+size_t mq_shim_live(void);
+/* on: notes from now on, in the order of asking, what is asked of which stream, a line "what number nbytes" each, what
+ * being stream (a new one), work, send, fetch, after (an event), wait (the host, for all) or event (the host, for an
+ * event). Returns what was noted, which stays there until notes are begun anew. */
+const char *mq_shim_trace(int on);
 /* Device memory. Only kernels may touch it: it is opened when one starts and closed when it ends, and the page behind
  * it is never open. (Under the address sanitizer it is ordinary memory, whose ends are watched to the byte.) */
 void *mq_shim_alloc(size_t nbytes);

@@ -5,6 +5,7 @@
 #include <map>
 #include <mutex>
 #include <set>
+#include <string>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -16,6 +17,7 @@ struct mq_shim_stream {
     std::deque<std::function<cudaError_t()>> queue;
     size_t done;
     cudaError_t error;
+    int number;                 /* in the order in which they were made */
 };
 
 /* Behind the first `place` pieces of work of a stream. */
@@ -27,8 +29,10 @@ struct mq_shim_event {
 static std::recursive_mutex lock;
 static std::map<char *, size_t> sizes, pinned;      /* of what cudaMalloc and cudaMallocHost gave */
 static std::set<mq_shim_stream *> streams;
-static size_t used;
+static size_t used, events;
 static bool running;                                /* run_some */
+static bool tracing;
+static std::string traced;
 
 static bool lies_in(const std::map<char *, size_t> &arrays, const void *memory)
 {
@@ -37,6 +41,39 @@ static bool lies_in(const std::map<char *, size_t> &arrays, const void *memory)
     --after;
     return (const char *)memory < after->first + after->second;
 }
+
+/* ---- faults ---- */
+
+static struct {
+    uint64_t calls, at;     /* since mq_shim_fail_at, and the one that fails; 0 = none */
+    bool persistent;
+} faults;
+
+bool mq_shim_fails()
+{
+    const std::lock_guard<std::recursive_mutex> held(lock);
+    faults.calls++;
+    return faults.at != 0 && (faults.persistent ? faults.calls >= faults.at : faults.calls == faults.at);
+}
+
+uint64_t mq_shim_fail_at(uint64_t n, int persistent)
+{
+    const std::lock_guard<std::recursive_mutex> held(lock);
+    const uint64_t seen = faults.calls;
+    faults.at = n;
+    faults.persistent = persistent != 0;
+    if (n > 0) faults.calls = 0;
+    return seen;
+}
+
+size_t mq_shim_live(void)
+{
+    const std::lock_guard<std::recursive_mutex> held(lock);
+    return sizes.size() + pinned.size() + streams.size() + events;
+}
+
+#define MQ_MAY_FAIL(error) \
+    if (mq_shim_fails()) return error
 
 /* ---- streams ---- */
 
@@ -55,6 +92,22 @@ static bool is_random()
 static bool is_ours(cudaStream_t stream)
 {
     return streams.count(stream) != 0;
+}
+
+/* What was asked for, in the order of asking: a line for each. */
+static void note(const char *what, mq_shim_stream *stream, size_t nbytes = 0)
+{
+    if (!tracing) return;
+    traced += what + std::string(" ") + std::to_string(is_ours(stream) ? stream->number : -1) + " " +
+              std::to_string(nbytes) + "\n";
+}
+
+const char *mq_shim_trace(int on)
+{
+    const std::lock_guard<std::recursive_mutex> held(lock);
+    tracing = on != 0;
+    if (tracing) traced.clear();
+    return traced.c_str();
 }
 
 static void run_until(mq_shim_stream *stream, size_t place)
@@ -94,9 +147,8 @@ cudaError_t mq_shim_drain(cudaStream_t stream)
     return cudaSuccess;
 }
 
-cudaError_t mq_shim_do(cudaStream_t stream, const std::function<cudaError_t()> &work)
+static cudaError_t ask(cudaStream_t stream, const std::function<cudaError_t()> &work)
 {
-    const std::lock_guard<std::recursive_mutex> held(lock);
     if (is_ours(stream) && is_late()) {
         stream->queue.push_back(work);
         if (is_random()) run_some();
@@ -104,6 +156,13 @@ cudaError_t mq_shim_do(cudaStream_t stream, const std::function<cudaError_t()> &
     }
     mq_shim_drain(stream);
     return work();
+}
+
+cudaError_t mq_shim_do(cudaStream_t stream, const std::function<cudaError_t()> &work)
+{
+    const std::lock_guard<std::recursive_mutex> held(lock);
+    note("work", stream);
+    return ask(stream, work);
 }
 
 /* ---- devices and their memory ---- */
@@ -139,7 +198,9 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp *out, int device)
 {
     memset(out, 0, sizeof *out);
     snprintf(out->name, sizeof out->name, "emulated device %d", device);
-    out->major = 8;
+    const int capability = (int)number("MODELQ_SHIM_CAPABILITY", 80);
+    out->major = capability / 10;
+    out->minor = capability % 10;
     out->multiProcessorCount = 1;
     return cudaSuccess;
 }
@@ -148,12 +209,14 @@ static thread_local int current_device;
 
 cudaError_t cudaGetDevice(int *device)
 {
+    MQ_MAY_FAIL(cudaErrorUnknown);
     *device = current_device;
     return cudaSuccess;
 }
 
 cudaError_t cudaSetDevice(int device)
 {
+    MQ_MAY_FAIL(cudaErrorUnknown);
     int count;
     const cudaError_t status = cudaGetDeviceCount(&count);
     if (status != cudaSuccess) return status;
@@ -164,6 +227,7 @@ cudaError_t cudaSetDevice(int device)
 
 cudaError_t cudaMemGetInfo(size_t *free_nbytes, size_t *total)
 {
+    MQ_MAY_FAIL(cudaErrorUnknown);
     const std::lock_guard<std::recursive_mutex> held(lock);
     *total = number("MODELQ_SHIM_MEMORY", (size_t)1 << 34);
     *free_nbytes = *total > used ? *total - used : 0;
@@ -172,6 +236,7 @@ cudaError_t cudaMemGetInfo(size_t *free_nbytes, size_t *total)
 
 cudaError_t cudaMalloc(void **out, size_t nbytes)
 {
+    MQ_MAY_FAIL(cudaErrorMemoryAllocation);
     const std::lock_guard<std::recursive_mutex> held(lock);
     if (used + nbytes > number("MODELQ_SHIM_MEMORY", (size_t)1 << 34)) return cudaErrorMemoryAllocation;
     *out = mq_shim_alloc(nbytes);
@@ -195,6 +260,7 @@ cudaError_t cudaFree(void *memory)
 
 cudaError_t cudaMallocHost(void **out, size_t nbytes)
 {
+    MQ_MAY_FAIL(cudaErrorMemoryAllocation);
     const std::lock_guard<std::recursive_mutex> held(lock);
     *out = malloc(nbytes);
     if (*out == NULL) return cudaErrorMemoryAllocation;
@@ -211,11 +277,34 @@ cudaError_t cudaFreeHost(void *memory)
     return cudaSuccess;
 }
 
+/* What is pinned already may not be pinned again, page by page (CUDA Driver API, cuMemHostRegister). */
+cudaError_t cudaHostRegister(void *memory, size_t nbytes, unsigned)
+{
+    MQ_MAY_FAIL(cudaErrorMemoryAllocation);
+    const std::lock_guard<std::recursive_mutex> held(lock);
+    if (memory == NULL || nbytes == 0) return cudaErrorInvalidValue;
+    if (number("MODELQ_SHIM_PINNED", SIZE_MAX) < nbytes) return cudaErrorMemoryAllocation;
+    for (const auto &[begin, size] : pinned)
+        if (begin < (char *)memory + nbytes && (char *)memory < begin + size)
+            return cudaErrorHostMemoryAlreadyRegistered;
+    pinned[(char *)memory] = nbytes;
+    return cudaSuccess;
+}
+
+cudaError_t cudaHostUnregister(void *memory)
+{
+    const std::lock_guard<std::recursive_mutex> held(lock);
+    drain_all();
+    return pinned.erase((char *)memory) == 1 ? cudaSuccess : cudaErrorHostMemoryNotRegistered;
+}
+
 /* Memory of the host that is not pinned is read before the call returns, and written before it returns (CUDA Runtime
  * API, "API synchronization behavior"). */
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t nbytes, cudaMemcpyKind, cudaStream_t stream)
 {
+    MQ_MAY_FAIL(cudaErrorUnknown);
     const std::lock_guard<std::recursive_mutex> held(lock);
+    note(lies_in(sizes, to) ? "send" : "fetch", stream, nbytes);
     const auto copy = [=]() {
         mq_shim_copy(to, from, nbytes);
         return cudaSuccess;
@@ -224,9 +313,9 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t nbytes, cudaMemcp
         mq_shim_drain(stream);
         return copy();
     }
-    if (lies_in(sizes, from) || lies_in(pinned, from) || !is_late()) return mq_shim_do(stream, copy);
+    if (lies_in(sizes, from) || lies_in(pinned, from) || !is_late()) return ask(stream, copy);
     const std::vector<char> held_back((const char *)from, (const char *)from + nbytes);
-    return mq_shim_do(stream, [=]() {
+    return ask(stream, [=]() {
         mq_shim_copy(to, held_back.data(), nbytes);
         return cudaSuccess;
     });
@@ -234,6 +323,7 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t nbytes, cudaMemcp
 
 cudaError_t cudaMemsetAsync(void *memory, int byte, size_t nbytes, cudaStream_t stream)
 {
+    MQ_MAY_FAIL(cudaErrorUnknown);
     return mq_shim_do(stream, [=]() {
         const std::vector<char> filled(nbytes, (char)byte);
         mq_shim_copy(memory, filled.data(), nbytes);
@@ -245,9 +335,12 @@ cudaError_t cudaMemsetAsync(void *memory, int byte, size_t nbytes, cudaStream_t 
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t *out, unsigned)
 {
+    MQ_MAY_FAIL(cudaErrorUnknown);
     const std::lock_guard<std::recursive_mutex> held(lock);
-    *out = new mq_shim_stream{{}, 0, cudaSuccess};
+    static int made;
+    *out = new mq_shim_stream{{}, 0, cudaSuccess, made++};
     streams.insert(*out);
+    note("stream", *out);
     return cudaSuccess;
 }
 
@@ -262,7 +355,9 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream)
 
 cudaError_t cudaStreamSynchronize(cudaStream_t stream)
 {
+    MQ_MAY_FAIL(cudaErrorUnknown);
     const std::lock_guard<std::recursive_mutex> held(lock);
+    note("wait", stream);
     mq_shim_drain(stream);
     if (!is_ours(stream)) return cudaSuccess;
     const cudaError_t error = stream->error;
@@ -272,25 +367,42 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream)
 
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *out, unsigned)
 {
+    MQ_MAY_FAIL(cudaErrorUnknown);
+    const std::lock_guard<std::recursive_mutex> held(lock);
     *out = new mq_shim_event{NULL, 0};
+    events++;
     return cudaSuccess;
 }
 
 cudaError_t cudaEventDestroy(cudaEvent_t event)
 {
+    const std::lock_guard<std::recursive_mutex> held(lock);
     delete event;
+    events--;
     return cudaSuccess;
 }
 
 cudaError_t cudaEventSynchronize(cudaEvent_t event)
 {
+    MQ_MAY_FAIL(cudaErrorUnknown);
     const std::lock_guard<std::recursive_mutex> held(lock);
+    note("event", event->stream);
     if (is_ours(event->stream)) run_until(event->stream, event->place);
     return cudaSuccess;
 }
 
+cudaError_t cudaEventQuery(cudaEvent_t event)
+{
+    MQ_MAY_FAIL(cudaErrorUnknown);
+    const std::lock_guard<std::recursive_mutex> held(lock);
+    if (!is_ours(event->stream)) return cudaSuccess;
+    if (is_late() && is_random()) run_some();
+    return event->stream->done >= event->place ? cudaSuccess : cudaErrorNotReady;
+}
+
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream)
 {
+    MQ_MAY_FAIL(cudaErrorUnknown);
     const std::lock_guard<std::recursive_mutex> held(lock);
     *event = {is_ours(stream) ? stream : NULL, is_ours(stream) ? stream->done + stream->queue.size() : 0};
     return cudaSuccess;
@@ -298,9 +410,11 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream)
 
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned)
 {
+    MQ_MAY_FAIL(cudaErrorUnknown);
     const std::lock_guard<std::recursive_mutex> held(lock);
     const mq_shim_event now = *event;
-    return mq_shim_do(stream, [=]() {
+    note("after", stream);
+    return ask(stream, [=]() {
         if (is_ours(now.stream)) run_until(now.stream, now.place);
         return cudaSuccess;
     });

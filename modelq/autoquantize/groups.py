@@ -16,7 +16,7 @@ from modelq.rules import Slot
 
 # The first that fits says the group: what it captures first, and a word where one parent has two.
 _GROUPS = [(re.compile(pattern), more) for pattern, more in (
-    (r"^(.*?)\.(q_proj|k_proj|v_proj)$", ""),
+    (r"^(.*?)\.(q_proj|k_proj|v_proj|q_a_proj|kv_a_proj_with_mqa)$", ""),
     (r"^(.*?\.mlp\.experts)\.\d+\.(gate_proj|up_proj|down_proj)$", ""),
     (r"^(.*?\.mixer\.experts)\.\d+\.(up_proj|down_proj)$", ""),
     (r"^(.*?\.mlp\.experts\.local_experts)\.\d+\.(linear_fc1|linear_fc2)$", ""),

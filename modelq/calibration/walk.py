@@ -163,7 +163,8 @@ class Walk:
         watch = _Watch(self.model, slots, method, self.method.histogram)
         with watch.attached():
             if layer < self.model.num_layers:
-                tokens = streaming.run_layer(self.model, self.run, layer, watch if method is not None else None)
+                tokens = streaming.run_layer(self.model, self.run, layer, watch if method is not None else None,
+                                             layer + 1 if layer < min(self.last, self.model.num_layers - 1) else None)
                 if method is not None:
                     _note_tokens(self.model, layer, tokens)
             else:
@@ -183,6 +184,7 @@ class Walk:
     def weights_only(self, names: Sequence[str], part: Part) -> None:
         self.method.enter(part)
         self.method.search(part, {})
+        _park(self.model, part)
         self.model.checkpoint.release(names)
 
 
@@ -218,12 +220,18 @@ class _Watch:
             self.model.runtime.set_calibrator(point, self.ranges[point].statistics if point in self.ranges else None)
         inputs, self.inputs = self.inputs, {}
         self.method.search(part, inputs)
+        _park(self.model, part)
 
     def take_ranges(self) -> None:
         for name, found in self.ranges.items():
             if (bias := found.bias) is not None:
                 self.model.quantizers[name].bias = bias
             take_amax(self.model, name, [found.amax()])
+
+
+def _park(model: Model, part: Part) -> None:
+    if (parking := getattr(model, "parking", None)) is not None:
+        parking.park(model, part.modules)
 
 
 def _is_on(model: Model, row: dict[str, Any]) -> bool:

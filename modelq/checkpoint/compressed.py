@@ -5,7 +5,7 @@ A group's arguments follow from the scheme's row: element bits and type, and whi
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,23 @@ def read_config(config: Mapping[str, Any], file: Path) -> Said:
     return Said(METHOD, find)
 
 
+def scheme_of(group: Mapping[str, Any]) -> str | None:
+    """The scheme of a group's weights, if it says what an export of ours could say."""
+    try:
+        return _meaning(group, "")[0].weight
+    except ValueError:
+        return None
+
+
+def group_finder(groups: Mapping[str, Mapping[str, Any]]) -> Callable[[str], Mapping[str, Any] | None]:
+    """find(module) -> the group that it belongs to, or None."""
+    rules = sorted(((_rank(target), target, name) for name, group in groups.items() for target in group.get("targets") or ["Linear"]))
+
+    def find(module: str) -> Mapping[str, Any] | None:
+        return next((groups[name] for _, target, name in rules if _fits(target, module)), None)
+    return find
+
+
 def _rank(target: str) -> int:
     """Exact names win over patterns, and patterns over classes."""
     return 1 if target.startswith("re:") else 0 if "." in target or target == "lm_head" else 2
@@ -112,13 +129,16 @@ def _meaning(group: Mapping[str, Any], where: str) -> tuple[Pair, int | None, st
 def _same(ours: Mapping[str, Any], given: Mapping[str, Any], inputs: bool = False) -> bool:
     """Whether arguments mean this scheme; a weight's group may have another size."""
     keys = ["num_bits", "type"] + (["dynamic"] if inputs else [])
-    strategy = given.get("strategy") or _default_strategy(given)
+    strategy = given.get("strategy") or default_strategy(given)
     mx = ours.get("scale_dtype") == "torch.uint8"
     return all(ours[key] == given.get(key, {"type": "int", "num_bits": 8, "dynamic": False}[key]) for key in keys) \
-        and ours["strategy"] == strategy and (not (inputs or mx) or ours.get("group_size") == given.get("group_size"))
+        and ours["strategy"] == strategy \
+        and ours.get("block_structure") in (None, given.get("block_structure", ours.get("block_structure"))) \
+        and (not (inputs or mx) or ours.get("group_size") == given.get("group_size"))
 
 
-def _default_strategy(given: Mapping[str, Any]) -> str:
+def default_strategy(given: Mapping[str, Any]) -> str:
+    """Where arguments do not say it."""
     if given.get("group_size"):
         return "group" if given["group_size"] > 0 else "channel"
     return "token" if given.get("dynamic") else "tensor"

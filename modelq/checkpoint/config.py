@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from modelq.checkpoint.config_families import blocks, family_config, gpt_oss, latent_experts, llama4
+from modelq.checkpoint.config_families import blocks, family_config, gpt_oss, granite_experts, latent_experts, llama4
 from modelq.checkpoint.config_layers import expert_config, layer_windows
 from modelq.checkpoint.config_rope import rope_config
 from modelq.checkpoint.config_values import Config
@@ -42,13 +42,17 @@ _ABSENT: dict[str, dict[str, Any]] = {
     "llama4_text": {"num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 8192, "intermediate_size_mlp": 16384,
                     "num_local_experts": 16, "num_experts_per_tok": 1, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
                     "attention_chunk_size": 8192},
+    "granitemoe": {"num_local_experts": 8, "num_experts_per_tok": 2},
+    "deepseek_v2": {"q_lora_rank": 1536, "n_routed_experts": 64, "n_shared_experts": 2, "kv_lora_rank": 512, "qk_rope_head_dim": 64,
+                    "qk_nope_head_dim": 128, "v_head_dim": 128, "moe_intermediate_size": 1407},
     "deepseek_v3": {"num_key_value_heads": 128, "q_lora_rank": 1536, "first_k_dense_replace": 3, "n_routed_experts": 256, "n_group": 8,
                     "topk_group": 4, "n_shared_experts": 1, "num_experts_per_tok": 8, "routed_scaling_factor": 2.5, "kv_lora_rank": 512,
                     "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128, "moe_intermediate_size": 2048},
 }
 _HAS_BIAS_KEYS = {"llama": ("attention_bias", "mlp_bias"), "qwen3": ("attention_bias",), "qwen3_moe": ("attention_bias",),
                   "granite": ("attention_bias", "mlp_bias"), "olmo2": ("attention_bias",), "gemma2": ("attention_bias",),
-                  "gemma3": ("attention_bias",), "deepseek_v3": ("attention_bias",), "gpt_oss": ("attention_bias",),
+                  "gemma3": ("attention_bias",), "deepseek_v2": ("attention_bias",), "deepseek_v3": ("attention_bias",),
+                  "granitemoe": ("attention_bias",), "gpt_oss": ("attention_bias",),
                   "llama4_text": ("attention_bias",),
                   "nemotron-nas": ("attention_bias", "mlp_bias"), "deci": ("attention_bias", "mlp_bias")}
 # Checkpoints of several models: the language model's config is inside, and its tensors' names begin with one of these.
@@ -90,8 +94,7 @@ def runtime_config(hf_config: Mapping[str, Any], tensors: Iterable[str] = ()) ->
         layer_experts, found = llama4(config, flat)
         per_layer |= found
     else:
-        layer_experts = gpt_oss(config, flat) if family == "gpt_oss" else latent_experts(config, flat) if "latent" in row["flags"] else \
-            expert_config(config, row, flat)
+        layer_experts = _experts(config, row, flat)
     windows = layer_windows(config, model_type, flat["num_hidden_layers"])
     config.refuse_unknown(family)
     flat["sliding_window"] = windows[0] if len(set(windows)) == 1 else 0
@@ -102,6 +105,14 @@ def runtime_config(hf_config: Mapping[str, Any], tensors: Iterable[str] = ()) ->
     known |= names
     told = ("layer_ropes", "layer_attention", "layer_mlp")      # the others, where all layers are alike, the flat numbers say
     return family, known | {key: values for key, values in per_layer.items() if len(set(values)) > 1 or (key in told and any(values))}
+
+
+def _experts(config: Config, row: dict[str, Any], flat: dict[str, Any]) -> list[bool]:
+    """Which layers have experts; in `flat` what they are."""
+    own = {"gpt_oss": gpt_oss, "granitemoe": granite_experts}
+    if row["family"] in own:
+        return own[row["family"]](config, flat)
+    return latent_experts(config, flat, row["family"]) if "latent" in row["flags"] else expert_config(config, row, flat)
 
 
 def stated_dtype(hf_config: Mapping[str, Any]) -> str | None:

@@ -14,14 +14,21 @@ _UNUSED = ("num_sink_tokens", "sparsify", "unshifted_sink", "use_prefill_window_
 
 def family_config(config: Config, row: Mapping[str, Any], flat: dict[str, Any]) -> dict[str, Any]:
     family = row["family"]
-    if family == "granite":
+    if family in ("granite", "granitemoe"):
         keys = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
         return {key: config.real(key, 1.0) for key in keys}
     if family.startswith("gemma"):
         return _gemma(config, flat)
     if "latent" in row["flags"]:
-        return _latent(config)
+        return _latent(config, family)
     return {}
+
+
+def granite_experts(config: Config, flat: dict[str, Any]) -> list[bool]:
+    """Every layer has experts, as wide as intermediate_size. A softmax of the chosen ones' logits is that of all made to add up to 1."""
+    flat |= {"num_experts": config.integer("num_local_experts"), "num_experts_per_tok": config.integer("num_experts_per_tok"),
+             "moe_intermediate_size": flat["intermediate_size"], "norm_topk_prob": True}
+    return [True] * flat["num_hidden_layers"]
 
 
 def gpt_oss(config: Config, flat: dict[str, Any]) -> list[bool]:
@@ -66,14 +73,16 @@ def _gemma(config: Config, flat: dict[str, Any]) -> dict[str, Any]:
                    "attention_multiplier": config.real("query_pre_attn_scalar") ** -0.5}
 
 
-def _latent(config: Config) -> dict[str, Any]:
-    """DeepSeek-V3's attention. head_dim in config.json is that of the part that is turned."""
+def _latent(config: Config, family: str) -> dict[str, Any]:
+    """DeepSeek's attention. In V2 rope turns pairs side by side, always. head_dim in config.json is that of the part that is turned."""
     config.get("head_dim"), config.get("qk_head_dim")
     turned, plain = config.integer("qk_rope_head_dim"), config.integer("qk_nope_head_dim")
     heads = config.integer("num_attention_heads")
     if config.integer("num_key_value_heads", heads) != heads:
         raise ValueError(f"config.json: num_key_value_heads {config.get('num_key_value_heads')} is not supported beside "
                          f"num_attention_heads {heads}: every head has its own keys")
+    if family == "deepseek_v2":
+        config.only("rope_interleave", True)
     scale = (plain + turned) ** -0.5
     rope = config.get("rope_scaling") or config.get("rope_parameters", {})
     if rope.get("rope_type", rope.get("type", "default")) != "default" and rope.get("mscale_all_dim"):
@@ -83,20 +92,40 @@ def _latent(config: Config) -> dict[str, Any]:
             "rope_interleaved": config.boolean("rope_interleave", True), "attention_multiplier": scale}
 
 
-def latent_experts(config: Config, flat: dict[str, Any]) -> list[bool]:
-    """DeepSeek-V3's experts: which layers have them, and in `flat` the rest."""
+def latent_experts(config: Config, flat: dict[str, Any], family: str) -> list[bool]:
+    """DeepSeek's experts: which layers have them, and in `flat` the rest."""
     config.only("moe_layer_freq", 1)
-    config.only("topk_method", "noaux_tc")
-    config.only("scoring_func", "sigmoid")
     config.get("num_local_experts")
+    flat |= _routing_v2(config) if family == "deepseek_v2" else _routing_v3(config)
     layers, first = flat["num_hidden_layers"], config.integer("first_k_dense_replace", 0, 0)
     experts = config.integer("n_routed_experts", 0, 0)
-    flat |= {"num_experts_per_tok": config.integer("num_experts_per_tok"), "norm_topk_prob": config.boolean("norm_topk_prob", True),
-             "moe_intermediate_size": config.integer("moe_intermediate_size"), "routing": "sigmoid",
-             "expert_groups": config.integer("n_group", 1), "expert_groups_kept": config.integer("topk_group", 1),
-             "routed_scaling_factor": config.real("routed_scaling_factor", 1.0), "num_experts": experts}
+    flat |= {"num_experts_per_tok": config.integer("num_experts_per_tok"), "num_experts": experts,
+             "moe_intermediate_size": config.integer("moe_intermediate_size"),
+             "routed_scaling_factor": config.real("routed_scaling_factor", 1.0)}
     flat["shared_intermediate_size"] = flat["moe_intermediate_size"] * config.integer("n_shared_experts", 0, 0)
     return [experts > 0 and layer >= first for layer in range(layers)]
+
+
+def _routing_v2(config: Config) -> dict[str, Any]:
+    """A softmax's largest shares, of all experts or of the groups that have the largest. transformers never makes them add up to 1, and
+    the models' own code then leaves routed_scaling_factor out: norm_topk_prob is false in all that were published."""
+    config.only("scoring_func", "softmax")
+    config.only("norm_topk_prob", False)
+    config.only("mlp_bias", False)
+    method = config.word("topk_method", "greedy", ("greedy", "group_limited_greedy"))
+    groups, kept = config.integer("n_group", None), config.integer("topk_group", None)
+    if method == "greedy":
+        return {}
+    if groups is None or kept is None:
+        raise ValueError(f"config.json: topk_method {method!r} needs n_group and topk_group, which are {groups} and {kept}")
+    return {"expert_groups": groups, "expert_groups_kept": kept, "expert_groups_best": 1}
+
+
+def _routing_v3(config: Config) -> dict[str, Any]:
+    config.only("topk_method", "noaux_tc")
+    config.only("scoring_func", "sigmoid")
+    return {"routing": "sigmoid", "norm_topk_prob": config.boolean("norm_topk_prob", True),
+            "expert_groups": config.integer("n_group", 1), "expert_groups_kept": config.integer("topk_group", 1)}
 
 
 def blocks(config: Config, flat: dict[str, Any]) -> dict[str, list[int]]:

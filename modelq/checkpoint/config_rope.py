@@ -8,7 +8,8 @@ from typing import Any
 from modelq.checkpoint.config_values import Config
 
 _ROPE_TYPES: dict[str, tuple[str, ...]] = {
-    "default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor"), "yarn": (), "longrope": ()}
+    "default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor"), "yarn": (), "longrope": (),
+    "dynamic": ()}
 _LONGROPE = ("longrope", "su", "yarn")      # all one in Phi-3
 _PARTIAL = ("phi3",)                        # families that turn a part of each head only
 _LOCAL = ("gemma3",)                        # families whose layers with a sliding window have a rope of their own
@@ -28,6 +29,9 @@ def rope_config(config: Config, family: str, head_dim: int) -> dict[str, Any]:
     flat |= _partial(config, rope, family)
     flat["rope_theta"] = (rope if rope.get("rope_theta") is not None else config).real("rope_theta", 10000.0)
     kind = _kind(config, rope, family)
+    if kind == "dynamic":       # no scaling up to max_position_embeddings; beyond, the runtime computes nothing (csrc/model/op_rope.c)
+        rope.real("factor")
+        flat["rope_longest"], kind = config.integer("max_position_embeddings"), "default"
     flat["rope_type"] = kind
     flat.update({f"rope_{name}": rope.real(name) for name in _ROPE_TYPES[kind]})
     if kind == "llama3":

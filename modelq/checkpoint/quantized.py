@@ -20,6 +20,8 @@ from modelq.checkpoint.mxfp4 import Mxfp4Checkpoint, is_mxfp4
 from modelq.checkpoint.quantization_config import find_quantization
 from modelq.checkpoint.quantized_layers import QuantizedLayer, find_layers, model_dtype, module_of
 from modelq.checkpoint.said import AGAIN, Said
+from modelq.checkpoint.scaled import ScaledCheckpoint
+from modelq.checkpoint.scaled_layers import open_scaled
 from modelq.checkpoint.spelling import amax_of
 from modelq.checkpoint.stacked import unstacked
 
@@ -30,9 +32,12 @@ def open_quantized(checkpoint: Checkpoint) -> Checkpoint:
         return checkpoint
     if is_mxfp4(checkpoint.config):
         return unstacked(Mxfp4Checkpoint(checkpoint))
-    checkpoint = unstacked(checkpoint)
+    checkpoint = open_scaled(unstacked(checkpoint))
     quantization = find_quantization(checkpoint.path, checkpoint.config)
-    return checkpoint if quantization is None else QuantizedCheckpoint(checkpoint, *quantization)
+    if quantization is None:
+        return checkpoint
+    found = QuantizedCheckpoint(checkpoint, *quantization)
+    return found.as_source() if isinstance(checkpoint, ScaledCheckpoint) else found
 
 
 class QuantizedCheckpoint(WrappedCheckpoint):

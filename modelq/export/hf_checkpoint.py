@@ -62,9 +62,9 @@ def export_hf_checkpoint(model: Any, export_dir: str | os.PathLike[str] | None =
     files = WRITERS[plan.dialect](plan)
     from modelq.checkpoint.stacked import StackingWriter, stacked_plan
     from modelq.checkpoint.writer import ShardedWriter, atomic_directory
-    from modelq.stated import stacks_of
+    from modelq.stated import layout_of_stacks
 
-    layout = stacks_of(model)
+    layout = layout_of_stacks(model)
     tensors = plan.tensors if layout is None else stacked_plan(plan.tensors, layout)
     with atomic_directory(Path(export_dir), overwrite=overwrite) as folder:
         with ShardedWriter(folder, tensors, max_shard_size=max_shard_size) as writer:
@@ -121,7 +121,7 @@ def _write_tensors(model: Any, plan: Plan, writer: Any) -> None:
             weight = stated_weight(model, linear.row, as_loaded(model, array))
             _write_linear(linear, as_divided(model, linear.row, weight), writer, plan.dialect)
         elif name in plan.norms:
-            writer.write(name, _cast(times_norm(model, name, array, plan.norms[name]), plan.copies[name].dtype))
+            writer.write(name, _cast(times_norm(model, name, as_loaded(model, array), plan.norms[name]), plan.copies[name].dtype))
         else:
             del array
             copy_tensor(checkpoint, name, plan.copies[name].dtype, writer)

@@ -23,7 +23,7 @@ from modelq.groups import pair_of, siblings
 from modelq.quantizers import stage_quantizers
 from modelq.rules import stages
 from modelq.smoothing import folding_norm, folds_all, is_stored, norm_scales, stated_scale
-from modelq.stated import StatedAmax, scaling, stacks_of, stated_amax
+from modelq.stated import StatedAmax, layout_of_stacks, scaling, stacks_of, stated_amax
 from modelq.supported import partial_block
 from modelq.tables import listed
 
@@ -114,8 +114,10 @@ def make_plan(model: Any, dtype: str, dialect: str, share_all: bool = False, smo
     plan.unquantized_linears.extend(row["name"] for row in others if row["kind"] in LINEAR_LIKE)
     if stacks_of(model) is not None:
         _check_stacks(plan)
-        for names in (plan.unquantized, plan.unquantized_linears):
-            names[:] = dict.fromkeys(container_of(name) for name in names)
+    if layout_of_stacks(model) is not None:
+        containers = {container_of(name) for name in names}
+        for found in (plan.unquantized, plan.unquantized_linears):
+            found[:] = dict.fromkeys(name if container_of(name) in containers else container_of(name) for name in found)
     return plan
 
 

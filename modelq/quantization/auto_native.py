@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,10 +12,13 @@ import numpy as np
 from modelq.autoquantize.candidates import Calibrated, Candidate, Scores, Steps, calibrated, divergences, give
 from modelq.autoquantize.groups import Group
 from modelq.calibration import calibrate as run_calibration
-from modelq.quantization.api import check_model, check_source, take_original
+from modelq.checkpoint.stacked import FORMATS
+from modelq.experts import PARENT
+from modelq.quantization.api import check_model, take_original
 from modelq.quantization.native_scores import gradient_scores
 from modelq.quantizers import make_quantizer
 from modelq.rules import Setting, default_setting
+from modelq.stated import stacks_of
 from modelq.supported import check_settings, warn_partial_blocks
 from modelq.undoing import all_or_nothing
 
@@ -26,7 +30,8 @@ class NativeSubject:
 
     def __init__(self, model: Any, compat: str | None = None):
         check_model(model)
-        check_source(model)
+        if model.stored_layers:
+            model.checkpoint.as_source()        # refuses what is not all in the weights, by name, before any work
         self.model, self.compat = model, compat
         self.slots, self.config = model.slots, model.config
         self.module_names = [row["name"] for row in model.modules]
@@ -43,6 +48,19 @@ class NativeSubject:
     def check(self, settings: Mapping[str, Setting]) -> None:
         check_settings(settings.values(), self.model.head_dim)
         warn_partial_blocks(settings.values(), self.model.head_dim)
+        self._warn_of_stacks(settings)
+
+    def _warn_of_stacks(self, settings: Mapping[str, Setting]) -> None:
+        """Of formats for experts that a checkpoint has in one tensor, and no place for."""
+        if stacks_of(self.model) is None:
+            return
+        for name, setting in settings.items():
+            if setting.enable and setting.slot.parent == PARENT and setting.slot.role == "weight" \
+                    and (scheme := make_quantizer(setting).scheme) not in FORMATS:
+                warnings.warn(f"{name}: a checkpoint of this family has a layer's experts in one tensor, with a place for "
+                              f"{' and '.join(FORMATS)} only: where {scheme} is chosen for them, the model computes but cannot be "
+                              "exported; disabled_layers='*experts*' leaves them as they are", UserWarning, stacklevel=4)
+                return
 
     def agree(self, value: Any) -> bool:
         return True

@@ -144,8 +144,8 @@ def _rows(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> Iterator[
 
 
 def live_value(module: torch.nn.Module, parameter: str, module_name: str) -> torch.Tensor:
-    """A parameter's values, though accelerate keep them elsewhere (on disk, on the CPU). ValueError: it has none."""
-    value = module._parameters[parameter]
+    """A parameter's or buffer's values, though accelerate keep them elsewhere (on disk, on the CPU). ValueError: it has none."""
+    value = module._parameters[parameter] if parameter in module._parameters else module._buffers[parameter]
     assert value is not None
     if value.device.type != "meta":
         return value.detach()

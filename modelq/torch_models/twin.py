@@ -98,7 +98,21 @@ def _parameters(model: Any, packed: Mapping[str, QuantizedModule]) -> dict[str, 
         else:
             value = live_value(modules[container], matrix, container)
         views = [value] if container not in experts else _by_expert(experts[container], value, matrix)
-        found.update(zip(_names_on_disk(model, name, value), views, strict=True))
+        names = _names_on_disk(model, name, value)
+        if len(names) < len(views):         # a checkpoint of stacks: as modelq.checkpoint.stacked calls their linears
+            linears = ("down_proj",) if matrix == "down_proj" else ("gate_proj", "up_proj")
+            names = [f"{container}.{expert}.{linear}.weight" for linear in linears for expert in range(experts[container].num_experts)]
+        found.update(zip(names, views, strict=True))
+    return found | _buffers(model, modules)
+
+
+def _buffers(model: Any, modules: Mapping[str, torch.nn.Module]) -> dict[str, torch.Tensor]:
+    """Those that a checkpoint has (what corrects a router's scores), and no quantizer's."""
+    found = {}
+    for name, value in model.named_buffers():
+        owner, _, last = name.rpartition(".")
+        if last not in modules[owner]._non_persistent_buffers_set and "_quantizer" not in name:
+            found.update(zip(_names_on_disk(model, name, value), [live_value(modules[owner], last, owner)], strict=True))
     return found
 
 
@@ -116,9 +130,10 @@ def _by_expert(module: torch.nn.Module, stacked: torch.Tensor, matrix: str) -> l
 
 def _names_on_disk(model: Any, name: str, value: torch.Tensor) -> list[str]:
     """What transformers would call a parameter, or its parts, in a checkpoint."""
-    if not hasattr(model, "_weight_conversions"):
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:     # before version 5 they were called what they are
         return [name]
-    from transformers.core_model_loading import revert_weight_conversion
 
     return list(revert_weight_conversion(model, {name: value.detach().to("meta")}))
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from modelq.checkpoint.base import TensorInfo, read_json_object
+from modelq.checkpoint.base import Checkpoint, TensorInfo, read_json_object
 from modelq.checkpoint.folder import FolderCheckpoint
 from modelq.checkpoint.matrices import is_embedding
+from modelq.checkpoint.stacked import unstacked
 from modelq.verify import engines, layouts
 from modelq.verify.layouts import KV_SCALES, Layout
 
@@ -59,8 +60,9 @@ class Layer:
 
 @dataclass
 class Export:
-    """config: config.json; flat: its quantization_config; nested: hf_quant_config.json's "quantization". Both None if not there."""
-    checkpoint: FolderCheckpoint
+    """flat: config.json's quantization_config; nested: hf_quant_config.json's "quantization"; None if not there. checkpoint: experts in
+    stacks are linears of their own, as engines take them apart."""
+    checkpoint: Checkpoint
     engine_name: str
     flat: dict[str, Any] | None = None
     nested: dict[str, Any] | None = None
@@ -69,7 +71,7 @@ class Export:
 
     @classmethod
     def open(cls, path: Path, engine: str) -> Export:
-        checkpoint = FolderCheckpoint(path)
+        checkpoint = unstacked(FolderCheckpoint(path))
         export = cls(checkpoint, engine)
         export.flat = checkpoint.config.get("quantization_config")
         if (path / NESTED_FILE).is_file():

@@ -24,7 +24,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).res
 LIMIT_MB = 4 * 1024 ** 3 / 1e6
 # name -> (preset, whether the model is opened for its weights alone, moe_calib_experts_ratio)
 JOBS = {
-    "nvfp4": ("NVFP4_DEFAULT_CFG", False, None), "nvfp4 ratio": ("NVFP4_DEFAULT_CFG", False, 0.25), "fp8": ("FP8_DEFAULT_CFG", False, None),
+    "nvfp4": ("NVFP4_DEFAULT_CFG", False, None), "nvfp4 ratio": ("NVFP4_DEFAULT_CFG", False, 0.25),
+    "nvfp4 searched": ("NVFP4_W4A4_WEIGHT_MSE_FP8_SWEEP_CFG", False, None), "fp8": ("FP8_DEFAULT_CFG", False, None),
     "nvfp4 weights-only": ("W4A16_NVFP4_CFG", True, None), "int4 weights-only": ("INT4_BLOCKWISE_WEIGHT_ONLY_CFG", True, None),
     "fp8 blocks weights-only": ("FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG", True, None),
 }

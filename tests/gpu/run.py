@@ -14,7 +14,8 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import cuda_build  # noqa: E402 (from scripts/)
 
 NO_GPU, NO_NVCC = 3, 4
-PARITY = ["emulated", "operations", "experts", "attention", "gemm", "gram", "linear", "arrays"]        # tests/test_cuda_*.py
+# tests/test_cuda_*.py, and tests/test_*.py
+PARITY = ["emulated", "operations", "experts", "attention", "gemm", "gram", "linear", "arrays", "device", "device_backward", "device_packed"]
 # The kernels that use shared memory or exchange within warps; a sanitizer takes a hundred times as long.
 SANITIZED = ["rmsnorm", "prepare", "columns", "dispatch", "embed", "causal", "hidden", "many_heads", "histogram", "loss"]
 TOOLS = ["memcheck", "racecheck", "synccheck", "initcheck"]
@@ -74,9 +75,8 @@ def pytest_of(files: list[str], chosen: str | None) -> list[str]:
 def parity(table: Table, environment: dict, names: list[str], chosen: str | None) -> None:
     """A process for each file: an error may leave a GPU useless to the process that made it."""
     for name in names:
-        file = f"test_cuda_{name}.py"
-        if (ROOT / "tests" / file).exists():
-            run_tests(table, "parity", file, pytest_of([file], chosen), environment)
+        file = f"test_{name}.py" if name.startswith("device") else f"test_cuda_{name}.py"
+        run_tests(table, "parity", file, pytest_of([file], chosen), environment)
 
 
 def sanitizer(table: Table, environment: dict) -> None:
@@ -90,28 +90,38 @@ def sanitizer(table: Table, environment: dict) -> None:
         run_tests(table, "sanitizer", name, command, environment)
 
 
+def script(name: str, environment: dict, *options: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "tests/gpu" / name), *options]
+    return subprocess.run(command, cwd=ROOT / "tests", env=environment, capture_output=True, text=True)
+
+
 def products(table: Table, environment: dict, is_emulated: bool) -> None:
     """bench_gemm.py has a table of its own."""
-    command = [sys.executable, str(ROOT / "tests/gpu/bench_gemm.py"), *(["--emulated"] if is_emulated else [])]
-    done = subprocess.run(command, cwd=ROOT / "tests", env=environment, capture_output=True, text=True)
+    done = script("bench_gemm.py", environment, *(["--emulated"] if is_emulated else []))
     table.add("bench", "bench_gemm.py", "below" if done.returncode == 0 else f"exit code {done.returncode}", done.returncode != 0)
     print(done.stdout, done.stderr[-3000:] if done.returncode else "", sep="\n")
 
 
-def benches(table: Table, environment: dict, is_emulated: bool) -> None:
-    command = [sys.executable, str(ROOT / "tests/gpu/bench.py"), *(["--smoke"] if is_emulated else [])]
-    done = subprocess.run(command, cwd=ROOT / "tests", env=environment, capture_output=True, text=True)
-    if done.returncode:
-        table.add("bench", "bench.py", f"exit code {done.returncode}", True)
-        print(done.stdout, done.stderr[-3000:], sep="\n")
+def add_row(table: Table, row: dict, is_emulated: bool) -> None:
+    """Of a line of bench.py or bench_forward.py. Times by emulation have no goals."""
+    if "milliseconds" not in row:
+        table.add("bench", row["what"], row["note"], row.get("is_bad", False))
         return
-    for line in done.stdout.splitlines():
-        row = json.loads(line)
-        result = f"{row['milliseconds']:10.3f} ms {row['rate']:10.1f} {row['unit']}"
-        has_goal = row["has_goal"] and not is_emulated
-        if row.get("share") is not None:
-            result += f" {100 * row['share']:6.1f}% of a copy" + (f" (goal {100 * GOAL:.0f}%)" if has_goal else "")
-        table.add("bench", row["what"], result, has_goal and row["share"] < GOAL)
+    result = f"{row['milliseconds']:10.3f} ms {row['rate']:10.1f} {row['unit']}"
+    has_goal, goal = row.get("has_goal", False) and not is_emulated, row.get("goal", GOAL)
+    if row.get("share") is not None:
+        result += f" {100 * row['share']:6.1f}% of {row.get('of', 'a copy')}" + (f" (goal {100 * goal:.0f}%)" if has_goal else "")
+    table.add("bench", row["what"], result, has_goal and row["share"] < goal)
+
+
+def benches(table: Table, environment: dict, is_emulated: bool) -> None:
+    for name in ("bench.py", "bench_forward.py"):
+        done = script(name, environment, *(["--smoke"] if is_emulated else []))
+        for line in done.stdout.splitlines():
+            add_row(table, json.loads(line), is_emulated)
+        if done.returncode:
+            table.add("bench", name, f"exit code {done.returncode}", True)
+            print(done.stderr[-3000:])
 
 
 def prepare(is_emulated: bool, folder: Path) -> dict:
@@ -130,6 +140,7 @@ def prepare(is_emulated: bool, folder: Path) -> dict:
               "library of the kernels.")
         sys.exit(NO_GPU)
     environment["MODELQ_CUDART"] = runtime()
+    environment.setdefault("MODELQ_CAPABILITY", found[1].replace(".", ""))
     if "MODELQ_CUDA_LIBRARY" not in environment:
         if cuda_build.nvcc() is None:
             print(f"{found[0]}, but no nvcc in PATH to build the library with; MODELQ_CUDA_LIBRARY may name one that is built.")
@@ -144,7 +155,7 @@ def prepare(is_emulated: bool, folder: Path) -> dict:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--emulated", action="store_true")
-    parser.add_argument("--files", nargs="+", choices=PARITY, default=PARITY, help="of the comparisons: test_cuda_<name>.py")
+    parser.add_argument("--files", nargs="+", choices=PARITY, default=PARITY, help="of the comparisons: test_cuda_<name>.py, or test_<name>.py")
     parser.add_argument("--tests", help="an expression of pytest's -k")
     parser.add_argument("--only", nargs="+", choices=["parity", "sanitizer", "bench"], default=["parity", "sanitizer", "bench"])
     given = parser.parse_args()
@@ -157,8 +168,7 @@ def main() -> int:
             sanitizer(table, environment)
         if "bench" in given.only:
             benches(table, environment, given.emulated)
-            if (ROOT / "tests/gpu/bench_gemm.py").exists() and not given.emulated:
-                products(table, environment, given.emulated)
+            products(table, environment, given.emulated)
     return int(table.is_bad)
 
 

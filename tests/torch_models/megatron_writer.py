@@ -122,6 +122,23 @@ def write_ranks(model, folder, tensor=1, pipeline=1, expert=1, rename=lambda nam
     (Path(folder) / "latest_checkpointed_iteration.txt").write_text("7")
 
 
+def grouped(state):
+    """A rank's experts as megatron.core's GroupedMLP holds them: weight1 and weight2 of all of them."""
+    found, experts = {}, {}
+    for name, value in state.items():
+        head, _, tail = name.partition(".mlp.experts.local_experts.")
+        if tail:
+            number, which, _ = tail.split(".")
+            experts.setdefault((head, which[-1]), {})[int(number)] = value
+        else:
+            found[name] = value
+    for (head, which), values in experts.items():
+        turned = torch.stack([values[number].T for number in sorted(values)])
+        hidden = turned.shape[1 if which == "1" else 2]
+        found[f"{head}.mlp.experts.weight{which}"] = turned.view(hidden, -1) if which == "1" else turned.view(-1, hidden)
+    return found
+
+
 def stacked(model):
     """torch_dist's global tensors: layers, and experts, stacked along leading axes."""
     made, layers = {}, {}

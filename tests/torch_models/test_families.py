@@ -15,6 +15,7 @@ from micro_models import LENGTH, MODELS, build, inputs, save
 from modelq.checkpoint import open_checkpoint
 from modelq.export import export_hf_checkpoint
 from modelq.gradients import backward
+from modelq.verify import verify_checkpoint
 
 LOGITS = 2e-4       # absolute, in float32
 GRADIENTS = 2e-5    # of a gradient's norm
@@ -92,10 +93,12 @@ def test_gradients(case, tmp_path):
     wanted = open_checkpoint(save(theirs, tmp_path / "gradients")).read      # experts that are stacked as linears
     model = modelq.load(folder, compute="float32")
     names = dict.fromkeys(module[kind] for module in model.modules for kind in ("weight", "bias")
-                          if module[kind] is not None and module["kind"] != "vector")
+                          if module[kind] is not None and (module["kind"] != "vector" or module[kind].endswith("sinks")))
+    assert case[0] != "gpt_oss" or "model.layers.3.self_attn.sinks" in names
     found = backward(model, [{"input_ids": ids, "attention_mask": right, "labels": labels}], names)
     np.testing.assert_allclose(found.losses, loss.item(), rtol=1e-5)
     for name, gradient in found.weights.items():
+        assert np.linalg.norm(wanted(name)) > 0 or "experts" in name, name
         assert np.linalg.norm(gradient - wanted(name)) <= GRADIENTS * np.linalg.norm(wanted(name)) + 1e-7, name
 
 
@@ -113,7 +116,7 @@ def test_export_computes_what_was_simulated(case, preset, tmp_path):
     model = modelq.load(folder, compute="bfloat16")
     ids, _, right = inputs()
     config = with_small_blocks(getattr(mtq, preset))
-    if preset == "NVFP4_DEFAULT_CFG" and case[0].startswith(("qwen2_moe", "deepseek")):
+    if preset == "NVFP4_DEFAULT_CFG" and case[0].startswith(("qwen2_moe", "deepseek_v2 lite", "deepseek_v3")):
         pytest.skip("sizes of these are no multiples of 16")
     if case[0].startswith(("gpt_oss", "llama4")) and preset[:3] == "INT":       # a stack of experts has no place for these
         config["quant_cfg"].append({"quantizer_name": "*experts*", "enable": False})
@@ -129,12 +132,88 @@ def test_export_computes_what_was_simulated(case, preset, tmp_path):
     stems = {name.rpartition(".")[0] for name in model.checkpoint.tensors}
     assert {name.rpartition(".")[0] for name in again.checkpoint.tensors} == stems
     with safe_open(folder / "model.safetensors", "np") as source, safe_open(tmp_path / "export" / "model.safetensors", "np") as file:
-        assert set(source.keys()) <= set(file.keys()) | {"lm_head.weight"}
+        split = {name for name in source.keys() if name.endswith(("moe.input_linear.weight", "moe.output_linear.weight"))}
+        assert bool(split) == case[0].startswith("granitemoe") and not split & set(file.keys())
+        assert set(source.keys()) - split <= set(file.keys()) | {"lm_head.weight"}
         stacks = [name for name in source.keys() if name.endswith((".experts.gate_up_proj", ".experts.down_proj"))]
         assert bool(stacks) == case[0].startswith(("gpt_oss", "llama4"))
         for name in stacks if preset == "FP8_DEFAULT_CFG" else ():
             assert file.get_slice(name).get_shape() == source.get_slice(name).get_shape() and file.get_slice(name).get_dtype() == "F8_E4M3"
             assert file.get_slice(f"{name}_weight_scale").get_shape() == file.get_slice(f"{name}_input_scale").get_shape() == []
+
+
+@pytest.mark.parametrize("left_out", ["*experts*", "*down_proj*"])
+def test_stacks_of_granite_stay_where_they_are_not_quantized(left_out, tmp_path):
+    """Quantized experts are linears of their own in an export (as Model Optimizer writes and vLLM reads them); others stay in the Hub's
+    stacks, to the bit."""
+    theirs = build("granitemoe")
+    folder = save(theirs, tmp_path / "source")
+    model = modelq.load(folder, compute="bfloat16")
+    ids, _, _ = inputs()
+    config = copy.deepcopy(mtq.FP8_DEFAULT_CFG)
+    config["quant_cfg"].append({"quantizer_name": left_out, "enable": False})
+    mtq.quantize(model, config, lambda model: model(ids))
+    export_hf_checkpoint(model, dtype="float32", export_dir=tmp_path / "export")
+    before, after = (load_raw(path / "model.safetensors") for path in (folder, tmp_path / "export"))
+    for layer in range(4):
+        moe = f"model.layers.{layer}.block_sparse_moe"
+        for name, split in ((f"{moe}.input_linear.weight", left_out == "*down_proj*"), (f"{moe}.output_linear.weight", False)):
+            assert (name in after) != split
+            if not split:
+                np.testing.assert_array_equal(after[name], before[name])
+        np.testing.assert_array_equal(after[f"{moe}.router.layer.weight"], before[f"{moe}.router.layer.weight"])
+        assert (f"{moe}.experts.4.up_proj.weight_scale" in after) == (left_out == "*down_proj*")
+    said = json.loads((tmp_path / "export" / "hf_quant_config.json").read_text())["quantization"]["exclude_modules"]
+    assert ("model.layers.0.block_sparse_moe*" in said) == (left_out == "*experts*")
+    assert ("model.layers.0.block_sparse_moe.experts.0.down_proj" in said) == (left_out == "*down_proj*")
+    again = modelq.load(tmp_path / "export", compute="bfloat16")
+    assert np.linalg.norm(again(ids).logits - model(ids).logits) < 0.03 * np.linalg.norm(model(ids).logits)
+
+
+@pytest.mark.parametrize("name", ["granitemoe", "deepseek_v2", "deepseek_v3"])
+def test_a_model_in_torch_is_written_as_the_checkpoint_is(name, tmp_path):
+    theirs = build(name)
+    model = modelq.load(save(theirs, tmp_path / "source"), compute="float32")
+    ids, _, _ = inputs()
+    mtq.quantize(model, mtq.FP8_DEFAULT_CFG, lambda model: model(ids))
+    mtq.quantize(theirs, mtq.FP8_DEFAULT_CFG, lambda model: model(torch.from_numpy(ids)))
+    written = []
+    for one, folder in ((model, tmp_path / "native"), (theirs, tmp_path / "torch")):
+        export_hf_checkpoint(one, dtype="float32", export_dir=folder)
+        written.append(load_raw(folder / "model.safetensors"))
+    assert written[0].keys() == written[1].keys()
+    for key, tensor in written[0].items():
+        if tensor.ndim:
+            np.testing.assert_array_equal(tensor, written[1][key], key)
+        else:
+            np.testing.assert_allclose(tensor, written[1][key], rtol=1e-4 if "input" in key else 0, err_msg=key)
+
+
+@pytest.mark.parametrize("preset", ["FP8_DEFAULT_CFG", "NVFP4_DEFAULT_CFG"])
+@pytest.mark.parametrize("name", ["granitemoe", "gpt_oss", "llama4", "deepseek_v2"])
+def test_exports_for_engines_are_verified(name, preset, tmp_path):
+    """Experts too, which some families hold in one tensor: nothing is found, until one of their scales is gone."""
+    model, (ids, _, _) = modelq.load(save(build(name), tmp_path / "source"), compute="bfloat16"), inputs()
+    mtq.quantize(model, getattr(mtq, preset), lambda model: model(ids))
+    for engine in ("vllm", "sglang", "tensorrt-llm"):
+        export_hf_checkpoint(model, export_dir=tmp_path / engine, engine=engine)
+        assert verify_checkpoint(tmp_path / engine, engine) == []
+    tensors = load_bytes(tmp_path / "vllm/model.safetensors")
+    experts = [key for key in tensors if ".experts." in key and key.endswith("weight_scale")]
+    for key in experts[:1]:
+        save_bytes({name: tensor for name, tensor in tensors.items() if name != key}, tmp_path / "vllm/model.safetensors")
+    found = [finding for finding in verify_checkpoint(tmp_path / "vllm", "vllm") if finding.level == "error"]
+    assert found and all("experts" in str(finding) for finding in found)
+
+
+def load_bytes(path):
+    from safetensors.torch import load_file as load
+    return load(path)
+
+
+def save_bytes(tensors, path):
+    from safetensors.torch import save_file as write
+    write(tensors, path, {"format": "pt"})
 
 
 def with_small_blocks(config):
@@ -237,6 +316,8 @@ def test_every_key_counts_or_is_refused(name):
         if key in HARMLESS | REPEATED or (key == "floor_scale" and not config["attn_temperature_tuning"]):
             continue
         for other in changed(value):
+            if "dynamic" in name and key == "rope_parameters" and other["factor"] != value["factor"]:
+                continue        # of lengths that are refused
             try:
                 if runtime_config({**config, key: other}) == plain:
                     silent.append((key, value, other))

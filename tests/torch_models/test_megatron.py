@@ -15,7 +15,7 @@ import torch
 import torch.distributed.checkpoint
 import transformers
 import yaml
-from megatron_writer import part_of, settings, stacked, whole, write_ranks
+from megatron_writer import grouped, part_of, settings, stacked, whole, write_ranks
 from modelq.checkpoint import open_checkpoint
 
 SIZES = dict(vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4,
@@ -137,6 +137,42 @@ def test_grouped_experts(tmp_path):
     write_ranks(model, tmp_path / "megatron", expert=2, rename=lambda name: re.sub(
         r"local_experts\.(\d+)\.linear_fc(\d)\.weight", r"linear_fc\2.weight\1", name))
     check(tmp_path / "megatron", model, tmp_path)
+
+
+@pytest.mark.parametrize("name, split", [("mixtral", {}), ("mixtral", {"expert": 2, "tensor": 2}), ("mixtral", {"tensor": 4, "pipeline": 2}),
+                                         ("qwen3_moe", {"expert": 2})], ids=str)
+def test_experts_in_two_matrices(name, split, tmp_path):
+    """The first grouped products: weight1, weight2."""
+    write_ranks(make(name), tmp_path / "megatron", wrap=grouped, **split)
+    check(tmp_path / "megatron", make(name), tmp_path)
+
+
+@pytest.mark.parametrize("tracker", [True, False])
+def test_zarr_is_refused_by_name(tracker, tmp_path):
+    folder = tmp_path / "m" / "iter_0000007" if tracker else tmp_path / "m"
+    (folder / "decoder.layers.mlp.linear_fc1.weight").mkdir(parents=True)
+    (folder / "decoder.layers.mlp.linear_fc1.weight" / ".zarray").write_text("{}")
+    (folder / "metadata.json").write_text('{"sharded_backend": "zarr", "sharded_backend_version": 1, "common_backend": "torch"}')
+    write_common(make("llama"), folder)
+    if tracker:
+        (tmp_path / "m" / "latest_checkpointed_iteration.txt").write_text("7")
+    with pytest.raises(ValueError, match=r"linear_fc1.weight/.zarray: a checkpoint in zarr, which is not read.*torch_dist"):
+        open_checkpoint(tmp_path / "m")
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (lambda state: state.update({"decoder.layers.1.mlp.experts.weight1": torch.zeros(32, 94)}), r"weight1' has the shape \[32, 94\].*of 4 experts"),
+    (lambda state: state.update({"decoder.layers.1.mlp.experts.weight2": torch.zeros(32, 192).T}), "weight2' has the shape"),
+    (lambda state: state.pop("decoder.layers.1.mlp.router.weight"), "of unknown experts"),
+])
+def test_matrices_of_experts_that_cannot_be(spoil, words, tmp_path):
+    def wrap(state):
+        made = grouped(state)
+        spoil(made)
+        return made
+    write_ranks(make("mixtral"), tmp_path / "megatron", wrap=wrap)
+    with pytest.raises(ValueError, match=words):
+        open_checkpoint(tmp_path / "megatron")
 
 
 def write_common(model, folder, **more):

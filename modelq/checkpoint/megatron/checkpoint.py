@@ -34,7 +34,7 @@ _TOKENIZER_FOLDERS = ("", "tokenizer", "hf_tokenizer", "context/nemo_tokenizer",
 
 def is_megatron(path: Path) -> bool:
     """Whether a folder looks like a checkpoint of Megatron-LM or NeMo."""
-    return (path / TRACKER).is_file() or (path / METADATA).is_file() or any((path / name).is_file() for name in NEMO_CONFIGS) \
+    return any((path / name).is_file() for name in (TRACKER, METADATA, COMMON)) or any((path / name).is_file() for name in NEMO_CONFIGS) \
         or any(any(path.glob(f"*_rank_*/{name}")) for name in WEIGHT_FILES)
 
 
@@ -115,8 +115,11 @@ def _open(place: Place) -> tuple[dict[str, Entry], Settings]:
     if files := rank_files(place):
         shards = Shards(place.path, {rank: TorchFile(place.region(name)) for rank, name in files.items()})
         return entries_of_shards(shards), told or Settings(shards.settings, f"{place.path}: args")
+    if zarr := next((name for name in sorted(place.names) if name.endswith(".zarray")), None):
+        raise ValueError(f"{place.path / zarr}: a checkpoint in zarr, which is not read: load and save it with Megatron-LM's "
+                         "--ckpt-convert-format torch_dist, or NeMo's dist_ckpt_format: torch_dist")
     raise FileNotFoundError(f"{place.path}: no weights of Megatron-LM or NeMo: neither {METADATA} and .distcp files, nor mp_rank_XX "
-                            "folders, nor model_weights.ckpt (checkpoints in zarr are not read: convert them to torch_dist)")
+                            "folders, nor model_weights.ckpt")
 
 
 def _nemo_settings(place: Place) -> Settings | None:

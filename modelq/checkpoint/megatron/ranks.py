@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from modelq.checkpoint.megatron.grouped import ungrouped
 from modelq.checkpoint.megatron.pickles import Opaque
 from modelq.checkpoint.megatron.places import AGAIN, Place
 from modelq.checkpoint.megatron.torch_file import FileTensor, TorchFile
@@ -49,7 +50,8 @@ class Shards:
         if missing := sorted(set(expected) - set(ranks)):
             raise ValueError(f"{path}: no file of tensor rank {missing[0].tensor}, pipeline rank {missing[0].pipeline}, expert rank "
                              f"{missing[0].expert}; {AGAIN}")
-        for expert in range(1 + max(r.expert for r in ranks)):
+        self._expert_ranks = 1 + max(r.expert for r in ranks)
+        for expert in range(self._expert_ranks):
             for tensor in range(1 + max(r.tensor for r in ranks)):
                 self._take([self.opened[rank] for rank in ranks if rank.tensor == tensor and rank.expert == expert], tensor, expert)
 
@@ -80,7 +82,7 @@ class Shards:
 
     def _take(self, stages: list[TorchFile], tensor: int, expert: int) -> None:
         """The files of one tensor and expert rank, in the order of the pipeline: virtual stages go round them."""
-        models = [_models(file) for file in stages]
+        models = [[ungrouped(file.region.path, model, self._expert_ranks) for model in _models(file)] for file in stages]
         before = 0
         for chunk in range(max(map(len, models))):
             for file, chunks in zip(stages, models):

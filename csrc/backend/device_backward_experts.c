@@ -1,0 +1,157 @@
+/* The rows of one expert on their way back on a device: gathered on the host, where what comes out of them is added. */
+#include "backend/device_backward.h"
+#include "core/alloc.h"
+
+typedef struct expert_work {
+    mq_backward *back;
+    const mq_back_expert_rows *rows;
+    void *hidden;               /* (rows of a chunk, C) */
+    float *gradient, *d_shares;
+    int64_t *index;
+} expert_work;
+
+static int allocate(expert_work *work, int64_t rows, mq_error *err)
+{
+    const mq_runtime *runtime = work->back->run->runtime;
+    const size_t count = (size_t)rows, width = (size_t)runtime->config.hidden_size;
+    work->hidden = mq_alloc_array(count, width * mq_dtype_size(runtime->dtype));
+    work->gradient = mq_alloc_array(count, width * sizeof *work->gradient);
+    work->d_shares = mq_alloc_array(count, sizeof *work->d_shares);
+    work->index = mq_alloc_array(count, sizeof *work->index);
+    if (work->hidden != NULL && work->gradient != NULL && work->d_shares != NULL && work->index != NULL) return MQ_OK;
+    return mq_fail_memory(err, "the rows of an expert", count * width * sizeof *work->gradient);
+}
+
+static void deallocate(expert_work *work)
+{
+    mq_free(work->hidden);
+    mq_free(work->gradient);
+    mq_free(work->d_shares);
+    mq_free(work->index);
+}
+
+/* Hidden states, gradients and shares of the chunk's rows, to the device. */
+static int send(const mq_device_back *it, const expert_work *work)
+{
+    const mq_backend *backend = it->device->backend;
+    const mq_run *run = it->back->run;
+    const mq_device_back_scratch *scratch = it->scratch;
+    const mq_device_chunk *chunk = it->chunk;
+    void *stream = it->device->compute;
+    const size_t rows = (size_t)chunk->rows, numbers = (size_t)(chunk->rows * it->context->config->hidden_size);
+    const mq_row_sizes sizes = {.rows = chunk->rows, .width = it->context->config->hidden_size,
+                                .dtype = it->context->dtype};
+    const mq_row_sizes single = {.rows = chunk->rows, .width = sizes.width, .dtype = MQ_F32};
+    for (int64_t i = 0; i < chunk->rows; i++) work->index[i] = i;
+    mq_gather_forward(work->hidden, run->hidden, chunk->tokens, &sizes);
+    mq_gather_forward(work->gradient, it->back->gradient, chunk->tokens, &single);
+    int rc = backend->copy(chunk->hidden, work->hidden, numbers * mq_dtype_size(sizes.dtype), stream, it->err);
+    if (rc == MQ_OK) rc = backend->copy(it->gradient, work->gradient, numbers * sizeof(float), stream, it->err);
+    if (rc == MQ_OK)
+        rc = backend->copy(scratch->indices[0], work->index, rows * sizeof *work->index, stream, it->err);
+    if (rc != MQ_OK) return rc;
+    return backend->copy(scratch->shares, run->dispatch.shares + chunk->position, rows * sizeof(float), stream,
+                         it->err);
+}
+
+static int observe(const mq_device_back *it)
+{
+    const mq_run *run = it->back->run;
+    const mq_linear *linears = it->layer->linears;
+    const mq_gate gate = mq_gate_of(it->context->config);
+    const int64_t width = it->context->config->hidden_size;
+    const mq_device_back_scratch *scratch = it->scratch;
+    const mq_observed observed = {
+        .input = scratch->mlp_normed, .output = scratch->output, .gradient = scratch->d_output,
+        .rows = it->chunk->rows, .dtype = it->context->dtype, .output_dtype = it->context->dtype, .columns = width,
+        .width = width, .outputs = width, .first = it->chunk->position, .total = run->rows, .expert = it->expert,
+        .tokens = it->chunk->tokens, .shares = run->dispatch.shares + it->chunk->position, .gate = &gate,
+        .biases = {linears[MQ_ROLE_GATE].weight.bias, linears[MQ_ROLE_UP].weight.bias,
+                   linears[MQ_ROLE_DOWN].weight.bias},
+    };
+    const mq_cuda_add_job scale = {
+        .x = mq_device_back_single(it, it->gradient, width), .y = mq_device_back_single(it, scratch->d_output, width),
+        .scale = (float)it->context->config->residual_multiplier,
+    };
+    const int rc = it->device->backend->add(&scale, it->device->compute, it->err);
+    return rc == MQ_OK ? mq_device_observe(it, it->layer->experts_observer, &observed) : rc;
+}
+
+/* By what the expert reads, in d_mlp_normed, and by its shares. */
+static int compute(const mq_device_back *it)
+{
+    const mq_device_back_scratch *scratch = it->scratch;
+    const mq_backend *backend = it->device->backend;
+    const int64_t width = it->context->config->hidden_size;
+    const double factor = it->context->config->residual_multiplier;
+    const mq_cuda_scatter_job scatter = {
+        .x = mq_device_back_matrix(it, scratch->output, width), .index = scratch->indices[0],
+        .shares = scratch->shares, .d_out = it->gradient, .d_in = scratch->d_output, .d_shares = scratch->d_shares,
+    };
+    int rc = mq_device_back_enter(it, MQ_ROLE_POST_NORM, scratch->mlp_normed, it->chunk->hidden);
+    if (rc == MQ_OK) rc = mq_device_mlp_again(it, &MQ_MLP_ROLES, 1);
+    if (rc == MQ_OK && it->layer->experts_observer != NULL) rc = observe(it);
+    if (rc == MQ_OK) rc = mq_device_back_scale(it, it->gradient, factor);
+    if (rc == MQ_OK) rc = backend->scatter_backward(&scatter, it->device->compute, it->err);
+    return rc == MQ_OK ? mq_device_mlp_back(it, &MQ_MLP_ROLES, scratch->d_output) : rc;
+}
+
+/* What came out, to the host: work->gradient and d_shares. */
+static int receive(const mq_device_back *it, const expert_work *work)
+{
+    const mq_backend *backend = it->device->backend;
+    const size_t rows = (size_t)it->chunk->rows * sizeof(float);
+    void *stream = it->device->compute;
+    int rc = backend->copy(work->gradient, it->scratch->d_mlp_normed,
+                           rows * (size_t)it->context->config->hidden_size, stream, it->err);
+    if (rc == MQ_OK) rc = backend->copy(work->d_shares, it->scratch->d_shares, rows, stream, it->err);
+    return rc == MQ_OK ? backend->stream_wait(stream, it->err) : rc;
+}
+
+static int run_rows(mq_device_back *it, const expert_work *work)
+{
+    const mq_back_expert_rows *all = work->rows;
+    const mq_dispatch *dispatch = &it->back->run->dispatch;
+    int rc = MQ_OK;
+    for (int64_t done = 0; rc == MQ_OK && done < all->count; done += it->scratch->rows) {
+        const int64_t at = all->first + done, count = MQ_MIN(it->scratch->rows, all->count - done);
+        const mq_device_chunk chunk = {.rows = count, .tokens = dispatch->tokens + at, .position = at,
+                                       .hidden = it->scratch->input[0]};
+        const mq_back_rows rows = {.back = it->back, .layer = it->layer, .first = at, .rows = count,
+                                   .expert = all->expert, .tokens = chunk.tokens, .shares = dispatch->shares + at,
+                                   .err = it->err};
+        it->chunk = &chunk;
+        it->gradient = it->scratch->gradient[0];
+        rc = mq_backward_poll(it->back, it->err);
+        if (rc == MQ_OK) rc = send(it, work);
+        if (rc == MQ_OK) rc = compute(it);
+        if (rc == MQ_OK && done + count == all->count)
+            rc = mq_device_meanwhile(it->device, it->back->run, NULL, it->err);
+        if (rc == MQ_OK) rc = receive(it, work);
+        if (rc == MQ_OK) mq_backward_take_expert(&rows, work->gradient, work->d_shares);
+    }
+    it->chunk = NULL;
+    return rc;
+}
+
+int mq_device_back_expert(mq_elsewhere *self, mq_backward *back, const mq_back_expert_rows *rows, mq_error *err)
+{
+    mq_device *device = (mq_device *)(void *)self;
+    const mq_layer_context context = mq_run_context(back->run);
+    const mq_device_back_room room = {.device = device, .back = back, .experts_only = 1};
+    mq_device_back_scratch scratch = {0};
+    mq_device_back it = {.device = device, .back = back, .layer = &back->run->runtime->layers[rows->layer],
+                         .context = &context, .scratch = &scratch, .expert = rows->expert, .err = err};
+    expert_work work = {.back = back, .rows = rows};
+    int before, rc = mq_device_enter(device, &before, err);
+    if (rc != MQ_OK) return rc;
+    rc = mq_device_back_reserve(&room, rows->count, 1, &it);
+    if (rc == MQ_OK) rc = mq_device_back_ready(device, err);
+    if (rc == MQ_OK) rc = allocate(&work, scratch.rows, err);
+    if (rc == MQ_OK) rc = run_rows(&it, &work);
+    rc = mq_device_back_end(device, rc, err);
+    deallocate(&work);
+    mq_free(it.fetched);
+    mq_device_leave(device, before);
+    return rc;
+}

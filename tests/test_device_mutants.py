@@ -1,0 +1,24 @@
+"""Without any one of its waits between streams, or the records that these wait for, the device runtime fails tests/test_device_order.py.
+MODELQ_EVERY_WAIT=1 tries every one, else a sample that changes by the day."""
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from cuda_library import ROOT, SANITIZED, library_to_test
+
+SAMPLE = "1" if os.environ.get("MODELQ_EVERY_WAIT") == "1" else "8"
+
+
+@pytest.mark.slow
+@pytest.mark.emulated
+@pytest.mark.skipif(shutil.which("g++") is None or SANITIZED, reason="needs g++, and processes without sanitizers")
+def test_no_wait_is_missed():
+    environment = {**os.environ, "MODELQ_CUDA_EMULATED": str(library_to_test())}
+    done = subprocess.run([sys.executable, str(ROOT / "scripts/wait_mutants.py"), "--sample", SAMPLE], capture_output=True, text=True,
+                          env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(re.findall(r" noticed$", done.stdout, re.M)) >= 2, done.stdout

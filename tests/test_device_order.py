@@ -1,0 +1,99 @@
+"""Copies and kernels of the device runtime are ordered by what is said between streams alone, never by chance: with streams that do nothing
+before they must, or any of it at any time, everything is as with streams that do all at once. scripts/wait_mutants.py takes each wait away
+and has these tests notice it; so they look at all that waits are for, quickly."""
+import numpy as np
+import pytest
+
+import modelq
+import modelq._core as core
+import modelq.quantization as mtq
+from cuda_arrays import CudaArray, device
+from cuda_library import library_to_test
+from modelq import cuda
+
+RNG = np.random.default_rng(0)
+IDS = [RNG.integers(0, 200, (5, 14)) for _ in range(2)]
+MASK = np.array([[1] * 14] * 2 + [[1] * 9 + [0] * 5] * 3)
+SMALL, ENOUGH = 2_700_000, "64MiB"
+STREAMS = ("at once", "late", "random")
+pytestmark = pytest.mark.emulated
+
+
+@pytest.fixture(autouse=True)
+def emulated(monkeypatch):
+    monkeypatch.setenv("MODELQ_CUDA_LIBRARY", str(library_to_test()))
+
+
+def passes(model):
+    model(IDS[0], attention_mask=MASK)
+    model(IDS[1])
+
+
+def amax_of(model):
+    return {name: np.asarray(quantizer.amax) for name, quantizer in model.quantizers.items() if getattr(quantizer, "amax", None) is not None}
+
+
+def same_on_all(monkeypatch, work):
+    """work() gives numbers by name."""
+    found = []
+    for streams in STREAMS:
+        monkeypatch.setenv("MODELQ_SHIM_STREAMS", streams)
+        found.append(work())
+    for other in found[1:]:
+        assert found[0].keys() == other.keys() and found[0]
+        for name, value in found[0].items():
+            np.testing.assert_array_equal(other[name], value, err_msg=name)
+
+
+@pytest.mark.filterwarnings("ignore:gptq. the Gram matrix")
+@pytest.mark.parametrize("name, memory, config", [
+    ("llama", SMALL, mtq.FP8_DEFAULT_CFG), ("qwen3moe", SMALL, mtq.FP8_DEFAULT_CFG), ("llama", ENOUGH, mtq.INT4_GPTQ_CFG),
+    ("llama", ENOUGH, {**mtq.INT8_DEFAULT_CFG, "algorithm": "percentile"}), ("qwen3moe", ENOUGH, mtq.NVFP4_DEFAULT_CFG)], ids=["maxima", "experts", "grams", "histograms", "ahead"])
+def test_calibration_and_evaluation(golden, monkeypatch, name, memory, config):
+    def work():
+        model = modelq.load(golden[name].source, compute="float32", device="cuda", device_memory=memory)
+        before = model.loss(IDS)
+        mtq.quantize(model, config, passes)
+        return {**amax_of(model), "before": before, "loss": model.loss(IDS), "logits": np.asarray(model(IDS[0], attention_mask=MASK).logits)}
+    same_on_all(monkeypatch, work)
+
+
+def test_weights_that_are_not_finite(golden, monkeypatch):
+    """The last weight's maximum has come when it is looked at."""
+    monkeypatch.setenv("MODELQ_SHIM_STREAMS", "late")
+    model = modelq.load(golden["llama"].source, compute="float32", device="cuda", device_memory=ENOUGH)
+    read, name = model.checkpoint.read, "model.layers.1.mlp.down_proj.weight"
+
+    def broken(wanted):
+        tensor = np.array(read(wanted))
+        if wanted == name:
+            tensor[-1, -1] = np.nan
+        return tensor
+    monkeypatch.setattr(model.checkpoint, "read", broken)
+    with pytest.raises(ValueError, match=f"{name} contains NaN"):
+        model.loss(IDS)
+
+
+def test_a_quantizer_on_two_streams(monkeypatch):
+    """Its workspace, which is one, is used by one stream behind the other."""
+    x = [np.random.default_rng(seed).standard_normal((32, 64)).astype(np.float32) * (seed + 1) for seed in range(6)]
+    config = {"num_bits": 8, "block_sizes": {-1: 16, "type": "dynamic"}}
+
+    def work():
+        quantizer, arrays = core.Quantizer(**{**config, "type": "dynamic"}), []
+        streams = [device().stream() for _ in range(2)]
+        for i, values in enumerate(x):
+            given, out = CudaArray(values, current=streams[i % 2]), CudaArray(values * 0, current=streams[i % 2])
+            arrays.append((given, out))
+        for i, (given, out) in enumerate(arrays):
+            core.cuda_quantize(cuda.library(), quantizer, given, out, streams[i % 2])
+        for stream in reversed(streams):
+            device().call("stream_wait", device().place(stream))
+        return {str(i): out.host for i, (_, out) in enumerate(arrays)}
+    same_on_all(monkeypatch, work)
+
+
+def test_branches_of_low_rank(golden, monkeypatch):
+    model = modelq.load(golden["llama"].source, compute="float32", device="cuda", device_memory=ENOUGH)
+    mtq.quantize(model, mtq.NVFP4_SVDQUANT_DEFAULT_CFG, passes)
+    same_on_all(monkeypatch, lambda: {"loss": model.loss(IDS), "again": model.loss(IDS[:1])})
