@@ -1,5 +1,5 @@
 # make demo [FORMAT=nvfp4|fp8]   quantize SmolLM2-135M end to end, in an environment of its own without PyTorch
-# make test [ARGS="-k name"]     build with the tests' extension, run the tests
+# make test [ARGS="-k name"]     build with the tests' extension, run the tests; all of them: files in WORKERS=2 processes
 # make sanitize                  the core tests under AddressSanitizer and UndefinedBehaviorSanitizer
 # make test-isa                  the kernel tests once per instruction set that this processor has
 # make test-engines              our exports in transformers and in vLLM's CPU build, in environments of their own (several GB)
@@ -14,6 +14,7 @@
 PYTHON ?= python3
 FORMAT ?= nvfp4
 ARGS ?=
+WORKERS ?= 2
 GOLDEN ?= $(wildcard ../shared/golden)
 
 VENV := .venv
@@ -28,6 +29,9 @@ SOURCES := setup.py pyproject.toml $(shell find csrc cuda modelq -name '*.c' -o 
 INSTALL := rm -rf build/*/lib* && $(VENV)/bin/python -m pip install --quiet --no-build-isolation
 # Tests that no kernel takes part in.
 NOT_ISA := --ignore-glob='tests/test_cuda_*.py' --ignore-glob='tests/test_device_*.py' $(patsubst %,--ignore=tests/test_%.py,bench_command cli cli_consistency cli_dry_run data dataset_utils device dlpack docstrings gguf import interrupted lint notebooks oom pickles progress readme report safetensors stubs threads unwritable writer)
+# What times, or counts memory, runs alone afterwards, or not at all.
+COUNTS := slow or leaks or measures
+PARALLEL := -q -n $(WORKERS) --dist loadfile
 TEST_ENV := $(if $(GOLDEN),MODELQ_GOLDEN=$(abspath $(GOLDEN)))
 
 # Everything but the demo is built with modelq._testing, and its tests then may not skip for want of it.
@@ -43,7 +47,12 @@ demo: $(DEMO)/installed
 	$(DEMO)/bin/python scripts/demo.py --format $(FORMAT)
 
 test: $(VENV)/installed
+ifeq ($(ARGS),)
+	$(TEST_ENV) $(VENV)/bin/pytest $(PARALLEL) -m "not ($(COUNTS))"
+	$(TEST_ENV) $(VENV)/bin/pytest -m "$(COUNTS)"
+else
 	$(TEST_ENV) $(VENV)/bin/pytest $(ARGS)
+endif
 
 # LeakSanitizer is off: the interpreter leaks by design. Not run: what times or counts, as the sanitizers change both. libstdc++ comes
 # with libasan, which otherwise cannot see the exceptions of other people's C++.
@@ -51,12 +60,12 @@ sanitize: $(SANITIZED)/installed
 	$(TEST_ENV) PYTHONPATH=$(SANITIZED) PYTHONMALLOC=malloc LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
 	ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:abort_on_error=1:allocator_may_return_null=1 \
 	UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	$(VENV)/bin/pytest -m "not slow and not leaks and not measures" $(ARGS)
+	$(VENV)/bin/pytest $(PARALLEL) -m "not ($(COUNTS))" $(ARGS)
 
 test-isa: $(VENV)/installed
 	@isas=$$($(VENV)/bin/python scripts/isas.py); test -n "$$isas" || exit 1; for isa in $$isas; do \
 	  echo "== MODELQ_ISA=$$isa"; \
-	  $(TEST_ENV) MODELQ_ISA=$$isa $(VENV)/bin/pytest -q -m "not slow and not leaks and not measures" $(NOT_ISA) $(ARGS) || exit 1; \
+	  $(TEST_ENV) MODELQ_ISA=$$isa $(VENV)/bin/pytest $(PARALLEL) -m "not ($(COUNTS))" $(NOT_ISA) $(ARGS) || exit 1; \
 	done
 
 # test-transformers is the half that takes seconds, test-vllm the other.
@@ -69,7 +78,7 @@ test-vllm: $(VENV)/installed $(VLLM)/installed
 	MODELQ_VLLM_PYTHON=$(VLLM)/bin/python $(VENV)/bin/pytest tests/engines/test_vllm.py $(ARGS)
 
 test-torch: $(TORCH)/installed
-	$(TEST_ENV) $(TORCH)/bin/pytest tests/torch_models $(ARGS)
+	$(TEST_ENV) $(TORCH)/bin/pytest $(PARALLEL) tests/torch_models $(ARGS)
 
 # MODELQ_REFERENCE_PYTHON names an environment that is there already.
 test-reference: $(VENV)/installed $(if $(MODELQ_REFERENCE_PYTHON),,$(REFERENCE)/installed)
