@@ -26,14 +26,14 @@ def test_formats_and_block_sizes(arguments, name, said, tmp_path, capsys):
 def test_the_same_command_goes_on(arguments, tmp_path, monkeypatch, capsys):
     run_layer, seen = streaming.run_layer, []
 
-    def stops(model, run, layer, visitor=None):
+    def stops(model, run, layer, *how, **more):
         if layer == 1:
             raise KeyboardInterrupt
-        return run_layer(model, run, layer, visitor)
+        return run_layer(model, run, layer, *how, **more)
 
-    def counts(model, run, layer, visitor=None):
+    def counts(model, run, layer, *how, **more):
         seen.append(layer)
-        return run_layer(model, run, layer, visitor)
+        return run_layer(model, run, layer, *how, **more)
     arguments += ["--format", "int4_awq", "--block-size", "32"]
     assert main([*arguments, "--out", str(tmp_path / "whole")]) == 0, capsys.readouterr()
     resumed = [*arguments, "--out", str(tmp_path / "out"), "--checkpoint-dir", str(tmp_path / "progress")]

@@ -77,7 +77,7 @@ def test_the_first_model_is_run_once_for_several(pair, golden, monkeypatch):
     whole = {name: value for name, value in vars(fidelity(*pair, ids, window=20)).items() if name != "hidden"}
     monkeypatch.setattr(modelq.Model, "tokens_at_once", 45)
     run_layer = streaming.run_layer
-    monkeypatch.setattr(streaming, "run_layer", lambda model, *rest: ran.append(model) or run_layer(model, *rest))
+    monkeypatch.setattr(streaming, "run_layer", lambda model, *rest, **more: ran.append(model) or run_layer(model, *rest, **more))
     for _ in range(2):
         found = vars(fidelity(*pair, ids, 20, kept))
         assert found.pop("hidden") == [] and found == pytest.approx(whole, rel=1e-5) and len(kept) == 4

@@ -103,9 +103,9 @@ def layers_run(monkeypatch):
     """Every layer that is run, in order."""
     seen, original = [], streaming.run_layer
 
-    def run_layer(model, run, layer, look=None):
+    def run_layer(model, run, layer, *how, **more):
         seen.append(layer)
-        return original(model, run, layer, look)
+        return original(model, run, layer, *how, **more)
     monkeypatch.setattr(streaming, "run_layer", run_layer)
     return seen
 

@@ -130,9 +130,9 @@ def work(monkeypatch):
     """Layers run, and tensors read from the checkpoint."""
     seen, run_layer, load = {"layers": [], "read": []}, streaming.run_layer, modelq.load
 
-    def run(model, r, layer, look=None):
+    def run(model, r, layer, *how, **more):
         seen["layers"].append(layer)
-        return run_layer(model, r, layer, look)
+        return run_layer(model, r, layer, *how, **more)
 
     def watched(path, **more):
         model = load(path, **more)

@@ -8,7 +8,7 @@ import pytest
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "reference"))
-from cases import STORED, folder_of      # noqa: E402
+from reference_cases import STORED, folder_of      # noqa: E402
 from comparison import differences, export, unpacked, write_source      # noqa: E402
 
 

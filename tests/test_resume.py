@@ -72,11 +72,11 @@ class Layers:
         self.seen, self.stop_at, self.run_layer = [], stop_at, streaming.run_layer
         monkeypatch.setattr(streaming, "run_layer", self)
 
-    def __call__(self, model, run, layer, visitor=None):
+    def __call__(self, model, run, layer, *how, **more):
         if len(self.seen) == self.stop_at:
             raise KeyboardInterrupt
         self.seen.append(layer)
-        return self.run_layer(model, run, layer, visitor)
+        return self.run_layer(model, run, layer, *how, **more)
 
 
 def interrupted(monkeypatch, stop_at, *arguments, **options):

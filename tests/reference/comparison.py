@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from cases import EXACT, SEARCHED, STACKED, WITH_EXPERTS, configuration, dtype_of, token_ids, values_of
+from reference_cases import EXACT, SEARCHED, STACKED, WITH_EXPERTS, configuration, dtype_of, token_ids, values_of
 from golden_data import read_safetensors, write_safetensors
 
 FILES = {"hf_quant_config.json": "quantization", "config.json": "quantization_config"}

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from cases import STORED, folder_of       # noqa: E402
+from reference_cases import STORED, folder_of       # noqa: E402
 from comparison import bases_of, packed, read_export      # noqa: E402
 from golden_data import read_safetensors      # noqa: E402
 

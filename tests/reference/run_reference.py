@@ -13,7 +13,7 @@ from pathlib import Path
 import modelopt.torch.quantization as mtq
 import torch
 import transformers
-from cases import FAMILIES, FORMATS, configuration, dtype_of, folder_of, token_ids, values_of
+from reference_cases import FAMILIES, FORMATS, configuration, dtype_of, folder_of, token_ids, values_of
 from modelopt.torch.export import export_hf_checkpoint
 from safetensors.torch import load_file, save_file
 

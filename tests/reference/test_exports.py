@@ -3,7 +3,7 @@ import re
 
 import modelq
 import pytest
-from cases import FAMILIES, FORMATS, folder_of
+from reference_cases import FAMILIES, FORMATS, folder_of
 from comparison import CANNOT, REFUSED, differences, export, read_export
 
 
