@@ -30,7 +30,7 @@ INSTALL := rm -rf build/*/lib* && $(VENV)/bin/python -m pip install --quiet --no
 # Tests that no kernel takes part in.
 NOT_ISA := --ignore-glob='tests/test_cuda_*.py' --ignore-glob='tests/test_device_*.py' $(patsubst %,--ignore=tests/test_%.py,bench_command cli cli_consistency cli_dry_run data dataset_utils device dlpack docstrings gguf import interrupted lint notebooks oom pickles progress readme report safetensors stubs threads unwritable writer)
 # What times, or counts memory, runs alone afterwards, or not at all.
-COUNTS := slow or leaks or measures
+COUNTS := leaks or measures
 PARALLEL := -q -n $(WORKERS) --dist loadfile
 TEST_ENV := $(if $(GOLDEN),MODELQ_GOLDEN=$(abspath $(GOLDEN)))
 
@@ -60,12 +60,12 @@ sanitize: $(SANITIZED)/installed
 	$(TEST_ENV) PYTHONPATH=$(SANITIZED) PYTHONMALLOC=malloc LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
 	ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:abort_on_error=1:allocator_may_return_null=1 \
 	UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	$(VENV)/bin/pytest $(PARALLEL) -m "not ($(COUNTS))" $(ARGS)
+	$(VENV)/bin/pytest $(PARALLEL) -m "not (slow or $(COUNTS))" $(ARGS)
 
 test-isa: $(VENV)/installed
 	@isas=$$($(VENV)/bin/python scripts/isas.py); test -n "$$isas" || exit 1; for isa in $$isas; do \
 	  echo "== MODELQ_ISA=$$isa"; \
-	  $(TEST_ENV) MODELQ_ISA=$$isa $(VENV)/bin/pytest $(PARALLEL) -m "not ($(COUNTS))" $(NOT_ISA) $(ARGS) || exit 1; \
+	  $(TEST_ENV) MODELQ_ISA=$$isa $(VENV)/bin/pytest $(PARALLEL) -m "not (slow or $(COUNTS))" $(NOT_ISA) $(ARGS) || exit 1; \
 	done
 
 # test-transformers is the half that takes seconds, test-vllm the other.

@@ -86,6 +86,7 @@ def gradients_in(name, folder, place):
     return found.weights | looks | {name: observer.array for name, observer in observers.items()}, model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families_have_the_cpus_gradients(name, tmp_path):
     """Random weights make more of what two computations differ in than trained ones: 1.1e-5 was measured (Gemma 3)."""
@@ -153,6 +154,7 @@ def test_a_vocabulary_of_many_slices():
 
 # ---- observers ----
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, preset, compute, tolerance", [("llama", "INT4_AWQ_CFG", "float32", 1e-5),
                                                               ("qwen3moe", "FP8_DEFAULT_CFG", "float32", 1e-3)])
 def test_scores_equal_model_optimizers(name, preset, compute, tolerance):
