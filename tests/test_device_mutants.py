@@ -1,5 +1,5 @@
 """Without a wait between streams, or the record that it waits for, the device runtime fails its tests (which are not tried is in the script).
-MODELQ_EVERY_WAIT=1 tries every one, else a sample that changes by the day."""
+MODELQ_EVERY_WAIT=1 tries every one, else a sample."""
 import os
 import re
 import shutil
