@@ -81,6 +81,7 @@ print("fine")
     assert run_python(code) == "fine"
 
 
+@pytest.mark.measures       # AddressSanitizer's own locks may be held by the other thread when it forks
 def test_fork_while_another_thread_computes(run_python):
     code = """
 import os, signal, threading
