@@ -133,20 +133,25 @@ mq_cuda_attention_job mq_device_attention(const mq_layer_context *context, const
     };
 }
 
+mq_cuda_attention_job mq_device_attention_of(const mq_device *device, const mq_layer_context *context,
+                                             const mq_layer *layer, const mq_device_chunk *chunk)
+{
+    mq_cuda_attention_job job = mq_device_attention(context, layer, chunk->rows, chunk->sequences, chunk->longest);
+    job.starts = chunk->starts;
+    job.chunk_first = chunk->chunk_first;
+    job.key_mask = chunk->key_mask;
+    job.sinks = device->norms[MQ_ROLE_SINKS];
+    return job;
+}
+
 static int attend(mq_device_pass *pass)
 {
-    const mq_device_chunk *chunk = pass->chunk;
     const mq_device_scratch *scratch = pass->scratch;
-    mq_cuda_attention_job job = mq_device_attention(pass->context, pass->layer, chunk->rows, chunk->sequences,
-                                                    chunk->longest);
+    mq_cuda_attention_job job = mq_device_attention_of(pass->device, pass->context, pass->layer, pass->chunk);
     job.q = scratch->q;
     job.k = scratch->k;
     job.v = scratch->v;
     job.out = scratch->mixed;
-    job.starts = chunk->starts;
-    job.chunk_first = chunk->chunk_first;
-    job.sinks = pass->device->norms[MQ_ROLE_SINKS];
-    job.key_mask = chunk->key_mask;
     job.workspace = scratch->attention;
     job.workspace_nbytes = scratch->attention_nbytes;
     return pass->device->backend->attention(&job, pass->device->compute, pass->err);

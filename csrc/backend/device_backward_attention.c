@@ -67,18 +67,12 @@ static int project(const mq_device_back *it)
 
 static mq_cuda_attention_job job_of(const mq_device_back *it)
 {
-    const mq_device_chunk *chunk = it->chunk;
     const mq_device_back_scratch *scratch = it->scratch;
-    mq_cuda_attention_job job = mq_device_attention(it->context, it->layer, chunk->rows, chunk->sequences,
-                                                    chunk->longest);
+    mq_cuda_attention_job job = mq_device_attention_of(it->device, it->context, it->layer, it->chunk);
     job.q = scratch->q;
     job.k = scratch->k;
     job.v = scratch->v;
     job.out = scratch->mixed;
-    job.starts = chunk->starts;
-    job.chunk_first = chunk->chunk_first;
-    job.sinks = it->device->norms[MQ_ROLE_SINKS];
-    job.key_mask = chunk->key_mask;
     job.maxima = scratch->maxima;
     job.factors = scratch->factors;
     job.workspace = scratch->attention;

@@ -293,6 +293,9 @@ int mq_device_run_chunk(mq_device_pass *pass);
 /* layer NULL: as large as any layer's. */
 mq_cuda_attention_job mq_device_attention(const mq_layer_context *context, const mq_layer *layer, int64_t rows,
                                           int64_t sequences, int64_t longest);
+/* Of a chunk: with its indices and the layer's sinks, without rows and room. */
+mq_cuda_attention_job mq_device_attention_of(const mq_device *device, const mq_layer_context *context,
+                                             const mq_layer *layer, const mq_device_chunk *chunk);
 
 /* ---- device_chunks.c ---- */
 
