@@ -132,7 +132,7 @@ size_t mq_rope_table_nbytes(const mq_rope_table *table);
 typedef struct mq_ropes {
     mq_rope_table tables[MQ_ROPE_KINDS];    /* empty where none is needed */
     int64_t original;                       /* 0 = sequences of all lengths are alike */
-    mq_rope_table *stretched;               /* MAIN for single lengths beyond `longest`: of a device, which looks all up */
+    mq_rope_table *stretched;               /* MAIN for single lengths beyond `longest`; only for a device */
     int64_t stretched_count;
 } mq_ropes;
 int mq_ropes_init(mq_ropes *ropes, const mq_config *config, unsigned layer_ropes, int64_t positions, mq_error *err);
