@@ -202,15 +202,7 @@ size_t mq_device_back_nbytes(const mq_device_back_room *room, int64_t rows, int6
     return needed(room, rows, longest);
 }
 
-static uint64_t scored_roles(const mq_layer *layer)
-{
-    uint64_t roles = 0;
-    for (int role = 0; role < MQ_ROLE_COUNT; role++)
-        if (mq_output_score_of(layer->linears[role].observer) != NULL) roles |= (uint64_t)1 << role;
-    return roles;
-}
-
-/* Weights of candidates stay where they would come again with each chunk, as many as leave room for chunks that are
+/* Weights of candidates stay where they would come again with each chunk: as many as leave room for chunks that are
  * half as large as without, or large enough. */
 static void keep_weights(mq_device_back_room *room, int64_t rows, int64_t longest)
 {
@@ -220,9 +212,12 @@ static void keep_weights(mq_device_back_room *room, int64_t rows, int64_t longes
     if (room->layer == NULL) return;
     const int64_t without = mq_device_most_rows(&need, available, most, longest);
     const int64_t least = MQ_MAX(longest, MQ_MIN((int64_t)MQ_ENOUGH_ROWS, without / 2));
-    if (without >= rows) return;
-    room->kept = room->experts_only ? 1 : scored_roles(room->layer);
-    while (room->kept != 0 && needed(room, least, longest) > available) room->kept &= room->kept - 1;
+    for (int role = 0; without < rows && role < (room->experts_only ? 1 : (int)MQ_ROLE_COUNT); role++) {
+        const uint64_t bit = (uint64_t)1 << role;
+        if (!room->experts_only && mq_output_score_of(room->layer->linears[role].observer) == NULL) continue;
+        room->kept |= bit;
+        if (needed(room, least, longest) > available) room->kept &= ~bit;
+    }
 }
 
 int mq_device_back_reserve(const mq_device_back_room *wanted, int64_t rows, int64_t longest, mq_device_back *out)

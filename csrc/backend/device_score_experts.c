@@ -5,7 +5,7 @@
 #include "core/alloc.h"
 
 /* Rows of an expert that there must be room for beside the changes. */
-enum { LEAST_ROWS = 256 };
+enum { LEAST_ROWS = 32 };
 
 /* ---- changes of all rows ---- */
 
