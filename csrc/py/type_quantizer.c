@@ -577,9 +577,7 @@ static PyObject *call_on(QuantizerObject *self, mq_state *state, const mq_tensor
     rc = apply_all(&job, &matrix, find, &err);
     Py_END_ALLOW_THREADS
     self->holders--;
-    if (rc == MQ_OK) return result;
-    Py_DECREF(result);
-    return mq_raise(&err);
+    return mq_result(result, rc, &err);
 }
 
 static PyObject *quantizer_call(QuantizerObject *self, PyObject *args, PyObject *kwargs)
