@@ -1,8 +1,8 @@
 /* The gradients of attention (Dao et al. 2022, algorithm 4): with P = softmax(S), S = scale * Q K^T, O = P V:
  * dV = P^T dO, dP = dO V^T, dS = P * (dP - D), D = sum of dO * O per query, dQ = scale * dS K, dK = scale * dS^T Q.
  * Probabilities are computed again, tile by tile. One kernel has blocks of queries and adds up dQ; two have blocks of
- * keys, go over the heads and queries that read them, in order, and add up dK and dV: so there are no atomic sums. A sink
- * is a score with no value: of its probability p, the gradient is the sum of -p * D. */
+ * keys, go over the heads and queries that read them, in order, and add up dK and dV: so there are no atomic sums.
+ * A sink is a score with no value: of its probability p, the gradient is the sum of -p * D. */
 #include "attention.cuh"
 
 /* ---- kernels ---- */

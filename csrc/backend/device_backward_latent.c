@@ -28,7 +28,8 @@ static places places_of(const mq_device_back *it, int back)
     const mq_device_back_scratch *scratch = it->scratch;
     const mq_dtype dtype = back ? MQ_F32 : it->context->dtype;
     const void *k = back ? scratch->d_k : scratch->raw_k, *v = back ? scratch->d_v : scratch->v;
-    const void *expanded = back ? scratch->d_expanded : scratch->expanded, *kv_a = back ? scratch->d_kv_a : scratch->kv_a;
+    const void *kv_a = back ? scratch->d_kv_a : scratch->kv_a;
+    const void *expanded = back ? scratch->d_expanded : scratch->expanded;
     const int64_t turned = config->qk_rope_head_dim, value = config->value_head_dim, head = config->head_dim;
     const int64_t plain = head - turned, lora = config->kv_lora_rank, heads = config->num_attention_heads;
     places found = {
