@@ -131,7 +131,7 @@ def _head(model: Model, back: Any, labels: list[np.ndarray], visitor: Visitor | 
 def _layer(model: Model, back: Any, layer: int, state: np.ndarray, visitor: Visitor | None) -> None:
     names, modules = model.runtime.layer_tensors(layer), model.modules_of(layer)
     try:
-        part = Part(layer, None, modules, streaming.read(model, names, modules))
+        part = Part(layer, None, modules, streaming.read_part(model, names, layer, None, False))
         if visitor is not None:
             visitor.enter(part)
         before = layer - 1 if layer > 0 else None
@@ -155,7 +155,7 @@ def _expert(model: Model, back: Any, layer: int, expert: int, counted: int, visi
             ahead: Callable[[], None] | None) -> None:
     names, modules = model.runtime.expert_tensors(layer, expert), model.modules_of(layer, expert)
     try:
-        part = Part(layer, expert, modules, streaming.read(model, names, modules), counted)
+        part = Part(layer, expert, modules, streaming.read_part(model, names, layer, expert, False), counted)
         if visitor is not None:
             visitor.enter(part)
         back.expert(layer, expert, part.tensors, ahead)
