@@ -16,6 +16,7 @@ size_t mq_device_ropes_nbytes(const mq_ropes *ropes)
 {
     size_t total = 0;
     for (int kind = 0; kind < MQ_ROPE_KINDS; kind++) total += table_nbytes(&ropes->tables[kind]);
+    for (int64_t i = 0; i < ropes->stretched_count; i++) total += table_nbytes(&ropes->stretched[i]);
     return total;
 }
 
@@ -30,8 +31,8 @@ int64_t mq_device_rope_at(const mq_ropes *ropes, int layer_rope)
 int mq_device_send_ropes(mq_device *device, const mq_ropes *ropes, float *cosine, float *sine, mq_error *err)
 {
     int rc = MQ_OK;
-    for (int kind = 0; rc == MQ_OK && kind < MQ_ROPE_KINDS; kind++) {
-        const mq_rope_table *table = &ropes->tables[kind];
+    for (int64_t i = 0; rc == MQ_OK && i < MQ_ROPE_KINDS + ropes->stretched_count; i++) {
+        const mq_rope_table *table = i < MQ_ROPE_KINDS ? &ropes->tables[i] : &ropes->stretched[i - MQ_ROPE_KINDS];
         const size_t nbytes = table_nbytes(table);
         if (nbytes == 0) continue;
         rc = device->backend->copy(cosine, table->cosine, nbytes, device->compute, err);
@@ -231,9 +232,7 @@ static void place_meta(mq_device_chunk *chunk, void *memory)
 static void fill_sequence(const mq_layer_context *context, const mq_sequence *sequence, mq_device_chunk *here,
                           int64_t row)
 {
-    const mq_rope_table *main = &context->ropes->tables[MQ_ROPE_MAIN];
-    const int is_long = context->ropes->original > 0 && sequence->tokens > context->ropes->original;
-    const int64_t first = is_long ? main->positions : 0;
+    const int64_t first = mq_ropes_row(context->ropes, sequence->tokens);
     mq_attention_args args = {.chunk = 1};
     mq_layer_hide_padding(context, sequence, &args);
     *here->chunk_first++ = args.chunk_first;

@@ -200,6 +200,9 @@ void mq_device_drop_expert(mq_elsewhere *self);
 /* Bytes of the modules of one layer, or of one of its experts, on the device. */
 size_t mq_device_weights_nbytes(const mq_device *device, const mq_runtime *runtime, int64_t layer, int64_t expert,
                                 const mq_named_tensor *tensors, size_t count);
+/* Of a linear's weight and bias among them; dtype: of activations. */
+size_t mq_device_linear_nbytes(const mq_device *device, const mq_module *module, mq_dtype dtype,
+                               const mq_stored_weight *stored);
 /* A linear as mq_elsewhere.load has it. */
 typedef struct mq_given_linear {
     const mq_module *module;
