@@ -1,15 +1,13 @@
 /* Fake quantization of activations whose scales are float32 numbers, as mq_quantizer_apply has it (csrc/quant). */
 #include "amax.cuh"
+#include "rows.cuh"
 
 /* ---- kernels ---- */
 
 typedef struct scaled_args {
-    const void *x;
-    void *y;
-    int64_t rows, cols, ldx, ldy;
-    int64_t groups;            /* of MQ_GROUP columns, in a row */
+    mq_view x, y;
+    int64_t rows, cols, groups;
     mq_blocks blocks;
-    bool aligned_x, aligned_y;
     const float *amax;         /* [blocks]; NULL: a plain cast */
     float low, bound;          /* integers only */
 } scaled_args;
@@ -17,7 +15,7 @@ typedef struct scaled_args {
 static void describe(const scaled_args &a, char *out, size_t size)
 {
     snprintf(out, size, "x [%lld, %lld] at %p, blocks of [%lld, %lld], integers from %g to %g", (long long)a.rows,
-             (long long)a.cols, a.x, (long long)a.blocks.block_rows, (long long)a.blocks.block_cols, (double)a.low,
+             (long long)a.cols, a.x.data, (long long)a.blocks.block_rows, (long long)a.blocks.block_cols, (double)a.low,
              (double)a.bound);
 }
 
@@ -40,23 +38,20 @@ MQ_DEVICE float scaled_element(float x, const mq_scaled_numbers &n)
 template <mq_kind Kind, mq_dtype D>
 static __global__ void scaled(scaled_args a)
 {
-    const int64_t index = mq_thread_index();
-    if (index >= a.rows * a.groups) return;
-    const mq_place place = mq_place_of(index, a.groups);
-    const int64_t col = place.group * MQ_GROUP;
-    const int count = (int)MQ_MIN(a.cols - col, (int64_t)MQ_GROUP);
-    const int64_t first = mq_place_of(place.row, a.blocks.block_rows).row * a.blocks.cols;
-    mq_walk walk = mq_walk_from(col, &a.blocks);
+    const mq_span span = mq_span_of(a.rows, a.cols, a.groups);
+    if (span.count == 0) return;
+    const int64_t first = mq_place_of(span.row, a.blocks.block_rows).row * a.blocks.cols;
+    mq_walk walk = mq_walk_from(span.col, &a.blocks);
     mq_scaled_numbers numbers = numbers_of<Kind>(a, first + walk.block);
     float x[MQ_GROUP];
-    mq_load_group<D>(a.x, place.row * a.ldx + col, count, a.aligned_x, x);
+    mq_load_span<D>(a.x, span, x);
     for (int i = 0; i < MQ_GROUP; i++) {
-        if (i >= count) continue;
+        if (i >= span.count) continue;
         if (i > 0 && walk.within == 0) numbers = numbers_of<Kind>(a, first + walk.block);
         x[i] = scaled_element<Kind>(x[i], numbers);
         mq_walk_step(&walk, &a.blocks);
     }
-    mq_store_group<D>(a.y, place.row * a.ldy + col, count, a.aligned_y, x);
+    mq_store_span<D>(a.y, span, x);
 }
 
 /* ---- launcher ---- */
@@ -85,18 +80,14 @@ static int check(const mq_cuda_scaled_job *job, mq_error *err)
 int mq_cuda_scaled(const mq_cuda_scaled_job *job, void *stream, mq_error *err)
 {
     int rc = check(job, err);
-    if (rc != MQ_OK || job->x.rows == 0 || job->x.cols == 0) return rc;
+    if (rc != MQ_OK || mq_is_empty(&job->x)) return rc;
     scaled_args a = {};
-    a.x = job->x.data;
-    a.y = job->y.data;
+    a.x = mq_view_of(&job->x);
+    a.y = mq_view_of(&job->y);
     a.rows = job->x.rows;
     a.cols = job->x.cols;
-    a.ldx = job->x.ld;
-    a.ldy = job->y.ld;
-    a.groups = MQ_CEIL_DIV(a.cols, (int64_t)MQ_GROUP);
+    a.groups = mq_groups_of(a.cols);
     a.blocks = mq_blocks_of(&job->x, job->block_rows, job->block_cols);
-    a.aligned_x = mq_is_aligned(&job->x);
-    a.aligned_y = mq_is_aligned(&job->y);
     a.amax = job->dynamic ? job->workspace : job->amax;
     if (job->kind == MQ_KIND_INT) {
         a.bound = (float)((1 << (job->bits - 1 + (job->is_unsigned != 0))) - 1);
@@ -104,6 +95,6 @@ int mq_cuda_scaled(const mq_cuda_scaled_job *job, void *stream, mq_error *err)
     }
     if (job->dynamic) rc = mq_cuda_amax_blocks(&job->x, &a.blocks, job->workspace, stream, err);
     if (rc != MQ_OK) return rc;
-    const mq_launch launch = {"scaled", mq_grid_for(a.rows * a.groups), stream, err};
+    const mq_launch launch = {"scaled", mq_grid_of_groups(a.rows, a.cols), stream, err};
     return mq_launch_kernel(&launch, kernels[job->kind == MQ_KIND_INT][job->x.dtype], a);
 }

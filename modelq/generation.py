@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from modelq.checkpoint.config_rope import context_length
 from modelq.decoding import Decoding
 from modelq.inputs import Batch, make_batch
 from modelq.sampling import Sampling
@@ -72,7 +73,7 @@ class Generates:
             temperature = (temperature or 1.0) if do_sample else 0.0
         sampling = Sampling(temperature, top_p, top_k, seed)
         rows = unpadded(make_batch(self.vocab_size, input_ids, attention_mask))
-        count = room(rows, max_new_tokens, self.config.get("max_position_embeddings"))
+        count = room(rows, max_new_tokens, context_length(self.config))
         ends = self._ends(eos_token_id)
         pad = pad_token_id if pad_token_id is not None else ends[0] if ends else 0
         return _tokens(self.decoding(), rows, count, sampling, frozenset(ends), pad, reuse)

@@ -66,6 +66,9 @@ class Model(Generates, PerhapsWeightsOnly):
         self.places = expert_places(self.modules)
         self.expert_tokens: dict[int, np.ndarray] = {}
         self.slots = {slot.name: slot for slot in slots_of(self.modules)}
+        self._slots_of: dict[int, list[str]] = {}
+        for name, slot in self.slots.items():
+            self._slots_of.setdefault(slot.layer, []).append(name)
         self.settings: dict[str, Setting] = {name: default_setting(slot) for name, slot in self.slots.items()}
         self.quantizers: dict[str, Any] = {}
         self.packed: dict[str, Any] = {}
@@ -74,6 +77,7 @@ class Model(Generates, PerhapsWeightsOnly):
         self.kept_blocks: dict[str, Any] = {}
         self.parking = Parking()
         self.read_ahead: dict[str, Any] = {}
+        self.made_ahead: Any = None
         self.quantized = False
         self.simulate = self.simulate_inputs = True
         self.connected: dict[str, Any] = {}
@@ -87,6 +91,10 @@ class Model(Generates, PerhapsWeightsOnly):
     def modules_of(self, layer: int, expert: int | None = None) -> list[dict[str, Any]]:
         """The modules of a layer without those of its experts, or of one expert."""
         return self._parts.get((layer, expert), [])
+
+    def slots_of(self, layer: int) -> list[str]:
+        """Names of the places for quantizers of a layer, its experts' among them."""
+        return self._slots_of.get(layer, [])
 
     @property
     def unseen_experts(self) -> dict[int, list[int]]:

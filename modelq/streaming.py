@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 
 from modelq import _core
-from modelq.ahead import ahead_of, forget_ahead, take_read
+from modelq.ahead import ahead_of, forget_ahead, take_made, take_read
 from modelq.experts import quantizer_of
 from modelq.groups import pair_of
 from modelq.inputs import Batch
@@ -40,6 +40,7 @@ def start(model: Model, batches: Sequence[Batch], count_padding: bool = False, e
         masks = [np.ones(batch.ids.shape, np.uint8) if batch.mask is None else batch.mask for batch in batches]
     run = model.runtime.start([batch.ids for batch in batches], masks, count_padding, experts)
     run.embed(embed_tensors(model))
+    model.made_ahead = None
     return run
 
 
@@ -68,8 +69,7 @@ def run_layer(model: Model, run: Any, layer: int, visitor: Visitor | None = None
     expert: int64 [experts, 2], all of them and those that are no padding."""
     names = model.runtime.layer_tensors(layer)
     try:
-        reader = read if visitor is not None else read_for_products
-        part = Part(layer, None, model.modules_of(layer), reader(model, names, model.modules_of(layer)))
+        part = Part(layer, None, model.modules_of(layer), read_part(model, names, layer, None, visitor is None))
         if visitor is not None:
             visitor.enter(part)
         model.runtime.load_layer(layer, part.tensors)
@@ -100,7 +100,7 @@ def _run_expert(model: Model, run: Any, layer: int, expert: int, counted: int, v
     """One expert's tokens; run None: there are none. then: layer and expert of the part that is run next."""
     names, modules = model.runtime.expert_tensors(layer, expert), model.modules_of(layer, expert)
     try:
-        part = Part(layer, expert, modules, (read if visitor is not None else read_for_products)(model, names, modules), counted)
+        part = Part(layer, expert, modules, read_part(model, names, layer, expert, visitor is None), counted)
         if visitor is not None:
             visitor.enter(part)
         if run is not None:
@@ -156,6 +156,14 @@ def head_for_products(model: Model) -> dict[str, Any]:
     return read_for_products(model, model.runtime.head_tensors(), model.head_modules)
 
 
+def read_part(model: Model, names: list[str], layer: int, expert: int | None, for_products: bool) -> dict[str, Any]:
+    """The tensors of a layer, or of one of its experts, whose turn has come: by `read_for_products` or `read`, but for those that were made
+    ahead."""
+    made = take_made(model, layer, expert, for_products)
+    reader = read_for_products if for_products else read
+    return {**reader(model, [name for name in names if name not in made], model.modules_of(layer, expert)), **made}
+
+
 def read(model: Model, names: Iterable[str], modules: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
     """Arrays by tensor name; weights smoothed, and as their quantizers make them if the model simulates that. modules: all of the part that
     the names are of, since norms take up what smooths the linears behind them."""
@@ -168,7 +176,8 @@ def read(model: Model, names: Iterable[str], modules: Sequence[dict[str, Any]]) 
     tensors = {name: made[name] if name in made else _plain(model, name) for name in names}
     if not model.float32_weights:
         for name, scale in norm_scales(model, modules).items():
-            tensors[name] = times_norm(model, name, tensors[name], scale)
+            if name in tensors:
+                tensors[name] = times_norm(model, name, tensors[name], scale)
     return tensors
 
 
@@ -186,7 +195,9 @@ def is_read_as_stored(model: Model, module: dict[str, Any]) -> bool:
 def read_stored(model: Model, names: Iterable[str], modules: Sequence[dict[str, Any]], pack: bool = False) -> dict[str, Any]:
     """As `read`, but weights that are packed in memory or in the checkpoint come as (parts, scheme, dtype, block_size): the runtime
     multiplies with the codes, and has the results of what they stand for. pack: so do fake-quantized ones."""
-    made = {module["weight"]: found for module in modules if (found := stored(model, module, pack)) is not None}
+    names = list(names)
+    made = {module["weight"]: found for module in modules
+            if module["weight"] in names and (found := stored(model, module, pack)) is not None}
     return read(model, [name for name in names if name not in made], modules) | made
 
 

@@ -27,7 +27,7 @@ LATENT = BASE | {
 MODELS = {
     "llama yarn": ("LlamaConfig", BASE | HEAD | {"rope_parameters": YARN}),
     "llama yarn, whole numbers": ("LlamaConfig", BASE | HEAD | {"rope_parameters": YARN | {"truncate": False, "attention_factor": 1.3}}),
-    "llama dynamic": ("LlamaConfig", BASE | HEAD | {"max_position_embeddings": LENGTH, "rope_parameters": {
+    "llama dynamic": ("LlamaConfig", BASE | HEAD | {"max_position_embeddings": 16, "rope_parameters": {
         "rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}),
     "granite": ("GraniteConfig", BASE | {"embedding_multiplier": 6.0, "residual_multiplier": 0.4, "attention_multiplier": 0.2,
                                          "logits_scaling": 3.0}),

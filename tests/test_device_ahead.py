@@ -92,6 +92,52 @@ def test_the_next_layers_weights_are_sent_before_anybody_waits_for_this_one(llam
     assert sum(nbytes for what, stream, nbytes in noted(shim) if (what, stream) == ("send", copies)) < layer_nbytes(model, 1) / 20
 
 
+# Weights that the host makes at every reading: smoothed, quantized twice, or of a model loaded as float32.
+MADE = {"awq": (mtq.INT4_AWQ_CFG, "bfloat16"), "smoothquant": (mtq.INT8_SMOOTHQUANT_CFG, "bfloat16"),
+        "w4a8": (mtq.W4A8_AWQ_BETA_CFG, "bfloat16"), "float32": (mtq.NVFP4_DEFAULT_CFG, "float32")}
+
+
+def quantized(source, name, compressed=False):
+    config, compute = MADE[name]
+    model = load(source, compute=compute)
+    mtq.quantize(model, config, lambda model: model(IDS[0]))
+    return mtq.compress(model) if compressed else model
+
+
+def sent_on(calls, stream):
+    """Bytes of weights that were sent; norms are smaller."""
+    return sum(nbytes for what, on, nbytes in calls if (what, on) == ("send", stream) and nbytes > 2048)
+
+
+def sent_ahead(shim, model, streams, compute, copies):
+    """What is sent of layer 1 while layer 0 is computed, and in its turn; its hidden states."""
+    run = run_of(model)
+    calls = []
+    for layer, following in enumerate(streams):
+        shim.mq_shim_trace(1)
+        streaming.run_layer(model, run, layer, following=following)
+        calls.append(noted(shim))
+    begun = next(i for i, call in enumerate(calls[0]) if call[:2] == ("work", compute))
+    waited = next(i for i, call in enumerate(calls[0]) if i > begun and call[0] == "wait")
+    return sent_on(calls[0][begun:waited], copies), sent_on(calls[1], copies), run.state()
+
+
+@pytest.mark.parametrize("name, compressed", [*((name, False) for name in MADE), ("w4a8", True)])
+def test_weights_that_are_made_come_ahead_too(llama, shim, monkeypatch, name, compressed):
+    shim.mq_shim_trace(1)
+    model = quantized(llama, name, compressed)
+    compute, copies = [stream for what, stream, _ in noted(shim) if what == "stream"][:2]
+    linears, taken, take = {row["weight"] for row in model.modules_of(1) if row["kind"] == "linear"}, [], streaming.take_made
+    monkeypatch.setattr(streaming, "take_made", lambda *given: taken.append(take(*given)) or taken[-1])
+    none, expected, state = sent_ahead(shim, model, (None, None), compute, copies)
+    assert none == 0 < expected
+    for streams in ("at once", "late", "random"):
+        monkeypatch.setenv("MODELQ_SHIM_STREAMS", streams)
+        ahead, later, found = sent_ahead(shim, model, (1, None), compute, copies)
+        assert (ahead, later) == (expected, 0) and found.tobytes() == state.tobytes()
+        assert linears <= taken[-1].keys() and model.made_ahead is None     # they are not made again, nor held any longer
+
+
 def test_experts_come_ahead_too(golden, shim, monkeypatch):
     monkeypatch.setenv("MODELQ_SHIM_STREAMS", "late")
     model, (compute, copies, _rows) = traced(shim, source_of(golden, "qwen3moe"))
@@ -116,6 +162,47 @@ def test_rows_go_back_while_the_host_goes_on(llama, shim, monkeypatch):
     fetched = [i for i, call in enumerate(calls) if call[:2] == ("fetch", rows)]
     assert len(fetched) > 2
     assert [i for i, call in enumerate(calls) if call[0] == "wait" and i < fetched[-1]] == []
+
+
+def plain(calls, compute, rows):
+    """Copies from or to memory that is not pinned, of activations, once the first rows are on their way: the host waits at each. (Ropes
+    come before, and weights' maxima, which are few, when all is done.)"""
+    begun = next(i for i, call in enumerate(calls) if call[:2] == ("send", rows))
+    return [call for call in calls[begun:] if call[0] == "plain" and call[1] in (compute, rows) and call[2] > 64]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3moe"])
+def test_no_copy_of_activations_waits(golden, shim, monkeypatch, name):
+    """Rows, routes, experts' rows and gradients are pinned; boundaries are not (docs/cuda.md)."""
+    monkeypatch.setenv("MODELQ_SHIM_STREAMS", "late")
+    model, (compute, _copies, rows) = traced(shim, source_of(golden, name), TIGHT)
+    run = run_of(model)
+    shim.mq_shim_trace(1)
+    streaming.run_layer(model, run, 0)
+    calls = noted(shim)
+    assert plain(calls, compute, rows) == []
+    if name == "llama":
+        return
+    # while a chunk of an expert's rows is computed, the next is sent: the host waits for the one before
+    asked = [what for what, stream, _ in calls if stream == compute and what in ("send", "fetch", "event")]
+    assert any(asked[i:i + 5] == ["fetch", "send", "send", "fetch", "event"] for i in range(len(asked)))
+
+
+def test_gradients_of_experts_do_not_wait(golden, shim, monkeypatch):
+    monkeypatch.setenv("MODELQ_SHIM_STREAMS", "late")
+    model, (compute, _copies, rows) = traced(shim, source_of(golden, "qwen3moe"))
+    run = run_of(model)
+    boundary = run.state()
+    for layer in range(model.num_layers):
+        boundary = run.state() if layer == model.num_layers - 1 else boundary
+        streaming.run_layer(model, run, layer)
+    back = run.backward({})
+    back.head(streaming.head_tensors(model), [batch for batch in IDS])
+    shim.mq_shim_trace(1)
+    gradients._layer(model, back, model.num_layers - 1, boundary, None)
+    calls = noted(shim)
+    ropes = {nbytes for what, stream, nbytes in calls[:calls.index(("work", compute, 0))] if (what, stream) == ("plain", compute)}
+    assert {nbytes for _, _, nbytes in plain(calls, compute, rows)} == {boundary.nbytes} | ropes    # these as the way back begins
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3moe"])
@@ -271,6 +358,49 @@ def test_quantizers_that_change(llama, shim, config, compressed):
         assert found[is_changed, False][0].tobytes() == found[is_changed, True][0].tobytes()
     assert found[False, True][0].tobytes() != found[True, True][0].tobytes()
     assert found[False, True][1] < found[True, True][1] == found[True, False][1]      # rows, and no weight
+
+
+def siblings_scale(model):
+    """Linears that read one input take the mean of their scales."""
+    for what, factor in (("input", 1.5), ("weight", 1 / 1.5)):
+        quantizer = model.quantizers[f"model.layers.1.mlp.up_proj.{what}_quantizer"]
+        quantizer.pre_quant_scale = np.asarray(quantizer.pre_quant_scale) * factor
+
+
+def own_range(model):
+    quantizer = model.quantizers["model.layers.1.mlp.up_proj.weight_quantizer"]
+    quantizer.amax = np.asarray(quantizer.amax) / 2
+
+
+def switched_off(model):
+    model.quantizers["model.layers.1.mlp.up_proj.weight_quantizer"].enabled = False
+
+
+@pytest.mark.parametrize("name, change", [("awq", siblings_scale), ("awq", switched_off), ("float32", own_range), ("w4a8", siblings_scale)])
+def test_what_made_weights_are_made_of_changes(llama, name, change):
+    model = quantized(llama, name)
+    model.disconnect()      # it is the weights that matter
+    before = alone(model)
+    run = run_of(model)
+    streaming.run_layer(model, run, 0, following=1)
+    assert "model.layers.1.mlp.gate_proj.weight" in model.made_ahead.tensors
+    change(model)
+    streaming.run_layer(model, run, 1)
+    assert np.array_equal(run.state(), alone(model)) and not np.array_equal(run.state(), before)
+
+
+def test_weights_that_cannot_be_made_yet(llama, monkeypatch):
+    """An error in making them is one if it still is there in their turn."""
+    model = quantized(llama, "float32")
+    expected, read = alone(model), streaming.read
+
+    def fails(model, names, modules):
+        names = list(names)
+        if names == ["model.layers.1.mlp.up_proj.weight"]:
+            raise ValueError("not yet")
+        return read(model, names, modules)
+    monkeypatch.setattr(streaming, "read", fails)
+    assert np.array_equal(states(model), expected)
 
 
 class Doubling:
@@ -493,7 +623,7 @@ def test_nothing_stays_behind(llama, shim):
     gc.collect()
     before = shim.mq_shim_live(), cuda.library().device(0)["free_nbytes"]
     model = load(llama)
-    runs = [run_of(model, IDS[:n]) for n in (1, 2, 3, 3, 2, 1)]     # more than may be pinned at once
+    runs = [run_of(model, IDS[:n]) for n in (1, 2, 3, 3, 2, 1) * 2]     # more than may be pinned at once
     for run in runs:
         streaming.run_layer(model, run, 0, following=1)
     expected = alone(model, IDS[:1])

@@ -99,21 +99,26 @@ def test_groups_must_hold_a_token_s_experts():
         core.Runtime(family, flat | {"expert_groups_best": 3}, "float32")
 
 
-def test_dynamic_rope_ends_where_frequencies_would_depend_on_calls(tmp_path):
-    """Up to max_position_embeddings it scales nothing (transformers' logits: tests/torch_models/test_families.py); no longer sequence is
-    computed, in one piece or token by token."""
-    changes = {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 12}
-    folder, plain = granite(tmp_path / "dynamic"), modelq.load(granite(tmp_path / "plain"), compute="float32")
-    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | changes))
-    model, ids = modelq.load(folder, compute="float32"), np.arange(26).reshape(2, 13)
-    np.testing.assert_array_equal(model(ids[:, :12]).logits, plain(ids[:, :12]).logits)
-    with pytest.raises(ValueError, match="13 tokens: rope_scaling of type dynamic is computed up to max_position_embeddings, 12 tokens"):
-        model(ids).logits
+def test_dynamic_rope_has_the_base_of_a_sequences_length(tmp_path):
+    """Up to max_position_embeddings it scales nothing; a longer one is that of a model of another rope_theta, by the formula of the
+    "NTK-aware" scaling (transformers' logits and cache: tests/torch_models/test_rope_lengths.py)."""
+    ids, lengths, sharp = np.arange(34).reshape(2, 17), (12, 13, 17), {"attention_multiplier": 9.0, "rope_theta": 100.0}
+
+    def with_rope(name, **changes):
+        folder = granite(tmp_path / name)
+        (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | changes))
+        return modelq.load(folder, compute="float32")
+    model = with_rope("dynamic", rope_scaling={"type": "dynamic", "factor": 40.0}, max_position_embeddings=12, **sharp)
+    rotary, outputs = 8, [model(ids[:, :length]) for length in lengths]
+    assert model.config["hidden_size"] == rotary * model.config["num_attention_heads"]
+    for output, length in zip(outputs, lengths):
+        base = 100.0 * (40.0 * length / 12 - 39.0) ** (rotary / (rotary - 2))
+        plain = with_rope(f"of {length}", **{**sharp, "rope_theta": base})(ids[:, :length]).logits
+        np.testing.assert_allclose(output.logits, plain, rtol=0, atol=0 if length == 12 else 1e-5)
+        assert length == 12 or np.abs(output.logits[:, :12] - outputs[0].logits).max() > 1e-3
     decoding = model.decoding()
-    decoding.begin([ids[0, :11].tolist()])
-    decoding.forward([0], [[1]])
-    with pytest.raises(ValueError, match="13 tokens: rope_scaling of type dynamic"):
-        decoding.forward([0], [[1]])
+    found = decoding.begin([ids[0].tolist()], reuse=True)[0]
+    np.testing.assert_allclose(found, outputs[-1].logits[0, -1], rtol=0, atol=1e-5)
 
 
 def granite(folder: Path) -> Path:

@@ -92,6 +92,28 @@ void mq_device_forget_ahead(mq_elsewhere *self)
     memset(device->ahead.sources, 0, sizeof device->ahead.sources);
 }
 
+/* Whether all linears of the part are among the tensors: else some are still to be made. */
+static int has_all(const mq_runtime *runtime, int64_t layer, int64_t expert, const mq_named_tensor *tensors,
+                   size_t count)
+{
+    for (size_t i = runtime->layer_start[layer]; i < runtime->layer_start[layer + 1]; i++) {
+        const mq_module *module = &runtime->modules[i];
+        if (module->kind != MQ_MODULE_LINEAR || module->expert != expert) continue;
+        if (find(tensors, count, module->weight) == NULL) return 0;
+    }
+    return 1;
+}
+
+/* What the part will need: if all of it is not known yet, no more than the part at work has, which is like it as a
+ * rule. What does not fit does not come ahead. */
+static size_t wanted_nbytes(const mq_device *device, const mq_runtime *runtime, int64_t layer, int64_t expert,
+                            const mq_named_tensor *tensors, size_t count)
+{
+    const size_t most = mq_device_weights_nbytes(device, runtime, layer, expert, tensors, count);
+    const size_t at_work = expert >= 0 ? device->expert_weights.nbytes : device->layer_weights.nbytes;
+    return has_all(runtime, layer, expert, tensors, count) || at_work == 0 ? most : MQ_MIN(most, at_work);
+}
+
 int mq_device_begin_ahead(mq_elsewhere *self, const mq_runtime *runtime, int64_t layer, int64_t expert,
                           const mq_named_tensor *tensors, size_t count, int *room, mq_error *err)
 {
@@ -102,7 +124,7 @@ int mq_device_begin_ahead(mq_elsewhere *self, const mq_runtime *runtime, int64_t
     mq_device_forget_ahead(self);
     int before, rc = mq_device_enter(device, &before, err);
     if (rc != MQ_OK) return rc;
-    const size_t nbytes = mq_device_weights_nbytes(device, runtime, layer, expert, tensors, count);
+    const size_t nbytes = wanted_nbytes(device, runtime, layer, expert, tensors, count);
     *room = nbytes <= arena->nbytes || device->held - arena->nbytes + nbytes <= device->budget;
     if (*room) rc = mq_arena_reserve(device, arena, nbytes, "the weights of the next layer", err);
     if (rc == MQ_ERR_MEMORY) *room = 0;     /* others have the device's memory */
@@ -120,17 +142,19 @@ int mq_device_load_ahead(mq_elsewhere *self, const mq_runtime *runtime, const mq
     mq_device *device = (mq_device *)(void *)self;
     mq_device_ahead *ahead = &device->ahead;
     const mq_weight_source source = source_of(weight, bias);
+    mq_arena *arena = &device->spare[module->expert >= 0];
     mq_device_linear linear = {.came_ahead = 1};
     int before;
     if (ahead->layer != module->layer || ahead->expert != module->expert || !is_known(&source) ||
-        is_known(&ahead->sources[module->role]))
+        is_known(&ahead->sources[module->role]) ||
+        arena->used + mq_device_linear_nbytes(device, module, runtime->dtype, weight->stored) > arena->nbytes)
         return MQ_OK;
     float *vector = bias != NULL ? mq_read_vector(bias, runtime->dtype, module->bias, err) : NULL;
     if (bias != NULL && vector == NULL) return err->code;
     int rc = mq_device_enter(device, &before, err);
     if (rc == MQ_OK) {
         const mq_given_linear given = {module, &weight->tensor, weight->stored, vector};
-        rc = mq_device_put_linear(device, &device->spare[module->expert >= 0], runtime->dtype, &given, &linear, err);
+        rc = mq_device_put_linear(device, arena, runtime->dtype, &given, &linear, err);
         mq_device_leave(device, before);
     }
     mq_free(vector);

@@ -12,6 +12,7 @@ int mq_device_supports(const mq_runtime *runtime, mq_error *err)
     const int own_ropes = (runtime->layer_ropes & 1u << MQ_LAYER_LOCAL_ROPE) != 0;
     const need needs[] = {
         {config->rope_type == MQ_ROPE_LONGROPE && own_ropes, "longrope, and layers with a rope of their own beside it"},
+        {config->rope_type == MQ_ROPE_DYNAMIC && own_ropes, "dynamic rope, and layers with one of their own beside it"},
         {config->residual_multiplier == 0.0, "a multiplier of zero for what layers add"},
         {config->expert_groups > 32, "more than 32 groups of experts"},
         {config->head_dim > 256 || config->value_head_dim > 256, "heads of more than 256 numbers"},

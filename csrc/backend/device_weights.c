@@ -67,10 +67,10 @@ static const mq_stored_weight *find(const mq_named_tensor *tensors, size_t count
     return NULL;
 }
 
-/* Of a linear's weight and bias; size: of a number. */
-static size_t weight_nbytes(const mq_device *device, const mq_module *module, size_t size,
-                            const mq_stored_weight *stored)
+size_t mq_device_linear_nbytes(const mq_device *device, const mq_module *module, mq_dtype dtype,
+                               const mq_stored_weight *stored)
 {
+    const size_t size = mq_dtype_size(dtype);
     const size_t bias = rounded(module->shape[0], size);
     if (mq_device_can_pack(device, module->role, stored)) return bias + mq_device_packed_nbytes(device, stored);
     return bias + rounded(module->shape[0] * module->shape[1], size);
@@ -79,13 +79,12 @@ static size_t weight_nbytes(const mq_device *device, const mq_module *module, si
 size_t mq_device_weights_nbytes(const mq_device *device, const mq_runtime *runtime, int64_t layer, int64_t expert,
                                 const mq_named_tensor *tensors, size_t count)
 {
-    const size_t size = mq_dtype_size(runtime->dtype);
     size_t total = 0;
     for (size_t i = runtime->layer_start[layer]; i < runtime->layer_start[layer + 1]; i++) {
         const mq_module *module = &runtime->modules[i];
         if (module->expert != expert || module->weight[0] == '\0') continue;
         if (module->ndim == 1) total += rounded(module->shape[0], sizeof(float));
-        else total += weight_nbytes(device, module, size, find(tensors, count, module->weight));
+        else total += mq_device_linear_nbytes(device, module, runtime->dtype, find(tensors, count, module->weight));
     }
     return total;
 }
@@ -241,6 +240,7 @@ void mq_device_drop_layer(mq_elsewhere *self, int64_t layer)
     device->layer_weights.used = 0;
     device->layer = -1;
     mq_findings_drop(device);
+    mq_device_drop_changes(device);
     if (entered) mq_device_leave(device, before);
 }
 

@@ -66,12 +66,11 @@ static void copy_filled(const mq_cache *to, const mq_cache *from)
 int mq_cache_reserve(mq_cache *cache, const mq_config *config, int64_t positions, mq_error *err)
 {
     mq_cache larger = *cache;
-    int rc = mq_ropes_check(config, positions, err);
-    if (rc != MQ_OK || positions <= cache->capacity) return rc;
+    if (positions <= cache->capacity) return MQ_OK;
     larger.capacity = MQ_ROUND_UP(MQ_MAX(positions, cache->capacity * 3 / 2), (int64_t)GROWTH);
     larger.memory = mq_alloc_huge(memory_nbytes(&larger));
     if (larger.memory == NULL) return mq_fail_memory(err, "the cache", memory_nbytes(&larger));
-    rc = mq_ropes_init(&larger.ropes, config, cache->layer_ropes, larger.capacity, err);
+    const int rc = mq_ropes_init(&larger.ropes, config, cache->layer_ropes, larger.capacity, err);
     if (rc != MQ_OK) {
         mq_free(larger.memory);
         return rc;

@@ -20,6 +20,7 @@ static const struct { const char *key, *word; int value; } words[] = {
     {"rope_type", "llama3", MQ_ROPE_LLAMA3},
     {"rope_type", "yarn", MQ_ROPE_YARN},
     {"rope_type", "longrope", MQ_ROPE_LONGROPE},
+    {"rope_type", "dynamic", MQ_ROPE_DYNAMIC},
     {"hidden_act", "silu", MQ_ACT_SILU},
     {"hidden_act", "swish", MQ_ACT_SILU},
     {"hidden_act", "gelu_pytorch_tanh", MQ_ACT_GELU_TANH},
@@ -99,17 +100,19 @@ static int check_rope(const mq_config *config, mq_error *err)
     if (config->rope_interleaved && mq_config_rotary(config) > 2 * MQ_ROPE_FACTORS)
         return mq_fail(err, MQ_ERR_VALUE, "config: rope_interleaved turns %d numbers of a head at most",
                        2 * MQ_ROPE_FACTORS);
-    if (config->rope_longest < 0)
-        return mq_fail(err, MQ_ERR_VALUE, "config: rope_longest %lld is negative", (long long)config->rope_longest);
     if (!(config->rope_local_theta > 0.0))
         return mq_fail(err, MQ_ERR_VALUE, "config: rope_local_theta %g must be positive", config->rope_local_theta);
-    if ((config->rope_type == MQ_ROPE_YARN || config->rope_type == MQ_ROPE_LONGROPE) &&
-        config->rope_original_max_position_embeddings <= 0)
+    if ((config->rope_type == MQ_ROPE_YARN || config->rope_type == MQ_ROPE_LONGROPE ||
+         config->rope_type == MQ_ROPE_DYNAMIC) && config->rope_original_max_position_embeddings <= 0)
         return mq_fail(err, MQ_ERR_VALUE, "config: this rope_type needs rope_original_max_position_embeddings > 0");
     if (config->rope_type == MQ_ROPE_LONGROPE && config->rope_factors != mq_config_rotary(config) / 2)
         return mq_fail(err, MQ_ERR_VALUE, "config: rope_type longrope needs %lld numbers in rope_short_factor and "
                        "rope_long_factor, got %lld", (long long)(mq_config_rotary(config) / 2),
                        (long long)config->rope_factors);
+    if (config->rope_type == MQ_ROPE_DYNAMIC &&
+        (mq_config_rotary(config) < 4 || mq_config_rotary(config) > 2 * MQ_ROPE_FACTORS))
+        return mq_fail(err, MQ_ERR_VALUE, "config: rope_type dynamic turns 4 to %d numbers of a head, got %lld",
+                       2 * MQ_ROPE_FACTORS, (long long)mq_config_rotary(config));
     if (config->rope_type != MQ_ROPE_LLAMA3) return MQ_OK;
     if (config->rope_original_max_position_embeddings <= 0 || !(config->rope_low_freq_factor > 0.0) ||
         !(config->rope_high_freq_factor > config->rope_low_freq_factor))

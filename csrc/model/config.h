@@ -5,7 +5,7 @@
 #include "core/error.h"
 
 typedef enum mq_rope_type {
-    MQ_ROPE_DEFAULT, MQ_ROPE_LINEAR, MQ_ROPE_LLAMA3, MQ_ROPE_YARN, MQ_ROPE_LONGROPE
+    MQ_ROPE_DEFAULT, MQ_ROPE_LINEAR, MQ_ROPE_LLAMA3, MQ_ROPE_YARN, MQ_ROPE_LONGROPE, MQ_ROPE_DYNAMIC
 } mq_rope_type;
 typedef enum mq_activation { MQ_ACT_SILU, MQ_ACT_GELU_TANH, MQ_ACT_SWIGLU_CLAMPED } mq_activation;
 typedef enum mq_routing { MQ_ROUTING_SOFTMAX, MQ_ROUTING_SIGMOID } mq_routing;

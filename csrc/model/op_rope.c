@@ -1,9 +1,10 @@
 /* Rotary embedding on the two halves of each head (the layout of Hugging Face checkpoints). Angles are computed in
  * float32 from float32 frequencies, as transformers does: at position p an angle of p radians is only known to about
  * p * 2^-24, so more exact angles would be different ones. Scaling of frequencies: "linear", "llama3" (3.1), "yarn"
- * (Peng et al. 2023) and "longrope" (Ding et al. 2024). "dynamic" scales nothing up to max_position_embeddings;
- * what transformers 5.17 does beyond depends on the longest call before (modeling_rope_utils.py), vLLM 0.32 scales
- * short sequences too: longer ones are refused. */
+ * (Peng et al. 2023) and "longrope" (Ding et al. 2024). "dynamic" scales nothing up to max_position_embeddings. A
+ * longer sequence has the base of its own length, as in transformers 5.17 (modeling_rope_utils.py): of what has come
+ * so far, so that keys in a cache keep what they were turned by. There a call also depends on longer calls before it,
+ * and on the others of its batch; here on neither. (vLLM 0.32 scales short sequences too.) */
 #include <math.h>
 #include <string.h>
 
@@ -66,23 +67,39 @@ static float frequency_of(const mq_config *config, mq_rope_kind kind, int64_t in
     case MQ_ROPE_YARN: return yarn_frequency(config, index, rotary, frequency);
     case MQ_ROPE_LONGROPE:
         return 1.0f / ((kind == MQ_ROPE_LONG ? config->rope_long_factor : config->rope_short_factor)[index] * base);
+    case MQ_ROPE_DYNAMIC:
     case MQ_ROPE_DEFAULT: break;
     }
     return frequency;
 }
 
-static void fill_table(mq_rope_table *table, const mq_config *config, mq_rope_kind kind)
+/* The base of a sequence of `length` tokens, beyond those that the table is for ("NTK-aware" scaling by length). Each
+ * step is rounded as transformers' float32 tensors are. */
+static double dynamic_theta(const mq_rope_table *table, int64_t length)
+{
+    const float grown = (float)(table->factor * (double)length) / (float)table->longest;
+    const float stretch = (float)((double)grown - (table->factor - 1.0));
+    const double exponent = (double)table->rotary / (double)(table->rotary - 2);
+    return (double)((float)table->theta * (float)pow((double)stretch, exponent));
+}
+
+/* One frequency at every position. */
+static void fill_column(const mq_rope_table *table, int64_t index, float frequency, float factor)
 {
     const int64_t half = table->rotary / 2;
-    const float factor = kind == MQ_ROPE_LOCAL ? 1.0f : (float)config->rope_attention_factor;
-    for (int64_t i = 0; i < half; i++) {
-        const float frequency = frequency_of(config, kind, i, table->rotary);
-        for (int64_t p = 0; p < table->positions; p++) {
-            const float angle = (float)p * frequency;
-            table->cosine[p * half + i] = (float)cos((double)angle) * factor;
-            table->sine[p * half + i] = (float)sin((double)angle) * factor;
-        }
+    for (int64_t p = 0; p < table->positions; p++) {
+        const float angle = (float)p * frequency;
+        table->cosine[p * half + index] = (float)cos((double)angle) * factor;
+        table->sine[p * half + index] = (float)sin((double)angle) * factor;
     }
+}
+
+static int allocate_table(mq_rope_table *table, mq_error *err)
+{
+    table->cosine = mq_alloc_array((size_t)table->positions, (size_t)table->rotary * sizeof(float));
+    if (table->cosine == NULL) return mq_fail_memory(err, "the rope table", mq_rope_table_nbytes(table));
+    table->sine = table->cosine + table->positions * (table->rotary / 2);
+    return MQ_OK;
 }
 
 int mq_rope_table_init(mq_rope_table *table, const mq_config *config, mq_rope_kind kind, int64_t positions,
@@ -90,20 +107,17 @@ int mq_rope_table_init(mq_rope_table *table, const mq_config *config, mq_rope_ki
 {
     const int64_t rotary = mq_config_rotary(config);
     *table = (mq_rope_table){.positions = positions, .rotary = rotary};
-    table->cosine = mq_alloc_array((size_t)positions, (size_t)rotary * sizeof(float));
-    if (table->cosine == NULL) return mq_fail_memory(err, "the rope table", mq_rope_table_nbytes(table));
-    table->sine = table->cosine + positions * (rotary / 2);
-    fill_table(table, config, kind);
-    return MQ_OK;
-}
-
-int mq_ropes_check(const mq_config *config, int64_t positions, mq_error *err)
-{
-    if (config->rope_longest == 0 || positions <= config->rope_longest) return MQ_OK;
-    return mq_fail(err, MQ_ERR_VALUE, "%lld tokens: rope_scaling of type dynamic is computed up to "
-                   "max_position_embeddings, %lld tokens; beyond, frequencies depend on the lengths of this call and "
-                   "of calls before it, and engines do not agree on them", (long long)positions,
-                   (long long)config->rope_longest);
+    if (kind == MQ_ROPE_MAIN && config->rope_type == MQ_ROPE_DYNAMIC) {
+        table->longest = config->rope_original_max_position_embeddings;
+        table->positions = MQ_MIN(positions, table->longest);
+        table->theta = config->rope_theta;
+        table->factor = config->rope_factor;
+    }
+    const int rc = allocate_table(table, err);
+    const float factor = kind == MQ_ROPE_LOCAL ? 1.0f : (float)config->rope_attention_factor;
+    for (int64_t i = 0; rc == MQ_OK && i < rotary / 2; i++)
+        fill_column(table, i, frequency_of(config, kind, i, rotary), factor);
+    return rc;
 }
 
 int mq_ropes_init(mq_ropes *ropes, const mq_config *config, unsigned layer_ropes, int64_t positions, mq_error *err)
@@ -122,15 +136,61 @@ int mq_ropes_init(mq_ropes *ropes, const mq_config *config, unsigned layer_ropes
     return rc;
 }
 
+static const mq_rope_table *stretched_of(const mq_ropes *ropes, int64_t length)
+{
+    for (int64_t i = 0; i < ropes->stretched_count; i++)
+        if (ropes->stretched[i].positions == length) return &ropes->stretched[i];
+    return NULL;
+}
+
+int mq_ropes_stretch(mq_ropes *ropes, const mq_config *config, int64_t length, mq_error *err)
+{
+    const mq_rope_table *main = &ropes->tables[MQ_ROPE_MAIN];
+    const size_t count = (size_t)ropes->stretched_count;
+    mq_rope_table table = {.positions = length, .rotary = main->rotary};
+    if (main->longest == 0 || length <= main->longest || stretched_of(ropes, length) != NULL) return MQ_OK;
+    mq_rope_table *tables = mq_alloc_array(count + 1, sizeof *tables);
+    if (tables == NULL) return mq_fail_memory(err, "rope tables", (count + 1) * sizeof *tables);
+    const int rc = allocate_table(&table, err);
+    if (rc != MQ_OK) {
+        mq_free(tables);
+        return rc;
+    }
+    const double theta = dynamic_theta(main, length);
+    for (int64_t i = 0; i < table.rotary / 2; i++)
+        fill_column(&table, i, 1.0f / power(theta, i, table.rotary), (float)config->rope_attention_factor);
+    for (size_t i = 0; i < count; i++) tables[i] = ropes->stretched[i];
+    tables[count] = table;
+    mq_free(ropes->stretched);
+    ropes->stretched = tables;
+    ropes->stretched_count++;
+    return MQ_OK;
+}
+
+int64_t mq_ropes_row(const mq_ropes *ropes, int64_t length)
+{
+    const mq_rope_table *main = &ropes->tables[MQ_ROPE_MAIN], *wanted = stretched_of(ropes, length);
+    if (wanted == NULL) return ropes->original > 0 && length > ropes->original ? main->positions : 0;
+    int64_t row = 0;
+    for (int kind = 0; kind < MQ_ROPE_KINDS; kind++) row += ropes->tables[kind].positions;
+    for (const mq_rope_table *table = ropes->stretched; table != wanted; table++) row += table->positions;
+    return row;
+}
+
 void mq_ropes_free(mq_ropes *ropes)
 {
     for (int kind = 0; kind < MQ_ROPE_KINDS; kind++) mq_rope_table_free(&ropes->tables[kind]);
+    for (int64_t i = 0; i < ropes->stretched_count; i++) mq_rope_table_free(&ropes->stretched[i]);
+    mq_free(ropes->stretched);
+    ropes->stretched = NULL;
+    ropes->stretched_count = 0;
 }
 
 size_t mq_ropes_nbytes(const mq_ropes *ropes)
 {
     size_t total = 0;
     for (int kind = 0; kind < MQ_ROPE_KINDS; kind++) total += mq_rope_table_nbytes(&ropes->tables[kind]);
+    for (int64_t i = 0; i < ropes->stretched_count; i++) total += mq_rope_table_nbytes(&ropes->stretched[i]);
     return total;
 }
 
@@ -157,7 +217,37 @@ typedef struct rope_job {
     const mq_rope_table *table;
     const mq_rope_sizes *sizes;
     const mq_typed_row_ops *kernels;
+    int is_stretched;
+    float frequencies[MQ_ROPE_FACTORS];     /* if so, in the place of the table's */
 } rope_job;
+
+static void stretch(rope_job *job)
+{
+    const mq_rope_table *table = job->table;
+    const int64_t length = job->sizes->first + job->sizes->tokens;
+    job->is_stretched = table->longest > 0 && length > table->longest;
+    if (!job->is_stretched) return;
+    const double theta = dynamic_theta(table, length);
+    for (int64_t i = 0; i < table->rotary / 2; i++) job->frequencies[i] = 1.0f / power(theta, i, table->rotary);
+}
+
+/* Cosines and sines of one row: the table's, or made in room for them. */
+typedef struct rope_angles {
+    const float *cosine, *sine;
+    float room[2][MQ_ROPE_FACTORS];
+} rope_angles;
+
+static void look_up(const rope_job *job, int64_t row, rope_angles *angles)
+{
+    const int64_t half = job->table->rotary / 2, position = job->sizes->first + row;
+    angles->cosine = job->is_stretched ? angles->room[0] : job->table->cosine + position * half;
+    angles->sine = job->is_stretched ? angles->room[1] : job->table->sine + position * half;
+    for (int64_t i = 0; i < (job->is_stretched ? half : 0); i++) {
+        const float angle = (float)position * job->frequencies[i];
+        angles->room[0][i] = (float)cos((double)angle);
+        angles->room[1][i] = (float)sin((double)angle);
+    }
+}
 
 /* The rotary part of each head of one token: pairs side by side become two halves, or (back) the other way round. */
 static void untwine(char *x, const mq_rope_sizes *sizes, int64_t rotary, size_t size, int back)
@@ -178,21 +268,21 @@ static void rope_rows(void *argument, int64_t begin, int64_t end, int worker)
 {
     const rope_job *job = argument;
     const mq_rope_sizes *sizes = job->sizes;
-    const int64_t half = job->table->rotary / 2;
     const size_t size = mq_dtype_size(sizes->dtype);
+    rope_angles angles;
     (void)worker;
     for (int64_t t = begin; t < end; t++) {
-        const int64_t at = (sizes->first + t) * half;
+        look_up(job, t, &angles);
         char *x = job->x + (size_t)(t * sizes->heads * sizes->head_dim + sizes->offset) * size;
         if (sizes->interleaved) untwine(x, sizes, job->table->rotary, size, 0);
-        job->kernels->rope(x, job->table->cosine + at, job->table->sine + at, sizes->heads, sizes->head_dim,
-                           job->table->rotary);
+        job->kernels->rope(x, angles.cosine, angles.sine, sizes->heads, sizes->head_dim, job->table->rotary);
     }
 }
 
 void mq_rope_forward(void *x, const mq_rope_table *table, const mq_rope_sizes *sizes)
 {
     rope_job job = {.x = x, .table = table, .sizes = sizes, .kernels = mq_row_ops_of(sizes->dtype)};
+    stretch(&job);
     mq_parallel_for(sizes->tokens, mq_row_grain(sizes->heads * sizes->head_dim), rope_rows, &job);
 }
 
@@ -200,12 +290,13 @@ static void rope_backward_rows(void *argument, int64_t begin, int64_t end, int w
 {
     const rope_job *job = argument;
     const mq_rope_sizes *sizes = job->sizes;
+    rope_angles angles;
     (void)worker;
     for (int64_t t = begin; t < end; t++) {
-        const int64_t at = (sizes->first + t) * (job->table->rotary / 2);
+        look_up(job, t, &angles);
         float *x = (float *)(void *)job->x + t * sizes->heads * sizes->head_dim + sizes->offset;
-        mq_row_ops_table()->rope_backward(x, job->table->cosine + at, job->table->sine + at, sizes->heads,
-                                          sizes->head_dim, job->table->rotary);
+        mq_row_ops_table()->rope_backward(x, angles.cosine, angles.sine, sizes->heads, sizes->head_dim,
+                                          job->table->rotary);
         if (sizes->interleaved) untwine((char *)x, sizes, job->table->rotary, sizeof *x, 1);
     }
 }
@@ -213,5 +304,6 @@ static void rope_backward_rows(void *argument, int64_t begin, int64_t end, int w
 void mq_rope_backward(float *d_x, const mq_rope_table *table, const mq_rope_sizes *sizes)
 {
     rope_job job = {.x = (char *)d_x, .table = table, .sizes = sizes};
+    stretch(&job);
     mq_parallel_for(sizes->tokens, mq_row_grain(sizes->heads * sizes->head_dim), rope_backward_rows, &job);
 }

@@ -113,11 +113,14 @@ void mq_columns_copy(const mq_columns *columns);
 void mq_columns_add(const mq_columns *columns);     /* to += from, float32 */
 
 /* Cosines and sines (positions, rotary / 2) of the rotary embedding; Su et al. 2021. Frequencies are those of the
- * config; LOCAL: unscaled, of rope_local_theta; LONG: of rope_long_factor. */
+ * config; LOCAL: unscaled, of rope_local_theta; LONG: of rope_long_factor. "dynamic": those of sequences of up to
+ * `longest` tokens; a longer one has frequencies of its own, of a base that grows with its length. */
 typedef enum mq_rope_kind { MQ_ROPE_MAIN, MQ_ROPE_LONG, MQ_ROPE_LOCAL, MQ_ROPE_KINDS } mq_rope_kind;
 typedef struct mq_rope_table {
     int64_t positions, rotary;
     float *cosine, *sine;
+    int64_t longest;            /* 0 = sequences of all lengths are alike */
+    double theta, factor;       /* with longest: the base, and how much it grows */
 } mq_rope_table;
 
 int mq_rope_table_init(mq_rope_table *table, const mq_config *config, mq_rope_kind kind, int64_t positions,
@@ -129,10 +132,15 @@ size_t mq_rope_table_nbytes(const mq_rope_table *table);
 typedef struct mq_ropes {
     mq_rope_table tables[MQ_ROPE_KINDS];    /* empty where none is needed */
     int64_t original;                       /* 0 = sequences of all lengths are alike */
+    mq_rope_table *stretched;               /* MAIN for single lengths beyond `longest`; only for a device */
+    int64_t stretched_count;
 } mq_ropes;
-/* Whether sequences of so many tokens have frequencies that do not depend on what else there is. */
-int mq_ropes_check(const mq_config *config, int64_t positions, mq_error *err);
 int mq_ropes_init(mq_ropes *ropes, const mq_config *config, unsigned layer_ropes, int64_t positions, mq_error *err);
+/* Makes the table for sequences of this length, where MAIN is not for them and none is there. */
+int mq_ropes_stretch(mq_ropes *ropes, const mq_config *config, int64_t length, mq_error *err);
+/* All tables lie one behind the other (those of kinds first): the row where that of whole sequences of this length,
+ * in layers without LOCAL, begins. */
+int64_t mq_ropes_row(const mq_ropes *ropes, int64_t length);
 void mq_ropes_free(mq_ropes *ropes);
 size_t mq_ropes_nbytes(const mq_ropes *ropes);
 
@@ -141,8 +149,8 @@ enum { MQ_LAYER_NO_ROPE, MQ_LAYER_ROPE, MQ_LAYER_LOCAL_ROPE };
 /* The table for a sequence that ends behind `length` positions; NULL for MQ_LAYER_NO_ROPE. */
 const mq_rope_table *mq_ropes_of(const mq_ropes *ropes, int layer_rope, int64_t length);
 
-/* Rotates x (T, heads, D), in place; row t is at position first + t. Of each head the numbers from offset on are
- * turned. interleaved: pairs lie side by side before it, and as two halves behind it. */
+/* Rotates x (T, heads, D), in place; row t is at position first + t of a sequence of first + T so far. Of each head
+ * the numbers from offset on are turned. interleaved: pairs lie side by side before it, and as two halves behind it. */
 typedef struct mq_rope_sizes {
     int64_t tokens, heads, head_dim, first, offset;
     mq_dtype dtype;

@@ -38,7 +38,16 @@ static int count_rows(mq_run *run, const mq_batch_input *batches, int64_t count,
     return MQ_OK;
 }
 
-static int allocate(mq_run *run, int masked, mq_error *err)
+static int make_ropes(mq_run *run, const mq_batch_input *batches, mq_error *err)
+{
+    const mq_config *config = &run->runtime->config;
+    int rc = mq_ropes_init(&run->ropes, config, run->runtime->layer_ropes, run->longest, err);
+    for (int64_t i = 0; rc == MQ_OK && run->runtime->elsewhere != NULL && i < run->batch_count; i++)
+        rc = mq_ropes_stretch(&run->ropes, config, batches[i].tokens, err);
+    return rc;
+}
+
+static int allocate(mq_run *run, const mq_batch_input *batches, int masked, mq_error *err)
 {
     size_t rows = (size_t)run->rows, sequences = (size_t)run->sequence_count;
     size_t width = (size_t)run->runtime->config.hidden_size * mq_dtype_size(run->runtime->dtype);
@@ -51,10 +60,7 @@ static int allocate(mq_run *run, int masked, mq_error *err)
     if (run->batches == NULL || run->sequences == NULL || run->units == NULL || run->ids == NULL ||
         (masked && run->mask == NULL) || run->hidden == NULL)
         return mq_fail_memory(err, "the hidden states of the recorded batches", rows * width);
-    if (run->cache != NULL) return MQ_OK;
-    const int rc = mq_ropes_check(&run->runtime->config, run->longest, err);
-    if (rc != MQ_OK) return rc;
-    return mq_ropes_init(&run->ropes, &run->runtime->config, run->runtime->layer_ropes, run->longest, err);
+    return run->cache != NULL ? MQ_OK : make_ropes(run, batches, err);
 }
 
 static void record(mq_run *run, const mq_batch_input *batches)
@@ -105,7 +111,7 @@ int mq_run_init(mq_run *run, mq_runtime *runtime, const mq_batch_input *batches,
     if (mq_spare_init(&run->spare) != 0) return mq_fail_memory(err, "a lock", sizeof run->spare);
     int rc = count_rows(run, batches, count, err);
     for (int64_t i = 0; i < count; i++) masked |= batches[i].mask != NULL;
-    if (rc == MQ_OK) rc = allocate(run, masked, err);
+    if (rc == MQ_OK) rc = allocate(run, batches, masked, err);
     if (rc != MQ_OK) {
         mq_run_free(run);
         return rc;

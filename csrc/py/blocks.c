@@ -81,9 +81,7 @@ static PyObject *amax_of(mq_state *state, const mq_tensor *x, const amax_plan *p
     Py_BEGIN_ALLOW_THREADS
     rc = mq_amax(&matrix, &grid, out.data, &err);
     Py_END_ALLOW_THREADS
-    if (rc == MQ_OK) return result;
-    Py_DECREF(result);
-    return mq_raise(&err);
+    return mq_result(result, rc, &err);
 }
 
 PyDoc_STRVAR(amax_doc,
@@ -232,10 +230,7 @@ static PyObject *quantize(PyObject *module, PyObject *args, PyObject *kwargs)
     Py_BEGIN_ALLOW_THREADS
     rc = mq_block_quantize(&a.job, &a.weight, &parts, &err);
     Py_END_ALLOW_THREADS
-    if (rc != MQ_OK) {
-        Py_CLEAR(result);
-        mq_raise(&err);
-    }
+    result = mq_result(result, rc, &err);
 done:
     release_args(&a);
     return result;
@@ -263,10 +258,7 @@ static PyObject *fake_quantize(PyObject *module, PyObject *args, PyObject *kwarg
     Py_BEGIN_ALLOW_THREADS
     rc = mq_block_fake_quantize(&a.job, &a.weight, &out, &err);
     Py_END_ALLOW_THREADS
-    if (rc != MQ_OK) {
-        Py_CLEAR(result);
-        mq_raise(&err);
-    }
+    result = mq_result(result, rc, &err);
 done:
     release_args(&a);
     return result;
@@ -301,10 +293,7 @@ static PyObject *dequantize(PyObject *module, PyObject *args, PyObject *kwargs)
     Py_BEGIN_ALLOW_THREADS
     rc = mq_block_dequantize(&weight.job, &weight.parts, &out, &err);
     Py_END_ALLOW_THREADS
-    if (rc != MQ_OK) {
-        Py_CLEAR(result);
-        mq_raise(&err);
-    }
+    result = mq_result(result, rc, &err);
 done:
     Py_DECREF(keep);
     return result;

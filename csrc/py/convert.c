@@ -15,6 +15,13 @@ PyObject *mq_raise(const mq_error *err)
     return NULL;
 }
 
+PyObject *mq_result(PyObject *result, int rc, const mq_error *err)
+{
+    if (rc == MQ_OK) return result;
+    Py_DECREF(result);
+    return mq_raise(err);
+}
+
 int mq_poll_signals(void *unused)
 {
     (void)unused;

@@ -31,9 +31,7 @@ static PyObject *repack_view(mq_state *state, mq_int4_layout from, const mq_tens
     Py_BEGIN_ALLOW_THREADS
     rc = mq_int4_repack(from, in, to, &out, &err);
     Py_END_ALLOW_THREADS
-    if (rc == MQ_OK) return result;
-    Py_DECREF(result);
-    return mq_raise(&err);
+    return mq_result(result, rc, &err);
 }
 
 PyDoc_STRVAR(repack_int4_doc,

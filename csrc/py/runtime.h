@@ -109,11 +109,13 @@ extern const char mq_runtime_begin_ahead_doc[], mq_runtime_go_ahead_doc[], mq_ru
 void mq_runtime_end_ahead(RuntimeObject *runtime, int64_t layer, int64_t expert, int failed);
 void mq_runtime_drop_ahead(RuntimeObject *runtime);     /* whatever they are of */
 
-/* What a call that computes does meanwhile: ahead, a callable or None, is called once, which may begin something; then
- * that goes on. NULL with an exception set if it is neither. */
+/* What a call that computes does meanwhile: ahead, a callable or None, is called, which may begin something; then that
+ * goes on, and when it is done ahead is called again, as long as it answers True. -1 with an exception set if it is
+ * neither. */
 typedef struct mq_meanwhile {
     RuntimeObject *runtime;
-    PyObject *ahead;            /* NULL: it was called */
+    PyObject *ahead;            /* NULL: it is not to be called again */
+    int asked;                  /* it was called */
 } mq_meanwhile;
 int mq_meanwhile_begin(mq_meanwhile *it, RunObject *run, PyObject *ahead);
 void mq_meanwhile_end(RunObject *run);

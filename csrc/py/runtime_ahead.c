@@ -144,31 +144,33 @@ PyObject *mq_runtime_forget_ahead_method(PyObject *object, PyObject *unused)
 
 /* ---- while a run waits ---- */
 
+/* Calls it, and forgets it unless it wants to be called again. */
 static int ask(mq_meanwhile *it, mq_error *err)
 {
     PyGILState_STATE gil = PyGILState_Ensure();
-    PyObject *ahead = it->ahead;
-    it->ahead = NULL;
-    PyObject *result = PyObject_CallNoArgs(ahead);
-    const int rc = result != NULL ? MQ_OK : MQ_ERR_INTERRUPTED;     /* the exception is set */
+    PyObject *result = PyObject_CallNoArgs(it->ahead);
+    const int again = result != NULL ? PyObject_IsTrue(result) : -1;
     Py_XDECREF(result);
     PyGILState_Release(gil);
-    err->code = rc;
-    return rc;
+    if (again <= 0) it->ahead = NULL;
+    it->asked = 1;
+    return err->code = again >= 0 ? MQ_OK : MQ_ERR_INTERRUPTED;     /* then the exception is set */
 }
 
 static int go_on(void *context, int *more, mq_error *err)
 {
     mq_meanwhile *it = context;
-    int rc = MQ_OK;
-    if (it->ahead != NULL) {
+    RuntimeObject *self = it->runtime;
+    int rc = MQ_OK, left = 0;
+    if (it->ahead != NULL && (!it->asked || self->runtime.ahead.layer < 0)) {
         rc = ask(it, err);
-        *more = rc == MQ_OK && it->runtime->runtime.ahead.layer >= 0;
-        return rc;
+        left = self->runtime.ahead.layer >= 0;
+    } else {
+        if (!try_enter(&self->ahead_busy)) return MQ_OK;
+        rc = mq_runtime_ahead(&self->runtime, &left, err);
+        mq_leave(&self->ahead_busy);
     }
-    if (!try_enter(&it->runtime->ahead_busy)) return MQ_OK;
-    rc = mq_runtime_ahead(&it->runtime->runtime, more, err);
-    mq_leave(&it->runtime->ahead_busy);
+    *more = rc == MQ_OK && (left || it->ahead != NULL);
     return rc;
 }
 

@@ -3,6 +3,7 @@
 #include "py/convert.h"
 #include "py/ndarray.h"
 #include "py/outputs.h"
+#include "py/parts.h"
 #include "py/type_gram_loss.h"
 #include "py/type_quantizer.h"
 
@@ -67,13 +68,6 @@ static int need_floats(call *c, PyObject *object, const char *name, int ndim, in
     return -1;
 }
 
-static int parse_float_dtype(const char *name, mq_dtype *out)
-{
-    if (mq_dtype_from_name(name, out) == MQ_OK && (int)*out <= MQ_F16) return 0;
-    PyErr_Format(PyExc_ValueError, "expected float32, bfloat16 or float16, got '%s'", name);
-    return -1;
-}
-
 static const mq_quantizer *take_quantizer(call *c, PyObject *object)
 {
     const mq_quantizer *quantizer = mq_quantizer_hold(c->state, object);
@@ -113,10 +107,7 @@ static PyObject *awq_weight_scale(PyObject *module, PyObject *args, PyObject *kw
     Py_BEGIN_ALLOW_THREADS
     rc = mq_awq_weight_scale(&weight, block, "weight", view.data, &err);
     Py_END_ALLOW_THREADS
-    if (rc != MQ_OK) {
-        Py_CLEAR(result);
-        mq_raise(&err);
-    }
+    result = mq_result(result, rc, &err);
 done:
     end_call(&c);
     return result;
@@ -145,10 +136,7 @@ static PyObject *awq_scales(PyObject *module, PyObject *args)
     for (int64_t i = 0; result != NULL && rc == MQ_OK && i < shape[0]; i++)
         rc = mq_awq_scale(activations.data, weights.data, shape[1], ((const float *)alphas.data)[i],
                           (float *)view.data + i * shape[1], &err);
-    if (rc != MQ_OK) {
-        Py_CLEAR(result);
-        mq_raise(&err);
-    }
+    result = mq_result(result, rc, &err);
 done:
     end_call(&c);
     return result;
@@ -172,7 +160,7 @@ static PyObject *smoothquant_scale(PyObject *module, PyObject *args, PyObject *k
     mq_error err;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOf|s", names, &objects[0], &objects[1], &alpha, &dtype_name))
         return NULL;
-    if (parse_float_dtype(dtype_name, &dtype) < 0) return NULL;
+    if (mq_parse_float_dtype(dtype_name, &dtype) < 0) return NULL;
     if (need_floats(&c, objects[0], "activations", 1, -1, &activations) < 0 ||
         need_floats(&c, objects[1], "weights", 1, activations.shape[0], &weights) < 0)
         goto done;
@@ -272,10 +260,7 @@ static PyObject *quantization_losses(PyObject *module, PyObject *args, PyObject 
     Py_BEGIN_ALLOW_THREADS
     rc = mq_trial_losses(&a.trial, view.data, &err);
     Py_END_ALLOW_THREADS
-    if (rc != MQ_OK) {
-        Py_CLEAR(result);
-        mq_raise(&err);
-    }
+    result = mq_result(result, rc, &err);
 done:
     mq_free(a.candidates);
     end_call(&a.c);
@@ -299,7 +284,7 @@ static PyObject *best_amax(PyObject *module, PyObject *args, PyObject *kwargs)
     int rc;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO|Os", names, &weight, &quantizer, &factors, &gram,
                                      &amax_dtype) ||
-        parse_float_dtype(amax_dtype, &a.trial.amax_dtype) < 0)
+        mq_parse_float_dtype(amax_dtype, &a.trial.amax_dtype) < 0)
         return NULL;
     if (take_matrix(&a.c, weight, "weight", &a.weight) < 0 ||
         need_floats(&a.c, factors, "factors", 1, -1, &a.factors) < 0 || take_trial(&a, quantizer, gram) < 0 ||
@@ -312,10 +297,7 @@ static PyObject *best_amax(PyObject *module, PyObject *args, PyObject *kwargs)
     Py_BEGIN_ALLOW_THREADS
     rc = mq_trial_best_amax(&a.trial, view.data, &err);
     Py_END_ALLOW_THREADS
-    if (rc != MQ_OK) {
-        Py_CLEAR(result);
-        mq_raise(&err);
-    }
+    result = mq_result(result, rc, &err);
 done:
     mq_free(a.candidates);
     end_call(&a.c);
@@ -354,10 +336,7 @@ static PyObject *sweep_block_scales(PyObject *module, PyObject *args, PyObject *
     Py_BEGIN_ALLOW_THREADS
     rc = mq_sweep_block_scales(&job, view.data, &err);
     Py_END_ALLOW_THREADS
-    if (rc != MQ_OK) {
-        Py_CLEAR(result);
-        mq_raise(&err);
-    }
+    result = mq_result(result, rc, &err);
 done:
     end_call(&c);
     return result;
@@ -390,10 +369,7 @@ static PyObject *factor(PyObject *module, PyObject *object)
     Py_BEGIN_ALLOW_THREADS
     rc = mq_factor(h.data, h.shape[0], view.data, &err);
     Py_END_ALLOW_THREADS
-    if (rc != MQ_OK) {
-        Py_CLEAR(result);
-        mq_raise(&err);
-    }
+    result = mq_result(result, rc, &err);
 done:
     Py_DECREF(reference);
     return result;
@@ -515,10 +491,7 @@ static PyObject *subtract_product(PyObject *module, PyObject *args)
     Py_BEGIN_ALLOW_THREADS
     rc = mq_subtract_product(&weight, up.data, down.data, down.shape[0], &out, &err);
     Py_END_ALLOW_THREADS
-    if (rc != MQ_OK) {
-        Py_CLEAR(result);
-        mq_raise(&err);
-    }
+    result = mq_result(result, rc, &err);
 done:
     end_call(&c);
     return result;

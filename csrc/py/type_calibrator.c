@@ -268,9 +268,7 @@ static PyObject *calibrator_compute_gram(PyObject *self, PyObject *unused)
     Py_BEGIN_ALLOW_THREADS
     rc = mq_gram_finish(calib, view.data, &err);
     Py_END_ALLOW_THREADS
-    if (rc == MQ_OK) return array;
-    Py_DECREF(array);
-    return mq_raise(&err);
+    return mq_result(array, rc, &err);
 }
 
 PyDoc_STRVAR(compute_bias_doc,

@@ -18,6 +18,7 @@ typedef struct QuantizerObject {
     int64_t amax_shape[MQ_MAX_NDIM];
     Py_buffer home;                          /* where a lent amax lies; home.obj NULL = nowhere else */
     int holders;                             /* uses that forbid replacing values; changed under the GIL */
+    unsigned long long changes;              /* how often anything was set */
     mq_device_quantizer device;     /* on a GPU, if it was ever used there: */
     PyObject *library;              /* by this CudaLibrary */
 } QuantizerObject;
@@ -294,8 +295,10 @@ mq_device_quantizer *mq_quantizer_on_device(PyObject *object, PyObject *library)
 
 /* ---- attributes ---- */
 
-static int check_free(const QuantizerObject *self, const char *what)
+/* Whether something may be set now, which is counted. */
+static int check_free(QuantizerObject *self, const char *what)
 {
+    self->changes++;
     if (self->holders == 0) return 0;
     PyErr_Format(PyExc_RuntimeError, "Quantizer.%s: in use by a running computation", what);
     return -1;
@@ -430,10 +433,10 @@ static PyObject *object_get(QuantizerObject *self, void *offset)
     return Py_NewRef(*(PyObject **)(void *)((char *)self + (size_t)offset));
 }
 
-static PyObject *is_dynamic_get(QuantizerObject *self, void *unused)
+static PyObject *changes_get(QuantizerObject *self, void *unused)
 {
     (void)unused;
-    return PyBool_FromLong(self->core.spec.dynamic);
+    return PyLong_FromUnsignedLongLong(self->changes);
 }
 
 static PyObject *scheme_get(QuantizerObject *self, void *unused)
@@ -577,9 +580,7 @@ static PyObject *call_on(QuantizerObject *self, mq_state *state, const mq_tensor
     rc = apply_all(&job, &matrix, find, &err);
     Py_END_ALLOW_THREADS
     self->holders--;
-    if (rc == MQ_OK) return result;
-    Py_DECREF(result);
-    return mq_raise(&err);
+    return mq_result(result, rc, &err);
 }
 
 static PyObject *quantizer_call(QuantizerObject *self, PyObject *args, PyObject *kwargs)
@@ -618,12 +619,6 @@ static PyObject *lend(QuantizerObject *self, PyObject *memory)
     Py_RETURN_NONE;
 }
 
-static PyObject *lent_get(QuantizerObject *self, void *unused)
-{
-    (void)unused;
-    return PyBool_FromLong(self->core.lent);
-}
-
 static PyMethodDef methods[] = {
     {"lend", (PyCFunction)lend, METH_O,
      "lend(memory)\n--\n\n"
@@ -643,8 +638,11 @@ static PyGetSetDef getset[] = {
      "float32 [columns] or None: subtracted before rounding and added after, in the input's dtype.", NULL},
     {"rotate", (getter)rotate_get, (setter)rotate_set,
      "0, or so many columns at a time are rotated by a normalised Hadamard matrix before anything is rounded.", NULL},
-    {"is_lent", (getter)lent_get, NULL, "Whether its amax lies in memory that was handed to lend().", NULL},
+    {"is_lent", (getter)flag_get, NULL, "Whether its amax lies in memory that was handed to lend().",
+     (void *)offsetof(QuantizerObject, core.lent)},
     {"enabled", (getter)enabled_get, (setter)enabled_set, "False: calls only copy (and apply pre_quant_scale).", NULL},
+    {"changes", (getter)changes_get, NULL,
+     "Grows whenever any of these is set: while it stays, the quantizer does what it did.", NULL},
     {"num_bits", (getter)object_get, NULL, "Bits of an integer, or (exponent, mantissa) bits.",
      (void *)offsetof(QuantizerObject, num_bits)},
     {"axis", (getter)object_get, NULL, "The axis that keeps a scale per index, or None.",
@@ -655,7 +653,8 @@ static PyGetSetDef getset[] = {
      (void *)offsetof(QuantizerObject, core.spec.narrow_range)},
     {"unsigned", (getter)flag_get, NULL, "Integers: 0 to 2 * max + 1.",
      (void *)offsetof(QuantizerObject, core.spec.is_unsigned)},
-    {"is_dynamic", (getter)is_dynamic_get, NULL, "Whether (block) scales come from the data of each call.", NULL},
+    {"is_dynamic", (getter)flag_get, NULL, "Whether (block) scales come from the data of each call.",
+     (void *)offsetof(QuantizerObject, core.spec.dynamic)},
     {"second_divisor", (getter)second_divisor_get, NULL,
      "The tensor's amax over this is its scale, where scales have two levels; else 0.", NULL},
     {"needs_amax", (getter)needs_amax_get, NULL, "Whether calibration has to find an amax.", NULL},

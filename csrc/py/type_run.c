@@ -223,7 +223,8 @@ PyDoc_STRVAR(layer_doc,
 "all of them and those that are no padding; then `expert` is to be called for each that has any. Else it returns\n"
 "None.\n\n"
 "ahead: on a device, called without arguments once that computes, to say by Runtime.begin_ahead what will be loaded\n"
-"next, which is then sent as far as there is time. On the CPU it is not called.\n\n"
+"next, which is then sent as far as there is time; and once more when all of that is sent, as long as it returns\n"
+"True. On the CPU it is not called.\n\n"
 "Calibrators at its points collect once it is done. RuntimeError for a wrong order; after an error or Ctrl-C the\n"
 "hidden states are lost, and embed starts again.");
 

@@ -9,7 +9,7 @@ from modelq.checkpoint.config_values import Config
 
 _ROPE_TYPES: dict[str, tuple[str, ...]] = {
     "default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor"), "yarn": (), "longrope": (),
-    "dynamic": ()}
+    "dynamic": ("factor",)}
 _LONGROPE = ("longrope", "su", "yarn")      # all one in Phi-3
 _PARTIAL = ("phi3",)                        # families that turn a part of each head only
 _LOCAL = ("gemma3",)                        # families whose layers with a sliding window have a rope of their own
@@ -29,20 +29,26 @@ def rope_config(config: Config, family: str, head_dim: int) -> dict[str, Any]:
     flat |= _partial(config, rope, family)
     flat["rope_theta"] = (rope if rope.get("rope_theta") is not None else config).real("rope_theta", 10000.0)
     kind = _kind(config, rope, family)
-    if kind == "dynamic":       # no scaling up to max_position_embeddings; beyond, the runtime computes nothing (csrc/model/op_rope.c)
-        rope.real("factor")
-        flat["rope_longest"], kind = config.integer("max_position_embeddings"), "default"
     flat["rope_type"] = kind
     flat.update({f"rope_{name}": rope.real(name) for name in _ROPE_TYPES[kind]})
     if kind == "llama3":
         given = config.integer(ORIGINAL, None) or rope.integer(ORIGINAL, None)
         flat[f"rope_{ORIGINAL}"] = given or config.integer("max_position_embeddings")
+    elif kind == "dynamic":
+        flat[f"rope_{ORIGINAL}"] = config.integer("max_position_embeddings")
     elif kind == "yarn":
         flat |= _yarn(config, rope)
     elif kind == "longrope":
         flat |= _longrope(config, rope, int(head_dim * flat.get("partial_rotary_factor", 1.0)))
     rope.refuse_unknown(family)
     return flat
+
+
+def context_length(config: Mapping[str, Any]) -> int | None:
+    """How many tokens a sequence may have, None where config.json does not say. "dynamic" multiplies them by its factor."""
+    length, rope = config.get("max_position_embeddings"), config.get("rope_scaling") or config.get("rope_parameters") or {}
+    is_dynamic = "dynamic" in (rope.get("rope_type"), rope.get("type"))
+    return int(length * rope["factor"]) if length and is_dynamic else length
 
 
 def _kind(config: Config, rope: Config, family: str) -> str:
