@@ -46,6 +46,14 @@ typedef struct mq_finding {
     int64_t at, width, seen;    /* where they are; how many; rows that they are of */
 } mq_finding;
 
+/* What candidates of a layer's experts change, on the device (device_score_experts.c). */
+typedef struct mq_device_changes {
+    const struct mq_experts_score *score;   /* whose; NULL = nobody's */
+    char *memory;               /* NULL: they are on the host */
+    size_t nbytes;
+    int64_t rows, width;        /* of the run */
+} mq_device_changes;
+
 /* A statistic that is summed up on the device (device_sums.c). */
 enum { MQ_SUMS_ENTRIES = 16 };
 
@@ -68,17 +76,18 @@ enum {
     MQ_CHUNK_ROWS = 8192,       /* rows of a chunk, at most; and as many that */
     MQ_ENOUGH_ROWS = 2048,      /* weights that come ahead have room before there are more */
     MQ_QUANTIZERS = MQ_LAYER_MAX_POINTS + 1,    /* places of mq_device.quantizers; the last is lm_head's */
-    MQ_PINS = 4,                /* pieces of others' memory that are pinned, at most, */
+    MQ_PINS = 8,                /* pieces of others' memory that are pinned, at most, */
     MQ_PINNED_SHARE = 4,        /* which together are a fourth of the host's, at most */
     MQ_ALIGN_DEVICE = 256
 };
 
-/* Indices of a chunk on their way. */
-typedef struct mq_pinned_indices {
+/* Memory of the host for what is on its way; pinned, where that may be had. */
+typedef struct mq_pinned {
     void *memory;
     size_t nbytes;
-    void *sent;                 /* event: behind their copy */
-} mq_pinned_indices;
+    int is_plain;
+    void *passed;               /* event: behind its last copy */
+} mq_pinned;
 
 /* Memory of others on the host that is pinned. */
 typedef struct mq_pin {
@@ -106,7 +115,7 @@ struct mq_device {
     char *pinned[2], *staged[2];/* pieces of weights: on the host, and on the device before conversion */
     void *sent[2];              /* events: behind the copy of that piece */
     int next_piece;
-    mq_pinned_indices indices[2];
+    mq_pinned indices[2], gathered[2];  /* of chunks; rows of experts */
     int next_indices;
     mq_pin pins[MQ_PINS];       /* the newest first */
     int64_t piece_nbytes;
@@ -115,6 +124,7 @@ struct mq_device {
     int64_t finding_count, maxima_used;
     mq_device_sums sums[MQ_SUMS];
     int host_statistics;        /* as in mq_device_options */
+    mq_device_changes changes;
     int64_t copied;             /* tensors that came to the host to be looked at there */
     mq_device_quantizer quantizers[MQ_QUANTIZERS];
     int64_t products[MQ_CUDA_PATHS];    /* of weights that stay codes, by the path that they took */
@@ -171,9 +181,11 @@ size_t mq_device_available(const mq_device *device, const mq_arena *arena);
 /* Waits for all that was asked of the device, whatever becomes of it. */
 void mq_device_settle(mq_device *device);
 /* Has the device read and write this memory of the host while the host goes on, if it may be so and is not too much;
- * until the memory is said to be gone, or others need the place. */
-void mq_device_pin(mq_device *device, void *memory, size_t nbytes);
+ * until the memory is said to be gone, or others need the place. beside: it takes the place of nothing. */
+void mq_device_pin(mq_device *device, void *memory, size_t nbytes, int beside);
 void mq_device_unpin(mq_device *device, const void *memory);
+/* Room for nbytes; what was in it is gone, which no copy may need any more. */
+int mq_pinned_reserve(mq_device *device, mq_pinned *it, size_t nbytes, mq_error *err);
 
 /* ---- device_weights.c ---- */
 
@@ -273,6 +285,10 @@ void mq_sums_begin(mq_device *device, const mq_run *run, const mq_layer *layer, 
 int mq_sums_take(mq_device *device, mq_error *err);
 void mq_sums_drop(mq_device *device);
 
+/* ---- device_score_experts.c ---- */
+
+void mq_device_drop_changes(mq_device *device);
+
 /* ---- device_layer.c ---- */
 
 /* One trip of a chunk through a layer, as layer.c's pass. */
@@ -307,6 +323,8 @@ typedef struct mq_device_need {
     size_t (*nbytes)(const void *context, int64_t rows, int64_t longest);
     const void *context;
 } mq_device_need;
+/* As many of `rows` as there is room for, but no less than the longest sequence. */
+int64_t mq_device_most_rows(const mq_device_need *need, size_t room, int64_t rows, int64_t longest);
 /* device->work becomes as large as chunks of as many of *rows as the budget lets need; *rows says how many those are.
  * MQ_ERR_MEMORY: not one sequence fits; says how long one may be. */
 int mq_device_fit(mq_device *device, const mq_device_need *need, int64_t *rows, int64_t longest, mq_error *err);
