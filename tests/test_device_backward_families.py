@@ -13,7 +13,7 @@ from test_backward import RELATIVE
 from test_device_backward import PLACE, apart, check
 
 FAMILIES = ["olmo2", "phi3 longrope", "granitemoe", "gemma2", "gemma3", "qwen2_moe", "gpt_oss", "deepseek_v2", "deepseek_v2 lite", "deepseek_v3",
-            "llama4", "nemotron"]
+            "llama4", "llama4 without norms", "llama dynamic", "nemotron"]
 RNG = np.random.default_rng(2)
 IDS = RNG.integers(0, 48, (2, 3, 20))
 MASKS = np.stack([np.arange(20) >= np.array([[0], [3], [6]]), np.arange(20) < np.array([[20], [11], [5]])])     # padded on either side
