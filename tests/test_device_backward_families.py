@@ -74,12 +74,12 @@ def small(source):
 def test_chunks_on_streams_that_are_late(name, tmp_path, monkeypatch):
     source = saved(name, tmp_path / "source")
     place, expected, bits = small(source), gradients_of(modelq.load(source, compute="float32")), []
-    for streams in ("at once", "late", "random"):
+    for streams in ("late", "random"):
         monkeypatch.setenv("MODELQ_SHIM_STREAMS", streams)
         found = gradients_of(modelq.load(source, compute="float32", **place))
         check(found, expected, 3 * RELATIVE)
         bits.append({name: array.tobytes() for name, array in found.items()})
-    assert bits[0] == bits[1] == bits[2]
+    assert bits[0] == bits[1]
 
 
 @pytest.mark.slow
