@@ -310,26 +310,14 @@ static void pin(mq_device *device, const mq_backward *back)
 void mq_device_forget_backward(mq_elsewhere *self, const mq_backward *back)
 {
     mq_device *device = (mq_device *)(void *)self;
-    mq_error err;
-    int before;
-    if (mq_device_enter(device, &before, &err) != MQ_OK) return;
     mq_device_unpin(device, back->gradient);
     mq_device_unpin(device, back->d_experts);
-    mq_device_leave(device, before);
 }
 
 int mq_device_back_ready(mq_device *device, mq_error *err)
 {
     const int rc = device->backend->event_record(device->loaded, device->copies, err);
     return rc == MQ_OK ? device->backend->event_after(device->loaded, device->compute, err) : rc;
-}
-
-int mq_device_back_end(mq_device *device, int rc, mq_error *err)
-{
-    mq_error after;
-    if (rc != MQ_OK) mq_device_settle(device);
-    const int taken = mq_findings_take(device, rc == MQ_OK ? err : &after);
-    return rc == MQ_OK ? taken : rc;
 }
 
 static int send_identity(const mq_device_back *it)
@@ -376,7 +364,7 @@ int mq_device_back_layer(mq_elsewhere *self, mq_backward *back, int64_t layer, c
     pin(device, back);
     rc = begin(&room, &all.it);
     if (rc == MQ_OK) rc = run_chunks(&all);
-    rc = mq_device_back_end(device, rc, err);
+    rc = mq_device_finish(device, rc, err);
     mq_free(all.it.fetched);
     mq_device_leave(device, before);
     return rc;

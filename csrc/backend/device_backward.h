@@ -129,8 +129,6 @@ int mq_device_back_reserve(const mq_device_back_room *room, int64_t rows, int64_
 
 /* Computing waits for weights. */
 int mq_device_back_ready(mq_device *device, mq_error *err);
-/* The end of what rc became of: nothing is under way any more. */
-int mq_device_back_end(mq_device *device, int rc, mq_error *err);
 
 /* mq_elsewhere's. */
 void mq_device_forget_backward(mq_elsewhere *self, const mq_backward *back);

@@ -149,7 +149,7 @@ int mq_device_back_expert(mq_elsewhere *self, mq_backward *back, const mq_back_e
     if (rc == MQ_OK) rc = mq_device_back_ready(device, err);
     if (rc == MQ_OK) rc = allocate(&work, scratch.rows, err);
     if (rc == MQ_OK) rc = run_rows(&it, &work);
-    rc = mq_device_back_end(device, rc, err);
+    rc = mq_device_finish(device, rc, err);
     deallocate(&work);
     mq_free(it.fetched);
     mq_device_leave(device, before);
