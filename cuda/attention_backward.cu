@@ -1,7 +1,8 @@
 /* The gradients of attention (Dao et al. 2022, algorithm 4): with P = softmax(S), S = scale * Q K^T, O = P V:
  * dV = P^T dO, dP = dO V^T, dS = P * (dP - D), D = sum of dO * O per query, dQ = scale * dS K, dK = scale * dS^T Q.
  * Probabilities are computed again, tile by tile. One kernel has blocks of queries and adds up dQ; two have blocks of
- * keys, go over the heads and queries that read them, in order, and add up dK and dV: so there are no atomic sums. */
+ * keys, go over the heads and queries that read them, in order, and add up dK and dV: so there are no atomic sums.
+ * A sink is a score with no value: of its probability p, the gradient is the sum of -p * D. */
 #include "attention.cuh"
 
 /* ---- kernels ---- */
@@ -207,6 +208,19 @@ static __global__ void attention_d_keys(mq_attention a)
     mq_store_rows<MQ_F32, Dim>(to, own, sums, factors);
 }
 
+/* Thread block: one head. */
+static __global__ void attention_d_sinks(mq_attention a)
+{
+    const float sink = a.job.sinks[blockIdx.x];
+    double sum = 0.0;
+    for (int64_t row = threadIdx.x; row < a.job.rows; row += MQ_THREADS) {
+        const int64_t at = blockIdx.x * a.job.rows + row;
+        sum -= (double)(mq_exp(sink - a.job.maxima[at]) * a.job.factors[at] * a.means[at]);
+    }
+    sum = mq_block_sum(sum, 0);
+    if (threadIdx.x == 0) a.gradient.d_sinks[blockIdx.x] += (float)sum;
+}
+
 /* ---- launchers ---- */
 
 typedef void (*attention_kernel)(mq_attention);
@@ -237,6 +251,8 @@ static int check(const mq_cuda_attention_job *job, const mq_cuda_attention_gradi
                         gradient->d_k == NULL || gradient->d_v == NULL))
         rc = mq_fail(err, MQ_ERR_VALUE, "attention_backward: needs the forward's maxima and factors and all gradients, "
                      "and has no past, key_starts or head_tokens");
+    if (rc == MQ_OK && gradient->d_sinks != NULL && job->sinks == NULL)
+        rc = mq_fail(err, MQ_ERR_VALUE, "attention_backward: d_sinks of an attention that has no sinks");
     if (rc != MQ_OK) return rc;
     return mq_cuda_check_workspace(job->workspace, job->workspace_nbytes, mq_cuda_attention_backward_workspace(job),
                                    "attention_backward", err);
@@ -256,7 +272,9 @@ int mq_cuda_attention_backward(const mq_cuda_attention_job *job, const mq_cuda_a
     a.aligned_out = (uintptr_t)a.d_out % 16 == 0 && job->value_dim % (is_f32 ? 4 : 8) == 0;
     const int64_t warps = MQ_CEIL_DIV(job->rows * job->heads, (int64_t)(MQ_THREADS / MQ_WARP));
     const mq_launch means = {"attention_means", mq_grid_of_blocks(warps), stream, err};
+    const mq_launch sinks = {"attention_d_sinks", mq_grid_of_blocks(job->heads), stream, err};
     rc = mq_launch_kernel(&means, is_f32 ? attention_means<MQ_F32> : attention_means<MQ_BF16>, a);
+    if (rc == MQ_OK && gradient->d_sinks != NULL) rc = mq_launch_kernel(&sinks, attention_d_sinks, a);
     for (int kind = 0; rc == MQ_OK && kind < KINDS; kind++) {
         const int64_t heads = kind == D_QUERIES ? job->heads : job->kv_heads;
         const mq_launch launch = {names[kind], mq_grid_of_blocks(job->sequences * heads * a.blocks), stream, err};

@@ -21,7 +21,7 @@ extern "C" {
 
 #pragma GCC visibility push(default)   /* all else in the library is hidden */
 
-enum { MQ_CUDA_INTERFACE = 9 };   /* changes whenever a struct or a call below does */
+enum { MQ_CUDA_INTERFACE = 10 };   /* changes whenever a struct or a call below does */
 
 int mq_cuda_interface(void);
 int mq_cuda_is_emulated(void);    /* 1 in the library that g++ makes of the same sources, for tests */

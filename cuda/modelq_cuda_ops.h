@@ -175,6 +175,7 @@ int mq_cuda_attention(const mq_cuda_attention_job *job, void *stream, mq_error *
 typedef struct mq_cuda_attention_gradient {
     const float *d_out;                   /* [rows, heads, value_dim] */
     float *d_q, *d_k, *d_v;               /* [rows, heads, head_dim], [rows, kv_heads, ...] */
+    float *d_sinks;                       /* [heads], added to; NULL = not wanted */
 } mq_cuda_attention_gradient;
 
 size_t mq_cuda_attention_backward_workspace(const mq_cuda_attention_job *job);
@@ -238,7 +239,8 @@ typedef struct mq_cuda_scatter_job {
     const int64_t *index;                 /* [x.rows] rows of y */
     const float *shares;                  /* [x.rows], or NULL */
     const float *d_out;                   /* [rows of y, cols], of the backward, which reads no y */
-    float *d_in, *d_shares;               /* [x.rows, cols] = share * d_out[index]; [x.rows] = <d_out[index], x> */
+    float *d_in, *d_shares;               /* [x.rows, cols] = share * d_out[index]; [x.rows] = <d_out[index], x>; d_in
+                                           * may be d_out where index is 0, 1, ... */
 } mq_cuda_scatter_job;
 
 int mq_cuda_scatter(const mq_cuda_scatter_job *job, void *stream, mq_error *err);

@@ -3,15 +3,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from modelq import cuda
-
-if TYPE_CHECKING:
-    from modelq.model import Model
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
@@ -55,17 +50,3 @@ def nbytes_of(text: int | str) -> int:
     if found is None:
         raise ValueError(f"device memory: expected a number of bytes, or text as '8GB' or '512MiB', got {text!r}")
     return int(float(found[1]) * _UNITS[found[2]])
-
-
-@contextmanager
-def on_cpu(model: Model) -> Iterator[None]:
-    """Within it, a model computes on the CPU: what a GPU does not do for its family."""
-    placement = model.placement
-    if placement is None:
-        yield
-        return
-    model.runtime.use_device(None)
-    try:
-        yield
-    finally:
-        placement.attach(model.runtime)

@@ -7,7 +7,7 @@ not kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -15,7 +15,6 @@ import numpy as np
 from modelq import streaming
 from modelq.ahead import ahead_of, forget_ahead
 from modelq.boundaries import Boundaries
-from modelq.devices import on_cpu
 from modelq.inputs import Batch, groups, make_batch
 from modelq.output import targets_of
 from modelq.progress import progress
@@ -102,24 +101,16 @@ def _round(model: Model, batches: Sequence[Batch], weights: dict[str, np.ndarray
     for layer in progress(range(model.num_layers), "forward"):
         boundaries.keep(run)
         streaming.run_layer(model, run, layer, following=layer + 1 if layer + 1 < model.num_layers else None)
-    with _place(model, weights):
-        back = run.backward(weights)
-        losses = _head(model, back, [targets_of(batch) for batch in batches], visitor)
+    back = run.backward(weights)
+    losses = _head(model, back, [targets_of(batch) for batch in batches], visitor)
+    if look is not None:
+        look(model.num_layers, back)
+    for layer in progress(range(model.num_layers - 1, -1, -1), "backward"):
+        _layer(model, back, layer, boundaries.take(), visitor)
         if look is not None:
-            look(model.num_layers, back)
-        for layer in progress(range(model.num_layers - 1, -1, -1), "backward"):
-            _layer(model, back, layer, boundaries.take(), visitor)
-            if look is not None:
-                look(layer, back)
-        back.embed()
+            look(layer, back)
+    back.embed()
     return losses
-
-
-def _place(model: Model, wanted: Iterable[str]) -> AbstractContextManager[None]:
-    """Where gradients are computed: where layers are, or on the CPU if the device lacks what the family needs for them; so are those of
-    attention's sinks."""
-    device, vectors = model.runtime.device, {module["weight"] for module in model.modules if module["kind"] == "vector"}
-    return nullcontext() if device is None or (device["backward"] and vectors.isdisjoint(wanted)) else on_cpu(model)
 
 
 def _dtype(model: Model) -> np.dtype:

@@ -13,7 +13,10 @@ import golden_data
 
 
 def pytest_collection_modifyitems(items):
-    """On a GPU (tests/gpu/run.sh), not what only the emulated library can be told."""
+    """Files with slow tests come first, so that no process of a parallel run waits for another's at the end. On a GPU
+    (tests/gpu/run.sh), not what only the emulated library can be told."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
     for item in items if "MODELQ_CUDA_LIBRARY" in os.environ else ():
         if item.get_closest_marker("emulated"):
             item.add_marker(pytest.mark.skip(reason="of the emulated library alone"))

@@ -212,14 +212,22 @@ def exact_gradients(q, k, v, d_out, scale, **options):
     return gradients(scale * slope * p * (d_p - mean), q, wide_k, d_out), gradients(abs(scale) * p * sizes, abs(q), abs(wide_k), abs(d_out))
 
 
-def run_backward(cuda: Operations, job, d_out):
-    """The forward with maxima and factors, then d_q, d_k, d_v."""
+def exact_sinks(q, k, v, d_out, scale, sinks, **options):
+    """In float64, of what is left for a sink: its gradient [heads], and the sum of sizes."""
+    q, d_out, wide_k, wide_v = (x.astype(np.float64) for x in (q, d_out, *(np.repeat(x, q.shape[1] // k.shape[1], 1) for x in (k, v))))
+    p, _ = probabilities(q, wide_k, scale, sinks=sinks, **options)
+    left = 1 - p.sum(-1)
+    return tuple(-(left * (np.einsum("thd,shd->hts", a, b) * p).sum(-1)).sum(-1) for a, b in ((d_out, wide_v), (abs(d_out), abs(wide_v))))
+
+
+def run_backward(cuda: Operations, job, d_out, d_sinks=None):
+    """The forward with maxima and factors, then d_q, d_k, d_v; d_sinks is added to."""
     maxima, factors = (np.full((job["heads"], job["rows"]), np.nan, np.float32) for _ in range(2))
     cuda.run("attention", **dict(job, maxima=maxima, factors=factors))
     gradients = [np.full(job[name].shape, np.nan, np.float32) for name in "qkv"]
     here = Staging(cuda.memory)
     filled = cuda.fill("mq_cuda_attention_job", here, dict(job, maxima=maxima, factors=factors))
-    to = cuda.fill("mq_cuda_attention_gradient", here, dict(zip(("d_out", "d_q", "d_k", "d_v"), (d_out, *gradients))))
+    to = cuda.fill("mq_cuda_attention_gradient", here, dict(zip(("d_out", "d_q", "d_k", "d_v", "d_sinks"), (d_out, *gradients, d_sinks))))
     cuda.workspace("attention_backward", filled, here)
     cuda.call("attention_backward", filled, here, to)
     return gradients
@@ -233,8 +241,8 @@ def check_backward(cuda, dtype, lengths, count, kv, size, value_size, window=0, 
     sinks = rng.standard_normal(count).astype(np.float32) if options.pop("sinks", False) else None
     firsts = np.full(len(lengths), options.get("chunk_first", 0), np.int64)
     job = job_of(q, k, v, out, lengths, scale, key_mask=mask, window=window, sinks=sinks, **{**options, "chunk_first": firsts})
-    found = run_backward(cuda, job, d_out)
-    row = 0
+    d_sinks = None if sinks is None else np.full(count, 3, np.float32)
+    found, left, row = run_backward(cuda, job, d_out, d_sinks), [], 0
     for length in lengths:
         part = slice(row, row + length)
         wanted, scales = exact_gradients(q[part], k[part], v[part], d_out[part], scale, window=window, sinks=sinks,
@@ -243,7 +251,13 @@ def check_backward(cuda, dtype, lengths, count, kv, size, value_size, window=0, 
             # float32: sums of `size` and of `length` terms, each side of exp; bfloat16: out, d_out, p and dS are rounded, and O enters D.
             bound = 3e-6 * size_of if dtype == F32 else 4 * BF16_UNIT * size_of
             assert np.all(abs(got[part] - exact) <= bound + 1e-30)
+        if sinks is not None:
+            left.append(exact_sinks(q[part], k[part], v[part], d_out[part], scale, sinks, window=window,
+                                    mask=None if mask is None else mask[part], **options))
         row += length
+    if sinks is not None:
+        exact, size_of = np.sum(left, 0)
+        assert np.all(abs(d_sinks - 3 - exact) <= (3e-6 if dtype == F32 else 4 * BF16_UNIT) * abs(size_of) + 1e-6)
     return found
 
 
@@ -297,3 +311,5 @@ def test_nothing_to_do_and_what_is_refused(unordered):
         here = Staging(unordered.memory)
         filled = unordered.fill("mq_cuda_attention_job", here, job)
         unordered.call("attention_backward", filled, here, structs()["mq_cuda_attention_gradient"]())
+    with pytest.raises(CudaError, match="d_sinks of an attention that has no sinks"):
+        run_backward(unordered, job, np.ones((4, 2, 8), np.float32), np.zeros(2, np.float32))

@@ -52,7 +52,8 @@ def needed_libraries(library: Path) -> str:
 @pytest.mark.slow
 @pytest.mark.skipif(cuda_build.nvcc() is None, reason="needs nvcc, the compiler of the CUDA Toolkit, in PATH")
 def test_the_wheel_has_the_library_and_the_extension_does_not_need_it(tmp_path):
-    environment = {**os.environ, "MODELQ_CUDA": "1", "MODELQ_CUDA_ARCHITECTURES": "90a", "MODELQ_TESTING": "0"}
+    environment = {**os.environ, "MODELQ_CUDA": "1", "MODELQ_CUDA_ARCHITECTURES": "90a", "MODELQ_TESTING": "0",
+                   "NVCC_APPEND_FLAGS": " ".join(cuda_build.QUICK)}       # what is optimized is in tests/test_cuda_compiles.py
     environment.pop("MODELQ_CUDA_LIBRARY", None)
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", str(tmp_path)]
     subprocess.run([*command, str(sources(tmp_path / "tree"))], check=True, env=environment)

@@ -1,26 +1,15 @@
-/* A layer on its way back on a device: what a device lacks for it, room for chunks, and the order in which they come
- * and go. */
+/* A layer on its way back on a device: room for chunks, and the order in which they come and go. */
 #include "backend/device_backward.h"
 
 #include <string.h>
 
 #include "core/alloc.h"
 
-/* ---- what there is ---- */
-
-int mq_device_goes_back(const mq_runtime *runtime)
-{
-    const mq_config *config = &runtime->config;
-    const int lacking = config->q_lora_rank > 0 || config->kv_lora_rank > 0 || config->qk_unit_norm ||
-                        config->attention_floor > 0 ||
-                        (runtime->family->flags & MQ_FAMILY_SHARED_INPUTS) != 0;
-    return !lacking;
-}
-
 /* ---- room ---- */
 
 typedef struct back_sizes {
     int64_t rows, hidden, q, kv, v, qkv, mixed, inner, experts, top_k;
+    int64_t q_lora, kv_lora, kv_a, kv_b;        /* 0 but in latent attention */
     int64_t widest_in, widest_out;      /* of linears */
     size_t size;                        /* of an activation */
     int fused;
@@ -41,8 +30,16 @@ static back_sizes sizes_of(const mq_device_back_room *room, int64_t rows)
         .experts = has_experts ? config->num_experts : 0, .top_k = has_experts ? config->num_experts_per_tok : 0,
         .size = mq_dtype_size(run->runtime->dtype), .fused = fused,
     };
+    if (config->kv_lora_rank > 0) {
+        sizes.q_lora = config->q_lora_rank;
+        sizes.kv_lora = config->kv_lora_rank;
+        sizes.kv_a = mq_dim_of(config, NULL, MQ_DIM_KV_A);
+        sizes.kv_b = mq_dim_of(config, NULL, MQ_DIM_KV_B);
+    }
     sizes.widest_in = MQ_MAX(MQ_MAX(sizes.hidden, sizes.inner), MQ_MAX(sizes.mixed, sizes.q));
+    sizes.widest_in = MQ_MAX(sizes.widest_in, MQ_MAX(sizes.q_lora, sizes.kv_lora));
     sizes.widest_out = MQ_MAX(sizes.widest_in, MQ_MAX(sizes.v, MQ_MAX(sizes.kv, sizes.experts)));
+    sizes.widest_out = MQ_MAX(sizes.widest_out, MQ_MAX(sizes.kv_a, sizes.kv_b));
     if (fused) sizes.widest_out = MQ_MAX(sizes.widest_out, MQ_MAX(sizes.qkv, 2 * sizes.inner));
     return sizes;
 }
@@ -127,6 +124,12 @@ static void cut_rows(mq_arena *arena, const mq_device_back_room *room, const bac
     out->k = activations(arena, sizes, sizes->kv);
     out->v = activations(arena, sizes, sizes->v);
     out->joined = activations(arena, sizes, sizes->fused ? sizes->qkv : 0);
+    out->q_a = activations(arena, sizes, sizes->q_lora);
+    out->q_latent = activations(arena, sizes, sizes->q_lora);
+    out->kv_a = activations(arena, sizes, sizes->kv_a);
+    out->kv_raw = activations(arena, sizes, sizes->kv_lora);
+    out->kv_latent = activations(arena, sizes, sizes->kv_lora);
+    out->expanded = activations(arena, sizes, sizes->kv_b);
     out->mixed = activations(arena, sizes, sizes->mixed);
     out->attended = activations(arena, sizes, sizes->hidden);
     out->middle = activations(arena, sizes, sizes->hidden);
@@ -147,6 +150,10 @@ static void cut_attention(mq_arena *arena, const mq_device_back_room *room, cons
     out->d_k = singles(arena, sizes, sizes->kv);
     out->d_v = singles(arena, sizes, sizes->v);
     out->d_joined = singles(arena, sizes, sizes->fused ? sizes->qkv : 0);
+    out->d_q_a = singles(arena, sizes, sizes->q_lora);
+    out->d_kv_a = singles(arena, sizes, sizes->kv_a);
+    out->d_kv_latent = singles(arena, sizes, sizes->kv_lora);
+    out->d_expanded = singles(arena, sizes, sizes->kv_b);
     out->d_mixed = singles(arena, sizes, sizes->mixed);
     out->d_attended = singles(arena, sizes, sizes->hidden);
 }

@@ -26,6 +26,7 @@ typedef struct mq_device_back_scratch {
     int32_t *choices[2];                        /* (n, top_k) */
     float *cosine, *sine;
     void *normed, *raw_q, *raw_k, *q, *k, *v, *joined, *mixed, *attended, *middle;
+    void *q_a, *q_latent, *kv_a, *kv_raw, *kv_latent, *expanded;    /* of linears between which something is narrow */
     float *maxima, *factors;                    /* (heads, n) */
     void *rounded;                              /* a gradient as it enters a product; NULL = as it is */
     float *single;                              /* what a linear reads, in float32; NULL = no gradients of weights */
@@ -37,6 +38,7 @@ typedef struct mq_device_back_scratch {
     void *attention;
     size_t attention_nbytes;
     float *d_normed, *d_q, *d_k, *d_v, *d_joined, *d_mixed, *d_attended;
+    float *d_q_a, *d_kv_a, *d_kv_latent, *d_expanded;
     void *mlp_normed, *gate, *up, *mlp_joined, *product, *output, *router;
     float *d_mlp_normed, *d_gate, *d_up, *d_mlp_joined, *d_output, *d_shares, *d_router, *shares;
     int64_t *identity;                          /* (n): 0, 1, ...; where all tokens have an expert in common */
@@ -106,6 +108,12 @@ typedef struct mq_device_score_sizes {
 void mq_device_cut_scores(mq_arena *arena, const mq_device_score_sizes *sizes, mq_device_scores *out);
 int mq_device_score(const mq_device_back *it, mq_output_score *score, const mq_observed *observed);
 
+/* ---- device_backward_latent.c: where keys and values come of one narrow vector ---- */
+
+/* raw_q, raw_k and v of normed; and d_normed from d_q, d_k and d_v. */
+int mq_device_latent_again(const mq_device_back *it);
+int mq_device_latent_back(const mq_device_back *it);
+
 /* ---- device_backward_attention.c, device_backward_mlp.c ---- */
 
 int mq_device_attention_again(const mq_device_back *it);
@@ -132,7 +140,6 @@ int mq_device_back_ready(mq_device *device, mq_error *err);
 
 /* mq_elsewhere's. */
 void mq_device_forget_backward(mq_elsewhere *self, const mq_backward *back);
-int mq_device_goes_back(const mq_runtime *runtime);
 int mq_device_back_layer(mq_elsewhere *self, mq_backward *back, int64_t layer, const void *input, mq_error *err);
 int mq_device_back_expert(mq_elsewhere *self, mq_backward *back, const mq_back_expert_rows *rows, mq_error *err);
 int mq_device_back_head(mq_elsewhere *self, mq_backward *back, const mq_back_head_request *request, mq_error *err);

@@ -3,20 +3,41 @@
 
 #include "backend/device_backward.h"
 
-/* Rope on q or k, or on gradients by these. */
-static int turn(const mq_device_back *it, const mq_cuda_matrix *x, int64_t heads, int back)
+/* Of a layer that has one: of q or k, or of gradients by these. */
+static mq_cuda_rope_job rope_of(const mq_device_back *it, const mq_cuda_matrix *x, int64_t heads)
 {
     const mq_layer_context *context = it->context;
     const mq_rope_sizes sizes = mq_layer_rope(context, heads, &context->sequences[it->chunk->first_sequence]);
-    if (it->layer->rope == MQ_LAYER_NO_ROPE) return MQ_OK;
     const int64_t at = mq_device_rope_at(context->ropes, it->layer->rope);
-    const mq_cuda_rope_job job = {
+    return (mq_cuda_rope_job){
         .x = *x, .heads = heads, .cosine = it->scratch->cosine + at, .sine = it->scratch->sine + at,
         .rotary = mq_config_rotary(context->config), .positions = it->chunk->positions, .offset = sizes.offset,
         .interleaved = sizes.interleaved,
     };
-    return back ? it->device->backend->rope_backward(&job, it->device->compute, it->err)
-                : it->device->backend->rope(&job, it->device->compute, it->err);
+}
+
+/* The norm without weights behind rope. */
+static mq_cuda_norm_job unit_norm(const mq_device_back *it, const mq_cuda_matrix *x, int64_t heads)
+{
+    return (mq_cuda_norm_job){.x = *x, .y = *x, .heads = heads, .eps = (float)it->context->config->rms_norm_eps};
+}
+
+/* mq_layer_turn, of a layer that has a rope. */
+static int turn(const mq_device_back *it, const mq_cuda_matrix *x, int64_t heads)
+{
+    const mq_cuda_rope_job job = rope_of(it, x, heads);
+    const mq_cuda_norm_job unit = unit_norm(it, x, heads);
+    const int rc = it->device->backend->rope(&job, it->device->compute, it->err);
+    if (rc != MQ_OK || !it->context->config->qk_unit_norm) return rc;
+    return it->device->backend->rmsnorm(&unit, it->device->compute, it->err);
+}
+
+/* mq_layer_grow, of a layer that has no rope, or of the gradient. */
+static int grow(const mq_device_back *it, const mq_cuda_matrix *q)
+{
+    const mq_cuda_add_job job = {.x = *q, .y = *q, .row_scales = it->chunk->growth};
+    if (it->context->config->attention_floor == 0) return MQ_OK;
+    return it->device->backend->add(&job, it->device->compute, it->err);
 }
 
 /* heads = rope(norm(raw)), of q or k. */
@@ -26,7 +47,9 @@ static int finish_heads(const mq_device_back *it, mq_role norm, void *heads, con
     const mq_cuda_matrix matrix = mq_device_back_matrix(it, heads, width);
     const int rc = it->layer->norms[norm] != NULL ? mq_device_back_normed(it, norm, heads, raw, width)
                                                   : mq_device_back_copy(it, heads, raw, width);
-    return rc == MQ_OK ? turn(it, &matrix, count, 0) : rc;
+    if (rc != MQ_OK) return rc;
+    if (it->layer->rope != MQ_LAYER_NO_ROPE) return turn(it, &matrix, count);
+    return norm == MQ_ROLE_Q_NORM ? grow(it, &matrix) : MQ_OK;
 }
 
 static int64_t width_of(const mq_device_back *it, mq_dim dim)
@@ -60,6 +83,7 @@ static int project(const mq_device_back *it)
         rc = mq_device_back_forward(it, MQ_ROLE_QKV, scratch->joined, scratch->normed, 0);
         return rc == MQ_OK ? split(it, parts, scratch->joined, 0) : rc;
     }
+    if (it->layer->linears[MQ_ROLE_KV_A].cols > 0) return mq_device_latent_again(it);
     rc = mq_device_back_forward(it, MQ_ROLE_Q, scratch->raw_q, scratch->normed, 0);
     if (rc == MQ_OK) rc = mq_device_back_forward(it, MQ_ROLE_K, scratch->raw_k, scratch->normed, 0);
     return rc == MQ_OK ? mq_device_back_forward(it, MQ_ROLE_V, scratch->v, scratch->normed, 0) : rc;
@@ -111,13 +135,35 @@ int mq_device_attention_again(const mq_device_back *it)
     return rc == MQ_OK ? add_half(it, MQ_ROLE_O, scratch->mixed) : rc;
 }
 
-/* gradient: by heads at first, then by raw. */
-static int heads_back(const mq_device_back *it, mq_role norm, float *gradient, const void *raw, int64_t count)
+/* By the heads before the norm that follows rope, which are turned once more, into heads. */
+static int unit_norm_back(const mq_device_back *it, float *gradient, void *heads, const void *raw, int64_t count)
 {
     const int64_t width = count * it->context->config->head_dim;
+    const mq_cuda_matrix matrix = mq_device_back_matrix(it, heads, width);
+    const mq_cuda_rope_job again = rope_of(it, &matrix, count);
+    mq_cuda_norm_job unit = unit_norm(it, &matrix, count);
+    unit.d_out = unit.d_in = gradient;
+    int rc = mq_device_back_copy(it, heads, raw, width);
+    if (rc == MQ_OK) rc = it->device->backend->rope(&again, it->device->compute, it->err);
+    return rc == MQ_OK ? it->device->backend->rmsnorm_backward(&unit, it->device->compute, it->err) : rc;
+}
+
+/* gradient: by heads at first, then by raw. */
+static int heads_back(const mq_device_back *it, mq_role norm, float *gradient, int64_t count)
+{
+    const mq_device_back_scratch *scratch = it->scratch;
+    const int is_q = norm == MQ_ROLE_Q_NORM, turned = it->layer->rope != MQ_LAYER_NO_ROPE;
+    const int64_t width = count * it->context->config->head_dim;
+    const void *raw = is_q ? scratch->raw_q : scratch->raw_k;
     const mq_cuda_matrix matrix = mq_device_back_single(it, gradient, width);
     const mq_back_norm back = {.in = raw, .d_out = gradient, .d_in = gradient, .width = width};
-    const int rc = turn(it, &matrix, count, 1);
+    int rc = is_q && !turned ? grow(it, &matrix) : MQ_OK;
+    if (rc == MQ_OK && turned && it->context->config->qk_unit_norm)
+        rc = unit_norm_back(it, gradient, is_q ? scratch->q : scratch->k, raw, count);
+    if (rc == MQ_OK && turned) {
+        const mq_cuda_rope_job rope = rope_of(it, &matrix, count);
+        rc = it->device->backend->rope_backward(&rope, it->device->compute, it->err);
+    }
     return rc == MQ_OK && it->layer->norms[norm] != NULL ? mq_device_back_norm(it, norm, &back) : rc;
 }
 
@@ -139,6 +185,7 @@ static int project_back(const mq_device_back *it)
         rc = split(it, parts, scratch->d_joined, 1);
         return rc == MQ_OK ? mq_device_back_linear(it, MQ_ROLE_QKV, &joined) : rc;
     }
+    if (it->layer->linears[MQ_ROLE_KV_A].cols > 0) return mq_device_latent_back(it);
     rc = mq_device_back_linear(it, MQ_ROLE_Q, &q);
     if (rc == MQ_OK) rc = mq_device_back_linear(it, MQ_ROLE_K, &k);
     return rc == MQ_OK ? mq_device_back_linear(it, MQ_ROLE_V, &v) : rc;
@@ -158,6 +205,25 @@ static int leave_end(const mq_device_back *it, mq_role role, const void *in, flo
     return rc == MQ_OK ? mq_device_back_linear(it, role, &back) : rc;
 }
 
+/* d_q, d_k and d_v, and those of sinks where they are wanted. */
+static int attend_back(const mq_device_back *it)
+{
+    const mq_device_back_scratch *scratch = it->scratch;
+    const mq_backend *backend = it->device->backend;
+    const int64_t heads = it->context->config->num_attention_heads;
+    float *wanted = it->back->d_weights[MQ_ROLE_SINKS];
+    const mq_cuda_attention_job job = job_of(it);
+    const mq_cuda_attention_gradient gradient = {
+        .d_out = scratch->d_mixed, .d_q = scratch->d_q, .d_k = scratch->d_k, .d_v = scratch->d_v,
+        .d_sinks = wanted != NULL ? scratch->piece : NULL,
+    };
+    int rc = MQ_OK;
+    if (wanted != NULL)
+        rc = backend->fill(scratch->piece, 0, (size_t)heads * sizeof(float), it->device->compute, it->err);
+    if (rc == MQ_OK) rc = backend->attention_backward(&job, &gradient, it->device->compute, it->err);
+    return rc == MQ_OK && wanted != NULL ? mq_device_back_fetch(it, wanted, 1, heads) : rc;
+}
+
 int mq_device_attention_back(const mq_device_back *it)
 {
     const mq_device_back_scratch *scratch = it->scratch;
@@ -167,15 +233,10 @@ int mq_device_attention_back(const mq_device_back *it)
     if (it->layer->kind.attention == MQ_BLOCK_LINEAR) {
         rc = leave_end(it, MQ_ROLE_LINEAR_ATTENTION, scratch->normed, scratch->d_normed);
     } else {
-        const mq_cuda_attention_job job = job_of(it);
-        const mq_cuda_attention_gradient gradient = {.d_out = scratch->d_mixed, .d_q = scratch->d_q,
-                                                     .d_k = scratch->d_k, .d_v = scratch->d_v};
         rc = leave_end(it, MQ_ROLE_O, scratch->mixed, scratch->d_mixed);
-        if (rc == MQ_OK)
-            rc = it->device->backend->attention_backward(&job, &gradient, it->device->compute, it->err);
-        if (rc == MQ_OK) rc = heads_back(it, MQ_ROLE_Q_NORM, scratch->d_q, scratch->raw_q, heads);
-        if (rc == MQ_OK)
-            rc = heads_back(it, MQ_ROLE_K_NORM, scratch->d_k, scratch->raw_k, width_of(it, MQ_DIM_KV_HEADS));
+        if (rc == MQ_OK) rc = attend_back(it);
+        if (rc == MQ_OK) rc = heads_back(it, MQ_ROLE_Q_NORM, scratch->d_q, heads);
+        if (rc == MQ_OK) rc = heads_back(it, MQ_ROLE_K_NORM, scratch->d_k, width_of(it, MQ_DIM_KV_HEADS));
         if (rc == MQ_OK) rc = project_back(it);
     }
     if (rc != MQ_OK) return rc;

@@ -8,6 +8,7 @@ typedef struct expert_work {
     void *hidden;               /* (rows of a chunk, C) */
     float *gradient, *d_shares;
     int64_t *index;
+    float *ones;                /* NULL, or what outputs are multiplied by where inputs are by the shares */
 } expert_work;
 
 static int allocate(expert_work *work, int64_t rows, mq_error *err)
@@ -18,6 +19,11 @@ static int allocate(expert_work *work, int64_t rows, mq_error *err)
     work->gradient = mq_alloc_array(count, width * sizeof *work->gradient);
     work->d_shares = mq_alloc_array(count, sizeof *work->d_shares);
     work->index = mq_alloc_array(count, sizeof *work->index);
+    if (runtime->family->flags & MQ_FAMILY_SHARED_INPUTS) {
+        work->ones = mq_alloc_array(count, sizeof *work->ones);
+        if (work->ones == NULL) return mq_fail_memory(err, "the shares of an expert", count * sizeof *work->ones);
+        for (size_t i = 0; i < count; i++) work->ones[i] = 1.0f;
+    }
     if (work->hidden != NULL && work->gradient != NULL && work->d_shares != NULL && work->index != NULL) return MQ_OK;
     return mq_fail_memory(err, "the rows of an expert", count * width * sizeof *work->gradient);
 }
@@ -28,6 +34,7 @@ static void deallocate(expert_work *work)
     mq_free(work->gradient);
     mq_free(work->d_shares);
     mq_free(work->index);
+    mq_free(work->ones);
 }
 
 /* Hidden states, gradients and shares of the chunk's rows, to the device. */
@@ -54,7 +61,7 @@ static int send(const mq_device_back *it, const expert_work *work)
                          it->err);
 }
 
-static int observe(const mq_device_back *it)
+static int observe(const mq_device_back *it, const expert_work *work)
 {
     const mq_run *run = it->back->run;
     const mq_linear *linears = it->layer->linears;
@@ -65,7 +72,8 @@ static int observe(const mq_device_back *it)
         .input = scratch->mlp_normed, .output = scratch->output, .gradient = scratch->d_output,
         .rows = it->chunk->rows, .dtype = it->context->dtype, .output_dtype = it->context->dtype, .columns = width,
         .width = width, .outputs = width, .first = it->chunk->position, .total = run->rows, .expert = it->expert,
-        .tokens = it->chunk->tokens, .shares = run->dispatch.shares + it->chunk->position, .gate = &gate,
+        .tokens = it->chunk->tokens, .gate = &gate,
+        .shares = work->ones != NULL ? work->ones : run->dispatch.shares + it->chunk->position,
         .biases = {linears[MQ_ROLE_GATE].weight.bias, linears[MQ_ROLE_UP].weight.bias,
                    linears[MQ_ROLE_DOWN].weight.bias},
     };
@@ -77,23 +85,49 @@ static int observe(const mq_device_back *it)
     return rc == MQ_OK ? mq_device_observe(it, it->layer->experts_observer, &observed) : rc;
 }
 
-/* By what the expert reads, in d_mlp_normed, and by its shares. */
-static int compute(const mq_device_back *it)
+/* A row of x by its share: d_in and d_shares from d_out, by the product. */
+static int share_back(const mq_device_back *it, const void *x, const float *d_out, float *d_in)
 {
     const mq_device_back_scratch *scratch = it->scratch;
-    const mq_backend *backend = it->device->backend;
-    const int64_t width = it->context->config->hidden_size;
-    const double factor = it->context->config->residual_multiplier;
-    const mq_cuda_scatter_job scatter = {
-        .x = mq_device_back_matrix(it, scratch->output, width), .index = scratch->indices[0],
-        .shares = scratch->shares, .d_out = it->gradient, .d_in = scratch->d_output, .d_shares = scratch->d_shares,
+    const mq_cuda_scatter_job job = {
+        .x = mq_device_back_matrix(it, x, it->context->config->hidden_size), .index = scratch->indices[0],
+        .shares = scratch->shares, .d_out = d_out, .d_in = d_in, .d_shares = scratch->d_shares,
     };
-    int rc = mq_device_back_enter(it, MQ_ROLE_POST_NORM, scratch->mlp_normed, it->chunk->hidden);
-    if (rc == MQ_OK) rc = mq_device_mlp_again(it, &MQ_MLP_ROLES, 1);
-    if (rc == MQ_OK && it->layer->experts_observer != NULL) rc = observe(it);
-    if (rc == MQ_OK) rc = mq_device_back_scale(it, it->gradient, factor);
-    if (rc == MQ_OK) rc = backend->scatter_backward(&scatter, it->device->compute, it->err);
+    return it->device->backend->scatter_backward(&job, it->device->compute, it->err);
+}
+
+/* From what the expert makes to what the MLP in it reads. */
+static int outputs_back(const mq_device_back *it)
+{
+    const mq_device_back_scratch *scratch = it->scratch;
+    const int rc = share_back(it, scratch->output, it->gradient, scratch->d_output);
     return rc == MQ_OK ? mq_device_mlp_back(it, &MQ_MLP_ROLES, scratch->d_output) : rc;
+}
+
+/* The same where shares multiply what experts read. */
+static int inputs_back(const mq_device_back *it)
+{
+    const mq_device_back_scratch *scratch = it->scratch;
+    void *normed = scratch->output;     /* nobody needs it any more */
+    int rc = mq_device_mlp_back(it, &MQ_MLP_ROLES, it->gradient);
+    if (rc == MQ_OK) rc = mq_device_back_enter(it, MQ_ROLE_POST_NORM, normed, it->chunk->hidden);
+    return rc == MQ_OK ? share_back(it, normed, scratch->d_mlp_normed, scratch->d_mlp_normed) : rc;
+}
+
+/* By what the expert reads, in d_mlp_normed, and by its shares. */
+static int compute(const mq_device_back *it, const expert_work *work)
+{
+    const mq_device_back_scratch *scratch = it->scratch;
+    const int shared_inputs = work->ones != NULL;
+    const mq_cuda_matrix read = mq_device_back_matrix(it, scratch->mlp_normed, it->context->config->hidden_size);
+    const mq_cuda_add_job scale = {.x = read, .y = read, .row_scales = scratch->shares};
+    int rc = mq_device_back_enter(it, MQ_ROLE_POST_NORM, scratch->mlp_normed, it->chunk->hidden);
+    if (rc == MQ_OK && shared_inputs) rc = it->device->backend->add(&scale, it->device->compute, it->err);
+    if (rc == MQ_OK) rc = mq_device_mlp_again(it, &MQ_MLP_ROLES, 1);
+    if (rc == MQ_OK && it->layer->experts_observer != NULL) rc = observe(it, work);
+    if (rc == MQ_OK) rc = mq_device_back_scale(it, it->gradient, it->context->config->residual_multiplier);
+    if (rc != MQ_OK) return rc;
+    return shared_inputs ? inputs_back(it) : outputs_back(it);
 }
 
 /* What came out, to the host: work->gradient and d_shares. */
@@ -124,7 +158,7 @@ static int run_rows(mq_device_back *it, const expert_work *work)
         it->gradient = it->scratch->gradient[0];
         rc = mq_backward_poll(it->back, it->err);
         if (rc == MQ_OK) rc = send(it, work);
-        if (rc == MQ_OK) rc = compute(it);
+        if (rc == MQ_OK) rc = compute(it, work);
         if (rc == MQ_OK && done + count == all->count)
             rc = mq_device_meanwhile(it->device, it->back->run, NULL, it->err);
         if (rc == MQ_OK) rc = receive(it, work);

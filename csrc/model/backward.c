@@ -8,14 +8,6 @@
 /* Rows of the MLP at a time. */
 enum { PIECE = 512 };
 
-static int is_vector(const mq_runtime *runtime, const char *name)
-{
-    int found = 0;
-    for (size_t i = 0; i < runtime->module_count; i++)
-        found |= runtime->modules[i].kind == MQ_MODULE_VECTOR && strcmp(runtime->modules[i].weight, name) == 0;
-    return found;
-}
-
 int mq_backward_init(mq_backward *back, mq_run *run, const mq_weight_gradient *wanted, size_t count, mq_error *err)
 {
     const int64_t layers = run->runtime->config.num_hidden_layers;
@@ -24,12 +16,6 @@ int mq_backward_init(mq_backward *back, mq_run *run, const mq_weight_gradient *w
     if (run->next_layer != layers)
         return mq_fail(err, MQ_ERR_STATE, "backward: the run has not been through all layers (next is %lld of %lld)",
                        (long long)run->next_layer, (long long)layers);
-    if (run->runtime->elsewhere != NULL && !run->runtime->elsewhere->goes_back(run->runtime))
-        return mq_fail(err, MQ_ERR_STATE, "backward: of %s models it is computed on the CPU; Runtime.use_device(None) "
-                       "comes first", run->runtime->family->name);
-    for (size_t i = 0; run->runtime->elsewhere != NULL && i < count; i++)
-        if (is_vector(run->runtime, wanted[i].name))
-            return mq_fail(err, MQ_ERR_STATE, "backward: the gradient of %s is computed on the CPU", wanted[i].name);
     if (run->onlooking > run->runtime->config.num_experts_per_tok)
         return mq_fail(err, MQ_ERR_STATE, "backward: the run was started for experts that only look on");
     back->run = run;

@@ -91,9 +91,7 @@ PyObject *mq_runtime_device(PyObject *object, void *unused)
     if (self->device == NULL) Py_RETURN_NONE;
     PyObject *products = products_of(self->device);
     if (products == NULL) return NULL;
-    const int goes_back = self->runtime.elsewhere->goes_back(&self->runtime);
-    return Py_BuildValue("{s:n,s:n,s:n,s:O,s:N}", "memory", (Py_ssize_t)mq_device_budget(self->device), "peak",
+    return Py_BuildValue("{s:n,s:n,s:n,s:N}", "memory", (Py_ssize_t)mq_device_budget(self->device), "peak",
                          (Py_ssize_t)mq_device_peak(self->device), "copied",
-                         (Py_ssize_t)mq_device_copied(self->device), "backward", goes_back ? Py_True : Py_False,
-                         "products", products);
+                         (Py_ssize_t)mq_device_copied(self->device), "products", products);
 }

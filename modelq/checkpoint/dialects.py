@@ -67,6 +67,11 @@ NAMES: dict[str, dict[str, dict[str, Name]]] = {
                   "groups": Name("g_idx", "groups")}},
     "fp8": {"": {"weight": Name("weight"), "weight_scale": Name("weight_scale_inv", "grid")}},
 }
+# Spellings of FP8 with static scales that are read only: dialect -> role -> suffix.
+STATIC_FP8 = {"fp8-static": {"weight_scale": "weight_scale", "input_scale": "input_scale"},
+              "fp8-static-inverse": {"weight_scale": "weight_scale_inv", "input_scale": "activation_scale"}}
+NAMES |= {dialect: {"": {"weight": Name("weight"), **{role: Name(suffix, "vector") for role, suffix in roles.items()}}}
+          for dialect, roles in STATIC_FP8.items()}
 # of inputs whose scheme has two levels
 _INPUT_TWO_LEVELS = {"compressed-tensors": Name("input_global_scale", "reciprocal_input")}
 
@@ -128,6 +133,8 @@ def _native_pairs(dialect: str) -> Iterator[tuple[Pair, str]]:
 @cache
 def algorithms(dialect: str) -> dict[Pair, str]:
     """Every pair of schemes that the dialect can say, with the name of its algorithm. KeyError for an unknown dialect."""
+    if dialect in STATIC_FP8:
+        return {Pair("fp8", "fp8"): "fp8"}
     known = {"modelopt": _modelopt_pairs, "compressed-tensors": _compressed_pairs}
     return dict(known[dialect]() if dialect in known else _native_pairs({"autoawq": "autoawq", "gptq": "gptq", "fp8": "fp8"}[dialect]))
 

@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 
 from modelq.checkpoint.base import Checkpoint
+from modelq.checkpoint.dialects import STATIC_FP8
 
 SCALE_DIVISOR = 448.0
 # dialect -> k or v -> names of scale and bias, below the attention module. Dialects that are not here have no words for a cache.
 TENSORS = {"modelopt": {"k": ("k_proj.k_scale", "k_proj.k_bias"), "v": ("v_proj.v_scale", "v_proj.v_bias")},
-           "compressed-tensors": {"k": ("k_scale", ""), "v": ("v_scale", "")}}
+           "compressed-tensors": {"k": ("k_scale", ""), "v": ("v_scale", "")},
+           **dict.fromkeys(STATIC_FP8, {"k": ("k_scale", ""), "v": ("v_scale", ""), "both": ("kv_scale", "")})}
 SAYABLE = {"modelopt": ("FP8", "NVFP4", "NVFP4_AFFINE"), "compressed-tensors": ("FP8",)}
 ALGORITHMS = {"FP8": "fp8", "NVFP4": "nvfp4", "NVFP4_AFFINE": "nvfp4"}  # to the scheme of both quantizers
 ROTATE_KEY = "kv_cache_rotate"     # modelq's own word: the scales are of keys rotated by a Hadamard matrix

@@ -24,6 +24,7 @@ from modelq.checkpoint.scaled import ScaledCheckpoint
 from modelq.checkpoint.scaled_layers import open_scaled
 from modelq.checkpoint.spelling import amax_of
 from modelq.checkpoint.stacked import unstacked
+from modelq.checkpoint.static_fp8 import find_static
 
 
 def open_quantized(checkpoint: Checkpoint) -> Checkpoint:
@@ -33,7 +34,7 @@ def open_quantized(checkpoint: Checkpoint) -> Checkpoint:
     if is_mxfp4(checkpoint.config):
         return unstacked(Mxfp4Checkpoint(checkpoint))
     checkpoint = open_scaled(unstacked(checkpoint))
-    quantization = find_quantization(checkpoint.path, checkpoint.config)
+    quantization = find_static(checkpoint) or find_quantization(checkpoint.path, checkpoint.config)
     if quantization is None:
         return checkpoint
     found = QuantizedCheckpoint(checkpoint, *quantization)

@@ -1,6 +1,7 @@
 """FP8 weights with a scale for the whole, for rows, or for blocks of any size: what the linears of such a folder are."""
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,14 +10,18 @@ import numpy as np
 from modelq.checkpoint.base import Checkpoint, TensorInfo
 from modelq.checkpoint.said import AGAIN
 from modelq.checkpoint.scaled import ScaledLinear
+from modelq.checkpoint.static_fp8 import dialect_of
 
 DTYPES = ("float8_e4m3fn", "float8_e5m2")
 USUAL_BLOCK = 128
+_INPUT_SCALES = (".input_scale", ".activation_scale")
 _SCALES = ("weight_scale", "weight_scale_inv")
 
 
 def find_fp8(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, ScaledLinear] | None:
-    """quant_method fp8. None: in blocks of 128 x 128, as exports of ours have them."""
+    """quant_method fp8. None: in blocks of 128 x 128, as exports of ours have them, or with static scales of inputs."""
+    if dialect_of(checkpoint, config) is not None:
+        return None
     block = config.get("weight_block_size")
     pairs = _scaled(checkpoint)
     if block == [USUAL_BLOCK] * 2 or block is None and pairs and all(_in_usual_blocks(*pair) for pair in pairs):
@@ -52,6 +57,9 @@ def _in_usual_blocks(info: TensorInfo, scale: TensorInfo | None) -> bool:
 
 def _linears(checkpoint: Checkpoint, block: list[int] | None) -> dict[str, ScaledLinear]:
     linears = {}
+    if any(name.endswith(_INPUT_SCALES) for name in checkpoint.tensors):
+        warnings.warn(f"{checkpoint.path}: how inputs are quantized is not simulated: weights are read, and inputs stay as they are (it is "
+                      "where config.json says activation_scheme static, and each weight and its input have one scale)", stacklevel=4)
     for info, scale in _scaled(checkpoint):
         if scale is None:
             raise ValueError(f"{info.file}: tensor {info.name!r} is {info.dtype} and has no {' or '.join(_SCALES)} beside it; {AGAIN}")

@@ -57,7 +57,8 @@ def convert_checkpoint(directory: str | os.PathLike[str], out: str | os.PathLike
 
     with open_checkpoint(Path(directory)) as source:
         if not getattr(source, "layers", None):
-            raise ValueError(f"{source.path}: not a quantized checkpoint: quantize it, and export it in the dialect that is wanted")
+            layout = " of an export's layout" if hasattr(source, "linears") else ""
+            raise ValueError(f"{source.path}: not a quantized checkpoint{layout}: quantize it, and export it in the dialect that is wanted")
         forms = {module: layer.form for module, layer in source.layers.items()}
         dialect = resolve_dialect(dialect, engine, forms, _cache_algorithm(source))
         plan = _plan(source, dialect)
