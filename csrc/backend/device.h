@@ -27,7 +27,7 @@ void mq_device_free(mq_device *device);                 /* NULL is accepted */
 mq_elsewhere *mq_device_elsewhere(mq_device *device);   /* for mq_runtime.elsewhere */
 size_t mq_device_budget(const mq_device *device);
 size_t mq_device_peak(const mq_device *device);         /* bytes of device memory that were in use at once, at most */
-/* Tensors that came to the host for statistics, where there was no room for these on the device. */
+/* Tensors that came to the host for statistics or scores, where there was no room for these on the device. */
 int64_t mq_device_copied(const mq_device *device);
 
 /* How many products of weights that stay codes took that path so far, a mq_cuda_path; and its name. */

@@ -74,7 +74,7 @@ static void cut_gradients_of_weights(mq_arena *arena, const mq_device_back_room 
     if (sizes->size < sizeof(float)) out->single = singles(arena, sizes, sizes->widest_in);
 }
 
-/* For the scores of the layer's linears. */
+/* For the scores of the layer's linears, whose candidates' weights stay or take each other's place. */
 static void cut_scores(mq_arena *arena, const mq_device_back_room *room, const back_sizes *sizes,
                        mq_device_back_scratch *out)
 {
@@ -84,8 +84,11 @@ static void cut_scores(mq_arena *arena, const mq_device_back_room *room, const b
         const mq_linear *linear = &room->layer->linears[role];
         const mq_output_score *score = mq_output_score_of(linear->observer);
         if (score == NULL) continue;
+        const size_t nbytes = (size_t)(linear->rows * linear->cols) * sizes->size;
         scores.candidates = MQ_MAX(scores.candidates, (int64_t)score->count);
-        scores.nbytes = MQ_MAX(scores.nbytes, (size_t)(linear->rows * linear->cols) * sizes->size);
+        if (room->kept >> role & 1)
+            mq_device_cut_candidates(arena, (int64_t)score->count, 1, nbytes, &out->scores.kept[role]);
+        else scores.nbytes = MQ_MAX(scores.nbytes, nbytes);
     }
     if (scores.candidates > 0) mq_device_cut_scores(arena, &scores, &out->scores);
 }
@@ -113,7 +116,8 @@ static void cut_rows(mq_arena *arena, const mq_device_back_room *room, const bac
         out->identity = mq_arena_take(arena, (size_t)sizes->rows * sizeof *out->identity);
     if (sizes->size < sizeof(float)) out->rounded = activations(arena, sizes, sizes->widest_out);
     cut_gradients_of_weights(arena, room, sizes, out);
-    cut_scores(arena, room, sizes, out);
+    if (!room->experts_only) cut_scores(arena, room, sizes, out);
+    else if (room->layer != NULL) mq_device_cut_expert_scores(arena, room, sizes->rows, &out->expert_scores);
     if (room->experts_only) return;
     out->cosine = mq_arena_take(arena, ropes);
     out->sine = mq_arena_take(arena, ropes);
@@ -200,21 +204,44 @@ static size_t needed(const void *context, int64_t rows, int64_t longest)
     return cut(&none, context, rows, longest, &scratch);
 }
 
-int mq_device_back_reserve(const mq_device_back_room *room, int64_t rows, int64_t longest, mq_device_back *out)
+size_t mq_device_back_nbytes(const mq_device_back_room *room, int64_t rows, int64_t longest)
 {
-    mq_device_back_room without = *room;        /* scores, which can be on the host */
-    const mq_device_need need = {needed, room}, least = {needed, &without};
-    mq_device *device = room->device;
+    return needed(room, rows, longest);
+}
+
+/* Weights of candidates stay where they would come again with each chunk: as many as leave room for chunks that are
+ * half as large as without, or large enough. */
+static void keep_weights(mq_device_back_room *room, int64_t rows, int64_t longest)
+{
+    const mq_device_need need = {needed, room};
+    const size_t available = mq_device_available(room->device, &room->device->work);
+    const int64_t most = MQ_MIN(rows, MQ_MAX((int64_t)MQ_CHUNK_ROWS, longest));
+    if (room->layer == NULL) return;
+    const int64_t without = mq_device_most_rows(&need, available, most, longest);
+    const int64_t least = MQ_MAX(longest, MQ_MIN((int64_t)MQ_ENOUGH_ROWS, without / 2));
+    for (int role = 0; without < rows && role < (room->experts_only ? 1 : (int)MQ_ROLE_COUNT); role++) {
+        const uint64_t bit = (uint64_t)1 << role;
+        if (!room->experts_only && mq_output_score_of(room->layer->linears[role].observer) == NULL) continue;
+        room->kept |= bit;
+        if (needed(room, least, longest) > available) room->kept &= ~bit;
+    }
+}
+
+int mq_device_back_reserve(const mq_device_back_room *wanted, int64_t rows, int64_t longest, mq_device_back *out)
+{
+    mq_device_back_room room = *wanted;
+    const mq_device_need need = {needed, &room};
+    mq_device *device = room.device;
     int64_t fit = rows;
+    keep_weights(&room, rows, longest);
     int rc = mq_device_fit(device, &need, &fit, longest, out->err);
-    without.layer = NULL;
-    if (rc == MQ_ERR_MEMORY && room->layer != NULL) {
+    if (rc == MQ_ERR_MEMORY && room.layer != NULL && !room.experts_only) {
+        room.layer = NULL;      /* scores can be on the host */
         fit = rows;
-        rc = mq_device_fit(device, &least, &fit, longest, out->err);
-        room = &without;
+        rc = mq_device_fit(device, &need, &fit, longest, out->err);
     }
     if (rc != MQ_OK) return rc;
-    cut(&device->work, room, fit, longest, out->scratch);
+    cut(&device->work, &room, fit, longest, out->scratch);
     if (out->scratch->piece == NULL) return MQ_OK;
     const size_t nbytes = (size_t)out->scratch->piece_count * sizeof(float);
     out->fetched = mq_alloc(nbytes);
@@ -255,6 +282,13 @@ static int send_chunk(const back_chunks *all, mq_device_chunk *chunk)
     return rc == MQ_OK ? send_rows(it, scratch->choices[slot], routes->experts, top_k * sizeof *routes->experts) : rc;
 }
 
+/* Whether what the layer's experts are scored by is on the device. */
+static int has_changes(const mq_device_back *it)
+{
+    const mq_experts_score *score = mq_experts_score_of(it->layer->experts_observer);
+    return score != NULL && it->device->changes.score == score && it->device->changes.memory != NULL;
+}
+
 static int start_chunk(back_chunks *all, int slot)
 {
     mq_device_back *it = &all->it;
@@ -266,6 +300,7 @@ static int start_chunk(back_chunks *all, int slot)
     if (rc == MQ_OK) rc = send_chunk(all, &all->chunks[slot]);
     if (rc == MQ_OK) rc = backend->event_record(it->device->arrived[slot], it->device->rows, it->err);
     if (rc == MQ_OK) rc = backend->event_after(it->device->arrived[slot], it->device->compute, it->err);
+    if (rc == MQ_OK && has_changes(it)) rc = mq_device_score_changes(it);
     if (rc == MQ_OK) rc = mq_device_attention_again(it);
     if (rc == MQ_OK) rc = mq_device_other_half(it);
     if (rc == MQ_OK) rc = mq_device_attention_back(it);
@@ -370,8 +405,12 @@ int mq_device_back_layer(mq_elsewhere *self, mq_backward *back, int64_t layer, c
     if (rc != MQ_OK) return rc;
     pin(device, back);
     rc = begin(&room, &all.it);
+    if (rc == MQ_OK && all.it.layer->experts_observer != NULL && !has_changes(&all.it))
+        rc = mq_backward_observe_sum(back, all.it.layer->experts_observer, err);
     if (rc == MQ_OK) rc = run_chunks(&all);
+    if (rc == MQ_OK && has_changes(&all.it)) rc = mq_device_take_changes(&all.it);
     rc = mq_device_finish(device, rc, err);
+    mq_device_drop_changes(device);
     mq_free(all.it.fetched);
     mq_device_leave(device, before);
     return rc;

@@ -8,14 +8,32 @@
 
 #include "backend/device_parts.h"
 #include "model/backward.h"
+#include "model/experts_score.h"
 #include "model/score.h"
+
+/* Weights of candidates: of one that is at work, or of all of them, which stay while chunks come and go. */
+typedef struct mq_device_candidates {
+    char *memory;
+    size_t stride;                              /* from one to the next; 0 = they take each other's place */
+    int64_t there;                              /* how many are there, the first ones; of those that stay */
+} mq_device_candidates;
 
 /* Room for what a candidate makes of a linear's input (model/score.h). */
 typedef struct mq_device_scores {
     int64_t count;                              /* of candidates; 0 = there is no room */
-    void *weight, *bias, *input, *output;       /* (O, I), (O), (n, I), (n, O) */
+    void *bias, *input, *output;                /* (O), (n, I), (n, O) */
+    mq_device_candidates one, kept[MQ_ROLE_COUNT];      /* kept: of linears whose memory is not NULL */
     double *sums;                               /* (count, n) */
 } mq_device_scores;
+
+/* The same for an expert (model/experts_score.h). */
+typedef struct mq_device_expert_scores {
+    mq_device_candidates weights[MQ_SCORE_LINEARS];     /* memory NULL = there is no room */
+    void *made, *gate, *up;                     /* (n, C), (n, F), (n, F) */
+    float *change;                              /* (n, C) */
+    int64_t *tokens;                            /* (n) */
+    float *shares;                              /* (n) */
+} mq_device_expert_scores;
 
 /* The device's memory for one chunk, cut from mq_device.work. What only attention needs on its way back and what the
  * other half needs are in one place. n: rows; in dtype or (d_...) float32. */
@@ -35,6 +53,7 @@ typedef struct mq_device_back_scratch {
     void *sums;                                 /* workspace of sums over rows */
     size_t sums_nbytes;
     mq_device_scores scores;
+    mq_device_expert_scores expert_scores;
     void *attention;
     size_t attention_nbytes;
     float *d_normed, *d_q, *d_k, *d_v, *d_joined, *d_mixed, *d_attended;
@@ -107,6 +126,29 @@ typedef struct mq_device_score_sizes {
 } mq_device_score_sizes;
 void mq_device_cut_scores(mq_arena *arena, const mq_device_score_sizes *sizes, mq_device_scores *out);
 int mq_device_score(const mq_device_back *it, mq_output_score *score, const mq_observed *observed);
+/* Room for weights of nbytes each: all of them if they stay, else one. */
+void mq_device_cut_candidates(mq_arena *arena, int64_t count, int stay, size_t nbytes, mq_device_candidates *out);
+/* *weight = what candidate `index` has, with its data: w of the host is sent there, after what still reads the one
+ * before, if it is not there yet. Computing does not wait for it (mq_device_back_ready). */
+int mq_device_load_candidate(const mq_device_back *it, mq_device_candidates *all, size_t index, const mq_tensor *w,
+                             mq_cuda_matrix *weight);
+/* in (rows, columns) as the quantizer leaves it: in `memory`, or as it is. place: of mq_device.quantizers, of the last
+ * if there are fewer. */
+int mq_device_as_candidate(const mq_device_back *it, const mq_quantizer *quantizer, size_t place, void *memory,
+                           mq_cuda_matrix *in);
+
+/* ---- device_score_experts.c ---- */
+
+struct mq_device_back_room;
+/* Whether what an ExpertsScore looks at is scored on the device, from the layer's first expert to its last. */
+int mq_device_scores_experts(const struct mq_device_back_room *room);
+void mq_device_cut_expert_scores(mq_arena *arena, const struct mq_device_back_room *room, int64_t rows,
+                                 mq_device_expert_scores *out);
+/* Rows of one expert. */
+int mq_device_score_expert(const mq_device_back *it, mq_experts_score *score, const mq_observed *observed);
+/* When there are no more: of the chunk's rows, whose gradient is there; and of all rows, to the score. */
+int mq_device_score_changes(const mq_device_back *it);
+int mq_device_take_changes(const mq_device_back *it);
 
 /* ---- device_backward_latent.c: where keys and values come of one narrow vector ---- */
 
@@ -126,14 +168,16 @@ int mq_device_other_half(const mq_device_back *it);
 /* ---- device_backward.c ---- */
 
 /* Room for chunks; layer: whose observers need some, too, NULL = none; experts_only: of rows of one expert, without
- * attention. */
+ * attention. kept: a bit for each role of linears whose candidates' weights stay, any for an expert's. */
 typedef struct mq_device_back_room {
     mq_device *device;
     const mq_backward *back;
     mq_layer *layer;
     int experts_only;
+    uint64_t kept;
 } mq_device_back_room;
 int mq_device_back_reserve(const mq_device_back_room *room, int64_t rows, int64_t longest, mq_device_back *out);
+size_t mq_device_back_nbytes(const mq_device_back_room *room, int64_t rows, int64_t longest);
 
 /* Computing waits for weights. */
 int mq_device_back_ready(mq_device *device, mq_error *err);

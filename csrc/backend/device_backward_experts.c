@@ -172,13 +172,15 @@ int mq_device_back_expert(mq_elsewhere *self, mq_backward *back, const mq_back_e
 {
     mq_device *device = (mq_device *)(void *)self;
     const mq_layer_context context = mq_run_context(back->run);
-    const mq_device_back_room room = {.device = device, .back = back, .experts_only = 1};
+    mq_layer *layer = &back->run->runtime->layers[rows->layer];
+    mq_device_back_room room = {.device = device, .back = back, .layer = layer, .experts_only = 1};
     mq_device_back_scratch scratch = {0};
-    mq_device_back it = {.device = device, .back = back, .layer = &back->run->runtime->layers[rows->layer],
+    mq_device_back it = {.device = device, .back = back, .layer = layer,
                          .context = &context, .scratch = &scratch, .expert = rows->expert, .err = err};
     expert_work work = {.back = back, .rows = rows};
     int before, rc = mq_device_enter(device, &before, err);
     if (rc != MQ_OK) return rc;
+    if (!mq_device_scores_experts(&room)) room.layer = NULL;
     rc = mq_device_back_reserve(&room, rows->count, 1, &it);
     if (rc == MQ_OK) rc = mq_device_back_ready(device, err);
     if (rc == MQ_OK) rc = allocate(&work, scratch.rows, err);

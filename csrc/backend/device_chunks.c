@@ -153,8 +153,7 @@ static int too_long(const mq_device *device, const mq_device_need *need, int64_t
                    (double)room / 1e6, (double)device->budget / 1e6, (long long)fits);
 }
 
-/* As many of `rows` as there is room for, but no less than the longest sequence. */
-static int64_t most_rows(const mq_device_need *need, size_t room, int64_t rows, int64_t longest)
+int64_t mq_device_most_rows(const mq_device_need *need, size_t room, int64_t rows, int64_t longest)
 {
     while (rows > longest && need->nbytes(need->context, rows, longest) > room) rows = MQ_MAX(rows / 4 * 3, longest);
     return rows;
@@ -174,9 +173,9 @@ int mq_device_fit(mq_device *device, const mq_device_need *need, int64_t *rows, 
         mq_sums_drop(device);       /* nothing is in them yet: statistics are made where there is room */
     const size_t room = mq_device_available(device, &device->work);
     const int64_t wanted = MQ_MIN(MQ_MAX(*rows, longest), MQ_MAX((int64_t)MQ_CHUNK_ROWS, longest));
-    *rows = most_rows(need, room, wanted, longest);
+    *rows = mq_device_most_rows(need, room, wanted, longest);
     if (ahead < room) {
-        const int64_t beside = most_rows(need, room - ahead, *rows, longest);
+        const int64_t beside = mq_device_most_rows(need, room - ahead, *rows, longest);
         if (beside >= MQ_MIN(*rows, (int64_t)MQ_ENOUGH_ROWS) &&
             need->nbytes(need->context, beside, longest) <= room - ahead)
             *rows = beside;

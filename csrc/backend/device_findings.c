@@ -68,6 +68,7 @@ int mq_device_finish(mq_device *device, int rc, mq_error *err)
     if (rc == MQ_OK) return rc;
     mq_device_settle(device);
     mq_findings_drop(device);
+    mq_device_drop_changes(device);
     return rc;
 }
 

@@ -40,8 +40,12 @@ int mq_device_observe(const mq_device_back *it, mq_observer *observer, const mq_
     const size_t row = (size_t)observed->columns * mq_dtype_size(observed->dtype) +
                        (size_t)observed->width * (mq_dtype_size(observed->output_dtype) + sizeof(float));
     mq_output_score *score = mq_output_score_of(observer);
+    mq_experts_score *experts = mq_experts_score_of(observer);
     if (score != NULL && observed->tokens == NULL && it->scratch->scores.count >= (int64_t)score->count)
         return mq_device_score(it, score, observed);
+    if (experts != NULL && it->scratch->expert_scores.weights[0].memory != NULL)
+        return mq_device_score_expert(it, experts, observed);
+    if (score != NULL || experts != NULL) it->device->copied++;
     char *memory = mq_alloc_array(OBSERVED_ROWS, row);
     if (memory == NULL) return mq_fail_memory(it->err, "gradients to look at", OBSERVED_ROWS * row);
     const int rc = show(it, observer, observed, memory);

@@ -46,6 +46,14 @@ typedef struct mq_finding {
     int64_t at, width, seen;    /* where they are; how many; rows that they are of */
 } mq_finding;
 
+/* What candidates of a layer's experts change, on the device (device_score_experts.c). */
+typedef struct mq_device_changes {
+    const struct mq_experts_score *score;   /* whose; NULL = nobody's */
+    char *memory;               /* NULL: they are on the host */
+    size_t nbytes;
+    int64_t rows, width;        /* of the run */
+} mq_device_changes;
+
 /* A statistic that is summed up on the device (device_sums.c). */
 enum { MQ_SUMS_ENTRIES = 16 };
 
@@ -115,6 +123,7 @@ struct mq_device {
     int64_t finding_count, maxima_used;
     mq_device_sums sums[MQ_SUMS];
     int host_statistics;        /* as in mq_device_options */
+    mq_device_changes changes;
     int64_t copied;             /* tensors that came to the host to be looked at there */
     mq_device_quantizer quantizers[MQ_QUANTIZERS];
     int64_t products[MQ_CUDA_PATHS];    /* of weights that stay codes, by the path that they took */
@@ -276,6 +285,10 @@ void mq_sums_begin(mq_device *device, const mq_run *run, const mq_layer *layer, 
 int mq_sums_take(mq_device *device, mq_error *err);
 void mq_sums_drop(mq_device *device);
 
+/* ---- device_score_experts.c ---- */
+
+void mq_device_drop_changes(mq_device *device);
+
 /* ---- device_layer.c ---- */
 
 /* One trip of a chunk through a layer, as layer.c's pass. */
@@ -310,6 +323,8 @@ typedef struct mq_device_need {
     size_t (*nbytes)(const void *context, int64_t rows, int64_t longest);
     const void *context;
 } mq_device_need;
+/* As many of `rows` as there is room for, but no less than the longest sequence. */
+int64_t mq_device_most_rows(const mq_device_need *need, size_t room, int64_t rows, int64_t longest);
 /* device->work becomes as large as chunks of as many of *rows as the budget lets need; *rows says how many those are.
  * MQ_ERR_MEMORY: not one sequence fits; says how long one may be. */
 int mq_device_fit(mq_device *device, const mq_device_need *need, int64_t *rows, int64_t longest, mq_error *err);

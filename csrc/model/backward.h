@@ -127,6 +127,9 @@ int mq_backward_mlp(const mq_back_rows *rows, const mq_mlp_roles *roles, const f
 /* The forward of it, into scratch; output too if that is asked for. */
 void mq_backward_mlp_again(const mq_back_rows *rows, const mq_mlp_roles *roles, int output);
 
+/* Shows the observer of a layer's experts that they are done (observer.h). */
+int mq_backward_observe_sum(const mq_backward *back, mq_observer *observer, mq_error *err);
+
 /* The attention half of a unit again, from input (rows of the unit, C) into scratch; then its way back, on which
  * gradient (rows of the unit, C), by the half's output, becomes the one by its input. */
 typedef struct mq_back_unit {

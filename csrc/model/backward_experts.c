@@ -182,7 +182,7 @@ static int route_rows(const mq_back_rows *rows)
     return rc;
 }
 
-static int observe_end(const mq_backward *back, mq_observer *observer, mq_error *err)
+int mq_backward_observe_sum(const mq_backward *back, mq_observer *observer, mq_error *err)
 {
     const mq_run *run = back->run;
     mq_observed observed = {
@@ -201,8 +201,8 @@ static int finish(mq_backward *back, mq_layer *layer, mq_error *err)
     const int64_t width = run->runtime->config.hidden_size;
     const size_t stride = (size_t)width * mq_dtype_size(run->runtime->dtype);
     mq_elsewhere *there = run->runtime->elsewhere;
-    int rc = layer->experts_observer ? observe_end(back, layer->experts_observer, err) : MQ_OK;
-    if (there != NULL) return rc == MQ_OK ? there->back_layer(there, back, back->next, back->input, err) : rc;
+    if (there != NULL) return there->back_layer(there, back, back->next, back->input, err);
+    int rc = layer->experts_observer ? mq_backward_observe_sum(back, layer->experts_observer, err) : MQ_OK;
     for (int64_t first = 0; rc == MQ_OK && first < run->rows; first += back->scratch.piece) {
         const mq_back_rows rows = {.back = back, .layer = layer, .first = first, .expert = -1, .err = err,
                                    .rows = MQ_MIN(back->scratch.piece, run->rows - first)};

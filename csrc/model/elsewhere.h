@@ -70,7 +70,8 @@ struct mq_elsewhere {
     int (*expert)(mq_elsewhere *self, struct mq_run *run, int64_t layer, int64_t first, int64_t count, mq_error *err);
     int (*head)(mq_elsewhere *self, const mq_head_request *request, mq_error *err);
     /* The way back (backward.h): from losses to the last hidden states; through a layer that is loaded, whose experts,
-     * if it has any, have been gone through; through the expert that is loaded. */
+     * if it has any, have been gone through, and whose observer is yet to see their end; through the expert that is
+     * loaded. */
     int (*back_head)(mq_elsewhere *self, struct mq_backward *back, const mq_back_head_request *request, mq_error *err);
     int (*back_layer)(mq_elsewhere *self, struct mq_backward *back, int64_t layer, const void *input, mq_error *err);
     int (*back_expert)(mq_elsewhere *self, struct mq_backward *back, const mq_back_expert_rows *rows, mq_error *err);

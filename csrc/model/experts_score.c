@@ -10,11 +10,11 @@
 
 static const char *const names[MQ_SCORE_LINEARS] = {"gate", "up", "down"};
 
-static void drop_weights(mq_experts_score *score)
+static void drop_packed(mq_experts_score *score)
 {
     for (size_t i = 0; i < score->count; i++)
         for (int j = 0; j < MQ_SCORE_LINEARS; j++) mq_linear_free(&score->candidates[i].linears[j]);
-    score->expert = -1;
+    score->is_packed = 0;
 }
 
 static void drop_changes(mq_experts_score *score)
@@ -31,28 +31,59 @@ int mq_experts_score_load(mq_experts_score *score, int64_t expert, mq_gemm_kind 
                           mq_error *err)
 {
     int rc = MQ_OK;
-    drop_weights(score);
+    drop_packed(score);
+    score->expert = -1;
     for (size_t i = 0; rc == MQ_OK && i < score->count; i++) {
         const mq_tensor *linears = weights[i].linears;
         const int64_t inner = linears[0].shape[0], width = linears[0].shape[1];
-        char name[64];
+        mq_experts_candidate *candidate = &score->candidates[i];
         if (linears[1].shape[0] != inner || linears[1].shape[1] != width || linears[2].shape[0] != width ||
             linears[2].shape[1] != inner)
             rc = mq_fail(err, MQ_ERR_VALUE, "candidate %d of expert %d: gate, up and down do not fit each other",
                          (int)i, (int)expert);
-        for (int j = 0; rc == MQ_OK && j < MQ_SCORE_LINEARS; j++) {
-            snprintf(name, sizeof name, "%s of candidate %d of expert %d", names[j], (int)i, (int)expert);
-            rc = mq_linear_load(&score->candidates[i].linears[j], &linears[j], kind, name, err);
-        }
-        score->candidates[i].input = weights[i].input;
-        score->candidates[i].product = weights[i].product;
+        memcpy(candidate->weights, linears, sizeof candidate->weights);
+        candidate->input = weights[i].input;
+        candidate->product = weights[i].product;
         if (rc == MQ_OK && weights[i].input != NULL)
             rc = mq_quantizer_ready(weights[i].input, -1, width, "a candidate's input quantizer", err);
         if (rc == MQ_OK && weights[i].product != NULL)
             rc = mq_quantizer_ready(weights[i].product, -1, inner, "a candidate's quantizer of down's input", err);
     }
-    if (rc != MQ_OK) drop_weights(score);
-    else score->expert = expert;
+    if (rc != MQ_OK) return rc;
+    score->kind = kind;
+    score->expert = expert;
+    return rc;
+}
+
+int mq_experts_score_check(const mq_experts_score *score, const mq_observed *rows, mq_error *err)
+{
+    if (score->expert != rows->expert)
+        return mq_fail(err, MQ_ERR_STATE, "an ExpertsScore sees expert %lld, but candidates of expert %lld were loaded",
+                       (long long)rows->expert, (long long)score->expert);
+    for (size_t i = 0; i < score->count; i++) {
+        const int64_t columns = score->candidates[i].weights[0].shape[1];
+        if (columns == rows->columns) continue;
+        return mq_fail(err, MQ_ERR_VALUE, "candidate %d: a weight of %lld columns for inputs of %lld", (int)i,
+                       (long long)columns, (long long)rows->columns);
+    }
+    return MQ_OK;
+}
+
+/* ---- on the host ---- */
+
+static int pack(mq_experts_score *score, mq_error *err)
+{
+    int rc = MQ_OK;
+    if (score->is_packed) return rc;
+    for (size_t i = 0; rc == MQ_OK && i < score->count; i++)
+        for (int j = 0; rc == MQ_OK && j < MQ_SCORE_LINEARS; j++) {
+            mq_experts_candidate *candidate = &score->candidates[i];
+            char name[64];
+            snprintf(name, sizeof name, "%s of candidate %d of expert %d", names[j], (int)i, (int)score->expert);
+            rc = mq_linear_load(&candidate->linears[j], &candidate->weights[j], score->kind, name, err);
+        }
+    score->is_packed = rc == MQ_OK;
+    if (rc != MQ_OK) drop_packed(score);
     return rc;
 }
 
@@ -119,20 +150,16 @@ static void change_rows(void *argument, int64_t begin, int64_t end, int worker)
 
 static int see_rows(mq_experts_score *score, const mq_observed *rows, mq_error *err)
 {
-    if (score->expert != rows->expert)
-        return mq_fail(err, MQ_ERR_STATE, "an ExpertsScore sees expert %lld, but candidates of expert %lld were loaded",
-                       (long long)rows->expert, (long long)score->expert);
-    for (size_t i = 0; i < score->count; i++) {
+    int rc = mq_experts_score_check(score, rows, err);
+    if (rc == MQ_OK) rc = pack(score, err);
+    for (size_t i = 0; rc == MQ_OK && i < score->count; i++) {
         mq_experts_candidate *candidate = &score->candidates[i];
         const int64_t inner = candidate->linears[0].packed.n;
         const size_t size = mq_dtype_size(rows->dtype), hidden = (size_t)(rows->rows * rows->columns) * size;
         const size_t product = (size_t)(rows->rows * inner) * size;
         const mq_row_sizes outer = {.rows = rows->rows, .width = rows->columns, .dtype = rows->dtype};
         const mq_row_sizes narrow = {.rows = rows->rows, .width = inner, .dtype = rows->dtype};
-        if (candidate->linears[0].packed.k != rows->columns)
-            return mq_fail(err, MQ_ERR_VALUE, "candidate %d: a weight of %lld columns for inputs of %lld", (int)i,
-                           (long long)candidate->linears[0].packed.k, (long long)rows->columns);
-        int rc = reserve(score, 2 * hidden + 3 * product, err);
+        rc = reserve(score, 2 * hidden + 3 * product, err);
         if (rc != MQ_OK) return rc;
         char *made = score->memory, *input = made + hidden, *gate = input + hidden, *up = gate + product;
         const void *in = mq_score_quantized(candidate->input, input, rows->input, &outer);
@@ -149,7 +176,7 @@ static int see_rows(mq_experts_score *score, const mq_observed *rows, mq_error *
         change_job job = {.change = candidate->change, .made = made, .was = rows->output, .rows = rows};
         mq_parallel_for(rows->rows, mq_row_grain(rows->width), change_rows, &job);
     }
-    return MQ_OK;
+    return rc;
 }
 
 static int finish(mq_experts_score *score, const mq_observed *rows, mq_error *err)
@@ -184,9 +211,14 @@ int mq_experts_score_init(mq_experts_score *score, size_t count, mq_error *err)
     return MQ_OK;
 }
 
+mq_experts_score *mq_experts_score_of(mq_observer *observer)
+{
+    return observer != NULL && observer->see == see ? (mq_experts_score *)(void *)observer : NULL;
+}
+
 void mq_experts_score_free(mq_experts_score *score)
 {
-    drop_weights(score);
+    drop_packed(score);
     drop_changes(score);
     mq_free(score->candidates);
     mq_free(score->memory);

@@ -24,7 +24,8 @@ typedef struct ExpertsScoreObject {
     ObserverObject base;
     mq_experts_score score;
     mq_gemm_kind kind;
-    PyObject **quantizers;     /* held: two for each candidate, or NULL */
+    PyObject **quantizers;     /* held: two for each candidate, or NULL, */
+    PyObject **keeps;          /* and three arrays */
     _Atomic int busy;
 } ExpertsScoreObject;
 
@@ -211,15 +212,18 @@ static PyObject *experts_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
     self->base.observer = &self->score.observer;
     self->kind = dtype == MQ_BF16 ? MQ_GEMM_BF16 : MQ_GEMM_F32;
     self->quantizers = mq_alloc_zeroed((size_t)candidates * 2 * sizeof *self->quantizers);
-    if (self->quantizers == NULL) PyErr_NoMemory();
+    self->keeps = mq_alloc_zeroed((size_t)candidates * MQ_SCORE_LINEARS * sizeof *self->keeps);
+    if (self->quantizers == NULL || self->keeps == NULL) PyErr_NoMemory();
     else if (mq_experts_score_init(&self->score, (size_t)candidates, &err) == MQ_OK) return (PyObject *)self;
     else mq_raise(&err);
     Py_DECREF(self);
     return NULL;
 }
 
-static void release_quantizers(ExpertsScoreObject *self)
+static void release_expert(ExpertsScoreObject *self)
 {
+    self->score.expert = -1;        /* what it has is of no use without its arrays and quantizers */
+    for (size_t i = 0; self->keeps != NULL && i < MQ_SCORE_LINEARS * self->score.count; i++) Py_CLEAR(self->keeps[i]);
     for (size_t i = 0; self->quantizers != NULL && i < 2 * self->score.count; i++) {
         if (self->quantizers[i] == NULL) continue;
         mq_quantizer_release(self->quantizers[i]);
@@ -232,19 +236,21 @@ static void experts_dealloc(PyObject *self)
     PyTypeObject *type = Py_TYPE(self);
     ExpertsScoreObject *object = (ExpertsScoreObject *)self;
     PyObject_GC_UnTrack(self);
-    release_quantizers(object);
+    release_expert(object);
     mq_experts_score_free(&object->score);
     mq_free(object->quantizers);
+    mq_free(object->keeps);
     type->tp_free(self);
     Py_DECREF(type);
 }
 
 /* (gate, up, down, quantizer of the input or None, of down's or None) of one candidate. */
-static int view_expert(ExpertsScoreObject *self, PyObject *given, size_t index, mq_expert_weights *out, PyObject **keep)
+static int view_expert(ExpertsScoreObject *self, PyObject *given, size_t index, mq_expert_weights *out)
 {
     static const char *const parts[MQ_SCORE_LINEARS] = {"gate", "up", "down"};
     mq_state *state = mq_state_of_object((PyObject *)self);
     const mq_quantizer **places[2] = {&out->input, &out->product};
+    PyObject **keep = self->keeps + MQ_SCORE_LINEARS * index;
     PyObject *objects[5];
     if (!PyTuple_Check(given) || !PyArg_UnpackTuple(given, "candidate", 5, 5, &objects[0], &objects[1], &objects[2],
                                                     &objects[3], &objects[4])) {
@@ -271,7 +277,7 @@ PyDoc_STRVAR(experts_load_doc,
 "load($self, expert, candidates, /)\n--\n\n"
 "The weights of one expert by every candidate, in place of another's: tuples (gate, up, down, quantizer of their\n"
 "input or None, quantizer of down's input or None), as the candidates compute with them. To be called before\n"
-"gradients pass the expert.");
+"gradients pass the expert; the arrays are held, and must not change, until the next.");
 
 static PyObject *experts_load(PyObject *self, PyObject *args)
 {
@@ -285,8 +291,7 @@ static PyObject *experts_load(PyObject *self, PyObject *args)
     list = PySequence_Fast(list_object, "load: candidates must be a sequence of tuples");
     if (list == NULL) return NULL;
     mq_expert_weights *weights = mq_alloc_zeroed(count * sizeof *weights);
-    PyObject **keep = mq_alloc_zeroed(count * MQ_SCORE_LINEARS * sizeof *keep);
-    if (weights == NULL || keep == NULL) {
+    if (weights == NULL) {
         PyErr_NoMemory();
         goto done;
     }
@@ -294,11 +299,9 @@ static PyObject *experts_load(PyObject *self, PyObject *args)
         PyErr_Format(PyExc_ValueError, "load: %zd candidates of %zu", PySequence_Fast_GET_SIZE(list), count);
         goto done;
     }
-    object->score.expert = -1;      /* what it has is of no use without its quantizers */
-    release_quantizers(object);
+    release_expert(object);
     for (size_t i = 0; rc == 0 && i < count; i++)
-        rc = view_expert(object, PySequence_Fast_GET_ITEM(list, (Py_ssize_t)i), i, &weights[i],
-                         &keep[i * MQ_SCORE_LINEARS]);
+        rc = view_expert(object, PySequence_Fast_GET_ITEM(list, (Py_ssize_t)i), i, &weights[i]);
     if (rc < 0 || mq_enter(&object->busy, "the ExpertsScore") < 0) goto done;
     Py_BEGIN_ALLOW_THREADS
     rc = mq_experts_score_load(&object->score, expert, object->kind, weights, &err);
@@ -306,8 +309,6 @@ static PyObject *experts_load(PyObject *self, PyObject *args)
     mq_leave(&object->busy);
     result = rc == MQ_OK ? Py_NewRef(Py_None) : mq_raise(&err);
 done:
-    for (size_t i = 0; keep != NULL && i < count * MQ_SCORE_LINEARS; i++) Py_XDECREF(keep[i]);
-    mq_free(keep);
     mq_free(weights);
     Py_DECREF(list);
     return result;

@@ -576,8 +576,8 @@ static PyGetSetDef properties[] = {
     {"config", runtime_config, NULL, "The numbers in use, defaults filled in.", NULL},
     {"device", mq_runtime_device, NULL,
      "None, or what is known of the device that computes layers: 'memory' and 'peak', bytes that may be used and that "
-     "were; 'copied', how many tensors came to the CPU for statistics, for want of room; 'products', how many with "
-     "weights that stay codes took which path (docs/cuda.md).",
+     "were; 'copied', how many tensors came to the CPU for statistics or scores, for want of room; 'products', how "
+     "many with weights that stay codes took which path (docs/cuda.md).",
      NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
