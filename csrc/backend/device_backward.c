@@ -345,8 +345,10 @@ static int run_chunks(back_chunks *all)
 static void pin(mq_device *device, const mq_backward *back)
 {
     const size_t nbytes = (size_t)(back->run->rows * back->run->runtime->config.hidden_size) * sizeof(float);
-    mq_device_pin(device, back->gradient, nbytes);
-    if (back->d_experts != NULL) mq_device_pin(device, back->d_experts, nbytes);
+    const size_t choices = (size_t)(back->run->rows * back->run->runtime->config.num_experts_per_tok);
+    mq_device_pin(device, back->gradient, nbytes, 0);
+    mq_device_pin(device, back->d_experts, nbytes, 1);
+    mq_device_pin(device, back->d_shares, choices * sizeof *back->d_shares, 1);
 }
 
 void mq_device_forget_backward(mq_elsewhere *self, const mq_backward *back)
@@ -354,6 +356,7 @@ void mq_device_forget_backward(mq_elsewhere *self, const mq_backward *back)
     mq_device *device = (mq_device *)(void *)self;
     mq_device_unpin(device, back->gradient);
     mq_device_unpin(device, back->d_experts);
+    mq_device_unpin(device, back->d_shares);
 }
 
 int mq_device_back_ready(mq_device *device, mq_error *err)
@@ -371,8 +374,8 @@ static int send_identity(const mq_device_back *it)
     rows = mq_alloc(nbytes);
     if (rows == NULL) return mq_fail_memory(it->err, "indices of rows", nbytes);
     for (int64_t i = 0; i < scratch->rows; i++) rows[i] = i;
-    int rc = it->device->backend->copy(scratch->identity, rows, nbytes, it->device->compute, it->err);
-    if (rc == MQ_OK) rc = it->device->backend->stream_wait(it->device->compute, it->err);
+    /* It is read before the call returns, since it is not pinned. */
+    const int rc = it->device->backend->copy(scratch->identity, rows, nbytes, it->device->compute, it->err);
     mq_free(rows);
     return rc;
 }

@@ -76,17 +76,18 @@ enum {
     MQ_CHUNK_ROWS = 8192,       /* rows of a chunk, at most; and as many that */
     MQ_ENOUGH_ROWS = 2048,      /* weights that come ahead have room before there are more */
     MQ_QUANTIZERS = MQ_LAYER_MAX_POINTS + 1,    /* places of mq_device.quantizers; the last is lm_head's */
-    MQ_PINS = 4,                /* pieces of others' memory that are pinned, at most, */
+    MQ_PINS = 8,                /* pieces of others' memory that are pinned, at most, */
     MQ_PINNED_SHARE = 4,        /* which together are a fourth of the host's, at most */
     MQ_ALIGN_DEVICE = 256
 };
 
-/* Indices of a chunk on their way. */
-typedef struct mq_pinned_indices {
+/* Memory of the host for what is on its way; pinned, where that may be had. */
+typedef struct mq_pinned {
     void *memory;
     size_t nbytes;
-    void *sent;                 /* event: behind their copy */
-} mq_pinned_indices;
+    int is_plain;
+    void *passed;               /* event: behind its last copy */
+} mq_pinned;
 
 /* Memory of others on the host that is pinned. */
 typedef struct mq_pin {
@@ -114,7 +115,7 @@ struct mq_device {
     char *pinned[2], *staged[2];/* pieces of weights: on the host, and on the device before conversion */
     void *sent[2];              /* events: behind the copy of that piece */
     int next_piece;
-    mq_pinned_indices indices[2];
+    mq_pinned indices[2], gathered[2];  /* of chunks; rows of experts */
     int next_indices;
     mq_pin pins[MQ_PINS];       /* the newest first */
     int64_t piece_nbytes;
@@ -181,9 +182,11 @@ size_t mq_device_available(const mq_device *device, const mq_arena *arena);
  * that copies may be on their way to is freed. */
 void mq_device_settle(mq_device *device);
 /* Has the device read and write this memory of the host while the host goes on, if it may be so and is not too much;
- * until the memory is said to be gone, or others need the place. */
-void mq_device_pin(mq_device *device, void *memory, size_t nbytes);
+ * until the memory is said to be gone, or others need the place. beside: it takes the place of nothing. */
+void mq_device_pin(mq_device *device, void *memory, size_t nbytes, int beside);
 void mq_device_unpin(mq_device *device, const void *memory);
+/* Room for nbytes; what was in it is gone, which no copy may need any more. */
+int mq_pinned_reserve(mq_device *device, mq_pinned *it, size_t nbytes, mq_error *err);
 
 /* ---- device_weights.c ---- */
 

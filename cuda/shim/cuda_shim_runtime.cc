@@ -312,6 +312,8 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t nbytes, cudaMemcp
     MQ_MAY_FAIL(cudaErrorUnknown);
     const std::lock_guard<std::recursive_mutex> held(lock);
     note(lies_in(sizes, to) ? "send" : "fetch", stream, nbytes);
+    for (const void *end : {(const void *)to, from})
+        if (!lies_in(sizes, end) && !lies_in(pinned, end)) note("plain", stream, nbytes);
     const auto copy = [=]() {
         mq_shim_copy(to, from, nbytes);
         return cudaSuccess;
