@@ -178,7 +178,8 @@ int mq_device_take(mq_device *device, void **out, size_t nbytes, const char *pur
 void mq_device_give(mq_device *device, void **memory, size_t nbytes);
 /* What arena could hold: one that is no spare. */
 size_t mq_device_available(const mq_device *device, const mq_arena *arena);
-/* Waits for all that was asked of the device, whatever becomes of it. */
+/* Waits for all that was asked of the device, whatever becomes of it: behind every error, and before memory of the host
+ * that copies may be on their way to is freed. */
 void mq_device_settle(mq_device *device);
 /* Has the device read and write this memory of the host while the host goes on, if it may be so and is not too much;
  * until the memory is said to be gone, or others need the place. beside: it takes the place of nothing. */
@@ -256,6 +257,8 @@ int mq_finding_weight(mq_device *device, const mq_cuda_matrix *w, const char *na
 int mq_finding_rows(mq_device *device, mq_calib *watch, const mq_cuda_matrix *x, mq_error *err);
 /* Waits, and gives everybody what was found; a weight that is not finite is an error. */
 int mq_findings_take(mq_device *device, mq_error *err);
+/* The end of work that rc became of: what it found is given out, or forgotten after an error; nothing is under way. */
+int mq_device_finish(mq_device *device, int rc, mq_error *err);
 void mq_findings_drop(mq_device *device);
 /* Rows that reach a point. by_sequence, by_batch: the host looks at them sequence by sequence, and at no two batches at
  * once (pass.c), which decides what the first data of a histogram are, and what averages are made of. */
