@@ -164,6 +164,47 @@ def test_rows_go_back_while_the_host_goes_on(llama, shim, monkeypatch):
     assert [i for i, call in enumerate(calls) if call[0] == "wait" and i < fetched[-1]] == []
 
 
+def plain(calls, compute, rows):
+    """Copies from or to memory that is not pinned, of activations, once the first rows are on their way: the host waits at each. (Ropes
+    come before, and weights' maxima, which are few, when all is done.)"""
+    begun = next(i for i, call in enumerate(calls) if call[:2] == ("send", rows))
+    return [call for call in calls[begun:] if call[0] == "plain" and call[1] in (compute, rows) and call[2] > 64]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3moe"])
+def test_no_copy_of_activations_waits(golden, shim, monkeypatch, name):
+    """Rows, routes, experts' rows and gradients are pinned; boundaries are not (docs/cuda.md)."""
+    monkeypatch.setenv("MODELQ_SHIM_STREAMS", "late")
+    model, (compute, _copies, rows) = traced(shim, source_of(golden, name), TIGHT)
+    run = run_of(model)
+    shim.mq_shim_trace(1)
+    streaming.run_layer(model, run, 0)
+    calls = noted(shim)
+    assert plain(calls, compute, rows) == []
+    if name == "llama":
+        return
+    # while a chunk of an expert's rows is computed, the next is sent: the host waits for the one before
+    asked = [what for what, stream, _ in calls if stream == compute and what in ("send", "fetch", "event")]
+    assert any(asked[i:i + 5] == ["fetch", "send", "send", "fetch", "event"] for i in range(len(asked)))
+
+
+def test_gradients_of_experts_do_not_wait(golden, shim, monkeypatch):
+    monkeypatch.setenv("MODELQ_SHIM_STREAMS", "late")
+    model, (compute, _copies, rows) = traced(shim, source_of(golden, "qwen3moe"))
+    run = run_of(model)
+    boundary = run.state()
+    for layer in range(model.num_layers):
+        boundary = run.state() if layer == model.num_layers - 1 else boundary
+        streaming.run_layer(model, run, layer)
+    back = run.backward({})
+    back.head(streaming.head_tensors(model), [batch for batch in IDS])
+    shim.mq_shim_trace(1)
+    gradients._layer(model, back, model.num_layers - 1, boundary, None)
+    calls = noted(shim)
+    ropes = {nbytes for what, stream, nbytes in calls[:calls.index(("work", compute, 0))] if (what, stream) == ("plain", compute)}
+    assert {nbytes for _, _, nbytes in plain(calls, compute, rows)} == {boundary.nbytes} | ropes    # these as the way back begins
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen3moe"])
 def test_the_way_back_has_the_layer_before(golden, shim, monkeypatch, name):
     monkeypatch.setenv("MODELQ_SHIM_STREAMS", "late")
@@ -582,7 +623,7 @@ def test_nothing_stays_behind(llama, shim):
     gc.collect()
     before = shim.mq_shim_live(), cuda.library().device(0)["free_nbytes"]
     model = load(llama)
-    runs = [run_of(model, IDS[:n]) for n in (1, 2, 3, 3, 2, 1)]     # more than may be pinned at once
+    runs = [run_of(model, IDS[:n]) for n in (1, 2, 3, 3, 2, 1) * 2]     # more than may be pinned at once
     for run in runs:
         streaming.run_layer(model, run, 0, following=1)
     expected = alone(model, IDS[:1])

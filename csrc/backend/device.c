@@ -77,8 +77,10 @@ void mq_device_settle(mq_device *device)
 {
     void *const streams[] = {device->compute, device->copies, device->rows};
     mq_error err;
+    /* A wait may give an earlier error and not have waited; the second that fails is of a device that has stopped. */
     for (int i = 0; i < 3; i++)
-        if (streams[i] != NULL) device->backend->stream_wait(streams[i], &err);
+        for (int tries = 0; streams[i] != NULL && tries < 2; tries++)
+            if (device->backend->stream_wait(streams[i], &err) == MQ_OK) break;
 }
 
 /* ---- memory of the host ---- */
@@ -89,22 +91,31 @@ static size_t most_pinned(void)
     return pages > 0 && size > 0 ? (size_t)pages / MQ_PINNED_SHARE * (size_t)size : 0;
 }
 
+/* Whatever becomes of the device: the owner is about to free it. Copies of pinned memory, and no others of the host's,
+ * are on their way while the host goes on, and an error may have left some behind. */
 static void unpin(mq_device *device, mq_pin *pin)
 {
-    if (pin->memory != NULL) device->backend->unpin(pin->memory);
+    mq_error err;
+    int before;
+    if (pin->memory == NULL) return;
+    const int entered = mq_device_enter(device, &before, &err) == MQ_OK;
+    mq_device_settle(device);
+    device->backend->unpin(pin->memory);
+    if (entered) mq_device_leave(device, before);
     *pin = (mq_pin){0};
 }
 
-void mq_device_pin(mq_device *device, void *memory, size_t nbytes)
+void mq_device_pin(mq_device *device, void *memory, size_t nbytes, int beside)
 {
     mq_pin *const last = &device->pins[MQ_PINS - 1];
     mq_error err;
     size_t pinned = nbytes;
-    if (nbytes > most_pinned()) return;
+    if (memory == NULL || nbytes == 0 || nbytes > most_pinned()) return;
     for (int i = 0; i < MQ_PINS; i++) {
         if (device->pins[i].memory == memory && device->pins[i].nbytes == nbytes) return;
         pinned += device->pins[i].nbytes;
     }
+    if (beside && (pinned > most_pinned() || last->memory != NULL)) return;
     mq_device_unpin(device, memory);
     for (int i = MQ_PINS - 1; i >= 0 && (pinned > most_pinned() || last->memory != NULL); i--) {
         pinned -= device->pins[i].nbytes;       /* the oldest is the last */
@@ -121,14 +132,37 @@ void mq_device_unpin(mq_device *device, const void *memory)
         if (memory != NULL && device->pins[i].memory == memory) unpin(device, &device->pins[i]);
 }
 
+static void drop_pinned(mq_device *device, mq_pinned *it)
+{
+    if (it->is_plain) mq_free(it->memory);
+    else device->backend->pinned_free(it->memory);
+    it->memory = NULL;
+    it->nbytes = 0;
+    it->is_plain = 0;
+}
+
+int mq_pinned_reserve(mq_device *device, mq_pinned *it, size_t nbytes, mq_error *err)
+{
+    if (nbytes <= it->nbytes) return MQ_OK;
+    drop_pinned(device, it);
+    if (device->backend->pinned_new(&it->memory, nbytes, err) != MQ_OK) {
+        it->memory = mq_alloc(nbytes);
+        if (it->memory == NULL) return mq_fail_memory(err, "rows on their way to a device", nbytes);
+        it->is_plain = 1;
+    }
+    it->nbytes = nbytes;
+    return MQ_OK;
+}
+
 static void forget_run(mq_elsewhere *self, const mq_run *run)
 {
     mq_device *device = (mq_device *)(void *)self;
-    mq_error err;
-    int before;
-    if (run->hidden == NULL || mq_device_enter(device, &before, &err) != MQ_OK) return;
+    const mq_dispatch *dispatch = &run->dispatch;
     mq_device_unpin(device, run->hidden);
-    mq_device_leave(device, before);
+    mq_device_unpin(device, dispatch->routes.experts);
+    mq_device_unpin(device, dispatch->routes.shares);
+    mq_device_unpin(device, dispatch->shares);
+    mq_device_unpin(device, dispatch->sums);
 }
 
 /* ---- the object ---- */
@@ -168,7 +202,8 @@ static int open_all(mq_device *device, const mq_device_options *options, mq_erro
     for (int i = 0; rc == MQ_OK && i < 2; i++) {
         rc = backend->pinned_new((void **)&device->pinned[i], (size_t)device->piece_nbytes, err);
         if (rc == MQ_OK) rc = backend->event_new(&device->sent[i], err);
-        if (rc == MQ_OK) rc = backend->event_new(&device->indices[i].sent, err);
+        if (rc == MQ_OK) rc = backend->event_new(&device->indices[i].passed, err);
+        if (rc == MQ_OK) rc = backend->event_new(&device->gathered[i].passed, err);
         if (rc == MQ_OK) rc = backend->event_new(&device->arrived[i], err);
         if (rc == MQ_OK) rc = backend->event_new(&device->computed[i], err);
     }
@@ -234,8 +269,10 @@ void mq_device_free(mq_device *device)
         backend->memory_free(device->staged[i]);
         backend->pinned_free(device->pinned[i]);
         backend->event_free(device->sent[i]);
-        backend->pinned_free(device->indices[i].memory);
-        backend->event_free(device->indices[i].sent);
+        drop_pinned(device, &device->indices[i]);
+        drop_pinned(device, &device->gathered[i]);
+        backend->event_free(device->indices[i].passed);
+        backend->event_free(device->gathered[i].passed);
         backend->event_free(device->arrived[i]);
         backend->event_free(device->computed[i]);
     }

@@ -345,35 +345,24 @@ static int run_chunks(back_chunks *all)
 static void pin(mq_device *device, const mq_backward *back)
 {
     const size_t nbytes = (size_t)(back->run->rows * back->run->runtime->config.hidden_size) * sizeof(float);
-    mq_device_pin(device, back->gradient, nbytes);
-    if (back->d_experts != NULL) mq_device_pin(device, back->d_experts, nbytes);
+    const size_t choices = (size_t)(back->run->rows * back->run->runtime->config.num_experts_per_tok);
+    mq_device_pin(device, back->gradient, nbytes, 0);
+    mq_device_pin(device, back->d_experts, nbytes, 1);
+    mq_device_pin(device, back->d_shares, choices * sizeof *back->d_shares, 1);
 }
 
 void mq_device_forget_backward(mq_elsewhere *self, const mq_backward *back)
 {
     mq_device *device = (mq_device *)(void *)self;
-    mq_error err;
-    int before;
-    if (mq_device_enter(device, &before, &err) != MQ_OK) return;
     mq_device_unpin(device, back->gradient);
     mq_device_unpin(device, back->d_experts);
-    mq_device_leave(device, before);
+    mq_device_unpin(device, back->d_shares);
 }
 
 int mq_device_back_ready(mq_device *device, mq_error *err)
 {
     const int rc = device->backend->event_record(device->loaded, device->copies, err);
     return rc == MQ_OK ? device->backend->event_after(device->loaded, device->compute, err) : rc;
-}
-
-int mq_device_back_end(mq_device *device, int rc, mq_error *err)
-{
-    mq_error after;
-    if (rc != MQ_OK) mq_device_settle(device);
-    const int taken = mq_findings_take(device, rc == MQ_OK ? err : &after);
-    if (rc == MQ_OK) rc = taken;
-    if (rc != MQ_OK) mq_device_drop_changes(device);
-    return rc;
 }
 
 static int send_identity(const mq_device_back *it)
@@ -385,8 +374,8 @@ static int send_identity(const mq_device_back *it)
     rows = mq_alloc(nbytes);
     if (rows == NULL) return mq_fail_memory(it->err, "indices of rows", nbytes);
     for (int64_t i = 0; i < scratch->rows; i++) rows[i] = i;
-    int rc = it->device->backend->copy(scratch->identity, rows, nbytes, it->device->compute, it->err);
-    if (rc == MQ_OK) rc = it->device->backend->stream_wait(it->device->compute, it->err);
+    /* It is read before the call returns, since it is not pinned. */
+    const int rc = it->device->backend->copy(scratch->identity, rows, nbytes, it->device->compute, it->err);
     mq_free(rows);
     return rc;
 }
@@ -423,7 +412,7 @@ int mq_device_back_layer(mq_elsewhere *self, mq_backward *back, int64_t layer, c
         rc = mq_backward_observe_sum(back, all.it.layer->experts_observer, err);
     if (rc == MQ_OK) rc = run_chunks(&all);
     if (rc == MQ_OK && has_changes(&all.it)) rc = mq_device_take_changes(&all.it);
-    rc = mq_device_back_end(device, rc, err);
+    rc = mq_device_finish(device, rc, err);
     mq_device_drop_changes(device);
     mq_free(all.it.fetched);
     mq_device_leave(device, before);

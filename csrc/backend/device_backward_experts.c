@@ -11,30 +11,28 @@ typedef struct expert_work {
     float *ones;                /* NULL, or what outputs are multiplied by where inputs are by the shares */
 } expert_work;
 
-static int allocate(expert_work *work, int64_t rows, mq_error *err)
+/* Room for a chunk's rows on the host. */
+static int reserve(expert_work *work, mq_device *device, int64_t rows, mq_error *err)
 {
     const mq_runtime *runtime = work->back->run->runtime;
-    const size_t count = (size_t)rows, width = (size_t)runtime->config.hidden_size;
-    work->hidden = mq_alloc_array(count, width * mq_dtype_size(runtime->dtype));
-    work->gradient = mq_alloc_array(count, width * sizeof *work->gradient);
-    work->d_shares = mq_alloc_array(count, sizeof *work->d_shares);
-    work->index = mq_alloc_array(count, sizeof *work->index);
-    if (runtime->family->flags & MQ_FAMILY_SHARED_INPUTS) {
-        work->ones = mq_alloc_array(count, sizeof *work->ones);
-        if (work->ones == NULL) return mq_fail_memory(err, "the shares of an expert", count * sizeof *work->ones);
-        for (size_t i = 0; i < count; i++) work->ones[i] = 1.0f;
+    const size_t count = (size_t)rows, numbers = count * (size_t)runtime->config.hidden_size;
+    mq_arena places = {0};
+    for (int counts = 1; counts >= 0; counts--) {
+        if (!counts) {
+            const int rc = mq_pinned_reserve(device, &device->gathered[0], places.used, err);
+            if (rc != MQ_OK) return rc;
+            places = (mq_arena){.memory = device->gathered[0].memory};
+        }
+        work->hidden = mq_arena_take(&places, numbers * mq_dtype_size(runtime->dtype));
+        work->gradient = mq_arena_take(&places, numbers * sizeof *work->gradient);
+        work->d_shares = mq_arena_take(&places, count * sizeof *work->d_shares);
+        work->index = mq_arena_take(&places, count * sizeof *work->index);
     }
-    if (work->hidden != NULL && work->gradient != NULL && work->d_shares != NULL && work->index != NULL) return MQ_OK;
-    return mq_fail_memory(err, "the rows of an expert", count * width * sizeof *work->gradient);
-}
-
-static void deallocate(expert_work *work)
-{
-    mq_free(work->hidden);
-    mq_free(work->gradient);
-    mq_free(work->d_shares);
-    mq_free(work->index);
-    mq_free(work->ones);
+    if (!(runtime->family->flags & MQ_FAMILY_SHARED_INPUTS)) return MQ_OK;
+    work->ones = mq_alloc_array(count, sizeof *work->ones);
+    if (work->ones == NULL) return mq_fail_memory(err, "the shares of an expert", count * sizeof *work->ones);
+    for (size_t i = 0; i < count; i++) work->ones[i] = 1.0f;
+    return MQ_OK;
 }
 
 /* Hidden states, gradients and shares of the chunk's rows, to the device. */
@@ -130,16 +128,15 @@ static int compute(const mq_device_back *it, const expert_work *work)
     return shared_inputs ? inputs_back(it) : outputs_back(it);
 }
 
-/* What came out, to the host: work->gradient and d_shares. */
-static int receive(const mq_device_back *it, const expert_work *work)
+/* What came out, on its way to the host: work->gradient and d_shares. */
+static int fetch(const mq_device_back *it, const expert_work *work)
 {
     const mq_backend *backend = it->device->backend;
     const size_t rows = (size_t)it->chunk->rows * sizeof(float);
     void *stream = it->device->compute;
     int rc = backend->copy(work->gradient, it->scratch->d_mlp_normed,
                            rows * (size_t)it->context->config->hidden_size, stream, it->err);
-    if (rc == MQ_OK) rc = backend->copy(work->d_shares, it->scratch->d_shares, rows, stream, it->err);
-    return rc == MQ_OK ? backend->stream_wait(stream, it->err) : rc;
+    return rc == MQ_OK ? backend->copy(work->d_shares, it->scratch->d_shares, rows, stream, it->err) : rc;
 }
 
 static int run_rows(mq_device_back *it, const expert_work *work)
@@ -159,9 +156,10 @@ static int run_rows(mq_device_back *it, const expert_work *work)
         rc = mq_backward_poll(it->back, it->err);
         if (rc == MQ_OK) rc = send(it, work);
         if (rc == MQ_OK) rc = compute(it, work);
+        if (rc == MQ_OK) rc = fetch(it, work);
         if (rc == MQ_OK && done + count == all->count)
             rc = mq_device_meanwhile(it->device, it->back->run, NULL, it->err);
-        if (rc == MQ_OK) rc = receive(it, work);
+        if (rc == MQ_OK) rc = it->device->backend->stream_wait(it->device->compute, it->err);
         if (rc == MQ_OK) mq_backward_take_expert(&rows, work->gradient, work->d_shares);
     }
     it->chunk = NULL;
@@ -183,10 +181,12 @@ int mq_device_back_expert(mq_elsewhere *self, mq_backward *back, const mq_back_e
     if (!mq_device_scores_experts(&room)) room.layer = NULL;
     rc = mq_device_back_reserve(&room, rows->count, 1, &it);
     if (rc == MQ_OK) rc = mq_device_back_ready(device, err);
-    if (rc == MQ_OK) rc = allocate(&work, scratch.rows, err);
+    if (rc == MQ_OK) rc = reserve(&work, device, scratch.rows, err);
+    mq_device_pin(device, back->run->dispatch.shares,
+                  (size_t)(back->run->rows * back->run->dispatch.routes.top_k) * sizeof(float), 1);
     if (rc == MQ_OK) rc = run_rows(&it, &work);
-    rc = mq_device_back_end(device, rc, err);
-    deallocate(&work);
+    rc = mq_device_finish(device, rc, err);
+    mq_free(work.ones);
     mq_free(it.fetched);
     mq_device_leave(device, before);
     return rc;

@@ -262,33 +262,27 @@ static void fill_meta(const mq_run *run, mq_device_chunk *chunk, void *memory)
     else memset(here.key_mask, 1, (size_t)chunk->rows);
 }
 
-/* Pinned memory of that size, of two places that take turns, once its last copy is done. */
-static int next_indices(mq_device *device, size_t nbytes, mq_pinned_indices **out, mq_error *err)
+/* Memory of that size, of two places that take turns, once its last copy is done. */
+static int next_indices(mq_device *device, size_t nbytes, mq_pinned **out, mq_error *err)
 {
-    mq_pinned_indices *it = *out = &device->indices[device->next_indices];
+    mq_pinned *it = *out = &device->indices[device->next_indices];
     device->next_indices = 1 - device->next_indices;
-    int rc = device->backend->event_wait(it->sent, err);
-    if (rc != MQ_OK || nbytes <= it->nbytes) return rc;
-    device->backend->pinned_free(it->memory);
-    it->memory = NULL;
-    it->nbytes = 0;
-    rc = device->backend->pinned_new(&it->memory, nbytes, err);
-    if (rc == MQ_OK) it->nbytes = nbytes;
-    return rc;
+    const int rc = device->backend->event_wait(it->passed, err);
+    return rc == MQ_OK ? mq_pinned_reserve(device, it, nbytes, err) : rc;
 }
 
 int mq_device_send_indices(mq_device *device, const mq_run *run, mq_device_chunk *chunk, void *to, void *stream,
                            mq_error *err)
 {
     const size_t nbytes = mq_device_indices_nbytes(chunk->rows);
-    mq_pinned_indices *here;
+    mq_pinned *here;
     int rc = next_indices(device, nbytes, &here, err);
     if (rc != MQ_OK) return rc;
     fill_meta(run, chunk, here->memory);
     place_meta(chunk, to);
     if (run->mask == NULL) chunk->key_mask = NULL;
     rc = device->backend->copy(to, here->memory, nbytes, stream, err);
-    return rc == MQ_OK ? device->backend->event_record(here->sent, stream, err) : rc;
+    return rc == MQ_OK ? device->backend->event_record(here->passed, stream, err) : rc;
 }
 
 int mq_device_meanwhile(mq_device *device, mq_run *run, void *event, mq_error *err)
@@ -338,6 +332,18 @@ static int fetch_chunk(mq_device *device, mq_run *run, int slot, const mq_device
                                  (size_t)chunk->rows * stride, device->rows, err);
 }
 
+/* What chunks are read from and written to. */
+static void pin(mq_device *device, const mq_run *run, const mq_layer *layer)
+{
+    const mq_routes *routes = &run->dispatch.routes;
+    const size_t choices = (size_t)(run->rows * routes->top_k), nbytes = mq_run_state_nbytes(run);
+    mq_device_pin(device, run->hidden, nbytes, 0);
+    if (layer->experts == 0) return;
+    mq_device_pin(device, routes->experts, choices * sizeof *routes->experts, 1);
+    mq_device_pin(device, routes->shares, choices * sizeof *routes->shares, 1);
+    if (layer->linears[MQ_ROLE_SHARED_DOWN].cols > 0) mq_device_pin(device, run->dispatch.sums, nbytes, 1);
+}
+
 static int run_chunks(mq_device *device, mq_run *run, mq_layer *layer, const void *unused, mq_error *err)
 {
     const mq_layer_context context = mq_run_context(run);
@@ -345,7 +351,7 @@ static int run_chunks(mq_device *device, mq_run *run, mq_layer *layer, const voi
     mq_device_chunk chunks[2];
     mq_device_pass pass = {.device = device, .layer = layer, .context = &context, .scratch = &scratch, .err = err};
     (void)unused;
-    mq_device_pin(device, run->hidden, mq_run_state_nbytes(run));
+    pin(device, run, layer);
     int rc = mq_device_reserve(device, run, run->rows, run->longest, &scratch, err);
     if (rc != MQ_OK) return rc;
     chunks[0] = mq_device_chunk_from(run, 0, scratch.rows);
@@ -371,7 +377,6 @@ static int watched(mq_device *device, mq_run *run, mq_layer *layer, mq_device_wo
                    mq_error *err)
 {
     mq_point *points[MQ_LAYER_MAX_POINTS];
-    mq_error after;
     const size_t count = mq_layer_points(layer, points);
     int rc = mq_points_begin(points, count, &run->spare, err);
     if (rc != MQ_OK) return rc;
@@ -379,9 +384,7 @@ static int watched(mq_device *device, mq_run *run, mq_layer *layer, mq_device_wo
     rc = device->backend->event_record(device->loaded, device->copies, err);
     if (rc == MQ_OK) rc = device->backend->event_after(device->loaded, device->compute, err);
     if (rc == MQ_OK) rc = work(device, run, layer, context, err);
-    if (rc != MQ_OK) mq_device_settle(device);
-    const int taken = mq_findings_take(device, rc == MQ_OK ? err : &after);
-    if (rc == MQ_OK) rc = taken;
+    rc = mq_device_finish(device, rc, err);
     const int ended = mq_points_end(points, count, rc == MQ_OK, err);
     return rc == MQ_OK ? ended : rc;
 }

@@ -76,17 +76,18 @@ enum {
     MQ_CHUNK_ROWS = 8192,       /* rows of a chunk, at most; and as many that */
     MQ_ENOUGH_ROWS = 2048,      /* weights that come ahead have room before there are more */
     MQ_QUANTIZERS = MQ_LAYER_MAX_POINTS + 1,    /* places of mq_device.quantizers; the last is lm_head's */
-    MQ_PINS = 4,                /* pieces of others' memory that are pinned, at most, */
+    MQ_PINS = 8,                /* pieces of others' memory that are pinned, at most, */
     MQ_PINNED_SHARE = 4,        /* which together are a fourth of the host's, at most */
     MQ_ALIGN_DEVICE = 256
 };
 
-/* Indices of a chunk on their way. */
-typedef struct mq_pinned_indices {
+/* Memory of the host for what is on its way; pinned, where that may be had. */
+typedef struct mq_pinned {
     void *memory;
     size_t nbytes;
-    void *sent;                 /* event: behind their copy */
-} mq_pinned_indices;
+    int is_plain;
+    void *passed;               /* event: behind its last copy */
+} mq_pinned;
 
 /* Memory of others on the host that is pinned. */
 typedef struct mq_pin {
@@ -114,7 +115,7 @@ struct mq_device {
     char *pinned[2], *staged[2];/* pieces of weights: on the host, and on the device before conversion */
     void *sent[2];              /* events: behind the copy of that piece */
     int next_piece;
-    mq_pinned_indices indices[2];
+    mq_pinned indices[2], gathered[2];  /* of chunks; rows of experts */
     int next_indices;
     mq_pin pins[MQ_PINS];       /* the newest first */
     int64_t piece_nbytes;
@@ -177,12 +178,15 @@ int mq_device_take(mq_device *device, void **out, size_t nbytes, const char *pur
 void mq_device_give(mq_device *device, void **memory, size_t nbytes);
 /* What arena could hold: one that is no spare. */
 size_t mq_device_available(const mq_device *device, const mq_arena *arena);
-/* Waits for all that was asked of the device, whatever becomes of it. */
+/* Waits for all that was asked of the device, whatever becomes of it: behind every error, and before memory of the host
+ * that copies may be on their way to is freed. */
 void mq_device_settle(mq_device *device);
 /* Has the device read and write this memory of the host while the host goes on, if it may be so and is not too much;
- * until the memory is said to be gone, or others need the place. */
-void mq_device_pin(mq_device *device, void *memory, size_t nbytes);
+ * until the memory is said to be gone, or others need the place. beside: it takes the place of nothing. */
+void mq_device_pin(mq_device *device, void *memory, size_t nbytes, int beside);
 void mq_device_unpin(mq_device *device, const void *memory);
+/* Room for nbytes; what was in it is gone, which no copy may need any more. */
+int mq_pinned_reserve(mq_device *device, mq_pinned *it, size_t nbytes, mq_error *err);
 
 /* ---- device_weights.c ---- */
 
@@ -253,6 +257,8 @@ int mq_finding_weight(mq_device *device, const mq_cuda_matrix *w, const char *na
 int mq_finding_rows(mq_device *device, mq_calib *watch, const mq_cuda_matrix *x, mq_error *err);
 /* Waits, and gives everybody what was found; a weight that is not finite is an error. */
 int mq_findings_take(mq_device *device, mq_error *err);
+/* The end of work that rc became of: what it found is given out, or forgotten after an error; nothing is under way. */
+int mq_device_finish(mq_device *device, int rc, mq_error *err);
 void mq_findings_drop(mq_device *device);
 /* Rows that reach a point. by_sequence, by_batch: the host looks at them sequence by sequence, and at no two batches at
  * once (pass.c), which decides what the first data of a histogram are, and what averages are made of. */
