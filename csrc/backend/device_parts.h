@@ -1,6 +1,6 @@
 /* The inside of a mq_device, which its files share: memory (device.c), weights (device_weights.c), findings
  * (device_findings.c), layers (device_layer.c and, behind device_pass.h, its parts; device_chunks.c), experts
- * (device_experts.c), the head (device_head.c). */
+ * (device_experts.c), the head (device_head.c, device_head_statistics.c). */
 #ifndef MQ_DEVICE_PARTS_H
 #define MQ_DEVICE_PARTS_H
 
@@ -282,7 +282,7 @@ int64_t mq_device_batch(const mq_device_look *look, int64_t i);
 /* The rows that count, x, to what is summed up for a calibrator that is not of kind max; *done: there was room. */
 int mq_sums_collect(mq_device *device, mq_calib *watch, const mq_device_look *look, const mq_cuda_matrix *x, int *done,
                     mq_error *err);
-/* Room for what will be summed up of a layer, before its rows take the rest. */
+/* Room for what will be summed up of a layer (NULL: before lm_head), before its rows take the rest. */
 void mq_sums_begin(mq_device *device, const mq_run *run, const mq_layer *layer, mq_point *const *points, size_t count);
 /* All sums to their calibrators. */
 int mq_sums_take(mq_device *device, mq_error *err);
@@ -371,5 +371,6 @@ int mq_device_watched(mq_device *device, mq_run *run, int64_t layer, mq_device_w
 int mq_device_run_layer(mq_elsewhere *self, mq_run *run, int64_t layer, mq_error *err);
 int mq_device_run_expert(mq_elsewhere *self, mq_run *run, int64_t layer, int64_t first, int64_t count, mq_error *err);
 int mq_device_run_head(mq_elsewhere *self, const mq_head_request *request, mq_error *err);
+int mq_device_head_statistics(mq_elsewhere *self, mq_run *run, const float *norm, int64_t piece_rows, mq_error *err);
 
 #endif
