@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from modelq.checkpoint import dialects
+from modelq.checkpoint.compressed import METHOD
 from modelq.experts import own_part, place_of, quantizer_of
 from modelq.groups import pair_of, siblings
 from modelq.quantizers import has_static_levels, make_quantizer, stage_quantizers, weight_amax
@@ -164,6 +165,14 @@ def stacks_of(model: Any) -> str | None:
     from modelq.checkpoint.stacked import ROWS
     layout = layout_of_stacks(model)
     return None if layout == ROWS else layout
+
+
+def layout_written(model: Any, dialect: str) -> str | None:
+    """How an export stacks experts. compressed-tensors quantizes linears alone: where it meets Llama 4, transformers makes a linear of each
+    expert's matrices (conversion and quantizers/base.py, SequentialLlama4TextExperts), and vLLM reads their names as well."""
+    from modelq.checkpoint.stacked import HALVES
+    layout = layout_of_stacks(model)
+    return None if (layout, dialect) == (HALVES, METHOD) else layout
 
 
 def as_divided(model: Any, row: dict[str, Any], weight: np.ndarray) -> np.ndarray:

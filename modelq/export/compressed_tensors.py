@@ -5,6 +5,7 @@ formats names the modules of each group.
 """
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from modelq._version import __version__
@@ -29,8 +30,14 @@ def config_files(plan: Plan) -> ConfigFiles:
     dense = "dense" if not groups else MIXED_FORMAT
     return ConfigFiles({
         "config_groups": groups, "format": formats.pop() if len(formats) == 1 else dense, "global_compression_ratio": None,
-        "ignore": plan.unquantized_linears, "kv_cache_scheme": KV_FP8 if plan.cache.algorithm else None, "quant_method": METHOD,
+        "ignore": [as_target(name) for name in plan.unquantized_linears],
+        "kv_cache_scheme": KV_FP8 if plan.cache.algorithm else None, "quant_method": METHOD,
         "quantization_status": "compressed", "sparsity_config": {}, "transform_config": {}, "version": f"modelq.{__version__}"})
+
+
+def as_target(name: str) -> str:
+    """A name, or a name's beginning with * behind it, in the library's words: anything but a whole name is a regular expression."""
+    return f"re:{re.escape(name[:-1])}.*" if name.endswith("*") else name
 
 
 def group(pair: Pair, group_size: int | None, targets: list[str]) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def _plan(source: Any, dialect: str) -> Plan:
             linears[f"{module}.weight"] = _linear(source, module, dialect)
         elif kind in OWN_QUANTIZERS:
             plan.unquantized.append(module)
-            plan.unquantized_linears.extend([module] if kind == "linear" else [])
+            plan.unquantized_linears.extend([module] if kind in LINEAR_LIKE else [])
     for name, info in source.tensors.items():
         plan.order.append(name)
         if name not in linears:

@@ -62,9 +62,9 @@ def export_hf_checkpoint(model: Any, export_dir: str | os.PathLike[str] | None =
     files = WRITERS[plan.dialect](plan)
     from modelq.checkpoint.stacked import StackingWriter, stacked_plan
     from modelq.checkpoint.writer import ShardedWriter, atomic_directory
-    from modelq.stated import layout_of_stacks
+    from modelq.stated import layout_written
 
-    layout = layout_of_stacks(model)
+    layout = layout_written(model, plan.dialect)
     tensors = plan.tensors if layout is None else stacked_plan(plan.tensors, layout)
     with atomic_directory(Path(export_dir), overwrite=overwrite) as folder:
         with ShardedWriter(folder, tensors, max_shard_size=max_shard_size) as writer:

@@ -23,7 +23,7 @@ from modelq.groups import pair_of, siblings
 from modelq.quantizers import stage_quantizers
 from modelq.rules import stages
 from modelq.smoothing import folding_norm, folds_all, is_stored, norm_scales, stated_scale
-from modelq.stated import StatedAmax, layout_of_stacks, scaling, stacks_of, stated_amax
+from modelq.stated import StatedAmax, layout_of_stacks, layout_written, scaling, stacks_of, stated_amax
 from modelq.supported import partial_block
 from modelq.tables import listed
 
@@ -110,9 +110,9 @@ def make_plan(model: Any, dtype: str, dialect: str, share_all: bool = False, smo
     names, others = {row["name"] for row in quantized}, others_of(model)
     plan.unquantized.extend(row["name"] for row in model.modules if row["name"] not in names and row["kind"] in OWN_QUANTIZERS)
     plan.unquantized.extend(row["name"] for row in others if row["weight"].endswith(".weight") or row["kind"] == "stacked experts")
-    plan.unquantized_linears.extend(row["name"] for row in model.modules if row["name"] not in names and row["kind"] == "linear")
+    plan.unquantized_linears.extend(row["name"] for row in model.modules if row["name"] not in names and row["kind"] in LINEAR_LIKE)
     plan.unquantized_linears.extend(row["name"] for row in others if row["kind"] in LINEAR_LIKE)
-    if stacks_of(model) is not None:
+    if stacks_of(model) is not None and layout_written(model, dialect) is not None:
         _check_stacks(plan)
     if layout_of_stacks(model) is not None:
         containers = {container_of(name) for name in names}

@@ -28,6 +28,7 @@ RULES = (
     Rule("mixed", config_rules.mixed, ("modelopt",)),
     Rule("one_format_per_group", config_rules.one_format_per_group),
     Rule("experts", config_rules.experts, ("modelopt",), ("vllm", "tensorrt-llm")),
+    Rule("fused_experts", config_rules.fused_experts, ("compressed-tensors",), ("transformers",)),
     Rule("exclusions", config_rules.exclusions),
     Rule("kv_cache", config_rules.kv_cache, ("modelopt", "compressed-tensors")),
     Rule("parts", tensor_rules.parts),

@@ -28,12 +28,13 @@ def parts(export: Export) -> Iterator[Finding]:
                               "that it has no place for", "leave it out (a pre_quant_scale has to be folded into the layer before)")
 
 
+ROUTERS_OWN = ("e_score_correction_bias",)      # beside DeepSeek's weight, which is never quantized
 TOLERATED = {("input_scale", "sglang"), ("input_scale", "vllm")}
 
 
 def _claims(layer: Layer) -> bool:
     """Whether the layer is quantized by its tensors: a plain weight is the exclusion rule's matter."""
-    return layer.stored_quantized or len(layer.parts.keys() - {"weight", "bias"}) > 0
+    return layer.stored_quantized or len(layer.parts.keys() - {"weight", "bias", *ROUTERS_OWN}) > 0
 
 
 def _wanted(export: Export, layer: Layer, part: Part) -> bool:
