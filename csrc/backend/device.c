@@ -233,6 +233,7 @@ int mq_device_new(const mq_backend *backend, const mq_device_options *options, m
         .forget_ahead = mq_device_forget_ahead, .forget_run = forget_run,
         .forget_backward = mq_device_forget_backward,
         .layer = mq_device_run_layer, .expert = mq_device_run_expert, .head = mq_device_run_head,
+        .head_statistics = mq_device_head_statistics,
         .back_head = mq_device_back_head, .back_layer = mq_device_back_layer,
         .back_expert = mq_device_back_expert,
     };
