@@ -325,12 +325,27 @@ typedef struct mq_device_pass {
 } mq_device_pass;
 
 mq_cuda_matrix mq_device_matrix(const mq_device_pass *pass, void *data, int64_t width);
-/* Of a layer that has one, on x (rows, heads * head_dim). */
-mq_cuda_rope_job mq_device_rope(const mq_device_pass *pass, void *x, int64_t heads);
 /* *in becomes its norm in out, where the layer has that norm. */
 int mq_device_normed(mq_device_pass *pass, mq_role role, void *out, const void **in);
 int mq_device_expert(mq_device_pass *pass);
 int mq_device_run_chunk(mq_device_pass *pass);
+/* Heads of a chunk's queries or keys, x (rows, heads * head_dim), or gradients by these. */
+typedef struct mq_device_heads {
+    mq_device *device;
+    const mq_layer_context *context;
+    const mq_layer *layer;
+    const mq_device_chunk *chunk;
+    const float *cosine, *sine;         /* all of the model's */
+    mq_cuda_matrix x;
+    int64_t count;
+    mq_error *err;
+} mq_device_heads;
+/* mq_layer_turn, and mq_layer_grow, which is its own way back; each does nothing in the other's layers. */
+int mq_device_turn(const mq_device_heads *heads);
+int mq_device_grow(const mq_device_heads *heads);
+/* What turning is made of: the rope of a layer that has one, and the norm behind it of families that have that. */
+mq_cuda_rope_job mq_device_rope(const mq_device_heads *heads);
+mq_cuda_norm_job mq_device_unit_norm(const mq_device_heads *heads);
 /* layer NULL: as large as any layer's. */
 mq_cuda_attention_job mq_device_attention(const mq_layer_context *context, const mq_layer *layer, int64_t rows,
                                           int64_t sequences, int64_t longest);
