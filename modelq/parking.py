@@ -6,18 +6,47 @@ name: it goes with the model, or with the process, whatever happens to that.
 """
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import tempfile
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from modelq.experts import place_of
-from modelq.quantizers import has_static_levels, stage_quantizers
+from modelq.quantizers import Found, has_static_levels, set_found_values, stage_quantizers
 
 KEPT = 256 << 20         # bytes that stay in memory before any go to the file
 CHUNK = 64 << 20         # bytes that are mapped at a time
 ALIGNMENT = 64
+
+
+class Kept(NamedTuple):
+    """What was found for a stage of a quantizer. home: the memory that its amax lies in, of which amax is then a view."""
+    found: Found
+    home: Any
+
+
+def kept_values(quantizer: Any) -> list[Kept]:
+    """As `found_values`, but maxima that lie in the file stay there, and are not copied: nobody writes over them."""
+    return [Kept(Found(_lying_amax(stage), stage.bias, stage.pre_quant_scale, stage.global_amax), stage.home)
+            for stage in stage_quantizers(quantizer)]
+
+
+def put_back(quantizer: Any, values: list[Kept]) -> None:
+    """What `kept_values` gave; what lay in the file does so again, in the same place."""
+    for stage, (found, home) in zip(stage_quantizers(quantizer), values):
+        if home is None or stage.home is not home or stage.global_amax != found.global_amax:
+            set_found_values(stage, [found])
+            if home is not None:
+                stage.lend(home)
+        stage.bias, stage.pre_quant_scale = found.bias, found.pre_quant_scale
+
+
+def _lying_amax(stage: Any) -> Any:
+    return stage.amax if stage.home is None else np.asarray(stage.home)[0]
 
 
 class Parking:
@@ -35,7 +64,7 @@ class Parking:
             quantizer = model.quantizers.get(name)
             for stage in stage_quantizers(quantizer) if quantizer is not None else ():
                 if has_static_levels(stage) and not stage.is_lent and (amax := stage.amax) is not None and amax.ndim:
-                    self._take(stage, 2 * amax.nbytes)
+                    self._take(stage, amax.shape)
 
     def saw(self, nbytes: int) -> None:
         """So many bytes were looked at: their pages are given back when they are a chunk."""
@@ -49,7 +78,8 @@ class Parking:
         for chunk in self._chunks:
             chunk.madvise(mmap.MADV_DONTNEED)
 
-    def _take(self, quantizer: Any, nbytes: int) -> None:
+    def _take(self, quantizer: Any, shape: tuple[int, ...]) -> None:
+        nbytes = 8 * math.prod(shape)
         if self._kept + nbytes <= KEPT:
             self._kept += nbytes
             return
@@ -58,7 +88,7 @@ class Parking:
             self._map(max(size, CHUNK))
         chunk = self._chunks[-1]
         start = len(chunk) - self._left
-        quantizer.lend(memoryview(chunk)[start:start + nbytes])
+        quantizer.lend(memoryview(chunk)[start:start + nbytes].cast("f", (2, *shape)))
         self._left -= size
         self.saw(nbytes)
 

@@ -1,8 +1,9 @@
 """Takes the barriers and the waits for copies out of the CUDA kernels, one at a time, and sees whether the tests notice. Prints a line for
 each; exit code 1 if one was not noticed.
 
-    python scripts/cuda_mutants.py [FOLDER [FILE ...]]      of these files alone
+    python scripts/cuda_mutants.py [--objects FOLDER] [FILE ...]     of these files alone; with what `cuda_build.py emulated FOLDER` made
 """
+import argparse
 import os
 import re
 import shutil
@@ -39,9 +40,9 @@ def barriers() -> list[tuple[Path, int]]:
     return [(path, match.start()) for path in files for match in BARRIER.finditer(path.read_text())]
 
 
-def without(path: Path, place: int, folder: Path) -> Path:
-    """The emulated library, in which one file was compiled from a copy of the sources that lacks that barrier. The others lie in folder."""
-    tree, objects = folder / "tree", folder / "objects"
+def without(path: Path, place: int, folder: Path, objects: Path) -> Path:
+    """The emulated library, in which one file was compiled from a copy of the sources that lacks that barrier."""
+    tree = folder / "tree"
     shutil.rmtree(tree, ignore_errors=True)
     shutil.copytree(ROOT / "cuda", tree / "cuda")
     shutil.copytree(ROOT / "csrc", tree / "csrc")
@@ -63,15 +64,18 @@ def is_noticed(library: Path, file: str) -> bool:
 
 
 def main() -> int:
-    missed = 0
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--objects", type=Path)
+    parser.add_argument("files", nargs="*")
+    given, missed = parser.parse_args(), 0
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(sys.argv[1] if len(sys.argv) > 1 else temporary)
-        cuda_build.emulated(folder / "objects")
+        folder = Path(temporary)
+        objects = given.objects or cuda_build.emulated(folder / "objects").parent
         for path, place in barriers():
-            if sys.argv[2:] and path.name not in sys.argv[2:]:
+            if given.files and path.name not in given.files:
                 continue
             line = path.read_text().count("\n", 0, place) + 1
-            noticed = is_noticed(without(path, place, folder), path.name)
+            noticed = is_noticed(without(path, place, folder, objects), path.name)
             missed += not noticed
             print(f"{path.relative_to(ROOT)}:{line} {'noticed' if noticed else 'NOT NOTICED'}", flush=True)
     return int(missed > 0)

@@ -1,4 +1,5 @@
 """Fixtures that several test files share."""
+import gc
 import importlib
 import json
 import os
@@ -20,6 +21,12 @@ def pytest_collection_modifyitems(items):
     for item in items if "MODELQ_CUDA_LIBRARY" in os.environ else ():
         if item.get_closest_marker("emulated"):
             item.add_marker(pytest.mark.skip(reason="of the emulated library alone"))
+
+
+def pytest_collection_finish():
+    """What was imported stays: gc.collect(), which many tests call, need not look at half a million objects again each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -339,6 +339,40 @@ def test_the_gradient_by_the_experts_is_the_one_behind_the_layer():
     assert np.array_equal(found[1], observer.array) and found[1].any()
 
 
+# What is no gradient's business ---------------------------------------------------------------------------------------------
+
+def codes_are_refused(source, place):
+    """A compressed model's gradients are those of its numbers; given the codes, every step of the way back says whose and what to do."""
+    model = mtq.compress(mtq.quantize(modelq.load(source, compute="float32", **place), weights_alone(mtq.NVFP4_DEFAULT_CFG)))
+    batches = [np.arange(24).reshape(2, 12)]
+    expected = mtq.fold_weight(mtq.quantize(modelq.load(source, compute="float32", **place), weights_alone(mtq.NVFP4_DEFAULT_CFG)))
+    assert backward(model, batches).losses == pytest.approx(backward(expected, batches).losses, rel=1e-5)
+    for name in (model.runtime.layer_tensors(1)[1], "lm_head.weight"):
+        with pytest.raises(TypeError, match=rf"tensor {name} is given as codes and scales.*numbers \(_core.dequantize"):
+            with_codes_of(model, batches, name)
+
+
+def weights_alone(config):
+    return {**config, "quant_cfg": [*config["quant_cfg"], {"quantizer_name": "*input_quantizer", "enable": False}], "algorithm": "max"}
+
+
+def with_codes_of(model, batches, name):
+    """Backward, but with one weight by its parts."""
+    class Codes:
+        def enter(self, part):
+            if name in part.tensors:
+                part.tensors[name] = core.quantize(part.tensors[name], "nvfp4"), "nvfp4", "float32", None
+
+        def leave(self, part):
+            pass
+    backward(model, batches, visitor=Codes())
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3moe"])
+def test_codes_are_refused(name, golden):
+    codes_are_refused(golden[name].source, {})
+
+
 # The same bits, whatever ------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])

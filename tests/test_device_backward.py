@@ -13,7 +13,7 @@ import test_nemotron
 from cuda_library import library_to_test
 from modelq import _core, cuda
 from modelq.gradients import backward
-from test_backward import NAMES, RELATIVE, SCORES, Golden, gradients_of, quantized_model, score
+from test_backward import NAMES, RELATIVE, SCORES, Golden, codes_are_refused, gradients_of, quantized_model, score
 
 PLACE = {"device": "cuda", "device_memory": "64MiB"}
 SMALL = {"device": "cuda", "device_memory": 3_000_000}      # rows come in several chunks
@@ -184,3 +184,10 @@ def test_a_kernel_that_fails_is_named_and_the_model_goes_on(emulated):
             backward(model, [IDS[1]], names)
         again = backward(model, [IDS[1]], names)
         assert np.array_equal(again.weights[names[0]], expected.weights[names[0]])
+
+
+# ---- what is no gradient's business ----
+
+@pytest.mark.parametrize("name", ["llama", "qwen3moe"])
+def test_codes_are_refused(name, golden):
+    codes_are_refused(golden[name].source, PLACE)

@@ -10,6 +10,7 @@ from modelq import calib, cuda, streaming
 from modelq.inputs import make_batch
 
 ENOUGH = "64MiB"
+SMALL = 2_400_000
 RNG = np.random.default_rng(3)
 # More than a unit of the CPU's (512 rows), batches of several lengths, padding on both sides, and a batch that counts nowhere.
 IDS = [RNG.integers(0, 200, (30, 20)), RNG.integers(0, 200, (2, 12)), RNG.integers(0, 200, (3, 33)), RNG.integers(0, 200, (1, 20))]
@@ -89,6 +90,38 @@ def test_calibrators(source, kinds, compute):
     compare(there, here, compute)
 
 
+def before_head(source, kinds, compute, memory=None, host=False):
+    """Calibrators of what reaches lm_head, by all batches together and then by one alone; and how many tensors were copied."""
+    model = modelq.load(source, compute=compute, **({"device": "cuda", "device_memory": memory} if memory is not None else {}))
+    if host:
+        library = cuda.library()
+        model.runtime.use_device(library, memory=model.placement.memory, cublas=cuda.cublas_path(library), host_statistics=True)
+    found = {("lm_head", kind): CALIBRATORS[kind]() for kind in kinds}
+    model.runtime.set_calibrator("lm_head.input_quantizer", [found["lm_head", kind].statistics for kind in kinds])
+    for batches in (BATCHES, BATCHES[2:3]):
+        run = streaming.forward(model, [make_batch(model.vocab_size, batch) for batch in batches], "look")
+        run.finish(streaming.head_tensors(model))
+    return found, 0 if memory is None else model.runtime.device["copied"]
+
+
+@pytest.mark.parametrize("kinds", TOGETHER)
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+@pytest.mark.parametrize("streams", ["at once", "late"])
+def test_calibrators_before_lm_head(golden, monkeypatch, kinds, compute, streams):
+    """... and in a device where its rows come in pieces that are none of the CPU's. Bit for bit where the device's hidden states are seen by
+    the CPU; from the CPU's own forward they differ as two forwards do."""
+    monkeypatch.setenv("MODELQ_SHIM_STREAMS", streams)
+    source = golden["llama"].source
+    here, looked_at = before_head(source, kinds, compute, ENOUGH, host=True)
+    assert looked_at > 0
+    there, copied = before_head(source, kinds, compute, ENOUGH)
+    assert copied == 0
+    compare(there, here, compute)
+    small, copied = before_head(source, [kind for kind in kinds if kind != "histogram"], compute, SMALL)
+    assert copied == 0
+    compare(small, {key: one for key, one in here.items() if key in small}, compute)
+
+
 def test_chunks_smaller_than_what_the_cpu_looks_at_in_one_call(golden):
     """A histogram's bins are as wide as the first 512 rows' values let them be, however many pieces these come in; and more batches pass than
     sums of single calls are kept on the device."""
@@ -113,7 +146,10 @@ def config_of(preset, algorithm=None, *rules):
     return {"quant_cfg": [*config["quant_cfg"], *rules], "algorithm": algorithm or config["algorithm"]}
 
 
+HEAD = [{"quantizer_name": f"lm_head.{side}_quantizer", "cfg": {"num_bits": (4, 3)}, "enable": True} for side in ("weight", "input")]
 CALIBRATIONS = {
+    "lm_head": config_of("FP8_DEFAULT_CFG", None, *HEAD),
+    "gptq of lm_head": {"quant_cfg": [{"quantizer_name": "*", "enable": False}, *HEAD], "algorithm": "gptq"},
     "entropy": config_of("INT8_DEFAULT_CFG", "entropy"),
     "percentile": config_of("FP8_DEFAULT_CFG", {"method": "percentile", "percentile": 99.5, "num_bins": 512, "skip_zeros": True}),
     "mse of histograms": config_of("FP8_DEFAULT_CFG", {"method": "histogram", "range_method": "mse"}),

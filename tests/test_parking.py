@@ -97,6 +97,50 @@ def test_a_searched_model_is_the_same(golden, tmp_path, monkeypatch, name, compu
     assert ours.keys() == wanted.keys() and all(ours[tensor].tobytes() == wanted[tensor].tobytes() for tensor in ours)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("changed", [False, True])
+def test_what_is_undone_stays_where_it_lies(golden, monkeypatch, changed):
+    """A second calibration that fails, before or behind new maxima: nothing is copied for it, and all is as it was, in the same memory."""
+    case = golden["llama"]
+    monkeypatch.setattr(parking, "KEPT", 0)
+    monkeypatch.setattr(parking, "CHUNK", 1 << 16)
+    model = modelq.load(case.source, compute="float32")
+    mtq.quantize(model, mtq.NVFP4_W4A4_WEIGHT_MSE_FP8_SWEEP_CFG, lambda model: model(case.calib[:1]))
+    lent = {name: quantizer for name, quantizer in model.quantizers.items() if getattr(quantizer, "is_lent", False)}
+    before = {name: (quantizer.amax, quantizer.global_amax, quantizer.home) for name, quantizer in lent.items()}
+    logits, kept = np.asarray(model(case.calib[:1]).logits), []
+
+    def keeping(quantizer, original=parking.kept_values):
+        kept.append(original(quantizer))
+        return kept[-1]
+
+    def fails(*_):
+        for quantizer in list(lent.values())[:3] if changed else ():
+            quantizer.amax = quantizer.amax * 2
+        raise KeyboardInterrupt
+    monkeypatch.setattr(modelq.calibration, "kept_values", keeping)
+    monkeypatch.setattr(modelq.calibration, "warn_unseen", fails)      # the last that there is
+    with pytest.raises(KeyboardInterrupt):
+        mtq.calibrate(model, "mse", lambda model: model(case.calib[1:2]))
+    copies = [one for values in kept for one in values if one.home is not None]
+    assert len(copies) == len(lent) == 14
+    for one in copies:
+        assert np.shares_memory(one.found.amax, np.asarray(one.home))
+    for name, (amax, whole, home) in before.items():
+        assert model.quantizers[name].home is home
+        assert np.array_equal(model.quantizers[name].amax, amax) and np.array_equal(model.quantizers[name].global_amax, whole)
+    np.testing.assert_array_equal(np.asarray(model(case.calib[:1]).logits), logits)
+
+
+def test_where_an_amax_lies_is_said():
+    quantizer, home = static_quantizer(np.ones((24, 64), np.float32)), bytearray(8 * 96)
+    assert quantizer.home is None
+    quantizer.lend(home)
+    assert quantizer.home is home
+    quantizer.amax = None
+    assert quantizer.home is None
+
+
 def test_a_full_disk_is_an_error(golden, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")

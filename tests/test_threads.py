@@ -5,7 +5,11 @@ import threading
 import numpy as np
 import pytest
 
+import modelq
 import modelq._core as core
+import modelq.quantization as mtq
+from golden_data import read_safetensors
+from modelq.export import export_hf_checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -54,12 +58,30 @@ def test_the_same_bits_for_any_number_of_threads(scheme):
     assert all(result == results[0] for result in results)
 
 
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+@pytest.mark.parametrize("preset", ["INT8_SMOOTHQUANT_CFG", "NVFP4_AWQ_LITE_CFG"])
+def test_an_export_has_the_same_bytes_for_any_number_of_threads(golden, tmp_path, preset, compute):
+    """Searched scales: of maxima, means and losses, behind whole layers."""
+    results = set()
+    for threads in (1, 2, 3, 7):
+        core.set_threads(threads)
+        model = modelq.load(golden["llama"].source, compute=compute)
+        mtq.quantize(model, getattr(mtq, preset), lambda model: model(golden["llama"].calib[:3]))
+        tensors = read_safetensors(export_hf_checkpoint(model, dtype=compute, export_dir=tmp_path / str(threads)))
+        results.add(tuple((name, tensors[name].tobytes()) for name in sorted(tensors)))
+    assert len(results) == 1
+
+
 def test_fork_after_use(run_python):
     """The child's pool starts anew: the parent's threads do not exist there. The parent's works on. A dead lock would time out."""
     code = """
 import os, signal, sys
 import numpy as np
+import modelq
 import modelq._core as core
+import modelq.quantization as mtq
+from golden_data import read_safetensors
+from modelq.export import export_hf_checkpoint
 signal.alarm(60)
 core.set_threads(3)
 weight = np.random.default_rng(1).standard_normal((333, 256)).astype(np.float32)
@@ -86,7 +108,11 @@ def test_fork_while_another_thread_computes(run_python):
     code = """
 import os, signal, threading
 import numpy as np
+import modelq
 import modelq._core as core
+import modelq.quantization as mtq
+from golden_data import read_safetensors
+from modelq.export import export_hf_checkpoint
 signal.alarm(60)
 core.set_threads(3)
 weight = np.random.default_rng(1).standard_normal((333, 256)).astype(np.float32)

@@ -77,8 +77,10 @@ void mq_device_settle(mq_device *device)
 {
     void *const streams[] = {device->compute, device->copies, device->rows};
     mq_error err;
+    /* A wait may give an earlier error and not have waited; the second that fails is of a device that has stopped. */
     for (int i = 0; i < 3; i++)
-        if (streams[i] != NULL) device->backend->stream_wait(streams[i], &err);
+        for (int tries = 0; streams[i] != NULL && tries < 2; tries++)
+            if (device->backend->stream_wait(streams[i], &err) == MQ_OK) break;
 }
 
 /* ---- memory of the host ---- */
@@ -89,9 +91,17 @@ static size_t most_pinned(void)
     return pages > 0 && size > 0 ? (size_t)pages / MQ_PINNED_SHARE * (size_t)size : 0;
 }
 
+/* Whatever becomes of the device: the owner is about to free it. Copies of pinned memory, and no others of the host's,
+ * are on their way while the host goes on, and an error may have left some behind. */
 static void unpin(mq_device *device, mq_pin *pin)
 {
-    if (pin->memory != NULL) device->backend->unpin(pin->memory);
+    mq_error err;
+    int before;
+    if (pin->memory == NULL) return;
+    const int entered = mq_device_enter(device, &before, &err) == MQ_OK;
+    mq_device_settle(device);
+    device->backend->unpin(pin->memory);
+    if (entered) mq_device_leave(device, before);
     *pin = (mq_pin){0};
 }
 
@@ -148,15 +158,11 @@ static void forget_run(mq_elsewhere *self, const mq_run *run)
 {
     mq_device *device = (mq_device *)(void *)self;
     const mq_dispatch *dispatch = &run->dispatch;
-    mq_error err;
-    int before;
-    if (run->hidden == NULL || mq_device_enter(device, &before, &err) != MQ_OK) return;
     mq_device_unpin(device, run->hidden);
     mq_device_unpin(device, dispatch->routes.experts);
     mq_device_unpin(device, dispatch->routes.shares);
     mq_device_unpin(device, dispatch->shares);
     mq_device_unpin(device, dispatch->sums);
-    mq_device_leave(device, before);
 }
 
 /* ---- the object ---- */
@@ -227,6 +233,7 @@ int mq_device_new(const mq_backend *backend, const mq_device_options *options, m
         .forget_ahead = mq_device_forget_ahead, .forget_run = forget_run,
         .forget_backward = mq_device_forget_backward,
         .layer = mq_device_run_layer, .expert = mq_device_run_expert, .head = mq_device_run_head,
+        .head_statistics = mq_device_head_statistics,
         .back_head = mq_device_back_head, .back_layer = mq_device_back_layer,
         .back_expert = mq_device_back_expert,
     };

@@ -77,47 +77,56 @@ static int attention_point(mq_device_pass *pass, mq_point *point, void *x, int64
     return rc;
 }
 
-mq_cuda_rope_job mq_device_rope(const mq_device_pass *pass, void *x, int64_t heads)
+mq_cuda_rope_job mq_device_rope(const mq_device_heads *heads)
 {
-    const mq_layer_context *context = pass->context;
-    const mq_rope_sizes sizes = mq_layer_rope(context, heads, &context->sequences[pass->chunk->first_sequence]);
-    const int64_t at = mq_device_rope_at(context->ropes, pass->layer->rope);
+    const mq_layer_context *context = heads->context;
+    const mq_sequence *first = &context->sequences[heads->chunk->first_sequence];
+    const mq_rope_sizes sizes = mq_layer_rope(context, heads->count, first);
+    const int64_t at = mq_device_rope_at(context->ropes, heads->layer->rope);
     return (mq_cuda_rope_job){
-        .x = mq_device_matrix(pass, x, heads * sizes.head_dim), .heads = heads, .cosine = pass->scratch->cosine + at,
-        .sine = pass->scratch->sine + at, .rotary = mq_config_rotary(context->config),
-        .positions = pass->chunk->positions, .offset = sizes.offset, .interleaved = sizes.interleaved,
+        .x = heads->x, .heads = heads->count, .cosine = heads->cosine + at, .sine = heads->sine + at,
+        .rotary = mq_config_rotary(context->config), .positions = heads->chunk->positions, .offset = sizes.offset,
+        .interleaved = sizes.interleaved,
     };
 }
 
-/* mq_layer_turn. */
-static int turn(mq_device_pass *pass, void *x, int64_t heads)
+mq_cuda_norm_job mq_device_unit_norm(const mq_device_heads *heads)
 {
-    const mq_config *config = pass->context->config;
-    if (pass->layer->rope == MQ_LAYER_NO_ROPE) return MQ_OK;
-    const mq_cuda_rope_job job = mq_device_rope(pass, x, heads);
-    const int rc = pass->device->backend->rope(&job, pass->device->compute, pass->err);
-    if (rc != MQ_OK || !config->qk_unit_norm) return rc;
-    const mq_cuda_norm_job unit = {.x = job.x, .y = job.x, .heads = heads, .eps = (float)config->rms_norm_eps};
-    return pass->device->backend->rmsnorm(&unit, pass->device->compute, pass->err);
+    return (mq_cuda_norm_job){.x = heads->x, .y = heads->x, .heads = heads->count,
+                              .eps = (float)heads->context->config->rms_norm_eps};
 }
 
-/* mq_layer_grow. */
-static int grow(mq_device_pass *pass, void *q, int64_t width)
+int mq_device_turn(const mq_device_heads *heads)
 {
-    const mq_cuda_matrix matrix = mq_device_matrix(pass, q, width);
-    const mq_cuda_add_job job = {.x = matrix, .y = matrix, .row_scales = pass->chunk->growth};
-    if (pass->layer->rope != MQ_LAYER_NO_ROPE || pass->context->config->attention_floor == 0) return MQ_OK;
-    return pass->device->backend->add(&job, pass->device->compute, pass->err);
+    const mq_backend *backend = heads->device->backend;
+    if (heads->layer->rope == MQ_LAYER_NO_ROPE) return MQ_OK;
+    const mq_cuda_rope_job rope = mq_device_rope(heads);
+    const mq_cuda_norm_job unit = mq_device_unit_norm(heads);
+    const int rc = backend->rope(&rope, heads->device->compute, heads->err);
+    if (rc != MQ_OK || !heads->context->config->qk_unit_norm) return rc;
+    return backend->rmsnorm(&unit, heads->device->compute, heads->err);
+}
+
+int mq_device_grow(const mq_device_heads *heads)
+{
+    const mq_cuda_add_job job = {.x = heads->x, .y = heads->x, .row_scales = heads->chunk->growth};
+    if (heads->layer->rope != MQ_LAYER_NO_ROPE || heads->context->config->attention_floor == 0) return MQ_OK;
+    return heads->device->backend->add(&job, heads->device->compute, heads->err);
 }
 
 /* q or k: norm of each head or of all (where the family has it), rope, then its point. */
 static int finish_heads(mq_device_pass *pass, mq_role role, mq_point *point, void *x, int64_t heads)
 {
     const int64_t width = heads * pass->context->config->head_dim;
+    const mq_device_heads turned = {
+        .device = pass->device, .context = pass->context, .layer = pass->layer, .chunk = pass->chunk, .count = heads,
+        .cosine = pass->scratch->cosine, .sine = pass->scratch->sine, .x = mq_device_matrix(pass, x, width),
+        .err = pass->err,
+    };
     int rc = MQ_OK;
     if (pass->device->norms[role] != NULL) rc = mq_device_norm(pass, role, x, x, width);
-    if (rc == MQ_OK) rc = turn(pass, x, heads);
-    if (rc == MQ_OK && role == MQ_ROLE_Q_NORM) rc = grow(pass, x, width);
+    if (rc == MQ_OK) rc = mq_device_turn(&turned);
+    if (rc == MQ_OK && role == MQ_ROLE_Q_NORM) rc = mq_device_grow(&turned);
     return rc == MQ_OK ? attention_point(pass, point, x, width) : rc;
 }
 

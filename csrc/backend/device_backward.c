@@ -354,29 +354,15 @@ static void pin(mq_device *device, const mq_backward *back)
 void mq_device_forget_backward(mq_elsewhere *self, const mq_backward *back)
 {
     mq_device *device = (mq_device *)(void *)self;
-    mq_error err;
-    int before;
-    if (mq_device_enter(device, &before, &err) != MQ_OK) return;
     mq_device_unpin(device, back->gradient);
     mq_device_unpin(device, back->d_experts);
     mq_device_unpin(device, back->d_shares);
-    mq_device_leave(device, before);
 }
 
 int mq_device_back_ready(mq_device *device, mq_error *err)
 {
     const int rc = device->backend->event_record(device->loaded, device->copies, err);
     return rc == MQ_OK ? device->backend->event_after(device->loaded, device->compute, err) : rc;
-}
-
-int mq_device_back_end(mq_device *device, int rc, mq_error *err)
-{
-    mq_error after;
-    if (rc != MQ_OK) mq_device_settle(device);
-    const int taken = mq_findings_take(device, rc == MQ_OK ? err : &after);
-    if (rc == MQ_OK) rc = taken;
-    if (rc != MQ_OK) mq_device_drop_changes(device);
-    return rc;
 }
 
 static int send_identity(const mq_device_back *it)
@@ -426,7 +412,7 @@ int mq_device_back_layer(mq_elsewhere *self, mq_backward *back, int64_t layer, c
         rc = mq_backward_observe_sum(back, all.it.layer->experts_observer, err);
     if (rc == MQ_OK) rc = run_chunks(&all);
     if (rc == MQ_OK && has_changes(&all.it)) rc = mq_device_take_changes(&all.it);
-    rc = mq_device_back_end(device, rc, err);
+    rc = mq_device_finish(device, rc, err);
     mq_device_drop_changes(device);
     mq_free(all.it.fetched);
     mq_device_leave(device, before);

@@ -181,8 +181,6 @@ size_t mq_device_back_nbytes(const mq_device_back_room *room, int64_t rows, int6
 
 /* Computing waits for weights. */
 int mq_device_back_ready(mq_device *device, mq_error *err);
-/* The end of what rc became of: nothing is under way any more. */
-int mq_device_back_end(mq_device *device, int rc, mq_error *err);
 
 /* mq_elsewhere's. */
 void mq_device_forget_backward(mq_elsewhere *self, const mq_backward *back);

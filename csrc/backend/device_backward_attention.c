@@ -3,41 +3,12 @@
 
 #include "backend/device_backward.h"
 
-/* Of a layer that has one: of q or k, or of gradients by these. */
-static mq_cuda_rope_job rope_of(const mq_device_back *it, const mq_cuda_matrix *x, int64_t heads)
+static mq_device_heads heads_of(const mq_device_back *it, const mq_cuda_matrix *x, int64_t count)
 {
-    const mq_layer_context *context = it->context;
-    const mq_rope_sizes sizes = mq_layer_rope(context, heads, &context->sequences[it->chunk->first_sequence]);
-    const int64_t at = mq_device_rope_at(context->ropes, it->layer->rope);
-    return (mq_cuda_rope_job){
-        .x = *x, .heads = heads, .cosine = it->scratch->cosine + at, .sine = it->scratch->sine + at,
-        .rotary = mq_config_rotary(context->config), .positions = it->chunk->positions, .offset = sizes.offset,
-        .interleaved = sizes.interleaved,
+    return (mq_device_heads){
+        .device = it->device, .context = it->context, .layer = it->layer, .chunk = it->chunk, .count = count, .x = *x,
+        .cosine = it->scratch->cosine, .sine = it->scratch->sine, .err = it->err,
     };
-}
-
-/* The norm without weights behind rope. */
-static mq_cuda_norm_job unit_norm(const mq_device_back *it, const mq_cuda_matrix *x, int64_t heads)
-{
-    return (mq_cuda_norm_job){.x = *x, .y = *x, .heads = heads, .eps = (float)it->context->config->rms_norm_eps};
-}
-
-/* mq_layer_turn, of a layer that has a rope. */
-static int turn(const mq_device_back *it, const mq_cuda_matrix *x, int64_t heads)
-{
-    const mq_cuda_rope_job job = rope_of(it, x, heads);
-    const mq_cuda_norm_job unit = unit_norm(it, x, heads);
-    const int rc = it->device->backend->rope(&job, it->device->compute, it->err);
-    if (rc != MQ_OK || !it->context->config->qk_unit_norm) return rc;
-    return it->device->backend->rmsnorm(&unit, it->device->compute, it->err);
-}
-
-/* mq_layer_grow, of a layer that has no rope, or of the gradient. */
-static int grow(const mq_device_back *it, const mq_cuda_matrix *q)
-{
-    const mq_cuda_add_job job = {.x = *q, .y = *q, .row_scales = it->chunk->growth};
-    if (it->context->config->attention_floor == 0) return MQ_OK;
-    return it->device->backend->add(&job, it->device->compute, it->err);
 }
 
 /* heads = rope(norm(raw)), of q or k. */
@@ -45,11 +16,11 @@ static int finish_heads(const mq_device_back *it, mq_role norm, void *heads, con
 {
     const int64_t width = count * it->context->config->head_dim;
     const mq_cuda_matrix matrix = mq_device_back_matrix(it, heads, width);
-    const int rc = it->layer->norms[norm] != NULL ? mq_device_back_normed(it, norm, heads, raw, width)
-                                                  : mq_device_back_copy(it, heads, raw, width);
-    if (rc != MQ_OK) return rc;
-    if (it->layer->rope != MQ_LAYER_NO_ROPE) return turn(it, &matrix, count);
-    return norm == MQ_ROLE_Q_NORM ? grow(it, &matrix) : MQ_OK;
+    const mq_device_heads turned = heads_of(it, &matrix, count);
+    int rc = it->layer->norms[norm] != NULL ? mq_device_back_normed(it, norm, heads, raw, width)
+                                            : mq_device_back_copy(it, heads, raw, width);
+    if (rc == MQ_OK) rc = mq_device_turn(&turned);
+    return rc == MQ_OK && norm == MQ_ROLE_Q_NORM ? mq_device_grow(&turned) : rc;
 }
 
 static int64_t width_of(const mq_device_back *it, mq_dim dim)
@@ -140,8 +111,9 @@ static int unit_norm_back(const mq_device_back *it, float *gradient, void *heads
 {
     const int64_t width = count * it->context->config->head_dim;
     const mq_cuda_matrix matrix = mq_device_back_matrix(it, heads, width);
-    const mq_cuda_rope_job again = rope_of(it, &matrix, count);
-    mq_cuda_norm_job unit = unit_norm(it, &matrix, count);
+    const mq_device_heads turned = heads_of(it, &matrix, count);
+    const mq_cuda_rope_job again = mq_device_rope(&turned);
+    mq_cuda_norm_job unit = mq_device_unit_norm(&turned);
     unit.d_out = unit.d_in = gradient;
     int rc = mq_device_back_copy(it, heads, raw, width);
     if (rc == MQ_OK) rc = it->device->backend->rope(&again, it->device->compute, it->err);
@@ -152,16 +124,17 @@ static int unit_norm_back(const mq_device_back *it, float *gradient, void *heads
 static int heads_back(const mq_device_back *it, mq_role norm, float *gradient, int64_t count)
 {
     const mq_device_back_scratch *scratch = it->scratch;
-    const int is_q = norm == MQ_ROLE_Q_NORM, turned = it->layer->rope != MQ_LAYER_NO_ROPE;
+    const int is_q = norm == MQ_ROLE_Q_NORM, is_turned = it->layer->rope != MQ_LAYER_NO_ROPE;
     const int64_t width = count * it->context->config->head_dim;
     const void *raw = is_q ? scratch->raw_q : scratch->raw_k;
     const mq_cuda_matrix matrix = mq_device_back_single(it, gradient, width);
     const mq_back_norm back = {.in = raw, .d_out = gradient, .d_in = gradient, .width = width};
-    int rc = is_q && !turned ? grow(it, &matrix) : MQ_OK;
-    if (rc == MQ_OK && turned && it->context->config->qk_unit_norm)
+    const mq_device_heads heads = heads_of(it, &matrix, count);
+    int rc = is_q ? mq_device_grow(&heads) : MQ_OK;
+    if (rc == MQ_OK && is_turned && it->context->config->qk_unit_norm)
         rc = unit_norm_back(it, gradient, is_q ? scratch->q : scratch->k, raw, count);
-    if (rc == MQ_OK && turned) {
-        const mq_cuda_rope_job rope = rope_of(it, &matrix, count);
+    if (rc == MQ_OK && is_turned) {
+        const mq_cuda_rope_job rope = mq_device_rope(&heads);
         rc = it->device->backend->rope_backward(&rope, it->device->compute, it->err);
     }
     return rc == MQ_OK && it->layer->norms[norm] != NULL ? mq_device_back_norm(it, norm, &back) : rc;

@@ -185,7 +185,7 @@ int mq_device_back_expert(mq_elsewhere *self, mq_backward *back, const mq_back_e
     mq_device_pin(device, back->run->dispatch.shares,
                   (size_t)(back->run->rows * back->run->dispatch.routes.top_k) * sizeof(float), 1);
     if (rc == MQ_OK) rc = run_rows(&it, &work);
-    rc = mq_device_back_end(device, rc, err);
+    rc = mq_device_finish(device, rc, err);
     mq_free(work.ones);
     mq_free(it.fetched);
     mq_device_leave(device, before);

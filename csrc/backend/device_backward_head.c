@@ -268,7 +268,7 @@ int mq_device_back_head(mq_elsewhere *self, mq_backward *back, const mq_back_hea
     if (rc != MQ_OK) return rc;
     it.it.scratch = &it.scratch;
     rc = run_head(&it);
-    rc = mq_device_back_end(device, rc, err);
+    rc = mq_device_finish(device, rc, err);
     mq_free(it.it.fetched);
     mq_device_leave(device, before);
     return rc;

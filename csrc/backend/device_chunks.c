@@ -377,7 +377,6 @@ static int watched(mq_device *device, mq_run *run, mq_layer *layer, mq_device_wo
                    mq_error *err)
 {
     mq_point *points[MQ_LAYER_MAX_POINTS];
-    mq_error after;
     const size_t count = mq_layer_points(layer, points);
     int rc = mq_points_begin(points, count, &run->spare, err);
     if (rc != MQ_OK) return rc;
@@ -385,9 +384,7 @@ static int watched(mq_device *device, mq_run *run, mq_layer *layer, mq_device_wo
     rc = device->backend->event_record(device->loaded, device->copies, err);
     if (rc == MQ_OK) rc = device->backend->event_after(device->loaded, device->compute, err);
     if (rc == MQ_OK) rc = work(device, run, layer, context, err);
-    if (rc != MQ_OK) mq_device_settle(device);
-    const int taken = mq_findings_take(device, rc == MQ_OK ? err : &after);
-    if (rc == MQ_OK) rc = taken;
+    rc = mq_device_finish(device, rc, err);
     const int ended = mq_points_end(points, count, rc == MQ_OK, err);
     return rc == MQ_OK ? ended : rc;
 }

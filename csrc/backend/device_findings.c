@@ -62,6 +62,16 @@ int mq_findings_take(mq_device *device, mq_error *err)
     return rc;
 }
 
+int mq_device_finish(mq_device *device, int rc, mq_error *err)
+{
+    if (rc == MQ_OK) rc = mq_findings_take(device, err);
+    if (rc == MQ_OK) return rc;
+    mq_device_settle(device);
+    mq_findings_drop(device);
+    mq_device_drop_changes(device);
+    return rc;
+}
+
 /* Room for `width` numbers more, which those before make by being taken, if need be. */
 static int take_room(mq_device *device, int64_t width, mq_finding **out, mq_error *err)
 {

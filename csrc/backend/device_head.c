@@ -212,8 +212,7 @@ static int end(head *it, mq_error *err)
     int rc = MQ_OK;
     if (it->request->losses != NULL)
         rc = it->device->backend->copy(it->request->losses, it->losses, nbytes, it->device->compute, err);
-    if (rc == MQ_OK) rc = it->device->backend->stream_wait(it->device->compute, err);
-    return rc == MQ_OK ? mq_findings_take(it->device, err) : rc;
+    return rc == MQ_OK ? it->device->backend->stream_wait(it->device->compute, err) : rc;
 }
 
 static int run_head(head *it, mq_error *err)
@@ -244,7 +243,7 @@ int mq_device_run_head(mq_elsewhere *self, const mq_head_request *given, mq_erro
         request.weight = &numbers;
         request.stored = NULL;
     }
-    if (rc == MQ_OK) rc = run_head(&it, err);
+    if (rc == MQ_OK) rc = mq_device_finish(it.device, run_head(&it, err), err);
     mq_free(numbers.data);
     mq_device_leave(it.device, before);
     return rc;

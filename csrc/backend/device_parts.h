@@ -1,6 +1,6 @@
 /* The inside of a mq_device, which its files share: memory (device.c), weights (device_weights.c), findings
  * (device_findings.c), layers (device_layer.c and, behind device_pass.h, its parts; device_chunks.c), experts
- * (device_experts.c), the head (device_head.c). */
+ * (device_experts.c), the head (device_head.c, device_head_statistics.c). */
 #ifndef MQ_DEVICE_PARTS_H
 #define MQ_DEVICE_PARTS_H
 
@@ -178,7 +178,8 @@ int mq_device_take(mq_device *device, void **out, size_t nbytes, const char *pur
 void mq_device_give(mq_device *device, void **memory, size_t nbytes);
 /* What arena could hold: one that is no spare. */
 size_t mq_device_available(const mq_device *device, const mq_arena *arena);
-/* Waits for all that was asked of the device, whatever becomes of it. */
+/* Waits for all that was asked of the device, whatever becomes of it: behind every error, and before memory of the host
+ * that copies may be on their way to is freed. */
 void mq_device_settle(mq_device *device);
 /* Has the device read and write this memory of the host while the host goes on, if it may be so and is not too much;
  * until the memory is said to be gone, or others need the place. beside: it takes the place of nothing. */
@@ -256,6 +257,8 @@ int mq_finding_weight(mq_device *device, const mq_cuda_matrix *w, const char *na
 int mq_finding_rows(mq_device *device, mq_calib *watch, const mq_cuda_matrix *x, mq_error *err);
 /* Waits, and gives everybody what was found; a weight that is not finite is an error. */
 int mq_findings_take(mq_device *device, mq_error *err);
+/* The end of work that rc became of: what it found is given out, or forgotten after an error; nothing is under way. */
+int mq_device_finish(mq_device *device, int rc, mq_error *err);
 void mq_findings_drop(mq_device *device);
 /* Rows that reach a point. by_sequence, by_batch: the host looks at them sequence by sequence, and at no two batches at
  * once (pass.c), which decides what the first data of a histogram are, and what averages are made of. */
@@ -279,7 +282,7 @@ int64_t mq_device_batch(const mq_device_look *look, int64_t i);
 /* The rows that count, x, to what is summed up for a calibrator that is not of kind max; *done: there was room. */
 int mq_sums_collect(mq_device *device, mq_calib *watch, const mq_device_look *look, const mq_cuda_matrix *x, int *done,
                     mq_error *err);
-/* Room for what will be summed up of a layer, before its rows take the rest. */
+/* Room for what will be summed up of a layer (NULL: before lm_head), before its rows take the rest. */
 void mq_sums_begin(mq_device *device, const mq_run *run, const mq_layer *layer, mq_point *const *points, size_t count);
 /* All sums to their calibrators. */
 int mq_sums_take(mq_device *device, mq_error *err);
@@ -303,12 +306,27 @@ typedef struct mq_device_pass {
 } mq_device_pass;
 
 mq_cuda_matrix mq_device_matrix(const mq_device_pass *pass, void *data, int64_t width);
-/* Of a layer that has one, on x (rows, heads * head_dim). */
-mq_cuda_rope_job mq_device_rope(const mq_device_pass *pass, void *x, int64_t heads);
 /* *in becomes its norm in out, where the layer has that norm. */
 int mq_device_normed(mq_device_pass *pass, mq_role role, void *out, const void **in);
 int mq_device_expert(mq_device_pass *pass);
 int mq_device_run_chunk(mq_device_pass *pass);
+/* Heads of a chunk's queries or keys, x (rows, heads * head_dim), or gradients by these. */
+typedef struct mq_device_heads {
+    mq_device *device;
+    const mq_layer_context *context;
+    const mq_layer *layer;
+    const mq_device_chunk *chunk;
+    const float *cosine, *sine;         /* all of the model's */
+    mq_cuda_matrix x;
+    int64_t count;
+    mq_error *err;
+} mq_device_heads;
+/* mq_layer_turn, and mq_layer_grow, which is its own way back; each does nothing in the other's layers. */
+int mq_device_turn(const mq_device_heads *heads);
+int mq_device_grow(const mq_device_heads *heads);
+/* What turning is made of: the rope of a layer that has one, and the norm behind it of families that have that. */
+mq_cuda_rope_job mq_device_rope(const mq_device_heads *heads);
+mq_cuda_norm_job mq_device_unit_norm(const mq_device_heads *heads);
 /* layer NULL: as large as any layer's. */
 mq_cuda_attention_job mq_device_attention(const mq_layer_context *context, const mq_layer *layer, int64_t rows,
                                           int64_t sequences, int64_t longest);
@@ -353,5 +371,6 @@ int mq_device_watched(mq_device *device, mq_run *run, int64_t layer, mq_device_w
 int mq_device_run_layer(mq_elsewhere *self, mq_run *run, int64_t layer, mq_error *err);
 int mq_device_run_expert(mq_elsewhere *self, mq_run *run, int64_t layer, int64_t first, int64_t count, mq_error *err);
 int mq_device_run_head(mq_elsewhere *self, const mq_head_request *request, mq_error *err);
+int mq_device_head_statistics(mq_elsewhere *self, mq_run *run, const float *norm, int64_t piece_rows, mq_error *err);
 
 #endif

@@ -18,7 +18,7 @@ void mq_device_quantizer_free(mq_device_quantizer *self)
     int before = 0;
     mq_error err;
     if (self->backend == NULL) return;
-    self->backend->device_current(&before, &err);
+    const int known = self->backend->device_current(&before, &err) == MQ_OK;
     self->backend->device_set(self->device, &err);
     drop_values(self->backend, &self->amax);
     drop_values(self->backend, &self->block_amax);
@@ -27,7 +27,7 @@ void mq_device_quantizer_free(mq_device_quantizer *self)
     drop_values(self->backend, &self->bias);
     self->backend->memory_free(self->workspace);
     self->backend->event_free(self->event);
-    self->backend->device_set(before, &err);
+    if (known) self->backend->device_set(before, &err);
     memset(self, 0, sizeof *self);
 }
 

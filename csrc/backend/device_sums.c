@@ -291,6 +291,7 @@ static mq_device_sums *find(mq_device *device, mq_calib *watch, int64_t width, m
 static int64_t width_of(const mq_run *run, const mq_layer *layer, const mq_point *point)
 {
     const mq_config *config = &run->runtime->config;
+    if (point == &run->runtime->head_input) return config->hidden_size;
     if (point == &layer->q) return mq_dim_of(config, &layer->kind, MQ_DIM_Q);
     if (point == &layer->k) return mq_dim_of(config, &layer->kind, MQ_DIM_KV);
     if (point == &layer->v) return mq_dim_of(config, &layer->kind, MQ_DIM_V);

@@ -69,6 +69,10 @@ struct mq_elsewhere {
     int (*layer)(mq_elsewhere *self, struct mq_run *run, int64_t layer, mq_error *err);
     int (*expert)(mq_elsewhere *self, struct mq_run *run, int64_t layer, int64_t first, int64_t count, mq_error *err);
     int (*head)(mq_elsewhere *self, const mq_head_request *request, mq_error *err);
+    /* Statistics of what reaches lm_head, whose calibrators have begun. norm (C): weight of the final norm; the host
+     * would look at pieces of so many rows. */
+    int (*head_statistics)(mq_elsewhere *self, struct mq_run *run, const float *norm, int64_t piece_rows,
+                           mq_error *err);
     /* The way back (backward.h): from losses to the last hidden states; through a layer that is loaded, whose experts,
      * if it has any, have been gone through, and whose observer is yet to see their end; through the expert that is
      * loaded. */

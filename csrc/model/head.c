@@ -240,10 +240,12 @@ int mq_run_loss(mq_run *run, const int32_t *labels, const mq_named_tensor *tenso
 
 static int collect_rows(head_job *job, mq_point *point, mq_error *err)
 {
+    mq_elsewhere *there = job->run->runtime->elsewhere;
     const mq_runtime *runtime = job->run->runtime;
     const uint8_t *mask = job->run->count_padding ? NULL : job->run->mask;
     int64_t width = runtime->config.hidden_size;
     int rc = MQ_OK;
+    if (there != NULL) return there->head_statistics(there, job->run, job->norm, ROWS, err);
     for (int64_t first = 0; rc == MQ_OK && first < job->run->rows; first += ROWS) {
         int64_t rows = MQ_MIN((int64_t)ROWS, job->run->rows - first);
         mq_calib_rows part = {.x = job->scratch, .dtype = runtime->dtype, .rows = rows, .width = width, .ld = width,

@@ -328,8 +328,8 @@ const mq_tensor *mq_find_tensor(const mq_named_tensor *tensors, size_t count, co
     const mq_tensor expected = mq_tensor_make(NULL, MQ_F32, ndim, shape);
     const mq_named_tensor *found = find(tensors, count, name, &expected, err);
     if (found == NULL || found->stored == NULL) return found ? &found->tensor : NULL;
-    mq_fail(err, MQ_ERR_TYPE, "tensor %s is given by its parts: only the weight of a linear may be, of a layer that is "
-            "to be multiplied with", name);
+    mq_fail(err, MQ_ERR_TYPE, "tensor %s is given as codes and scales, which only products of a forward take: here, as "
+            "on all of the way back, give it as numbers (_core.dequantize makes them of the parts)", name);
     return NULL;
 }
 

@@ -430,7 +430,8 @@ static int enabled_set(QuantizerObject *self, PyObject *value, void *unused)
 
 static PyObject *object_get(QuantizerObject *self, void *offset)
 {
-    return Py_NewRef(*(PyObject **)(void *)((char *)self + (size_t)offset));
+    PyObject *object = *(PyObject **)(void *)((char *)self + (size_t)offset);
+    return Py_NewRef(object != NULL ? object : Py_None);
 }
 
 static PyObject *changes_get(QuantizerObject *self, void *unused)
@@ -638,6 +639,8 @@ static PyGetSetDef getset[] = {
      "float32 [columns] or None: subtracted before rounding and added after, in the input's dtype.", NULL},
     {"rotate", (getter)rotate_get, (setter)rotate_set,
      "0, or so many columns at a time are rotated by a normalised Hadamard matrix before anything is rounded.", NULL},
+    {"home", (getter)object_get, NULL, "What was handed to lend(), while its amax lies there; None otherwise.",
+     (void *)offsetof(QuantizerObject, home.obj)},
     {"is_lent", (getter)flag_get, NULL, "Whether its amax lies in memory that was handed to lend().",
      (void *)offsetof(QuantizerObject, core.lent)},
     {"enabled", (getter)enabled_get, (setter)enabled_set, "False: calls only copy (and apply pre_quant_scale).", NULL},

@@ -268,10 +268,10 @@ cudaError_t cudaMallocHost(void **out, size_t nbytes)
     return cudaSuccess;
 }
 
+/* Of the host's memory nobody promises that it is waited for. */
 cudaError_t cudaFreeHost(void *memory)
 {
     const std::lock_guard<std::recursive_mutex> held(lock);
-    drain_all();
     pinned.erase((char *)memory);
     free(memory);
     return cudaSuccess;
@@ -294,8 +294,15 @@ cudaError_t cudaHostRegister(void *memory, size_t nbytes, unsigned)
 cudaError_t cudaHostUnregister(void *memory)
 {
     const std::lock_guard<std::recursive_mutex> held(lock);
-    drain_all();
     return pinned.erase((char *)memory) == 1 ? cudaSuccess : cudaErrorHostMemoryNotRegistered;
+}
+
+/* What a late copy reads or writes has to be what it was when the copy was asked for. */
+static void must_be_there(const void *memory)
+{
+    if (lies_in(sizes, memory) || lies_in(pinned, memory)) return;
+    fprintf(stderr, "CUDA shim: a copy from or to %p runs after that memory was unpinned\n", memory);
+    abort();
 }
 
 /* Memory of the host that is not pinned is read before the call returns, and written before it returns (CUDA Runtime
@@ -311,11 +318,17 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t nbytes, cudaMemcp
         mq_shim_copy(to, from, nbytes);
         return cudaSuccess;
     };
+    const auto late_copy = [=]() {
+        must_be_there(to);
+        must_be_there(from);
+        return copy();
+    };
     if (!lies_in(sizes, to) && !lies_in(pinned, to)) {
         mq_shim_drain(stream);
         return copy();
     }
-    if (lies_in(sizes, from) || lies_in(pinned, from) || !is_late()) return ask(stream, copy);
+    if (!is_late()) return ask(stream, copy);
+    if (lies_in(sizes, from) || lies_in(pinned, from)) return ask(stream, late_copy);
     const std::vector<char> held_back((const char *)from, (const char *)from + nbytes);
     return ask(stream, [=]() {
         mq_shim_copy(to, held_back.data(), nbytes);
@@ -355,9 +368,19 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream)
     return cudaSuccess;
 }
 
+/* A wait that fails alone has not waited; one that fails for good is of a GPU that runs nothing any longer (CUDA
+ * Runtime API, cudaErrorLaunchFailure: "the process must be terminated and relaunched"): nothing stays queued. */
+static bool wait_fails()
+{
+    if (!mq_shim_fails()) return false;
+    const std::lock_guard<std::recursive_mutex> held(lock);
+    if (faults.persistent) drain_all();
+    return true;
+}
+
 cudaError_t cudaStreamSynchronize(cudaStream_t stream)
 {
-    MQ_MAY_FAIL(cudaErrorUnknown);
+    if (wait_fails()) return cudaErrorUnknown;
     const std::lock_guard<std::recursive_mutex> held(lock);
     note("wait", stream);
     mq_shim_drain(stream);
@@ -386,7 +409,7 @@ cudaError_t cudaEventDestroy(cudaEvent_t event)
 
 cudaError_t cudaEventSynchronize(cudaEvent_t event)
 {
-    MQ_MAY_FAIL(cudaErrorUnknown);
+    if (wait_fails()) return cudaErrorUnknown;
     const std::lock_guard<std::recursive_mutex> held(lock);
     note("event", event->stream);
     if (is_ours(event->stream)) run_until(event->stream, event->place);

@@ -19,7 +19,7 @@ from modelq.calibration.statistics import activation_slots
 from modelq.calibration.svdquant import SvdQuant
 from modelq.calibration.walk import Method, Walk, warn_unseen
 from modelq.checkpoint.atomic import check_writable
-from modelq.quantizers import found_values, set_found_values
+from modelq.parking import kept_values, put_back
 from modelq.weights_only import refuse_data
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class _State:
 
     def __init__(self, model: Model):
         self.settings, self.quantizers = model.settings, model.quantizers
-        self.values = {name: found_values(quantizer) for name, quantizer in model.quantizers.items()}
+        self.values = {name: kept_values(quantizer) for name, quantizer in model.quantizers.items()}
         self.checkpoint, self.low_rank, self.losses = model.checkpoint, model.low_rank, model.search_losses
         self.expert_tokens, self.kept_blocks = model.expert_tokens, model.kept_blocks
         self.changed = dict(getattr(model.checkpoint, "changed", {}))
@@ -85,7 +85,8 @@ class _State:
     def put_back(self, model: Model) -> None:
         model.settings, model.quantizers = self.settings, self.quantizers
         for name, values in self.values.items():
-            set_found_values(model.quantizers[name], values)
+            put_back(model.quantizers[name], values)
+            model.parking.saw(sum(8 * kept.found.amax.size for kept in values if kept.home is not None))
         model.checkpoint, model.low_rank, model.search_losses = self.checkpoint, self.low_rank, self.losses
         model.expert_tokens, model.kept_blocks = self.expert_tokens, self.kept_blocks
         if self.changed or hasattr(model.checkpoint, "changed"):

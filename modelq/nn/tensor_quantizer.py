@@ -196,7 +196,7 @@ class TensorQuantizer(OnDevice):
         was never calibrated, or NaN is in what it looks at."""
         prepares = self.core.pre_quant_scale is not None or bool(self.core.rotate)
         looks, rounds = self._if_calib and self.is_enabled, self._if_quant and self.is_enabled
-        if not prepares and not looks and not rounds:
+        if not self.acts:
             return x
         library = self._library_for(x)
         if library is not None:
@@ -217,6 +217,11 @@ class TensorQuantizer(OnDevice):
         if rounds:
             self._check_range()
         return self._round_there(library, x, not rounds) if rounds or prepares else x
+
+    @property
+    def acts(self) -> bool:
+        """Whether it looks at what it is given, or changes it."""
+        return self.core.pre_quant_scale is not None or bool(self.core.rotate) or (self.is_enabled and (self._if_calib or self._if_quant))
 
     def _check_range(self) -> None:
         if self.needs_calibration and self.core.amax is None and not self._is_plain_cast:

@@ -14,7 +14,7 @@ from modelq.checkpoint.quantized import dequantized
 from modelq.experts import PARENT as EXPERTS
 from modelq.rules import Slot
 from modelq.torch_models.attention import intercept, is_attention, let_go
-from modelq.torch_models.experts import QuantizedExperts, is_experts, matrices_of, matrix_of, matrix_shape
+from modelq.torch_models.experts import is_experts, matrices_of, matrix_of, matrix_shape, quantizing_class
 from modelq.torch_models.quantizer_module import SCALES, QuantizerModule, SequentialQuantizer
 
 # Class: its name in rules, and where it has quantizers. The order is the reference's.
@@ -220,7 +220,7 @@ def insert(module: torch.nn.Module) -> None:
     if is_attention(module):
         intercept(module)
     else:
-        _take_class(module, quantized_class(type(module), QuantizedExperts if is_experts(module) else QuantizedModule))
+        _take_class(module, quantized_class(type(module), quantizing_class(module) if is_experts(module) else QuantizedModule))
 
 
 def remove(module: torch.nn.Module) -> None:

@@ -31,7 +31,7 @@ class QuantizerModule(TensorQuantizer, torch.nn.Module):
 
     @torch.compiler.disable
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if isinstance(x, torch.Tensor) and x.requires_grad and torch.is_grad_enabled():
+        if isinstance(x, torch.Tensor) and x.requires_grad and torch.is_grad_enabled() and (self.acts or self.low_rank is not None):
             return _StraightThrough.apply(x, self)
         return self.compute(x)
 
@@ -224,7 +224,7 @@ class _StraightThrough(torch.autograd.Function):
         ctx.quantizer, ctx.masks = quantizer, quantizer.masks_gradients
         ctx.save_for_backward(*[x] * ctx.masks)
         made: torch.Tensor = quantizer.compute(x.detach())
-        return made.view_as(made)
+        return made.view_as(made) if made.data_ptr() == x.data_ptr() else made      # a view may not be changed in place
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:

@@ -17,7 +17,7 @@ from modelq.checkpoint.folder import copy_files, side_files_of
 from modelq.model import Model
 from modelq.quantizers import found_values, make_quantizer, set_found_values
 from modelq.torch_models import unwrapped
-from modelq.torch_models.experts import is_experts, matrix_of
+from modelq.torch_models.experts import halves_of, is_experts, matrix_of
 from modelq.torch_models.modules import QuantizedModule
 from modelq.torch_models.quantize import quantizers_of, settings_of
 from modelq.torch_models.stand_in import Weights, live_value
@@ -100,8 +100,9 @@ def _parameters(model: Any, packed: Mapping[str, QuantizedModule]) -> dict[str, 
         views = [value] if container not in experts else _by_expert(experts[container], value, matrix)
         names = _names_on_disk(model, name, value)
         if len(names) < len(views):         # a checkpoint of stacks: as modelq.checkpoint.stacked calls their linears
-            linears = ("down_proj",) if matrix == "down_proj" else ("gate_proj", "up_proj")
-            names = [f"{container}.{expert}.{linear}.weight" for linear in linears for expert in range(experts[container].num_experts)]
+            linears = ("down_proj",) if matrix.startswith("down_proj") else ("gate_proj", "up_proj")
+            role = "bias" if matrix.endswith("_bias") else "weight"
+            names = [f"{container}.{expert}.{linear}.{role}" for linear in linears for expert in range(experts[container].num_experts)]
         found.update(zip(names, views, strict=True))
     return found | _buffers(model, modules)
 
@@ -117,14 +118,11 @@ def _buffers(model: Any, modules: Mapping[str, torch.nn.Module]) -> dict[str, to
 
 
 def _by_expert(module: torch.nn.Module, stacked: torch.Tensor, matrix: str) -> list[torch.Tensor]:
-    """Views of a stacked matrix, or of its halves (all of gate, then all of up), expert by expert."""
-    if module.has_bias or not module.has_gate or not module.is_concatenated:
-        raise ValueError(f"{type(module).__name__}: experts with biases, without a gate, or with gate and up interleaved are not written "
-                         "yet")
-    whole = [matrix_of(module, stacked, expert) for expert in range(module.num_experts)]
-    if matrix == "down_proj":
+    """Views of a stacked matrix or of stacked biases, or of their halves (all of gate, then all of up), expert by expert."""
+    whole = list(stacked) if matrix.endswith("_bias") else [matrix_of(module, stacked, expert) for expert in range(module.num_experts)]
+    if matrix.startswith("down_proj"):
         return whole
-    halves = [view.chunk(2) for view in whole]
+    halves = [halves_of(module, view) for view in whole]
     return [half[0] for half in halves] + [half[1] for half in halves]
 
 

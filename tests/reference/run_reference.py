@@ -26,18 +26,27 @@ def main() -> None:
     for family in dict.fromkeys(case.split("/")[0] for case in wanted):
         if not (out / family / "source").exists():
             save_source(family, out / family / "source")
-    running = 0
+    running: dict[int, Path] = {}
     for case in wanted:
         family, format = case.split("/")
-        if running == (os.cpu_count() or 1):
-            os.wait()
-            running -= 1
-        if os.fork() == 0:       # a process each: what fails leaves patches behind
-            one(out / family / "source", format, out / family / folder_of(format))
+        if len(running) == (os.cpu_count() or 1):
+            wait(running)
+        folder = out / family / folder_of(format)
+        if (child := os.fork()) == 0:       # a process each: what fails leaves patches behind
+            one(out / family / "source", format, folder)
             os._exit(0)
-        running += 1
-    for _ in range(running):
-        os.wait()
+        running[child] = folder
+    while running:
+        wait(running)
+
+
+def wait(running: dict[int, Path]) -> None:
+    """For one of the processes. What the kernel ended (memory that others have) is no result, and says so."""
+    child, status = os.wait()
+    folder = running.pop(child)
+    if status != 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "error.txt").write_text(f"the reference's process ended with {os.waitstatus_to_exitcode(status)} (-9: no memory was left)")
 
 
 def save_source(family: str, folder: Path) -> None:

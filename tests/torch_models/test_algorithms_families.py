@@ -72,7 +72,7 @@ def test_a_rotated_model_is_written(case, tmp_path):
     assert np.linalg.norm(again - simulated) < 0.03 * np.linalg.norm(simulated)
 
 
-@pytest.mark.parametrize("name", ["phi3", "granitemoe", "qwen2_moe", "deepseek_v2", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["phi3", "granitemoe", "qwen2_moe", "deepseek_v2", "deepseek_v3", "gpt_oss", "llama4"])
 def test_a_model_in_torch_is_rotated(name):
     """Fused and latent linears, stacks of experts, a vector that corrects a router: in the user's process. One linear is INT8."""
     import torch

@@ -170,7 +170,7 @@ def test_stacks_of_granite_stay_where_they_are_not_quantized(left_out, tmp_path)
     assert np.linalg.norm(again(ids).logits - model(ids).logits) < 0.03 * np.linalg.norm(model(ids).logits)
 
 
-@pytest.mark.parametrize("name", ["granitemoe", "deepseek_v2", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["granitemoe", "deepseek_v2", "deepseek_v3", "gpt_oss", "llama4"])
 def test_a_model_in_torch_is_written_as_the_checkpoint_is(name, tmp_path):
     theirs = build(name)
     model = modelq.load(save(theirs, tmp_path / "source"), compute="float32")

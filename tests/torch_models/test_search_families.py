@@ -11,7 +11,7 @@ import modelq._core as core
 import modelq.quantization as mtq
 from micro_models import MODELS, build, inputs, save
 from modelq.export import export_hf_checkpoint
-from modelq.torch_models.experts import is_experts, matrix_of
+from modelq.torch_models.experts import is_experts, is_llama4, matrix_of
 
 # One of each row; the first of each family has all of it.
 FAMILIES = list({name.split()[0]: name for name in reversed(MODELS)}.values())[::-1]
@@ -47,17 +47,9 @@ def rounded(weight):
     return torch.round(weight / scale) * scale
 
 
-def holds_experts(module):
-    """Llama 4's among them, whose outputs are of every expert, one after the other, before they are added up."""
-    return is_experts(module) or type(module).__name__ == "Llama4TextExperts"
-
-
-def matrix(module, name, expert):
-    return matrix_of(module, getattr(module, name), expert) if is_experts(module) else getattr(module, name)[expert].t()
-
-
 def summed(module, output):
-    return output.view(module.num_experts, -1, output.shape[-1]) if holds_experts(module) and not is_experts(module) else output[None]
+    """Llama 4's outputs are of every expert, one after the other, before they are added up."""
+    return output.view(module.num_experts, -1, output.shape[-1]) if is_experts(module) and is_llama4(module) else output[None]
 
 
 class Seen:
@@ -74,7 +66,7 @@ class Seen:
 
 def expected_scores(theirs, batches):
     """Module to sum((gradient by its output * change of its output by INT8 weights)^2), all in torch."""
-    modules = {name: module for name, module in theirs.named_modules() if holds_experts(module) or
+    modules = {name: module for name, module in theirs.named_modules() if is_experts(module) or
                (isinstance(module, torch.nn.Linear) and "router" not in name)}
     seen = {name: Seen(module) for name, module in modules.items()}
     for batch in batches:
@@ -84,8 +76,8 @@ def expected_scores(theirs, batches):
     scores = {}
     with torch.no_grad():
         for name, one in seen.items():
-            views = [matrix(one.module, stack, expert) for stack in ("gate_up_proj", "down_proj")
-                     for expert in range(one.module.num_experts)] if holds_experts(one.module) else [one.module.weight]
+            views = [matrix_of(one.module, getattr(one.module, stack), expert) for stack in ("gate_up_proj", "down_proj")
+                     for expert in range(one.module.num_experts)] if is_experts(one.module) else [one.module.weight]
             for view in views:
                 view.copy_(rounded(view))
             scores[name] = sum(float((summed(one.module, output.grad)[0] * summed(one.module, one.module(*args) - was).sum(0))
