@@ -79,10 +79,10 @@ test-isa: $(VENV)/installed
 test-engines: test-transformers test-vllm
 
 test-transformers: $(VENV)/installed $(TRANSFORMERS)/installed
-	MODELQ_TRANSFORMERS_PYTHON=$(TRANSFORMERS)/bin/python $(VENV)/bin/pytest tests/engines/test_transformers.py $(ARGS)
+	MODELQ_TRANSFORMERS_PYTHON=$(TRANSFORMERS)/bin/python $(VENV)/bin/pytest tests/engines/test_transformers*.py $(ARGS)
 
 test-vllm: $(VENV)/installed $(VLLM)/installed
-	MODELQ_VLLM_PYTHON=$(VLLM)/bin/python $(VENV)/bin/pytest tests/engines/test_vllm.py $(ARGS)
+	MODELQ_VLLM_PYTHON=$(VLLM)/bin/python $(VENV)/bin/pytest tests/engines/test_vllm*.py $(ARGS)
 
 test-torch: $(TORCH)/installed
 	$(TEST_ENV) $(TORCH)/bin/pytest $(PARALLEL) tests/torch_models $(ARGS)
