@@ -162,7 +162,7 @@ __asm__(".text\n"
 enum { KEPT_REGISTERS = 6 };
 static void *scheduler;
 
-/* As if it had switched away where fiber_main begins. Stacks begin in different cache lines, or all would share a few. */
+/* As if it had switched away where fiber_main begins. Stacks begin in different cache lines: else all share a few. */
 static void prepare(fiber *made, void (*start)())
 {
     const int64_t index = made - fibers;
