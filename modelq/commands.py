@@ -205,11 +205,14 @@ def formats(args: Namespace) -> Report:
 def families(args: Namespace) -> Report:
     from modelq import _core
 
-    rows = [{key: row[key] for key in ("family", "models", "model_types", "architectures", "flags", "oracle")} | {"tested": TESTED}
-            for row in _core.archs()]
-    cells = [[row["family"], row["models"], ", ".join(row["model_types"]), ", ".join(row["architectures"]), row["oracle"]] for row in rows]
-    return Report({"families": rows}, [(["family", "models", "model_type", "architectures", "tested against"], cells), "",
-                                       f"Tested of each: {', '.join(TESTED)}.",
+    from modelq.verify.expert_rules import loaded_by
+
+    rows = [{key: row[key] for key in ("family", "models", "model_types", "architectures", "flags", "oracle")} | {
+        "tested": TESTED, "loaded_by": loaded_by(row["family"])} for row in _core.archs()]
+    cells = [[row["family"], row["models"], ", ".join(row["model_types"]), ", ".join(row["architectures"]), row["oracle"],
+              row["loaded_by"]] for row in rows]
+    return Report({"families": rows}, [(["family", "models", "model_type", "architectures", "tested against", "loaded by"], cells), "",
+                                       f"Tested of each: {', '.join(TESTED)}. Loaded by, with the same tokens or logits: tests/engines.",
                                        "Other architectures take the formats that need no activations."])
 
 

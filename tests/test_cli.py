@@ -129,6 +129,8 @@ def test_families(capsys):
     for row in core.archs():
         assert re.search(rf"^{row['family']} .*{row['architectures'][0]}.*{row['oracle']}", out, flags=re.M)
         assert row["models"].split(",")[0] in readme, "README's list of families"
+    from modelq.verify.expert_rules import _LOADED_BY
+    assert set(_LOADED_BY) < {row["family"] for row in core.archs()} and all("vLLM" in row["loaded_by"] for row in data["families"])
 
 
 def test_inspect_an_unquantized_folder(capsys, golden):

@@ -304,6 +304,7 @@ def set_in(path, value):
     ("compressed-tensors", "int4", set_in(["config_groups", "group_0", "weights", "num_bits"], 9), "num_bits 9.*modelq reads"),
     ("compressed-tensors", "nvfp4", set_in(["config_groups", "group_0", "input_activations", "group_size"], 64), "activations of"),
     ("compressed-tensors", "nvfp4", set_in(["transform_config"], {"rotate": 1}), "sparsity and transforms"),
+    ("compressed-tensors", "fp8", set_in(["sparsity_config"], {"format": "sparse-24-bitmask"}), "sparsity and transforms"),
     ("gptq", "int4", set_in(["checkpoint_format"], "marlin"), "gptq with checkpoint_format 'marlin' is not read; modelq reads"),
     ("gptq", "int4", set_in(["group_size"], "x"), "group_size must be a positive integer"),
     ("autoawq", "int4", set_in(["version"], "gemv"), "awq with version 'gemv' is not read; modelq reads version 'gemm'"),
@@ -320,6 +321,29 @@ def test_targets_of_other_writers(targets, exported, tmp_path):
     folder = rewrite(exported("compressed-tensors", "fp8"), tmp_path / "m", edit_config=set_in(["config_groups", "group_0", "targets"], targets))
     with open_checkpoint(folder) as checkpoint:
         assert len(checkpoint.layers) == 14
+
+
+STATED = {"actorder": None, "block_structure": None, "dynamic": False, "group_size": None, "num_bits": 8, "observer": "minmax",
+          "observer_kwargs": {}, "strategy": "tensor", "symmetric": True, "type": "float"}
+
+
+@pytest.mark.parametrize("more", [
+    {}, {"format": "naive-quantized", "quantization_status": "frozen"}, {"version": "0.12.2", "transform_config": {}, "sparsity_config": {}},
+    {"sparsity_config": {"format": "dense", "global_sparsity": 0.14, "ignore": ["lm_head"], "registry_requires_subclass": False,
+                         "sparsity_structure": "unstructured", "targets": []}}])
+def test_configs_of_published_checkpoints(llama, more, exported, tmp_path):
+    """FP8 as llm-compressor's and Neural Magic's models on the Hub say it, older and newer: with quantized inputs."""
+    said = {"config_groups": {"group_0": {"input_activations": STATED, "output_activations": None, "targets": ["Linear"], "weights": STATED}},
+            "format": "float-quantized", "global_compression_ratio": 1.24, "ignore": ["lm_head"], "kv_cache_scheme": None,
+            "quant_method": "compressed-tensors", "quantization_status": "compressed", **more}
+
+    def edit(config):
+        config.clear()
+        config.update(said)
+    folder = rewrite(exported("compressed-tensors", "fp8"), tmp_path / "m", edit_config=edit)
+    found, wanted = (np.asarray(modelq.load(path, compute="float32")(llama.calib[:1]).logits)
+                     for path in (folder, exported("compressed-tensors", "fp8")))
+    np.testing.assert_array_equal(found, wanted)
 
 
 def test_scales_of_other_writers_may_be_bfloat16(exported, tmp_path):

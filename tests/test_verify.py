@@ -194,6 +194,8 @@ BROKEN = [   # rule, export, engine, what the finding names, the change
     ("fused_experts", "int8", "transformers", "experts.0", experts(None)),
     ("fused_experts", "fp8 block", "transformers", "experts.0", experts(None)),
     ("fused_experts", "fp8 tensor", "transformers", "experts.0", then(experts(None), lambda f: f.config.update(model_type="granitemoe"))),
+    ("vllm_experts", "int8 static", "vllm", "experts.0", experts(None)),
+    ("vllm_experts", MO, "vllm", "experts.0", then(experts(None), lambda f: f.config.update(model_type="gpt_oss"))),
     ("exclusions", MO, "vllm", DOWN, unquantize(DOWN)),
     ("exclusions", MO, "sglang", DOWN, unquantize(DOWN)),
     ("exclusions", MO, TRT, O, then(unquantize(O), excluded("lm_head", "model.layers.0.self_attn.o"))),

@@ -2,7 +2,6 @@
 #include "cuda_shim.h"
 
 #include <pthread.h>
-#include <setjmp.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -10,6 +9,7 @@
 #include <ucontext.h>
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -30,9 +30,11 @@ typedef struct copy {
 typedef enum fiber_state { READY, AT_BARRIER, AT_EXCHANGE, ENDED } fiber_state;
 
 typedef struct fiber {
-    ucontext_t context;     /* where it starts */
-    jmp_buf place;          /* where it waits */
-    int has_started;
+#if defined(__x86_64__)
+    void *place;            /* where it waits: the end of its stack */
+#else
+    ucontext_t context;
+#endif
     char *stack;
     fiber_state state;
     unsigned mask;          /* AT_EXCHANGE: the lanes that take part, */
@@ -126,36 +128,80 @@ static void arrive(void *fake_stack, const void **stack, size_t *nbytes)
 {
     __sanitizer_finish_switch_fiber(fake_stack, stack, nbytes);
 }
+
+/* Frames that nobody will return from: the same addresses may be a stack again. */
+static void forget(const char *stack)
+{
+    __asan_unpoison_memory_region(stack, STACK_BYTES);
+}
 #else
 static const void *scheduler_stack;
 static size_t scheduler_stack_bytes;
 static void *scheduler_fake_stack;
 static void leave(void **, const void *, size_t) {}
 static void arrive(void *, const void **, size_t *) {}
+static void forget(const char *) {}
 #endif
 
-/* swapcontext saves the signal mask by system calls, which cost more than most threads do; the sanitizer, though,
- * follows it better than jumps. */
-#if defined(__SANITIZE_ADDRESS__)
-static ucontext_t scheduler;
-#define SWITCH_TO_SCHEDULER(self) swapcontext(&(self)->context, &scheduler)
-#define SWITCH_TO_FIBER(next) swapcontext(&scheduler, &(next)->context)
-#else
-static jmp_buf scheduler;
-#define SWITCH_TO_SCHEDULER(self) \
-    do { \
-        if (_setjmp((self)->place) == 0) _longjmp(scheduler, 1); \
-    } while (0)
-#define SWITCH_TO_FIBER(next) \
-    do { \
-        if (_setjmp(scheduler) == 0) enter(next); \
-    } while (0)
+/* swapcontext saves the signal mask by system calls, and the address sanitizer then clears the shadow of whole stacks,
+ * either of which costs more than most threads do; longjmp it takes for leaving all frames. So where the calling
+ * convention is known registers are changed here (System V ABI, AMD64 supplement, 3.2.1: those that a callee keeps). */
+#if defined(__x86_64__)
+extern "C" void mq_shim_switch(void **leave_at, void *arrive_at);
+__asm__(".text\n"
+        ".hidden mq_shim_switch\n"
+        ".type mq_shim_switch, @function\n"
+        "mq_shim_switch:\n"
+        "    pushq %rbp\n    pushq %rbx\n    pushq %r12\n    pushq %r13\n    pushq %r14\n    pushq %r15\n"
+        "    movq %rsp, (%rdi)\n"
+        "    movq %rsi, %rsp\n"
+        "    popq %r15\n    popq %r14\n    popq %r13\n    popq %r12\n    popq %rbx\n    popq %rbp\n"
+        "    ret\n"
+        ".size mq_shim_switch, .-mq_shim_switch\n");
 
-static void enter(fiber *next)
+enum { KEPT_REGISTERS = 6 };
+static void *scheduler;
+
+/* As if it had switched away where fiber_main begins. Stacks begin in different cache lines: else all share a few. */
+static void prepare(fiber *made, void (*start)())
 {
-    if (next->has_started) _longjmp(next->place, 1);
-    next->has_started = 1;
-    setcontext(&next->context);
+    const int64_t index = made - fibers;
+    void **top = (void **)(made->stack + STACK_BYTES - (index % 64 + 1) * 256);
+    top[-1] = NULL;             /* where fiber_main would return to */
+    top[-2] = (void *)start;
+    for (int i = 0; i < KEPT_REGISTERS; i++) top[-3 - i] = NULL;
+    made->place = top - 2 - KEPT_REGISTERS;
+}
+
+static void switch_to_scheduler(fiber *self)
+{
+    mq_shim_switch(&self->place, scheduler);
+}
+
+static void switch_to_fiber(fiber *next)
+{
+    mq_shim_switch(&scheduler, next->place);
+}
+#else
+static ucontext_t scheduler;
+
+static void prepare(fiber *made, void (*start)())
+{
+    getcontext(&made->context);
+    made->context.uc_stack.ss_sp = made->stack;
+    made->context.uc_stack.ss_size = STACK_BYTES;
+    made->context.uc_link = NULL;
+    makecontext(&made->context, start, 0);
+}
+
+static void switch_to_scheduler(fiber *self)
+{
+    swapcontext(&self->context, &scheduler);
+}
+
+static void switch_to_fiber(fiber *next)
+{
+    swapcontext(&scheduler, &next->context);
 }
 #endif
 
@@ -164,7 +210,7 @@ static void yield()
 {
     fiber *self = &fibers[current];
     leave(&self->fake_stack, scheduler_stack, scheduler_stack_bytes);
-    SWITCH_TO_SCHEDULER(self);
+    switch_to_scheduler(self);
     arrive(fibers[current].fake_stack, &scheduler_stack, &scheduler_stack_bytes);
 }
 
@@ -186,7 +232,7 @@ static void resume(int thread)
     threadIdx = dim3((unsigned)thread % blockDim.x, (unsigned)thread / blockDim.x % blockDim.y,
                      (unsigned)thread / (blockDim.x * blockDim.y));
     leave(&scheduler_fake_stack, next->stack, STACK_BYTES);
-    SWITCH_TO_FIBER(next);
+    switch_to_fiber(next);
     arrive(scheduler_fake_stack, NULL, NULL);
 }
 
@@ -368,9 +414,9 @@ static cudaError_t run_block()
 static void drop_fibers()
 {
     for (int i = 0; i < MOST_THREADS && fibers[i].stack != NULL; i++) {
+        forget(fibers[i].stack);
         munmap(fibers[i].stack, STACK_BYTES);
         fibers[i].stack = NULL;
-        fibers[i].has_started = 0;
     }
 }
 
@@ -380,11 +426,7 @@ static cudaError_t make_fiber(fiber *made)
     void *stack = mmap(NULL, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (stack == MAP_FAILED) return cudaErrorMemoryAllocation;
     made->stack = (char *)stack;
-    getcontext(&made->context);
-    made->context.uc_stack.ss_sp = made->stack;
-    made->context.uc_stack.ss_size = STACK_BYTES;
-    made->context.uc_link = NULL;
-    makecontext(&made->context, fiber_main, 0);
+    prepare(made, fiber_main);
     return cudaSuccess;
 }
 

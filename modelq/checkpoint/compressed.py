@@ -60,12 +60,19 @@ def _args(row: Mapping[str, Any], args: dict[str, Any], dynamic: bool | str) -> 
 
 # Reading -----------------------------------------------------------------------------------------------------------------------
 
+def has_more_than_codes(config: Mapping[str, Any]) -> bool:
+    """Whether weights are stored without their zeros, or rotated. "dense" weights are neither, whatever else is said of their zeros."""
+    sparsity = config.get("sparsity_config")
+    is_dense = not sparsity or (isinstance(sparsity, Mapping) and sparsity.get("format") == "dense")
+    return not is_dense or bool(config.get("transform_config"))
+
+
 def read_config(config: Mapping[str, Any], file: Path) -> Said:
     """What a quantization_config says of each module. ValueError names the file and the group that is not understood."""
     groups = config.get("config_groups")
     if not isinstance(groups, Mapping) or not all(isinstance(group, Mapping) for group in groups.values()):
         raise ValueError(f"{file}: config_groups must map names to objects; {AGAIN}")
-    if config.get("sparsity_config") or config.get("transform_config"):
+    if has_more_than_codes(config):
         raise ValueError(f"{file}: sparsity and transforms of compressed-tensors are not read; load the unquantized model instead")
     rules: list[tuple[int, str, tuple[Pair, int | None, str]]] = []
     for name, group in groups.items():

@@ -34,6 +34,7 @@ def granite_experts(config: Config, flat: dict[str, Any]) -> list[bool]:
 def gpt_oss(config: Config, flat: dict[str, Any]) -> list[bool]:
     """Every layer has experts; what config.json calls silu is gpt-oss's own activation, with the limit that transformers has too."""
     config.only("swiglu_limit", 7.0)
+    config.only("swiglu_alpha", 1.702)
     for key in ("experts_per_token", "initial_context_length"):     # what num_experts_per_tok and rope say too
         config.get(key)
     flat |= {"hidden_act": "swiglu_clamped", "swiglu_limit": 7.0, "num_experts": config.integer("num_local_experts"),

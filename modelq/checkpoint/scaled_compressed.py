@@ -21,7 +21,7 @@ def find_compressed(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Found 
     """(the linears of groups that no export of ours could have, the quantization_config of the others or None). None: there are no such."""
     groups = config.get("config_groups")
     if not isinstance(groups, Mapping) or not all(isinstance(group, Mapping) for group in groups.values()) \
-            or config.get("sparsity_config") or config.get("transform_config"):
+            or compressed.has_more_than_codes(config):
         return None
     taken = {name: group for name, group in groups.items() if _is_scaled(group.get("weights"))
              and ((scheme := compressed.scheme_of(group)) is None or _has_more(checkpoint, group, scheme))}

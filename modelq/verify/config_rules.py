@@ -179,26 +179,6 @@ def experts(export: Export) -> Iterator[Finding]:
                       f"only in {', '.join(known or ())}", 'export with dialect="compressed-tensors", or "fp8" for blocks')
 
 
-# What transformers 5.23 decompresses of experts, which it holds in one tensor (integrations/compressed_tensors.py); it meets others with an
-# error, or with other values and no word. Llama 4's it makes linears of, Granite's it finds by no name.
-FUSED_EXPERTS = ("float-quantized tensor", "float-quantized channel", "pack-quantized group", "pack-quantized channel")
-
-
-def fused_experts(export: Export) -> Iterator[Finding]:
-    """Quantized experts are in a format, and of a family, whose experts transformers puts into one tensor."""
-    family = str(export.checkpoint.config.get("model_type"))
-    experts = [layer for layer in export.quantized if ".experts." in layer.module and not family.startswith("llama4")]
-    wrong = next((layer for layer in experts if layer.layout and layer.layout.name not in FUSED_EXPERTS), None)
-    pattern = "{'quantizer_name': '*experts.*', 'enable': False}"
-    if experts and family == "granitemoe":
-        yield Finding("fused_experts", experts[0].module, "transformers looks for no experts by number in Granite, and makes others up",
-                      f"leave them in high precision with {pattern}")
-    elif wrong is not None and wrong.layout is not None:
-        known = ", ".join(FUSED_EXPERTS)
-        yield Finding("fused_experts", wrong.module, f"transformers reads no experts in {wrong.layout.name}, only in {known}",
-                      f"quantize them in FP8 or INT4, or leave them in high precision with {pattern}")
-
-
 def exclusions(export: Export) -> Iterator[Finding]:
     """As this engine matches names, its patterns leave out every unquantized linear and no quantized one."""
     if export.dialect is None or export.dialect not in export.engine.matchers:

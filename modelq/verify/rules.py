@@ -4,7 +4,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from modelq.verify import config_rules, tensor_rules, value_rules
+from modelq.verify import config_rules, expert_rules, tensor_rules, value_rules
 from modelq.verify.findings import Finding
 from modelq.verify.opened import Export
 
@@ -28,7 +28,8 @@ RULES = (
     Rule("mixed", config_rules.mixed, ("modelopt",)),
     Rule("one_format_per_group", config_rules.one_format_per_group),
     Rule("experts", config_rules.experts, ("modelopt",), ("vllm", "tensorrt-llm")),
-    Rule("fused_experts", config_rules.fused_experts, ("compressed-tensors",), ("transformers",)),
+    Rule("fused_experts", expert_rules.fused_experts, ("compressed-tensors",), ("transformers",)),
+    Rule("vllm_experts", expert_rules.vllm_experts, ("modelopt", "compressed-tensors"), ("vllm",)),
     Rule("exclusions", config_rules.exclusions),
     Rule("kv_cache", config_rules.kv_cache, ("modelopt", "compressed-tensors")),
     Rule("parts", tensor_rules.parts),

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+import families
 import small_model
 from processes import Engine
 
@@ -95,3 +96,35 @@ def make_export(source, tmp_path_factory):
             made[row, dtype] = export_hf_checkpoint(models[row.config, dtype], folder, dtype=dtype, dialect=row.dialect)
         return made[row, dtype]
     return make
+
+
+@pytest.fixture(scope="session")
+def families_of(tmp_path_factory):
+    """families_of(engine): what makes sources and exports of families for an engine's process."""
+    return lambda engine, process: FamilyExports(engine, process, tmp_path_factory.mktemp("families"))
+
+
+class FamilyExports:
+    def __init__(self, engine: str, process: Engine, folder: Path):
+        self.engine, self.process, self.folder = engine, process, folder
+
+    def source(self, family: str) -> Path:
+        """The family's micro model, as the engine's transformers names its tensors; made once."""
+        folder = self.folder / family
+        if not folder.exists():
+            families.write_source(family, folder, lambda **order: self.process.ask(make=order, folder=order["folder"]))
+        return folder
+
+    def export(self, family: str, row, dtype: str, rules=None) -> Path:
+        """Quantized and exported as the row says; rules: behind the preset's, else what the engine needs."""
+        import modelq
+        import modelq.quantization as mtq
+        from modelq.export import export_hf_checkpoint
+
+        preset = configuration(row.config)
+        rules = families.rules_for(self.engine, family, row.config, row.dialect) if rules is None else rules
+        model = modelq.load(self.source(family), compute=dtype)
+        batch = np.random.default_rng(3).integers(2, families.VOCABULARY, size=(16, 48))
+        mtq.quantize(model, {**preset, "quant_cfg": [*preset["quant_cfg"], *rules]}, lambda model: model(batch))
+        name = f"{family}-{row}-{len(rules)}-{dtype}"
+        return export_hf_checkpoint(model, self.folder / name, dtype=dtype, dialect=row.dialect, overwrite=True)

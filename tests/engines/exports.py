@@ -64,3 +64,13 @@ EXPORTS = [
     Export("FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG", "fp8", "dequantize", "plain", "fp8", flag="amx_bf16"),
     Export("MXFP8_DEFAULT_CFG", "fp8", "dequantize"),
 ]
+
+# What every family is exported in.
+FAMILY_EXPORTS = [
+    Export("FP8_DEFAULT_CFG", vllm="emulate", quantization="modelopt"),
+    Export("NVFP4_DEFAULT_CFG", vllm="emulate", quantization="modelopt_fp4"),
+    Export("FP8_DEFAULT_CFG", CT, "dequantize", "emulate", CT),
+    Export("INT8_DEFAULT_CFG", CT, "dequantize", "emulate", CT),
+    Export("INT4_BLOCKWISE_WEIGHT_ONLY_CFG", CT, "dequantize", "emulate", CT, activations=False),
+    Export("NVFP4_DEFAULT_CFG", CT, "dequantize", near=BFLOAT16),
+]

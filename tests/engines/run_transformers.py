@@ -2,7 +2,8 @@
 
     .venv-engines/bin/python tests/engines/run_transformers.py
 
-Order: {"folder", "prompts": [[ids]], "tokens": N, "rows": [[ids]], "logits": FILE.npy, "dequantize": bool, "dtype"}. Answer: {"tokens": [[ids]], "class", and
+Order: {"folder", "prompts": [[ids]], "tokens": N, "rows": [[ids]], "logits": FILE.npy, "dequantize": bool, "dtype"}, or {"make": arguments of
+make_model.make}. Answer: {"tokens": [[ids]], "class", and
 "unexpected": names of stored tensors that the model did not take, "missing": those it wanted}, or {"error": text}. The logits of the
 rows are written to FILE. "dequantize": the weights are decompressed on loading and activations stay as they are; else compressed-tensors'
 own modules run, which also fake-quantize activations.
@@ -16,6 +17,7 @@ os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS
 import numpy as np
 import torch
 import transformers
+from make_model import make
 
 torch.set_num_threads(2)
 
@@ -30,7 +32,8 @@ def quantization(order):
 
 def answer(order):
     model, report = transformers.AutoModelForCausalLM.from_pretrained(
-        order["folder"], dtype=getattr(torch, order.get("dtype", "bfloat16")), output_loading_info=True, **quantization(order))
+        order["folder"], dtype=getattr(torch, order.get("dtype", "bfloat16")), output_loading_info=True,
+        attn_implementation="eager", **quantization(order))   # the others leave Gemma 2's soft caps out
     model.eval()
     with torch.no_grad():
         np.save(order["logits"], model(torch.tensor(order["rows"])).logits.float().numpy())
@@ -43,7 +46,8 @@ def answer(order):
 
 for line in sys.stdin:
     try:
-        reply = answer(json.loads(line))
+        order = json.loads(line)
+        reply = make(**order["make"]) if "make" in order else answer(order)
     except Exception as error:
         traceback.print_exc()
         reply = {"error": f"{type(error).__name__}: {error}"}
