@@ -33,6 +33,7 @@ TESTS = {
     "device_experts.c": [(ORDER, "experts")],
     "device_findings.c": [(ORDER, "maxima or finite")],
     "device_head.c": [(WAITS, "head_in_slices and not back")],
+    "device_mixture.c": [(ORDER, "ahead")],
     "device_observe.c": [(WAITS, "observers")],
     "device_packed.c": [("test_device_packed.py", "streams")],
     "device_quantizer.c": [(ORDER, "two_streams")],
