@@ -26,13 +26,16 @@ TESTS = {
     "device_chunks.c": ("test_device_order.py", "maxima or histograms"),
     "device_weights.c": ("test_device_order.py", "maxima or low_rank"),
     "device_findings.c": ("test_device_order.py", "maxima or finite"),
-    "device_experts.c": ("test_device_order.py", "experts"),
+    "device_experts.c": ("test_device_mixture.py", "sums"),
     "device_backward.c": ("test_device_backward.py", "streams"),
+    "device_mixture.c": ("test_device_mixture.py", "sums"),
+    "device_score.c": ("test_device_scores.py", "streams"),
     "device_packed.c": ("test_device_packed.py", "streams"),
     "device.c": ("test_device_order.py", "maxima"),
 }
 FLAGS = ["-std=c11", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-DNDEBUG", "-w"]
 ERRORS = "only an error leaves anything to wait for (test_device_faults.py)"
+FREED = "memory is freed behind it, which waits too"
 COPIED = "a copy to memory of the host that is not pinned has waited (CUDA Runtime API, synchronization behavior); it says late errors"
 # Waits that no order of the emulated streams can show to be needed, by file, function and call, and why they are there.
 KNOWN = {
@@ -41,6 +44,9 @@ KNOWN = {
     ("device_head.c", "give_logits", "stream_wait"): COPIED,
     ("device_head.c", "end", "stream_wait"): COPIED,
     ("device_experts.c", "run_rows", "stream_wait"): COPIED,
+    ("device_mixture.c", "mq_device_end_experts", "stream_wait"): FREED,
+    ("device_score.c", "mq_device_score", "stream_wait"): COPIED,
+    ("device_score_experts.c", "mq_device_take_changes", "stream_wait"): COPIED,
     ("device.c", "mq_device_settle", "stream_wait"): ERRORS,
 }
 # Not tried so far: more chunks are needed than the quick tests have, or the code is newer than this list.
