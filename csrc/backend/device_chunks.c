@@ -159,8 +159,7 @@ int64_t mq_device_most_rows(const mq_device_need *need, size_t room, int64_t row
     return rows;
 }
 
-/* What weights that come ahead have, or would: as much as those at work. */
-static size_t ahead_nbytes(const mq_device *device)
+size_t mq_device_ahead_nbytes(const mq_device *device)
 {
     return MQ_MAX(device->spare[0].nbytes, device->layer_weights.nbytes) +
            MQ_MAX(device->spare[1].nbytes, device->expert_weights.nbytes);
@@ -168,7 +167,7 @@ static size_t ahead_nbytes(const mq_device *device)
 
 int mq_device_fit(mq_device *device, const mq_device_need *need, int64_t *rows, int64_t longest, mq_error *err)
 {
-    const size_t ahead = ahead_nbytes(device);
+    const size_t ahead = mq_device_ahead_nbytes(device);
     if (need->nbytes(need->context, longest, longest) > mq_device_available(device, &device->work))
         mq_sums_drop(device);       /* nothing is in them yet: statistics are made where there is room */
     const size_t room = mq_device_available(device, &device->work);
@@ -351,6 +350,7 @@ static int run_chunks(mq_device *device, mq_run *run, mq_layer *layer, const voi
     mq_device_chunk chunks[2];
     mq_device_pass pass = {.device = device, .layer = layer, .context = &context, .scratch = &scratch, .err = err};
     (void)unused;
+    mq_device_drop_mixture(device);     /* of experts that were given up */
     pin(device, run, layer);
     int rc = mq_device_reserve(device, run, run->rows, run->longest, &scratch, err);
     if (rc != MQ_OK) return rc;

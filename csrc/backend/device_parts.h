@@ -54,6 +54,13 @@ typedef struct mq_device_changes {
     int64_t rows, width;        /* of the run */
 } mq_device_changes;
 
+/* Of all rows of a run, on the device from a layer's first expert to its last (device_mixture.c). */
+typedef struct mq_device_mixture {
+    const mq_run *run;          /* whose; NULL = nobody's */
+    char *memory;               /* hidden states, then sums of experts; NULL: they are on the host */
+    size_t nbytes;
+} mq_device_mixture;
+
 /* A statistic that is summed up on the device (device_sums.c). */
 enum { MQ_SUMS_ENTRIES = 16 };
 
@@ -125,6 +132,7 @@ struct mq_device {
     mq_device_sums sums[MQ_SUMS];
     int host_statistics;        /* as in mq_device_options */
     mq_device_changes changes;
+    mq_device_mixture mixture;
     int64_t copied;             /* tensors that came to the host to be looked at there */
     mq_device_quantizer quantizers[MQ_QUANTIZERS];
     int64_t products[MQ_CUDA_PATHS];    /* of weights that stay codes, by the path that they took */
@@ -288,6 +296,17 @@ void mq_sums_begin(mq_device *device, const mq_run *run, const mq_layer *layer, 
 int mq_sums_take(mq_device *device, mq_error *err);
 void mq_sums_drop(mq_device *device);
 
+/* ---- device_mixture.c ---- */
+
+/* Whether rows of experts are gathered and added on the device. */
+int mq_device_mixes(mq_device *device, const mq_run *run);
+/* out [row] = the hidden states of a token; sums [token] += share * made [row]. tokens, shares: of the device. */
+int mq_device_gather(mq_device *device, const mq_cuda_matrix *out, const int64_t *tokens, mq_error *err);
+int mq_device_scatter(mq_device *device, const mq_cuda_matrix *made, const int64_t *tokens, const float *shares,
+                      mq_error *err);
+int mq_device_end_experts(mq_elsewhere *self, mq_run *run, mq_error *err);
+void mq_device_drop_mixture(mq_device *device);
+
 /* ---- device_score_experts.c ---- */
 
 void mq_device_drop_changes(mq_device *device);
@@ -341,6 +360,8 @@ typedef struct mq_device_need {
     size_t (*nbytes)(const void *context, int64_t rows, int64_t longest);
     const void *context;
 } mq_device_need;
+/* What weights that come ahead have, or would: as much as those at work. */
+size_t mq_device_ahead_nbytes(const mq_device *device);
 /* As many of `rows` as there is room for, but no less than the longest sequence. */
 int64_t mq_device_most_rows(const mq_device_need *need, size_t room, int64_t rows, int64_t longest);
 /* device->work becomes as large as chunks of as many of *rows as the budget lets need; *rows says how many those are.

@@ -241,6 +241,7 @@ void mq_device_drop_layer(mq_elsewhere *self, int64_t layer)
     device->layer = -1;
     mq_findings_drop(device);
     mq_device_drop_changes(device);
+    mq_device_drop_mixture(device);
     if (entered) mq_device_leave(device, before);
 }
 

@@ -1,6 +1,6 @@
 /* Another place than the host where layers are computed: a device (csrc/backend/device.h). A runtime that has one hands
  * it the weights that are loaded and the work on them. Hidden states are the host's from call to call, and so are
- * routes and the sums of experts; calibrators get what they would have got on the host. */
+ * routes, and the sums of experts when a layer's are done; calibrators get what they would have got on the host. */
 #ifndef MQ_ELSEWHERE_H
 #define MQ_ELSEWHERE_H
 
@@ -68,6 +68,8 @@ struct mq_elsewhere {
      * dispatch. */
     int (*layer)(mq_elsewhere *self, struct mq_run *run, int64_t layer, mq_error *err);
     int (*expert)(mq_elsewhere *self, struct mq_run *run, int64_t layer, int64_t first, int64_t count, mq_error *err);
+    /* All experts of a layer are done: their sums are to be the host's. */
+    int (*end_experts)(mq_elsewhere *self, struct mq_run *run, mq_error *err);
     int (*head)(mq_elsewhere *self, const mq_head_request *request, mq_error *err);
     /* Statistics of what reaches lm_head, whose calibrators have begun. norm (C): weight of the final norm; the host
      * would look at pieces of so many rows. */

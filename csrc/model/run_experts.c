@@ -140,12 +140,15 @@ static void finish_layer(mq_run *run)
     run->dispatch.layer = -1;
 }
 
-static int finish_expert(mq_run *run, int64_t expert, int rc)
+static int finish_expert(mq_run *run, int64_t expert, int rc, mq_error *err)
 {
     mq_dispatch *it = &run->dispatch;
+    mq_elsewhere *there = run->runtime->elsewhere;
     it->next = expert + 1;
+    const int is_last = it->start[it->next] == it->start[run->runtime->config.num_experts];
+    if (rc == MQ_OK && is_last && there != NULL) rc = there->end_experts(there, run, err);
     if (rc != MQ_OK) run->next_layer = it->layer = -1;
-    else if (it->start[it->next] == it->start[run->runtime->config.num_experts]) finish_layer(run);
+    else if (is_last) finish_layer(run);
     return rc;
 }
 
@@ -157,7 +160,7 @@ int mq_run_expert(mq_run *run, int64_t layer, int64_t expert, const mq_named_ten
     if (rc != MQ_OK) return rc;
     rc = run_loaded(run, layer, expert, err);
     mq_runtime_drop_expert(run->runtime, layer);
-    return finish_expert(run, expert, rc);
+    return finish_expert(run, expert, rc, err);
 }
 
 int mq_run_held_expert(mq_run *run, int64_t layer, int64_t expert, const mq_linear_weight *weights, mq_error *err)
@@ -167,5 +170,5 @@ int mq_run_held_expert(mq_run *run, int64_t layer, int64_t expert, const mq_line
     mq_runtime_lend_expert(run->runtime, layer, weights);
     rc = run_loaded(run, layer, expert, err);
     mq_runtime_lend_expert(run->runtime, layer, NULL);
-    return finish_expert(run, expert, rc);
+    return finish_expert(run, expert, rc, err);
 }

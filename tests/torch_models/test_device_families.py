@@ -1,5 +1,5 @@
 """Every family on a GPU (emulated, as in tests/test_device.py) against transformers: logits with padding on either side, windows, chunks and ropes
-for longer sequences."""
+for longer sequences; gradients of every weight."""
 import numpy as np
 import pytest
 import torch
@@ -8,6 +8,7 @@ import family_models
 import modelq
 from cuda_library import library_to_test
 from data.make_family_configs import config_of
+from family_gradients import check_gradients
 from micro_models import MODELS, build, inputs, save
 
 LOGITS = 2e-4       # absolute, in float32
@@ -28,6 +29,11 @@ def test_logits(name, tmp_path):
             wanted = theirs(torch.from_numpy(ids), attention_mask=None if mask is None else torch.from_numpy(mask)).logits.numpy()
         seen = np.ones(ids.shape, bool) if mask is None else mask.astype(bool)
         np.testing.assert_allclose(model(ids, attention_mask=mask).logits[seen], wanted[seen], rtol=0, atol=LOGITS)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients(name, tmp_path):
+    check_gradients(name, save(build(name), tmp_path / "source"), tmp_path, device="cuda", device_memory="64MiB")
 
 
 def test_configs_without_transformers_are_these():

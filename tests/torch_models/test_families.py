@@ -11,14 +11,12 @@ from safetensors.numpy import load_file, save_file
 import modelq
 import modelq._core as core
 import modelq.quantization as mtq
+from family_gradients import check_gradients
 from micro_models import LENGTH, MODELS, build, inputs, save
-from modelq.checkpoint import open_checkpoint
 from modelq.export import export_hf_checkpoint
-from modelq.gradients import backward
 from modelq.verify import verify_checkpoint
 
 LOGITS = 2e-4       # absolute, in float32
-GRADIENTS = 2e-5    # of a gradient's norm
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -80,26 +78,7 @@ def test_greedy_tokens(case):
 
 
 def test_gradients(case, tmp_path):
-    """Of every weight, by the names that the checkpoint has them under."""
-    _, _, folder = case
-    theirs = build(case[0])
-    ids, _, right = inputs()
-    labels = np.where(right == 1, ids, -100)
-    loss = theirs(torch.from_numpy(ids), attention_mask=torch.from_numpy(right), labels=torch.from_numpy(labels)).loss
-    loss.backward()
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
-    wanted = open_checkpoint(save(theirs, tmp_path / "gradients")).read      # experts that are stacked as linears
-    model = modelq.load(folder, compute="float32")
-    names = dict.fromkeys(module[kind] for module in model.modules for kind in ("weight", "bias")
-                          if module[kind] is not None and (module["kind"] != "vector" or module[kind].endswith("sinks")))
-    assert case[0] != "gpt_oss" or "model.layers.3.self_attn.sinks" in names
-    found = backward(model, [{"input_ids": ids, "attention_mask": right, "labels": labels}], names)
-    np.testing.assert_allclose(found.losses, loss.item(), rtol=1e-5)
-    for name, gradient in found.weights.items():
-        assert np.linalg.norm(wanted(name)) > 0 or "experts" in name, name
-        assert np.linalg.norm(gradient - wanted(name)) <= GRADIENTS * np.linalg.norm(wanted(name)) + 1e-7, name
+    check_gradients(case[0], case[2], tmp_path)
 
 
 def test_all_tensors_are_known(case):
