@@ -124,7 +124,7 @@ class FamilyExports:
         preset = configuration(row.config)
         rules = families.rules_for(self.engine, family, row.config, row.dialect) if rules is None else rules
         model = modelq.load(self.source(family), compute=dtype)
-        batch = np.random.default_rng(3).integers(2, families.VOCABULARY, size=(16, 48))
+        batch = np.random.default_rng(3).integers(2, families.VOCABULARY, size=(8, 48))
         mtq.quantize(model, {**preset, "quant_cfg": [*preset["quant_cfg"], *rules]}, lambda model: model(batch))
         name = f"{family}-{row}-{len(rules)}-{dtype}"
         return export_hf_checkpoint(model, self.folder / name, dtype=dtype, dialect=row.dialect, overwrite=True)

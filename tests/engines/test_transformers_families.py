@@ -51,7 +51,7 @@ def compare(engine, folder, tmp_path):
     """(error of the logits of each position, as a share of the largest; tensors that one side lacks)"""
     rows = np.random.default_rng(5).integers(2, VOCABULARY, size=(4, 40))       # beyond sliding windows
     ours = logits(without_input_quantizers(modelq.load(folder, compute="float32")), rows)
-    answer = engine.ask(folder=str(folder), prompts=rows.tolist(), tokens=1, rows=rows.tolist(), logits=str(tmp_path / "logits.npy"),
+    answer = engine.ask(folder=str(folder), prompts=rows.tolist(), tokens=0, rows=rows.tolist(), logits=str(tmp_path / "logits.npy"),
                         dequantize=True, dtype="float32")
     error = np.abs(np.load(tmp_path / "logits.npy") - ours).max(axis=-1) / np.abs(ours).max()
     print(f"\n{folder.name}: logits differ by {error.max():.1e} of the largest")
