@@ -76,6 +76,19 @@ static void protect_arrays(int protection)
         if (array.map != NULL) mprotect(array.map, array.nbytes, protection);
 }
 
+/* The pages of these bytes, so far as they are of an array. */
+static void protect_range(const void *place, size_t nbytes, int protection)
+{
+    const char *const first = (const char *)place;
+    for (const auto &array : arrays) {
+        if (array.map == NULL || first < array.map || first >= array.map + array.nbytes) continue;
+        char *const page = array.map + (first - array.map) / PAGE_BYTES * PAGE_BYTES;
+        const char *const end = array.map + array.nbytes;
+        const size_t wanted = (size_t)(first + nbytes - page), most = (size_t)(end - page);
+        mprotect(page, wanted < most ? wanted : most, protection);
+    }
+}
+
 /* ---- names of errors ---- */
 
 static const struct {
@@ -532,9 +545,11 @@ void mq_shim_free(void *memory)
 void mq_shim_copy(void *to, const void *from, size_t nbytes)
 {
     pthread_mutex_lock(&one_at_a_time);
-    protect_arrays(PROT_READ | PROT_WRITE);
+    protect_range(to, nbytes, PROT_READ | PROT_WRITE);
+    protect_range(from, nbytes, PROT_READ | PROT_WRITE);
     memcpy(to, from, nbytes);
-    protect_arrays(PROT_NONE);
+    protect_range(to, nbytes, PROT_NONE);
+    protect_range(from, nbytes, PROT_NONE);
     pthread_mutex_unlock(&one_at_a_time);
 }
 
