@@ -34,7 +34,7 @@ TESTS = {
     "device_findings.c": [(ORDER, "maxima or finite")],
     "device_head.c": [(WAITS, "head_in_slices and not back")],
     "device_mixture.c": [("test_device_mixture.py", "sums")],
-    "device_observe.c": [(WAITS, "observers")],
+    "device_observe.c": [(WAITS, "candidates")],
     "device_packed.c": [("test_device_packed.py", "streams")],
     "device_quantizer.c": [(ORDER, "two_streams")],
     "device_score.c": [(WAITS, "candidates")],

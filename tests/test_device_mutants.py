@@ -10,7 +10,7 @@ import pytest
 
 from cuda_library import ROOT, SANITIZED, library_to_test
 
-SAMPLE = "1" if os.environ.get("MODELQ_EVERY_WAIT") == "1" else "8"
+SAMPLE = "1" if os.environ.get("MODELQ_EVERY_WAIT") == "1" else "12"
 
 
 @pytest.mark.slow
