@@ -74,22 +74,41 @@ def test_weights_that_are_not_finite(golden, monkeypatch):
         model.loss(IDS)
 
 
-def test_a_quantizer_on_two_streams(monkeypatch):
-    """Its workspace, which is one, is used by one stream behind the other."""
-    x = [np.random.default_rng(seed).standard_normal((32, 64)).astype(np.float32) * (seed + 1) for seed in range(6)]
-    config = {"num_bits": 8, "block_sizes": {-1: 16, "type": "dynamic"}}
+STATIC = {"num_bits": 8, "axis": 0}
+# what is found of each call's rows, in the workspace: INT8 by blocks, and NVFP4 whose tensor's scale is its own
+FOUND = [{"num_bits": 8, "block_sizes": {-1: 16}, "type": "dynamic"},
+         {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}}]
+
+
+def quantized_on(streams, quantizer, inputs):
+    """Outputs of calls on one stream after the other; those of the first stream are waited for last."""
+    arrays = [(CudaArray(values, current=stream), CudaArray(values * 0, current=stream)) for values, stream in zip(inputs, streams)]
+    for (given, out), stream in zip(arrays, streams):
+        core.cuda_quantize(cuda.library(), quantizer, given, out, stream)
+    for stream in reversed(streams):
+        device().call("stream_wait", device().place(stream))
+    return {str(i): out.host for i, (_, out) in enumerate(arrays)}
+
+
+@pytest.mark.parametrize("config", FOUND, ids=["int8", "nvfp4"])
+def test_a_quantizers_workspace_on_two_streams(monkeypatch, config):
+    """It is one, which is used by one stream behind the other. Of so many calls some are cut in two by streams that do any of their work at
+    any time."""
+    inputs = [np.random.default_rng(seed).standard_normal((8, 32)).astype(np.float32) * (seed % 7 + 1) for seed in range(60)]
+    same_on_all(monkeypatch, lambda: quantized_on([device().stream() for _ in range(2)] * 30, core.Quantizer(**config), inputs))
+
+
+def test_a_quantizers_values_on_two_streams(monkeypatch):
+    """What one stream has sent is there when another reads it, and again when it has changed."""
+    inputs = [np.random.default_rng(seed).standard_normal((8, 32)).astype(np.float32) for seed in range(2)]
 
     def work():
-        quantizer, arrays = core.Quantizer(**{**config, "type": "dynamic"}), []
-        streams = [device().stream() for _ in range(2)]
-        for i, values in enumerate(x):
-            given, out = CudaArray(values, current=streams[i % 2]), CudaArray(values * 0, current=streams[i % 2])
-            arrays.append((given, out))
-        for i, (given, out) in enumerate(arrays):
-            core.cuda_quantize(cuda.library(), quantizer, given, out, streams[i % 2])
-        for stream in reversed(streams):
-            device().call("stream_wait", device().place(stream))
-        return {str(i): out.host for i, (_, out) in enumerate(arrays)}
+        found, quantizer, streams = {}, core.Quantizer(**STATIC), [device().stream() for _ in range(2)]
+        for factor in (1, 2):
+            quantizer.amax = np.linspace(0.5, 1.5, 8, dtype=np.float32)[:, None] * factor
+            quantizer.pre_quant_scale = np.linspace(1, 2, 32, dtype=np.float32) * factor
+            found |= {f"{factor} {name}": value for name, value in quantized_on(streams, quantizer, inputs).items()}
+        return found
     same_on_all(monkeypatch, work)
 
 

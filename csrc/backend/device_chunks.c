@@ -340,7 +340,7 @@ static void pin(mq_device *device, const mq_run *run, const mq_layer *layer)
     if (layer->experts == 0) return;
     mq_device_pin(device, routes->experts, choices * sizeof *routes->experts, 1);
     mq_device_pin(device, routes->shares, choices * sizeof *routes->shares, 1);
-    if (layer->linears[MQ_ROLE_SHARED_DOWN].cols > 0) mq_device_pin(device, run->dispatch.sums, nbytes, 1);
+    mq_device_pin(device, run->dispatch.sums, nbytes, 1);
 }
 
 static int run_chunks(mq_device *device, mq_run *run, mq_layer *layer, const void *unused, mq_error *err)

@@ -52,31 +52,42 @@ static int put_values(mq_device_quantizer *self, mq_device_values *values, const
     memcpy(values->host, from, nbytes);
     int rc = self->backend->memory_new((void **)&values->device, nbytes, "a quantizer's values", err);
     if (rc == MQ_OK) rc = self->backend->copy(values->device, values->host, nbytes, stream, err);
+    self->wrote = 1;
     if (rc == MQ_OK) values->count = count;
     else drop_values(self->backend, values);
     return rc;
 }
 
-/* Room for one call on the stream; a call on another stream comes after the last one. */
-static int take_workspace(mq_device_quantizer *self, size_t nbytes, void *stream, mq_error *err)
+/* Room for one call. */
+static int take_workspace(mq_device_quantizer *self, size_t nbytes, mq_error *err)
 {
-    int rc = MQ_OK;
-    if (nbytes == 0) return rc;
-    if (self->event == NULL) rc = self->backend->event_new(&self->event, err);
-    else if (self->stream != stream) rc = self->backend->event_after(self->event, stream, err);
-    if (rc != MQ_OK || nbytes <= self->workspace_nbytes) return rc;
+    if (nbytes == 0) return MQ_OK;
+    self->wrote = 1;
+    if (nbytes <= self->workspace_nbytes) return MQ_OK;
     self->backend->memory_free(self->workspace);
     self->workspace = NULL;
     self->workspace_nbytes = 0;
-    rc = self->backend->memory_new(&self->workspace, nbytes, "a quantizer's workspace", err);
+    const int rc = self->backend->memory_new(&self->workspace, nbytes, "a quantizer's workspace", err);
     if (rc == MQ_OK) self->workspace_nbytes = nbytes;
     return rc;
 }
 
-static int leave_workspace(mq_device_quantizer *self, void *stream, mq_error *err)
+/* What a call does on a stream comes after what others wrote on another: values, and the workspace. */
+static int enter(mq_device_quantizer *self, void *stream, mq_error *err)
 {
+    self->wrote = 0;
+    if (self->event == NULL) return self->backend->event_new(&self->event, err);
+    return self->stream != stream ? self->backend->event_after(self->event, stream, err) : MQ_OK;
+}
+
+/* The end of a call, whose result rc is: also where it failed, something may have been written. */
+static int leave(mq_device_quantizer *self, void *stream, int rc, mq_error *err)
+{
+    mq_error other;
+    if (!self->wrote) return rc;
     self->stream = stream;
-    return self->event == NULL ? MQ_OK : self->backend->event_record(self->event, stream, err);
+    const int recorded = self->backend->event_record(self->event, stream, rc == MQ_OK ? err : &other);
+    return rc == MQ_OK ? recorded : rc;
 }
 
 /* ---- steps ---- */
@@ -100,10 +111,9 @@ static int apply_scheme(mq_device_quantizer *self, const mq_quantizer *quantizer
     job.amax = self->amax.device;
     job.block_amax = self->block_amax.device;
     job.workspace_nbytes = self->backend->block_workspace(&job);
-    rc = take_workspace(self, job.workspace_nbytes, stream, err);
+    rc = take_workspace(self, job.workspace_nbytes, err);
     job.workspace = self->workspace;
-    if (rc == MQ_OK) rc = self->backend->block_fake_quantize(&job, stream, err);
-    return rc == MQ_OK ? leave_workspace(self, stream, err) : rc;
+    return rc == MQ_OK ? self->backend->block_fake_quantize(&job, stream, err) : rc;
 }
 
 static int apply_scaled(mq_device_quantizer *self, const mq_quantizer *quantizer, const mq_device_rows *rows,
@@ -118,11 +128,10 @@ static int apply_scaled(mq_device_quantizer *self, const mq_quantizer *quantizer
     };
     int rc = put_values(self, &self->amax, dynamic ? NULL : quantizer->amax, quantizer->amax_count, stream, err);
     if (rc == MQ_OK)
-        rc = take_workspace(self, dynamic ? (size_t)(grid.rows * grid.cols) * sizeof(float) : 0, stream, err);
+        rc = take_workspace(self, dynamic ? (size_t)(grid.rows * grid.cols) * sizeof(float) : 0, err);
     job.amax = self->amax.device;
     job.workspace = self->workspace;
-    if (rc == MQ_OK) rc = self->backend->scaled(&job, stream, err);
-    return rc == MQ_OK ? leave_workspace(self, stream, err) : rc;
+    return rc == MQ_OK ? self->backend->scaled(&job, stream, err) : rc;
 }
 
 int mq_device_quantizer_amax(mq_device_quantizer *self, const mq_backend *backend, int device,
@@ -131,9 +140,11 @@ int mq_device_quantizer_amax(mq_device_quantizer *self, const mq_backend *backen
     const mq_second_level second = mq_quantizer_second(quantizer);
     const int two_levels = quantizer->spec.scale != MQ_FMT_FP32;
     use(self, backend, device);
-    const int rc = put_values(self, &self->amax, two_levels ? &second.amax : quantizer->amax, 1, stream, err);
+    int rc = enter(self, stream, err);
+    if (rc != MQ_OK) return rc;
+    rc = put_values(self, &self->amax, two_levels ? &second.amax : quantizer->amax, 1, stream, err);
     *out = self->amax.device;
-    return rc;
+    return leave(self, stream, rc, err);
 }
 
 /* y = x, scaled and rotated if it prepares, and shifted if there is a bias. */
@@ -148,15 +159,14 @@ static int prepare(mq_device_quantizer *self, const mq_quantizer *quantizer, con
     return rc == MQ_OK ? self->backend->prepare(&job, stream, err) : rc;
 }
 
-int mq_device_quantizer_apply(mq_device_quantizer *self, const mq_backend *backend, int device,
-                              const mq_quantizer *quantizer, const mq_device_rows *given, void *stream, mq_error *err)
+static int apply(mq_device_quantizer *self, const mq_quantizer *quantizer, const mq_device_rows *given, void *stream,
+                 mq_error *err)
 {
     const int prepares = given->steps != MQ_QUANT_PREPARED && mq_quantizer_prepares(quantizer);
     const int rounds = quantizer->enabled && given->steps != MQ_QUANT_PREPARE;
     const int shifts = rounds && quantizer->bias != NULL;
     mq_device_rows rows = *given;
     int rc = MQ_OK;
-    use(self, backend, device);
     if (prepares || shifts || !rounds) {
         rc = prepare(self, quantizer, &rows, prepares, shifts, stream, err);
         rows.x = rows.y;
@@ -169,6 +179,14 @@ int mq_device_quantizer_apply(mq_device_quantizer *self, const mq_backend *backe
     return self->backend->prepare(&back, stream, err);
 }
 
+int mq_device_quantizer_apply(mq_device_quantizer *self, const mq_backend *backend, int device,
+                              const mq_quantizer *quantizer, const mq_device_rows *given, void *stream, mq_error *err)
+{
+    use(self, backend, device);
+    const int rc = enter(self, stream, err);
+    return rc == MQ_OK ? leave(self, stream, apply(self, quantizer, given, stream, err), err) : rc;
+}
+
 int mq_device_quantizer_gradient(mq_device_quantizer *self, const mq_backend *backend, int device,
                                  const mq_quantizer *quantizer, const mq_device_gradient *rows, void *stream,
                                  mq_error *err)
@@ -178,8 +196,9 @@ int mq_device_quantizer_gradient(mq_device_quantizer *self, const mq_backend *ba
         .x = rows->x, .gradient = rows->gradient, .out = rows->out, .block_rows = one ? 0 : quantizer->spec.block_rows,
         .block_cols = one ? 0 : quantizer->spec.block_cols, .rotate = quantizer->rotate,
     };
-    int rc;
     use(self, backend, device);
+    int rc = enter(self, stream, err);
+    if (rc != MQ_OK) return rc;
     rc = put_values(self, &self->limits, masks ? quantizer->amax : NULL, quantizer->amax_count, stream, err);
     if (rc == MQ_OK)
         rc = put_values(self, &self->pre_scale, quantizer->pre_scale, quantizer->pre_count, stream, err);
@@ -187,5 +206,6 @@ int mq_device_quantizer_gradient(mq_device_quantizer *self, const mq_backend *ba
     job.amax = self->limits.device;
     job.pre_scale = self->pre_scale.device;
     job.bias = self->bias.device;
-    return rc == MQ_OK ? backend->straight_through(&job, stream, err) : rc;
+    if (rc == MQ_OK) rc = backend->straight_through(&job, stream, err);
+    return leave(self, stream, rc, err);
 }

@@ -18,7 +18,8 @@ typedef struct mq_device_quantizer {
     mq_device_values amax, block_amax, limits, pre_scale, bias;
     void *workspace;
     size_t workspace_nbytes;
-    void *event, *stream;           /* behind the last use of workspace; the stream of that */
+    void *event, *stream;           /* behind what was written last, values or the workspace; its stream */
+    int wrote;                      /* whether the call at work did */
 } mq_device_quantizer;
 
 /* Rows of one matrix, as mq_quant_rows. x and y are of the device; y may be x. */
