@@ -29,9 +29,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc cuda modelq -name '*.c' -o 
 INSTALL := rm -rf build/*/lib* && $(VENV)/bin/python -m pip install --quiet --no-build-isolation
 # Tests of Python: what C they run other tests run more of.
 OF_PYTHON := bench_command chat checkpoint_config cli_consistency cli_dry_run config data dataset_utils docstrings import knapsack lint notebooks readme report stubs
-# And what has not been run whole under the sanitizers since it was changed; what they found in it is mended.
-NOT_SANITIZED := $(patsubst %,--ignore=tests/test_%.py,$(OF_PYTHON) $(addprefix device_,faults ahead backward backward_families))
-# And tests that no kernel takes part in, or that set MODELQ_ISA themselves.
+# And, by instruction set, tests that no kernel takes part in, or that set MODELQ_ISA themselves.
 NOT_ISA := --ignore-glob='tests/test_cuda_*.py' --ignore-glob='tests/test_device_*.py' $(patsubst %,--ignore=tests/test_%.py,$(OF_PYTHON) build cli device dlpack gguf interrupted kernels oom pickles progress safetensors threads unwritable writer)
 # What times, or counts memory, runs alone afterwards, or not at all.
 COUNTS := leaks or measures
@@ -66,7 +64,7 @@ sanitize: $(SANITIZED)/installed
 	$(TEST_ENV) PYTHONPATH=$(SANITIZED) PYTHONMALLOC=malloc LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
 	ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:abort_on_error=1:allocator_may_return_null=1 \
 	UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	$(VENV)/bin/pytest $(PARALLEL) -m "not (slow or $(COUNTS))" $(NOT_SANITIZED) $(ARGS)
+	$(VENV)/bin/pytest $(PARALLEL) -m "not (slow or $(COUNTS))" $(patsubst %,--ignore=tests/test_%.py,$(OF_PYTHON)) $(ARGS)
 
 # The best one is what `make test` uses: the same tables and features.
 test-isa: $(VENV)/installed
