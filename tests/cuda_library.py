@@ -53,6 +53,19 @@ def library_to_test() -> Path:
     return once(ROOT / "build/cuda" / name, lambda folder: cuda_build.emulated(folder, SANITIZED)) / cuda_build.EMULATED
 
 
+def same_on_all_streams(monkeypatch, work) -> None:
+    """work() gives numbers, by name or in a list. The first time, all that is asked of streams is done at once."""
+    found = []
+    for streams in ("at once", "late", "random"):
+        monkeypatch.setenv("MODELQ_SHIM_STREAMS", streams)
+        made = work()
+        found.append(made if isinstance(made, dict) else dict(enumerate(made)))
+    for other in found[1:]:
+        assert found[0].keys() == other.keys() and found[0]
+        for name, value in found[0].items():
+            np.testing.assert_array_equal(other[name], value, err_msg=str(name))
+
+
 class Error(C.Structure):
     _fields_ = [("code", C.c_int), ("text", C.c_char * 512)]
 

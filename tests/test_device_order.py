@@ -8,14 +8,13 @@ import modelq
 import modelq._core as core
 import modelq.quantization as mtq
 from cuda_arrays import CudaArray, device
-from cuda_library import library_to_test
+from cuda_library import library_to_test, same_on_all_streams
 from modelq import cuda
 
 RNG = np.random.default_rng(0)
 IDS = [RNG.integers(0, 200, (5, 14)) for _ in range(2)]
 MASK = np.array([[1] * 14] * 2 + [[1] * 9 + [0] * 5] * 3)
 SMALL, ENOUGH = 2_700_000, "64MiB"
-STREAMS = ("at once", "late", "random")
 pytestmark = pytest.mark.emulated
 
 
@@ -33,18 +32,6 @@ def amax_of(model):
     return {name: np.asarray(quantizer.amax) for name, quantizer in model.quantizers.items() if getattr(quantizer, "amax", None) is not None}
 
 
-def same_on_all(monkeypatch, work):
-    """work() gives numbers by name."""
-    found = []
-    for streams in STREAMS:
-        monkeypatch.setenv("MODELQ_SHIM_STREAMS", streams)
-        found.append(work())
-    for other in found[1:]:
-        assert found[0].keys() == other.keys() and found[0]
-        for name, value in found[0].items():
-            np.testing.assert_array_equal(other[name], value, err_msg=name)
-
-
 @pytest.mark.filterwarnings("ignore:gptq. the Gram matrix")
 @pytest.mark.parametrize("name, memory, config", [
     ("llama", SMALL, mtq.FP8_DEFAULT_CFG), ("qwen3moe", SMALL, mtq.FP8_DEFAULT_CFG), ("llama", ENOUGH, mtq.INT4_GPTQ_CFG),
@@ -55,7 +42,7 @@ def test_calibration_and_evaluation(golden, monkeypatch, name, memory, config):
         before = model.loss(IDS)
         mtq.quantize(model, config, passes)
         return {**amax_of(model), "before": before, "loss": model.loss(IDS), "logits": np.asarray(model(IDS[0], attention_mask=MASK).logits)}
-    same_on_all(monkeypatch, work)
+    same_on_all_streams(monkeypatch, work)
 
 
 def test_weights_that_are_not_finite(golden, monkeypatch):
@@ -95,7 +82,7 @@ def test_a_quantizers_workspace_on_two_streams(monkeypatch, config):
     """It is one, which is used by one stream behind the other. Of so many calls some are cut in two by streams that do any of their work at
     any time."""
     inputs = [np.random.default_rng(seed).standard_normal((8, 32)).astype(np.float32) * (seed % 7 + 1) for seed in range(60)]
-    same_on_all(monkeypatch, lambda: quantized_on([device().stream() for _ in range(2)] * 30, core.Quantizer(**config), inputs))
+    same_on_all_streams(monkeypatch, lambda: quantized_on([device().stream() for _ in range(2)] * 30, core.Quantizer(**config), inputs))
 
 
 def test_a_quantizers_values_on_two_streams(monkeypatch):
@@ -109,10 +96,10 @@ def test_a_quantizers_values_on_two_streams(monkeypatch):
             quantizer.pre_quant_scale = np.linspace(1, 2, 32, dtype=np.float32) * factor
             found |= {f"{factor} {name}": value for name, value in quantized_on(streams, quantizer, inputs).items()}
         return found
-    same_on_all(monkeypatch, work)
+    same_on_all_streams(monkeypatch, work)
 
 
 def test_branches_of_low_rank(golden, monkeypatch):
     model = modelq.load(golden["llama"].source, compute="float32", device="cuda", device_memory=ENOUGH)
     mtq.quantize(model, mtq.NVFP4_SVDQUANT_DEFAULT_CFG, passes)
-    same_on_all(monkeypatch, lambda: {"loss": model.loss(IDS), "again": model.loss(IDS[:1])})
+    same_on_all_streams(monkeypatch, lambda: {"loss": model.loss(IDS), "again": model.loss(IDS[:1])})

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import modelq
-from cuda_library import library_to_test
+from cuda_library import library_to_test, same_on_all_streams
 from golden_data import write_safetensors
 from modelq import _core, cuda
 from modelq.gradients import backward
@@ -17,7 +17,6 @@ CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_
           "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": FEW, "rms_norm_eps": 1e-5,
           "max_position_embeddings": 128, "tie_word_embeddings": False, "torch_dtype": "float32"}
 TIGHT, FEW_ROWS, SLICES, ENOUGH = 1_650_000, 1_500_000, 1_540_000, 6_000_000
-STREAMS = ("at once", "late", "random")
 pytestmark = pytest.mark.emulated
 
 
@@ -43,18 +42,6 @@ def folder(tmp_path_factory):
     return made
 
 
-def same_on_all(monkeypatch, work):
-    """work() gives arrays; the first time, all that is asked of streams is done at once."""
-    found = []
-    for streams in STREAMS:
-        monkeypatch.setenv("MODELQ_SHIM_STREAMS", streams)
-        found.append(work())
-    for other in found[1:]:
-        assert len(other) == len(found[0]) > 0
-        for one, two in zip(found[0], other):
-            np.testing.assert_array_equal(two, one)
-
-
 def bare_runtime(memory):
     """What is before and behind the layers."""
     runtime = _core.Runtime("llama", {**CONFIG, "num_hidden_layers": 0, "vocab_size": VOCABULARY}, "float32")
@@ -72,7 +59,7 @@ def test_a_head_in_slices(monkeypatch):
         run = bare_runtime(SLICES).start([ids])
         run.embed(given)
         return [*run.loss(head), run.logits(0, head)]
-    same_on_all(monkeypatch, work)
+    same_on_all_streams(monkeypatch, work)
 
 
 def test_a_head_in_slices_on_the_way_back(monkeypatch):
@@ -92,7 +79,7 @@ def test_a_head_in_slices_on_the_way_back(monkeypatch):
         back = run.backward(found)
         losses, _ = back.head(head)
         return [losses, plain, back.gradient(0), *found.values()]
-    same_on_all(monkeypatch, work)
+    same_on_all_streams(monkeypatch, work)
 
 
 def ragged():
@@ -107,7 +94,7 @@ def ragged():
 
 def test_many_chunks_that_are_not_alike(folder, monkeypatch):
     batches = ragged()
-    same_on_all(monkeypatch, lambda: [modelq.load(folder, compute="float32", device="cuda", device_memory=FEW_ROWS).loss(batches)])
+    same_on_all_streams(monkeypatch, lambda: [modelq.load(folder, compute="float32", device="cuda", device_memory=FEW_ROWS).loss(batches)])
 
 
 def test_many_chunks_on_the_way_back(folder, monkeypatch):
@@ -117,7 +104,7 @@ def test_many_chunks_on_the_way_back(folder, monkeypatch):
         model, looks = modelq.load(folder, compute="float32", device="cuda", device_memory=TIGHT), []
         found = backward(model, batches, wanted, look=lambda layer, back: looks.append(back.gradient(1)))
         return [found.losses, *found.weights.values(), *looks]
-    same_on_all(monkeypatch, work)
+    same_on_all_streams(monkeypatch, work)
 
 
 def test_scores_of_candidates(folder, monkeypatch):
@@ -131,7 +118,7 @@ def test_scores_of_candidates(folder, monkeypatch):
         scores = {name: _core.OutputScore(weights[name]) for name in names}
         backward(model, batches, observers=scores)
         return [np.asarray(score.scores) for score in scores.values()]
-    same_on_all(monkeypatch, work)
+    same_on_all_streams(monkeypatch, work)
 
 
 def test_candidates_of_a_head(monkeypatch):
@@ -147,4 +134,4 @@ def test_candidates_of_a_head(monkeypatch):
         runtime.set_observer("lm_head", score)
         back.head(head)
         return [np.asarray(score.scores)]
-    same_on_all(monkeypatch, work)
+    same_on_all_streams(monkeypatch, work)
