@@ -70,10 +70,10 @@ def test_one_name_for_one_thing():
 
 
 def test_tables_say_what_the_program_says():
-    from modelq.checkpoint.dialects import NAMES
+    from modelq.checkpoint.dialects import WRITTEN
     from modelq.verify import ENGINES
 
-    assert set(parsers.DIALECTS) == set(NAMES) and set(parsers.ENGINES) == set(ENGINES) and set(parsers.KV_CACHES) == set(choices.KV_CACHES)
+    assert set(parsers.DIALECTS) == set(WRITTEN) and set(parsers.ENGINES) == set(ENGINES) and set(parsers.KV_CACHES) == set(choices.KV_CACHES)
     for command in parsers.COMMANDS:
         module, _, function = command.function.partition(".")
         assert callable(getattr(importlib.import_module(f"modelq.{module}"), function))

@@ -67,6 +67,7 @@ NAMES: dict[str, dict[str, dict[str, Name]]] = {
                   "groups": Name("g_idx", "groups")}},
     "fp8": {"": {"weight": Name("weight"), "weight_scale": Name("weight_scale_inv", "grid")}},
 }
+WRITTEN = tuple(NAMES)
 # Spellings of FP8 with static scales that are read only: dialect -> role -> suffix.
 STATIC_FP8 = {"fp8-static": {"weight_scale": "weight_scale", "input_scale": "input_scale"},
               "fp8-static-inverse": {"weight_scale": "weight_scale_inv", "input_scale": "activation_scale"}}

@@ -54,8 +54,8 @@ def resolve_dialect(dialect: str | None, engine: str | None, forms: Mapping[str,
     forms: module to what its linear is. cache: the KV cache's format ("FP8", "NVFP4", ...) or None. folded: modules whose smoothing a norm
     takes up. ValueError: a name that is not known, or a layer that the engine does not load, with what would work.
     """
-    if dialect is not None and dialect not in dialects.NAMES:
-        raise ValueError(f"unknown dialect {dialect!r}; known are {', '.join(dialects.NAMES)}")
+    if dialect is not None and dialect not in dialects.WRITTEN:
+        raise ValueError(f"unknown dialect {dialect!r}; known are {', '.join(dialects.WRITTEN)}")
     if engine is None:
         return dialect or PREFERRED[0]
     if engine not in ENGINES:
