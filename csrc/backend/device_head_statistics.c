@@ -102,14 +102,11 @@ int mq_device_head_statistics(mq_elsewhere *self, mq_run *run, const float *norm
 {
     head_look it = {.device = (mq_device *)(void *)self, .run = run, .piece_rows = piece_rows};
     mq_point *const point = &run->runtime->head_input;
-    mq_error after;
     int before, rc = mq_device_enter(it.device, &before, err);
     if (rc != MQ_OK) return rc;
     mq_sums_begin(it.device, run, NULL, &point, 1);
-    rc = look(&it, norm, err);
-    if (rc != MQ_OK) mq_device_settle(it.device);
-    const int taken = mq_findings_take(it.device, rc == MQ_OK ? err : &after);
+    rc = mq_device_finish(it.device, look(&it, norm, err), err);
     mq_free(it.index_here);
     mq_device_leave(it.device, before);
-    return rc == MQ_OK ? taken : rc;
+    return rc;
 }
